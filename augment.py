@@ -1,0 +1,271 @@
+"""Drawing a patch from a region: one grid, one interpolation, then the intensity part.
+
+Crop, spacing, flip, quarter turn, rotation and scaling are one affine map from patch voxels to
+source voxels,
+
+    source = origin + matrix @ patch_index        (z, y, x, voxel centres at whole numbers)
+
+`draw_spatial` and `draw_intensity` draw their parameters with a numpy generator (in a worker, on
+the CPU, a few numbers); `place_patch` says which source box a patch needs; `draw_patch` and
+`change_intensity` do the work on the tensors' own device.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ISOTROPY = 2.0  # axes whose voxels are more than this many times the shortest are not rotated into
+WHOLE = 1e-6  # a matrix or origin this close to whole numbers is taken as such, and is then exact
+
+
+# ---------------------------------------------------------------------------- parameters
+
+
+def draw_spatial(rng, source_spacing, spacing, *, settings):
+    """Draw one map from patch voxels to source voxels, without its place.
+
+    rng: numpy Generator; source_spacing: of the stored voxels, spacing: of the patch's, z, y, x in
+    one unit; settings: plain dict of the `augment` settings, or None for no augmentation.
+    Returns (matrix, upright): (3, 3) float64 each; upright lacks the rotation, so that it tells
+    how much room the patch takes along the axes.
+    """
+    source_spacing, spacing = np.asarray(source_spacing, float), np.asarray(spacing, float)
+    turn, rotation, zoom = np.eye(3), np.eye(3), np.ones(3)
+    if settings is not None:
+        turn = _turn(rng, spacing, settings)
+        rotation = _rotation(rng, spacing, settings)
+        zoom = _zoom(rng, settings)
+    upright = turn @ np.diag(spacing / zoom)  # patch voxels to physical distances
+    to_source = np.diag(1 / source_spacing)
+    return to_source @ rotation @ upright, to_source @ upright
+
+
+def _turn(rng, spacing, settings):
+    """A signed permutation: flips, and quarter turns in the planes whose two spacings are equal."""
+    turn = np.eye(3)
+    for plane in itertools.combinations(range(3), 2):
+        quarters = rng.integers(0, 4)
+        wanted = rng.random() < settings["turn90"]
+        if wanted and math.isclose(spacing[plane[0]], spacing[plane[1]], rel_tol=1e-3):
+            turn = turn @ np.round(_rotate_in(plane, quarters * math.pi / 2))
+    signs = np.where(rng.random(3) < settings["flip"], -1.0, 1.0)
+    return turn @ np.diag(signs)
+
+
+def _rotate_in(plane, angle):
+    a, b = plane
+    matrix = np.eye(3)
+    matrix[a, a] = matrix[b, b] = math.cos(angle)
+    matrix[a, b], matrix[b, a] = -math.sin(angle), math.sin(angle)
+    return matrix
+
+
+def _rotation(rng, spacing, settings):
+    """About z alone, or about every axis; never between axes of too different spacing if auto."""
+    axes = settings["rotation_axes"]
+    matrix = np.eye(3)
+    for axis, plane in ((0, (1, 2)), (1, (0, 2)), (2, (0, 1))):
+        wanted, angle = rng.random(), math.radians(rng.uniform(*settings["rotation_degrees"]))
+        ratio = max(spacing[list(plane)]) / min(spacing[list(plane)])
+        allowed = axes == "all" or (axes == "z" and axis == 0)
+        allowed = allowed or (axes == "auto" and ratio <= ISOTROPY)
+        if allowed and wanted < settings["rotation"]:
+            matrix = matrix @ _rotate_in(plane, angle)
+    return matrix
+
+
+def _zoom(rng, settings):
+    """How many times larger things are shown, per axis; log-uniform: 1/2 is as likely as 2."""
+    low, high = np.log(settings["scaling_range"])
+    wanted, per_axis = rng.random(2)
+    factors = np.exp(rng.uniform(low, high, size=3))
+    if wanted >= settings["scaling"]:
+        return np.ones(3)
+    return factors if per_axis < settings["scaling_per_axis"] else np.full(3, factors[0])
+
+
+def draw_intensity(rng, *, settings):
+    """Draw what `change_intensity` does to one patch: a dict of plain numbers."""
+    chosen = {}
+    if settings is not None:
+        for name in ("blur", "noise", "brightness", "contrast", "gamma"):
+            wanted, value = rng.random(), rng.uniform(*settings[f"{name}_range"])
+            if wanted < settings[name]:
+                chosen[name] = float(value)
+        chosen["noise_seed"] = int(rng.integers(2**62))
+    return chosen
+
+
+# ---------------------------------------------------------------------------- the place
+
+
+def place_patch(matrix, upright, centre, patch, shape):
+    """Origin of a patch around a source voxel, moved inside the volume, and the box it needs.
+
+    centre: source coordinates that the patch centre should have; patch, shape: voxels, z, y, x.
+    Along an axis that is shorter than the patch, the patch is centred and hangs over both ends.
+    Returns (origin (3,), start (3,), stop (3,)): the box is source[start:stop], inside the volume.
+    """
+    patch, shape = np.asarray(patch), np.asarray(shape)
+    half = np.abs(upright) @ (patch / 2)
+    low, high = half - 0.5, shape - 0.5 - half
+    centre = np.where(low <= high, np.clip(centre, low, high), (shape - 1) / 2)
+    origin = centre - matrix @ ((patch - 1) / 2)
+    if is_whole(matrix):
+        origin = np.round(origin)
+    corners = np.array(list(itertools.product(*((0, n - 1) for n in patch))))
+    reached = origin + corners @ matrix.T
+    start = np.clip(np.floor(reached.min(0) + WHOLE), 0, shape - 1).astype(int)
+    stop = np.clip(np.ceil(reached.max(0) - WHOLE), 0, shape - 1).astype(int) + 1
+    return origin, start, stop
+
+
+def is_whole(matrix):
+    """Whether a matrix is a signed permutation: then a patch is a copy, not an interpolation."""
+    rounded = np.round(np.asarray(matrix))
+    is_permutation = (np.abs(rounded).sum(0) == 1).all() and (np.abs(rounded).sum(1) == 1).all()
+    return bool(is_permutation and np.abs(matrix - rounded).max() < WHOLE)
+
+
+# ---------------------------------------------------------------------------- on the device
+
+
+def draw_patch(image, label, *, matrix, origin, start, shape, patch, foreground, ignore_label):
+    """Draw one patch from its box, on the box's device.
+
+    image (C, d, h, w) any dtype, label (d, h, w) uint8 or None: the box source[start:start+dhw] of
+    a volume of `shape`; matrix, origin: see the module; foreground: class ids that are foreground.
+    Returns image (C, D, H, W) float32, target (1, D, H, W) float32 of 0 and 1, valid
+    (1, D, H, W) bool: inside the volume and labelled. Outside, the image repeats its border.
+    The image is interpolated linearly. So is each class of the label, and the heaviest wins: the
+    border between classes stays sharp and lies where the border of the continuous shape does.
+    """
+    matrix, origin = np.asarray(matrix, float), np.asarray(origin, float) - start
+    below, above = -np.asarray(start) - 0.5, np.asarray(shape) - start - 0.5  # the volume's faces
+    channels = [image.float()]
+    if label is not None:
+        is_foreground = torch.isin(label, torch.tensor(foreground, device=label.device))
+        is_ignored = (
+            torch.zeros_like(is_foreground) if ignore_label is None else label == ignore_label
+        )
+        channels.append(torch.stack([is_foreground, is_ignored]).float())
+    source = torch.cat(channels)
+    if is_whole(matrix) and np.abs(origin - np.round(origin)).max() < WHOLE:
+        drawn, valid = _copy(source, np.round(matrix), np.round(origin), below, above, patch)
+    else:
+        drawn, valid = _interpolate(source, matrix, origin, below, above, patch)
+    count = image.shape[0]
+    if label is None:
+        return drawn, torch.zeros_like(drawn[:1]), torch.zeros_like(valid)
+    foreground_weight, ignored_weight = drawn[count], drawn[count + 1]
+    target = foreground_weight > 1 - foreground_weight - ignored_weight
+    valid = valid & (ignored_weight < 0.5)[None]
+    return drawn[:count], (target[None] & valid).float(), valid
+
+
+def _copy(source, matrix, origin, below, above, patch):
+    """Exact voxels: one index per source axis, then the axes in the patch's order."""
+    inside, order = [], []
+    for axis in range(3):
+        along = int(np.argmax(np.abs(matrix[axis])))  # the patch axis that runs along this one
+        index = origin[axis] + matrix[axis, along] * np.arange(patch[along])
+        inside.append(torch.from_numpy((index > below[axis]) & (index < above[axis])))
+        index = torch.from_numpy(index.clip(0, source.shape[axis + 1] - 1).astype(np.int64))
+        source = source.index_select(axis + 1, index.to(source.device))
+        order.append(along)
+    back = list(np.argsort(order))
+    z, y, x = (i.to(source.device) for i in inside)
+    valid = (z[:, None, None] & y[:, None] & x).permute(back)
+    return source.permute(0, *(b + 1 for b in back)).contiguous(), valid[None].contiguous()
+
+
+def _interpolate(source, matrix, origin, below, above, patch):
+    device, size = source.device, source.shape[1:]
+    index = torch.meshgrid(*(torch.arange(n, device=device) for n in patch), indexing="ij")
+    index = torch.stack(index, -1).float()  # (D, H, W, 3)
+    place = index @ torch.as_tensor(matrix.T, dtype=torch.float32, device=device)
+    place = place + torch.as_tensor(origin, dtype=torch.float32, device=device)
+    valid = torch.ones(patch, dtype=torch.bool, device=device)
+    for axis in range(3):
+        valid &= (place[..., axis] > below[axis]) & (place[..., axis] < above[axis])
+    last = torch.tensor([max(n - 1, 1) for n in size], device=device)
+    grid = (2 * place / last - 1).flip(-1)  # grid_sample wants x, y, z from -1 to 1
+    drawn = F.grid_sample(
+        source[None], grid[None], mode="bilinear", padding_mode="border", align_corners=True
+    )
+    return drawn[0], valid[None]
+
+
+def normalise(image, *, mean, std, low=None, high=None):
+    """Clip to [low, high] and standardise. image (C, ...) float32; one value per channel each."""
+
+    def per_channel(values):
+        tensor = torch.tensor(values, dtype=torch.float32, device=image.device)
+        return tensor.view(-1, *[1] * (image.ndim - 1))
+
+    if low is not None:
+        image = torch.clamp(image, per_channel(low), per_channel(high))
+    return (image - per_channel(mean)) / per_channel([max(s, 1e-6) for s in std])
+
+
+def change_intensity(image, chosen, spacing):
+    """What `draw_intensity` chose, on a normalised patch (C, D, H, W); spacing of its voxels.
+
+    Contrast and gamma act about the patch's own mean and range, so that their strength does not
+    depend on where the volume's zero lies; gamma keeps mean and deviation.
+    """
+    if "blur" in chosen:
+        sigmas = [chosen["blur"] * min(spacing) / s for s in spacing]
+        image = gaussian_blur(image, sigmas)
+    if "noise" in chosen:
+        generator = torch.Generator(image.device).manual_seed(chosen["noise_seed"])
+        noise = torch.randn(image.shape, generator=generator, device=image.device)
+        image = image + chosen["noise"] * noise
+    mean = image.mean(dim=(1, 2, 3), keepdim=True)
+    if "gamma" in chosen:
+        low, high = image.amin(dim=(1, 2, 3), keepdim=True), image.amax(dim=(1, 2, 3), keepdim=True)
+        bent = ((image - low) / (high - low).clamp_min(1e-6)).pow(chosen["gamma"])
+        bent_std = bent.std(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
+        std = image.std(dim=(1, 2, 3), keepdim=True)
+        image = (bent - bent.mean(dim=(1, 2, 3), keepdim=True)) / bent_std * std + mean
+    if "contrast" in chosen:
+        image = (image - mean) * chosen["contrast"] + mean
+    return image + chosen.get("brightness", 0.0)
+
+
+def gaussian_blur(image, sigmas):
+    """Gaussian blur of (C, D, H, W), sigmas in voxels z, y, x; borders repeated."""
+    for axis, sigma in enumerate(sigmas):
+        reach = math.ceil(3 * sigma)
+        if sigma < 0.2:  # the neighbour's weight would be under 1e-5
+            continue
+        offsets = torch.arange(-reach, reach + 1, device=image.device, dtype=torch.float32)
+        weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
+        weights = (weights / weights.sum()).view([-1 if a == axis else 1 for a in range(3)])
+        padding = [0] * 6
+        padding[2 * (2 - axis)] = padding[2 * (2 - axis) + 1] = reach
+        padded = F.pad(image[:, None], padding, mode="replicate")
+        image = F.conv3d(padded, weights[None, None])[:, 0]
+    return image
+
+
+def draw_batch(samples, patch, *, foreground, ignore_label, device):
+    """Samples of data.PatchDataset to (image, target, valid), each (B, C or 1, D, H, W)."""
+    images, targets, valids = [], [], []
+    for sample in samples:
+        image, target, valid = draw_patch(
+            sample["image"].to(device, non_blocking=True),
+            sample["label"].to(device, non_blocking=True),
+            **{key: sample[key] for key in ("matrix", "origin", "start", "shape")},
+            patch=patch,
+            foreground=foreground,
+            ignore_label=ignore_label,
+        )
+        image = normalise(image, **{key: sample[key] for key in ("mean", "std", "low", "high")})
+        images.append(change_intensity(image, sample["intensity"], sample["spacing"]))
+        targets.append(target)
+        valids.append(valid)
+    return torch.stack(images), torch.stack(targets), torch.stack(valids)

@@ -1,0 +1,356 @@
+"""The settings: groups, types, units, ranges, defaults, and what to say when one is wrong.
+
+A config file holds differences from the defaults below only. Every key can also be given on the
+command line as `group.key=value`; the later one wins.
+
+    settings = load("configs/vessels.yaml", ["training.max_steps=10", "data.root=/data/vessels"])
+    settings.training.max_steps, settings.model.base
+
+Lists of three are z, y, x. Spacings and distances are in the unit of the data (mm, micron, voxel).
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Range = tuple[float, float]  # low, high
+
+
+class Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, value):
+        """YAML knows no tuple, and strict types take none but a tuple."""
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("*")
+    @classmethod
+    def _ranges_rise(cls, value, info):
+        if cls.model_fields[info.field_name].annotation == Range and value[0] > value[1]:
+            raise ValueError(f"a range [low, high] with low <= high, got {list(value)}")
+        return value
+
+
+class Run(Group):
+    name: str = ""  # empty: the config file's name
+    folder: str = "runs"
+    seed: Whole = 0
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    threads: Whole = 0  # of the CPU, 0: all that this process may use
+
+
+class Data(Group):
+    root: str = "data"  # a folder made by prepare.py
+    # Case ids, groups, or patterns of either (burgess2014_*).
+    train: tuple[str, ...] | None = None  # null: all labelled cases not named below
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    folds: Whole = 0  # 0: no cross-validation; k: validation is fold number `fold` of k
+    fold: Whole = 0
+    # What the network sees: a target spacing per axis; 0 or null keeps the axis as it is stored.
+    spacing: tuple[NonNegative | None, NonNegative | None, NonNegative | None] = (0, 0, 0)
+    # Names of the classes that the network tells from all others; null: the only one there is.
+    foreground: tuple[str, ...] | None = None
+    clip_percentiles: Literal["none", "0.5-99.5", "1-99", "5-95"] = "0.5-99.5"
+
+    @property
+    def percentiles(self):
+        """(low, high) of clip_percentiles, or None."""
+        if self.clip_percentiles == "none":
+            return None
+        return tuple(float(p) for p in self.clip_percentiles.split("-"))
+
+    @model_validator(mode="after")
+    def _fold_exists(self):
+        if self.folds and self.validation:
+            raise ValueError("either data.folds or data.validation, got both")
+        if self.folds == 1 or (self.folds and self.fold >= self.folds):
+            raise ValueError(
+                f"folds >= 2 and fold from 0 to folds-1, got folds={self.folds} fold={self.fold}"
+            )
+        return self
+
+
+class Sampling(Group):
+    patch: tuple[Count, Count, Count] = (64, 64, 64)
+    foreground_share: Probability = 0.5  # of patches that are drawn around a foreground voxel
+    jitter: Probability = 0.5  # the voxel lies off-centre by up to this share of half the patch
+
+
+class Augment(Group):
+    """A probability and a range each; probability 0 turns it off."""
+
+    flip: Probability = 0.5  # per axis
+    turn90: Probability = 0.5  # a random number of quarter turns in each plane of equal spacing
+    rotation: Probability = 0.3
+    rotation_degrees: Range = (-30.0, 30.0)
+    rotation_axes: Literal["auto", "z", "all"] = "auto"  # auto: about z alone if anisotropic
+    scaling: Probability = 0.3
+    scaling_range: Range = (0.75, 1.33)  # > 1 shows things larger
+    scaling_per_axis: Probability = 0.0  # of those: a factor of its own for every axis
+    brightness: Probability = 0.3
+    brightness_range: Range = (-0.5, 0.5)  # added, in standard deviations of the volume
+    contrast: Probability = 0.3
+    contrast_range: Range = (0.65, 1.5)  # factor about the patch mean
+    gamma: Probability = 0.3
+    gamma_range: Range = (0.7, 1.5)
+    noise: Probability = 0.2
+    noise_range: Range = (0.0, 0.3)  # sigma, in standard deviations of the volume
+    blur: Probability = 0.2
+    blur_range: Range = (0.5, 1.0)  # sigma in voxels of the finest axis
+
+    @model_validator(mode="after")
+    def _factors_are_positive(self):
+        for name in ("scaling_range", "contrast_range", "gamma_range", "blur_range"):
+            if getattr(self, name)[0] <= 0:
+                raise ValueError(f"{name} above 0, got {list(getattr(self, name))}")
+        return self
+
+
+class Model(Group):
+    base: Count = 16
+    multipliers: tuple[Count, ...] = (1, 2, 4, 4)  # width of each stage, times base
+    blocks: Count = 1  # residual blocks per stage, encoder and decoder
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    deep_supervision: bool = True
+    # Of each stage but the first: [[1, 2, 2], ...]; null derives them from patch and spacing.
+    strides: tuple[tuple[Count, Count, Count], ...] | None = None
+    compile: bool = False
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
+
+    @field_validator("strides", mode="before")
+    @classmethod
+    def _inner_lists_too(cls, value):
+        return tuple(tuple(row) if isinstance(row, list) else row for row in value or ()) or None
+
+    @model_validator(mode="after")
+    def _one_stride_per_downsampling(self):
+        if self.strides is not None and len(self.strides) != len(self.multipliers) - 1:
+            raise ValueError(
+                f"one row of strides for each stage but the first, {len(self.multipliers) - 1}, "
+                f"got {len(self.strides)}"
+            )
+        return self
+
+
+class Term(Group):
+    weight: NonNegative = 0.0
+    scales: Count | None = None  # how many scales, from the finest, it acts on; null: all
+
+
+class WeightedBce(Term):
+    positive_weight: Positive = 1.0
+
+
+class SoftDice(Term):
+    batch: bool = False  # one Dice over the batch instead of one per patch
+
+
+class SurfaceDistance(Term):
+    tolerance: Positive = 2.0  # in the unit of the spacing
+
+
+class Loss(Group):
+    weighted_bce: WeightedBce = WeightedBce(weight=0.5)
+    soft_dice: SoftDice = SoftDice(weight=0.5)
+    surface_distance: SurfaceDistance = SurfaceDistance(weight=0.0, scales=1)
+
+    @model_validator(mode="after")
+    def _something_to_learn_from(self):
+        if not any(getattr(self, name).weight for name in type(self).model_fields):
+            raise ValueError("at least one term with weight > 0, got none")
+        return self
+
+
+class Optim(Group):
+    """AdamW."""
+
+    lr: Positive = 1e-3
+    schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
+    max_lr: Positive | None = None  # peak of one_cycle; null: lr
+    warmup_steps: Whole = 20  # of cosine and constant
+    final_lr_share: Probability = 0.01  # of the peak, at the last step
+    weight_decay: NonNegative = 1e-2
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    clip: NonNegative = 1.0  # norm of the gradient, 0: off
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.99  # decay of the averaged weights, 0: off
+
+
+class Training(Group):
+    max_epochs: Count = 10
+    train_iterations_per_epoch: Count = 100  # optimiser steps
+    train_batch_size: Count = 2
+    accumulate: Count = 1  # batches per optimiser step
+    max_steps: Whole | None = None  # stop after this many; 0: evaluate the untrained network
+    workers: Whole = 1  # processes that read patches, 0: the training process itself
+    prefetch_factor: Count = 4
+    persistent_workers: bool = True
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+
+class Validation(Group):
+    every: Count = 1  # epochs
+    untrained: bool = True  # also before the first step: the baseline
+    score: Literal["dice", "surface_dice", "precision", "recall"] = "surface_dice"  # picks best.pt
+    tolerance: Positive = 2.0  # of surface_dice, in the unit of the spacing
+    max_cases: Count | None = None
+
+
+class Inference(Group):
+    window: tuple[Count, Count, Count] | None = None  # null: the training patch
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    flips: bool = False  # average over the 8 flips
+    batch: Count = 1
+    threshold: Probability = 0.5
+    save_probabilities: bool = False
+
+
+class Postprocess(Group):
+    min_component_voxels: Whole = 0  # smaller components are removed, 0: none
+
+
+class Monitor(Group):
+    log_every: Count = 10  # steps
+    tensorboard: bool = True
+    picture: bool = True  # progress.png
+
+
+class Settings(Group):
+    run: Run = Run()
+    data: Data = Data()
+    sampling: Sampling = Sampling()
+    augment: Augment = Augment()
+    model: Model = Model()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    training: Training = Training()
+    validation: Validation = Validation()
+    inference: Inference = Inference()
+    postprocess: Postprocess = Postprocess()
+    monitor: Monitor = Monitor()
+
+    def plain(self):
+        """Nested dicts of plain values, as YAML and checkpoints hold them."""
+        return self.model_dump(mode="json")
+
+
+class ConfigError(ValueError):
+    """One sentence per fault, a line each."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 3e-4 as a string; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def valid_keys(model=Settings, prefix=""):
+    """Every settable key as `group.key` (`group.term.key` for the loss)."""
+    keys = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        is_group = isinstance(inner, type) and issubclass(inner, Group)
+        keys += valid_keys(inner, f"{prefix}{name}.") if is_group else [prefix + name]
+    return keys
+
+
+def _nearest(key):
+    """The valid key most like `key`: its own last part counts more than its group."""
+    keys = valid_keys()
+    groups = sorted({k.rsplit(".", i)[0] for k in keys for i in (1, 2) if k.count(".") >= i})
+    by_last = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
+    close = by_last or difflib.get_close_matches(key, keys + groups, n=1, cutoff=0.5)
+    last_parts = {k.split(".")[-1]: k for k in keys}
+    close = close or [
+        last_parts[k] for k in difflib.get_close_matches(key.split(".")[-1], last_parts, n=1)
+    ]
+    return f"; the nearest valid key is {close[0]}" if close else f"; groups: {', '.join(groups)}"
+
+
+def _sentence(error):
+    """One pydantic error as: key: expected, got, what to do."""
+    key = ".".join(
+        str(part) for part in error["loc"] if not str(part).startswith(("tuple", "none"))
+    )
+    got = repr(error["input"])
+    if error["type"] == "extra_forbidden":
+        return f"{key}: no such setting{_nearest(key)}"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"{key}: expected a group of settings (key: value), got {got}"
+    text = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if error["type"] in ("missing", "too_long", "tuple_type"):
+        key, text = (
+            key.rsplit(".", 1)[0] if error["type"] == "missing" else key,
+            "a list of that length",
+        )
+    elif text.startswith(("greater", "less", "finite")):
+        text = f"a number {text}"
+    return (
+        f"{key}: expected {text}, got {got}" if ", got " not in text else f"{key}: expected {text}"
+    )
+
+
+def build(content):
+    """Settings from nested plain dicts; ConfigError with every fault in them."""
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        # One fault per key is enough: a union reports every type that it might have been.
+        sentences = {_sentence(e).split(": ")[0]: _sentence(e) for e in error.errors()}
+        raise ConfigError("\n".join(sentences.values())) from None
+
+
+def apply_overrides(content, overrides):
+    """Nested dicts with each `group.key=value` set; values are read as YAML."""
+    content = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or "." not in key:
+            raise ConfigError(f"{text}: expected group.key=value{_nearest(key)}")
+        try:
+            value = yaml.load(value, _Loader)
+        except yaml.YAMLError:
+            raise ConfigError(f"{text}: the value is not readable as YAML") from None
+        *path, last = key.split(".")
+        node = content
+        for part in path:
+            child = node.get(part)
+            node[part] = dict(child) if isinstance(child, dict) else {}
+            node = node[part]
+        node[last] = value
+    return content
+
+
+def load(path, overrides=()):
+    """Settings of a YAML file with overrides; ConfigError names the file and every fault."""
+    path = Path(path)
+    try:
+        content = yaml.load(path.read_text(), _Loader) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: expected a config file in YAML, got: {reason}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected groups of settings, got {type(content).__name__}")
+    try:
+        settings = build(apply_overrides(content, overrides))
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
+    return settings.model_copy(
+        update={"run": settings.run.model_copy(update={"name": settings.run.name or path.stem})}
+    )

@@ -1,0 +1,198 @@
+"""The network: a residual 3D U-Net with deep supervision, and the strides that fit it to the data.
+
+Encoder stages of residual blocks (He et al. 2016) with instance norm and Mish, a bottleneck of
+twice the deepest width at the deepest resolution, a decoder with skip connections (Çiçek et al.
+2016), and one head per decoder stage for deep supervision. Strides and kernels follow the patch
+and the spacing (the rule of Isensee et al. 2021, nnU-Net): an axis whose voxels are long is not
+halved, nor convolved, until the other axes have caught up.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+SMALLEST_AXIS = 4  # voxels that a halving must leave, or instance norm has nothing to average
+PRIOR = 0.1  # probability of foreground that an untrained network says (Lin et al. 2017)
+LONGEST_ODD_AXIS = 24  # an axis that cannot be halved further may be this long at the bottleneck
+
+
+def derive_strides(patch, spacing, stages):
+    """(strides, kernels) that fit a network of `stages` stages to a patch.
+
+    patch: voxels z, y, x; spacing: of those voxels, z, y, x.
+    Returns strides, one (z, y, x) per stage (the first is 1, 1, 1), and kernel sizes, likewise.
+    An axis is halved where it is even, keeps at least 4 voxels, and its voxels are at most twice
+    as long as the shortest of the axes that could be halved; a kernel has length 1 along an axis
+    until its voxels are at most twice as long as the shortest, and 3 from there on.
+    ValueError where nothing can be halved, or a long axis stays odd, with the nearest sizes.
+    """
+    patch_name = f"sampling.patch {list(patch)}"
+    size, length = list(patch), [float(s) for s in spacing]
+    strides, kernels = [(1, 1, 1)], [_kernel(length, patch, (1, 1, 1))]
+    for stage in range(1, stages):
+        able = [n % 2 == 0 and n // 2 >= SMALLEST_AXIS for n in size]
+        shortest = min((s for s, a in zip(length, able, strict=True) if a), default=0)
+        step = tuple(2 if a and s <= 2 * shortest else 1 for a, s in zip(able, length, strict=True))
+        if stage == 1 and max(step) == 1:
+            raise ValueError(
+                f"{patch_name}: expected at least one axis that can be halved (even, and at least "
+                f"{2 * SMALLEST_AXIS} voxels), got none; multiples of 8 fit best"
+            )
+        size = [n // s for n, s in zip(size, step, strict=True)]
+        length = [v * s for v, s in zip(length, step, strict=True)]
+        strides.append(step)
+        kernels.append(_kernel(length, patch, kernels[-1]))
+    for axis, n, whole in zip("zyx", size, patch, strict=True):
+        if n > LONGEST_ODD_AXIS and n % 2:
+            fit = 8 if whole < 128 else 16
+            below, above = whole // fit * fit, -(-whole // fit) * fit
+            raise ValueError(
+                f"{patch_name}: no stride fits axis {axis}: {whole} voxels can be halved only down "
+                f"to {n}, which is odd; the nearest sizes that fit are {below} and {above}"
+            )
+    return strides, kernels
+
+
+def check_strides(patch, strides):
+    """Strides given by hand, with the first stage's; ValueError if the patch does not divide."""
+    strides = [(1, 1, 1), *(tuple(s) for s in strides)]
+    for axis, n, factor in zip("zyx", patch, np.prod(strides, axis=0), strict=True):
+        if n % factor:
+            raise ValueError(
+                f"sampling.patch {list(patch)}: no stride fits axis {axis}: expected a multiple of "
+                f"{factor}, the product of model.strides, got {n}"
+            )
+    return strides
+
+
+def _kernel(spacing, patch, before):
+    reach = 2 * min(s for s, n in zip(spacing, patch, strict=True) if n > 1)
+    return tuple(
+        3 if k == 3 or (s <= reach and n > 1) else 1
+        for s, n, k in zip(spacing, patch, before, strict=True)
+    )
+
+
+class ResidualBlock(nn.Module):
+    """conv - norm - Mish - conv - norm - dropout, plus the input, Mish."""
+
+    def __init__(self, inputs, outputs, kernel, dropout):
+        super().__init__()
+        padding = tuple(k // 2 for k in kernel)
+        self.conv1 = nn.Conv3d(inputs, outputs, kernel, padding=padding, bias=False)
+        self.norm1 = nn.InstanceNorm3d(outputs, affine=True)
+        self.conv2 = nn.Conv3d(outputs, outputs, kernel, padding=padding, bias=False)
+        self.norm2 = nn.InstanceNorm3d(outputs, affine=True)
+        self.dropout = nn.Dropout3d(dropout) if dropout else nn.Identity()
+        self.project = nn.Conv3d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x):
+        out = F.mish(self.norm1(self.conv1(x)))
+        out = self.dropout(self.norm2(self.conv2(out)))
+        return F.mish(out + self.project(x))
+
+
+def _blocks(count, inputs, outputs, kernel, dropout):
+    widths = [inputs] + [outputs] * count
+    return nn.Sequential(
+        *(ResidualBlock(a, b, kernel, dropout) for a, b in itertools.pairwise(widths))
+    )
+
+
+class UNet3D(nn.Module):
+    """Residual 3D U-Net: (B, in_channels, D, H, W) to logits (B, out_channels, D, H, W).
+
+    base, multipliers: width of each encoder stage is base x multiplier; the bottleneck has twice
+    the last. blocks: residual blocks per stage. strides, kernels: as `derive_strides` gives them.
+    In training with deep_supervision, forward returns a list of logits, finest first, one per
+    decoder stage that changes resolution; otherwise one tensor. D, H, W must be multiples of the
+    product of the strides: ValueError otherwise.
+    checkpointing: activations of each stage are recomputed in the backward pass.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        *,
+        base,
+        multipliers,
+        blocks,
+        strides,
+        kernels,
+        dropout=0.0,
+        deep_supervision=True,
+        checkpointing=False,
+    ):
+        super().__init__()
+        widths = [base * m for m in multipliers]
+        self.strides = [tuple(s) for s in strides]
+        self.deep_supervision, self.checkpointing = deep_supervision, checkpointing
+        padding = tuple(k // 2 for k in kernels[0])
+        self.stem = nn.Conv3d(in_channels, widths[0], kernels[0], padding=padding, bias=False)
+        self.downs, self.encoder = nn.ModuleList(), nn.ModuleList()
+        for i, (width, stride, kernel) in enumerate(zip(widths, strides, kernels, strict=True)):
+            before = widths[max(i - 1, 0)]
+            self.downs.append(
+                nn.Identity() if max(stride) == 1 else nn.Conv3d(before, before, stride, stride)
+            )
+            self.encoder.append(_blocks(blocks, before, width, kernel, dropout))
+        self.bottleneck = _blocks(blocks, widths[-1], 2 * widths[-1], kernels[-1], dropout)
+
+        self.ups, self.decoder, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        below = 2 * widths[-1]
+        for i in reversed(range(len(widths) - 1)):  # to the resolution of encoder stage i
+            self.ups.append(nn.ConvTranspose3d(below, widths[i], strides[i + 1], strides[i + 1]))
+            self.decoder.append(_blocks(blocks, 2 * widths[i], widths[i], kernels[i], dropout))
+            supervised = i == 0 or (deep_supervision and max(strides[i]) > 1)
+            self.heads.append(nn.Conv3d(widths[i], out_channels, 1) if supervised else None)
+            below = widths[i]
+        self.apply(_initialise)
+        for head in filter(None, self.heads):
+            nn.init.normal_(head.weight, std=0.01)
+            nn.init.constant_(head.bias, math.log(PRIOR / (1 - PRIOR)))
+
+    def _run(self, stage, x):
+        if self.checkpointing and self.training:
+            return checkpoint(stage, x, use_reentrant=False)
+        return stage(x)
+
+    def forward(self, x):  # (B, C, D, H, W)
+        for axis, n, factor in zip("DHW", x.shape[2:], self.downsampling(), strict=True):
+            if n % factor:
+                raise ValueError(f"{axis}: expected a multiple of {factor} voxels, got {n}")
+        skips = []
+        x = self.stem(x)
+        for down, stage in zip(self.downs, self.encoder, strict=True):
+            x = self._run(stage, down(x))
+            skips.append(x)
+        x = self._run(self.bottleneck, skips.pop())
+        logits = []
+        for up, stage, head in zip(self.ups, self.decoder, self.heads, strict=True):
+            x = self._run(stage, torch.cat([up(x), skips.pop()], dim=1))
+            if head is not None and (self.training or not skips):
+                logits.insert(0, head(x))
+        return logits if self.training and self.deep_supervision else logits[0]
+
+    def downsampling(self):
+        """The product of the strides per axis, z, y, x."""
+        factors = [1, 1, 1]
+        for stride in self.strides:
+            factors = [f * s for f, s in zip(factors, stride, strict=True)]
+        return tuple(factors)
+
+
+def _initialise(module):
+    if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def parameter_count(network):
+    return sum(p.numel() for p in network.parameters())

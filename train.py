@@ -1,0 +1,615 @@
+"""Train a network on case files made by prepare.py, and keep everything the run needs to go on.
+
+    python train.py configs/quickstart.yaml
+    python train.py configs/vessels.yaml data.root=/data/vessels training.train_batch_size=4
+    python train.py configs/vessels.yaml --resume          # goes on from the newest saved state
+    python train.py configs/vessels.yaml training.max_steps=0 run.name=untrained
+
+Leaves runs/<name>/: config.yaml (all settings), source/ (the code that ran), log.jsonl,
+progress.png, tensorboard/, checkpoints/{last,best}.pt and the generation before. runs/last.pt
+points to the newest run's last.pt. Exit status: 0 done, 2 the input is wrong (one sentence per
+fault, nothing written), 75 stopped early with state saved.
+"""
+
+import argparse
+import copy
+import fnmatch
+import functools
+import math
+import os
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import augment
+import checkpoint
+import config
+import data
+import losses
+import metrics
+import model
+import monitor
+import windows
+
+HERE = Path(__file__).resolve().parent
+STOPPED = 75
+console = Console(highlight=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------- which cases
+
+
+@dataclass(frozen=True)
+class Split:
+    train: list
+    validation: list
+    test: list
+
+
+def choose_cases(dataset, *, train, validation, test, folds, fold):
+    """The `Split` of a dataset, and notes to print. ValueError names every fault, a line each.
+
+    train, validation, test: ids, groups or patterns of either; train None: all labelled cases not
+    named elsewhere. folds > 0: whole groups go to folds, the largest first to the emptiest fold,
+    and validation is fold number `fold`.
+    """
+    faults, notes = [], []
+
+    def named(key, patterns):
+        found = {}
+        for pattern in patterns or ():
+            hits = [
+                c
+                for c in dataset.cases.values()
+                if fnmatch.fnmatch(c.id, pattern) or fnmatch.fnmatch(c.group, pattern)
+            ]
+            if not hits:
+                known = ", ".join(list(dataset.cases)[:8])
+                faults.append(
+                    f"data.{key}: no case or group is named {pattern!r}; there are {known}"
+                )
+            found |= {c.id: c for c in hits}
+        return found
+
+    chosen_test, chosen_validation = named("test", test), named("validation", validation)
+    chosen_train = named("train", train)
+    if train is None:
+        taken = chosen_test | chosen_validation
+        chosen_train = {i: c for i, c in dataset.cases.items() if i not in taken and c.labelled}
+    if folds:
+        chosen_validation, note = _fold(chosen_train, folds, fold)
+        chosen_train = {i: c for i, c in chosen_train.items() if i not in chosen_validation}
+        notes += note
+    split = Split(*(list(d.values()) for d in (chosen_train, chosen_validation, chosen_test)))
+    faults += _split_faults(split)
+    if faults:
+        raise ValueError("\n".join(faults))
+    if not split.validation:
+        notes.append("validation: no cases are set aside for it, so best.pt is the last state")
+    return split, notes
+
+
+def _fold(cases, folds, fold):
+    groups = {}
+    for case in cases.values():
+        groups.setdefault(case.group, []).append(case.id)
+    notes = []
+    if len(groups) < folds:
+        notes.append(f"data.folds: {folds} asked for, only {len(groups)} groups are there")
+    if len(groups) < 2:
+        return {}, notes
+    parts = [[] for _ in range(min(folds, len(groups)))]
+    for group in sorted(groups, key=lambda g: (-len(groups[g]), g)):
+        min(parts, key=len).extend(groups[group])
+    return {i: cases[i] for i in parts[fold % len(parts)]}, notes
+
+
+def _split_faults(split):
+    if not split.train:
+        yield "data.train: expected at least one labelled case, got none"
+    for key in ("train", "validation"):
+        for case in getattr(split, key):
+            if not case.labelled:
+                yield f"data.{key}: case {case.id} has no label; prepare it with --labels"
+    for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        shared = {c.group for c in getattr(split, a)} & {c.group for c in getattr(split, b)}
+        if shared:
+            yield (
+                f"data.{a} and data.{b}: expected no group in both, got {', '.join(sorted(shared))}; "
+                "name whole groups on one side"
+            )
+    channels = {c.channels for c in split.train + split.validation}
+    if len(channels) > 1:
+        yield f"data.root: expected one number of channels in all cases, got {sorted(channels)}"
+
+
+def foreground_ids(classes, wanted):
+    """Ids of the classes that are foreground; ValueError if there are several and none is named."""
+    named = {name: number for name, number in classes.items() if number != 0}
+    unknown = [name for name in wanted or () if name not in named]
+    if unknown or (wanted is None and len(named) > 1):
+        got = f"got {', '.join(unknown)}" if unknown else "got none"
+        raise ValueError(
+            f"data.foreground: expected names among {', '.join(named)} ({got}); the network tells "
+            "one foreground from the background, name the classes that belong to it"
+        )
+    return [named[name] for name in wanted] if wanted else list(named.values())
+
+
+# ---------------------------------------------------------------------------- pure answers
+
+
+def learning_rate(step, total, *, lr, schedule, max_lr, warmup_steps, final_lr_share):
+    """The rate of optimiser step `step` of `total`.
+
+    cosine and constant: a linear warm-up to lr, then to lr * final_lr_share or on. one_cycle
+    (Smith & Topin 2018): from max_lr / 25 to max_lr over the first 30 % and down again, cosines.
+    """
+    peak = max_lr or lr
+    if schedule == "one_cycle":
+        rise = max(0.3 * total, 1)
+        if step < rise:
+            return peak / 25 + (peak - peak / 25) * (1 - math.cos(math.pi * step / rise)) / 2
+        warmup_steps = rise
+    else:
+        peak = lr
+        if step < warmup_steps:
+            return lr * (step + 1) / warmup_steps
+        if schedule == "constant":
+            return lr
+    share = (step - warmup_steps) / max(total - warmup_steps, 1)
+    return peak * (final_lr_share + (1 - final_lr_share) * (1 + math.cos(math.pi * share)) / 2)
+
+
+def resolve_device(name):
+    """(device, reason) for run.device; ValueError if it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"the first of {torch.cuda.device_count()} GPUs"
+        return torch.device("cpu"), "no GPU is visible to torch"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"run.device: expected auto, cpu or cuda:N, got {name} ({reason})"
+        ) from None
+    return device, "as set"
+
+
+def resolve_precision(name, device):
+    """(fp32 | bf16 | fp16, reason) for training.precision on a device."""
+    if device.type == "cpu":
+        why = "a CPU: bf16 autocast diverged there within 40 steps where fp32 trained well"
+        return "fp32", why
+    if name == "auto":
+        able = torch.cuda.is_bf16_supported()
+        return ("bf16", "the GPU supports it") if able else ("fp16", "the GPU has no bf16")
+    return name, "as set"
+
+
+def new_run_folder(folder, name):
+    """A folder for a new run: a run that has saved state is never written over."""
+    path, number = Path(folder) / name, 1
+    while (path / "checkpoints").is_dir() and any((path / "checkpoints").iterdir()):
+        number += 1
+        path = Path(folder) / f"{name}-{number}"
+    return path
+
+
+def newest_run_folder(folder, name):
+    """The latest of runs/name, runs/name-2, ... that exists."""
+    numbered = [p for p in Path(folder).glob(f"{name}-*") if p.name[len(name) + 1 :].isdigit()]
+    numbered.sort(key=lambda p: int(p.name[len(name) + 1 :]))
+    return ([Path(folder) / name] + numbered)[-1]
+
+
+def record_run(folder, settings):
+    """The resolved settings and the source that runs, so that a run explains itself."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings.plain(), sort_keys=False))
+    (folder / "source").mkdir(exist_ok=True)
+    for path in HERE.glob("*.py"):
+        shutil.copy2(path, folder / "source" / path.name)
+
+
+@torch.no_grad()
+def update_ema(ema, network, decay, step):
+    """Move the averaged weights towards the network's; the decay grows over the first steps."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+def read_truth(file, foreground, ignore_label):
+    """The label of a case file as 0, 1 and ignore_label: (D, H, W) uint8."""
+    label = file["label"][:]
+    truth = np.isin(label, foreground).astype(np.uint8)
+    if ignore_label is not None:
+        truth[label == ignore_label] = ignore_label
+    return truth
+
+
+def evaluate(network, cases, settings, *, patch, foreground, device, precision):
+    """Whole-volume scores: (mean scores, {case: scores}, slices of the first case to look at)."""
+    inference, was_training = settings.inference, network.training
+    network.eval()
+    per_case, slices = {}, None
+    for case in cases[: settings.validation.max_cases]:
+        with h5py.File(case.path, "r") as file:
+            truth = read_truth(file, foreground, case.ignore_label)
+            spacing = data.network_spacing(case.spacing, settings.data.spacing)
+            statistics_ = data.normalisation(case.intensity, settings.data.percentiles)
+            probs = windows.predict_volume(
+                network,
+                file["image"],
+                inference.window or patch,
+                inference.overlap,
+                ratio=[w / s for w, s in zip(spacing, case.spacing, strict=True)],
+                normalize=functools.partial(augment.normalise, **statistics_),
+                batch=inference.batch,
+                flips=inference.flips,
+                device=device,
+                precision=precision,
+            )[0]
+            per_case[case.id] = metrics.score(
+                probs >= inference.threshold,
+                truth,
+                case.spacing,
+                case.ignore_label,
+                settings.validation.tolerance,
+            )
+            if slices is None:
+                slices = monitor.middle_slices(file["image"][0], truth, probs, case.ignore_label)
+    network.train(was_training)
+    return metrics.mean_scores(list(per_case.values())), per_case, slices
+
+
+# ---------------------------------------------------------------------------- the run
+
+
+def main(settings, *, resume=False):
+    """Train as the settings say. Returns the exit status."""
+
+    # ------------------------------------------------------------------ settings and their checks
+    optim, training = settings.optim, settings.training
+    try:
+        device, device_reason = resolve_device(settings.run.device)
+        dataset = data.read_dataset(settings.data.root)
+        split, notes = choose_cases(
+            dataset,
+            **settings.data.model_dump(include={"train", "validation", "test", "folds", "fold"}),
+        )
+        foreground = foreground_ids(dataset.classes, settings.data.foreground)
+        patch = settings.sampling.patch
+        spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
+        spacing = tuple(statistics.median(axis) for axis in zip(*spacings, strict=True))
+        strides, kernels = model.derive_strides(patch, spacing, len(settings.model.multipliers))
+        if settings.model.strides is not None:
+            strides = model.check_strides(patch, settings.model.strides)
+        run_folder = new_run_folder(settings.run.folder, settings.run.name)
+        state = None
+        if resume and newest_run_folder(settings.run.folder, settings.run.name).exists():
+            run_folder = newest_run_folder(settings.run.folder, settings.run.name)
+            found, why = checkpoint.find_newest(run_folder / "checkpoints")
+            state = checkpoint.load(found)
+            notes.append(
+                f"resume: {found} at step {state['loop']['step']}" + (f" ({why})" if why else "")
+            )
+        elif resume:
+            notes.append("resume: there is no state to go on from, so this starts a new run")
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    precision, precision_reason = resolve_precision(training.precision, device)
+    torch.set_num_threads(settings.run.threads or len(os.sched_getaffinity(0)))
+    torch.manual_seed(settings.run.seed)
+    total_steps = training.max_epochs * training.train_iterations_per_epoch
+    stop_step = total_steps if training.max_steps is None else min(training.max_steps, total_steps)
+    iterations = training.train_iterations_per_epoch
+
+    # ------------------------------------------------------------------ network, optimiser, state
+    network = model.UNet3D(
+        split.train[0].channels,
+        1,
+        strides=strides,
+        kernels=kernels,
+        **settings.model.model_dump(exclude={"strides", "compile"}),
+    ).to(device)
+    ema = copy.deepcopy(network).requires_grad_(False)  # what is evaluated, and saved beside
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    autocast = functools.partial(
+        torch.autocast,
+        device.type,
+        dtype=windows.PRECISIONS[precision],
+        enabled=precision != "fp32",
+    )
+    terms = settings.loss.model_dump()
+    loop = {"step": 0, "best_score": None, "best_step": None, "seconds": 0.0}
+    if state is not None:
+        try:
+            network.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).split("\n")[0]
+            print(f"{found}: its network does not fit these settings ({reason}); resume with "
+                  f"the settings in {run_folder / 'config.yaml'}", file=sys.stderr)  # fmt: skip
+            return 2
+        scaler.load_state_dict(state["scaler"])
+        loop = state["loop"]
+    if settings.model.compile:
+        network.compile()  # in place: the names in the state stay as they are
+
+    # ------------------------------------------------------------------ the run records itself
+    record_run(run_folder, settings)
+    log = monitor.RunLog(
+        run_folder,
+        tensorboard=settings.monitor.tensorboard,
+        resume_step=loop["step"] if state is not None else None,
+    )
+    versions = checkpoint.versions()
+    data_facts = {  # all that infer.py must know of the data
+        "root": str(Path(settings.data.root).resolve()),
+        **{key: [c.id for c in cases] for key, cases in vars(split).items()},
+        "channels": split.train[0].channels,
+        "classes": dict(dataset.classes),
+        "foreground": list(foreground),
+        "ignore_label": dataset.ignore_label,
+        "spacing": list(settings.data.spacing),  # 0 or None: an axis is taken as it is stored
+        "unit": dataset.unit,
+        "strides": [list(s) for s in strides],
+        "kernels": [list(k) for k in kernels],
+    }
+    for line in [
+        f"run        {run_folder}, seed {settings.run.seed}, lamina {versions['lamina']}",
+        f"device     {device} ({device_reason}), {torch.get_num_threads()} CPU threads",
+        f"precision  {precision} ({precision_reason})",
+        f"data       {len(split.train)} train, {len(split.validation)} validation, "
+        f"{len(split.test)} test cases of {settings.data.root}, spacing {_list(spacing)} "
+        f"{dataset.unit}",
+        f"network    {model.parameter_count(network) / 1e6:.2f} M parameters, strides "
+        f"{_list(strides[1:])} for patch {_list(patch)}",
+        f"training   {total_steps} steps in {training.max_epochs} epochs, batch "
+        f"{training.train_batch_size} x {training.accumulate}, {training.workers} workers",
+        *notes,
+    ]:
+        console.print(line)
+    log.write("start", step=loop["step"], epoch=loop["step"] // iterations, versions=versions)
+
+    # ------------------------------------------------------------------ data
+    patches = data.PatchDataset(
+        split.train,
+        patch=patch,
+        spacing=settings.data.spacing,
+        foreground=foreground,
+        foreground_share=settings.sampling.foreground_share,
+        jitter=settings.sampling.jitter,
+        clip=settings.data.percentiles,
+        seed=settings.run.seed,
+        draw_spatial=functools.partial(
+            augment.draw_spatial, settings=settings.augment.model_dump()
+        ),
+        draw_intensity=functools.partial(
+            augment.draw_intensity, settings=settings.augment.model_dump()
+        ),
+        place_patch=augment.place_patch,
+    )
+    batches = data.patch_batches(
+        patches,
+        loop["step"] * training.accumulate,
+        stop_step * training.accumulate,
+        batches_per_epoch=iterations * training.accumulate,
+        batch_size=training.train_batch_size,
+        workers=training.workers,
+        prefetch=training.prefetch_factor,
+        persistent=training.persistent_workers,
+        pin=device.type == "cuda",
+    )
+    if state is not None:
+        checkpoint.set_rng_state(state["rng"])
+
+    # ------------------------------------------------------------------ loop
+    # One pass more than steps: state is looked at and saved at one place, before the step. So
+    # step 0 is the untrained network, and the last pass only looks.
+    sums, since_log, started = {}, 0, time.perf_counter()
+    data_seconds = step_seconds = 0.0
+    network.train()
+    with progress_line(stop_step, loop["step"]) as show:
+        while True:
+            step, epoch = loop["step"], loop["step"] // iterations
+            done = step == stop_step
+            if done or step % iterations == 0:
+                fresh = state is None or step > state["loop"]["step"]
+                on_schedule = epoch % settings.validation.every == 0
+                due = done or (on_schedule if step else settings.validation.untrained)
+                better = False
+                if fresh and due:
+                    scores, per_case, slices = evaluate(
+                        ema,
+                        split.validation,
+                        settings,
+                        patch=patch,
+                        foreground=foreground,
+                        device=device,
+                        precision=precision,
+                    )
+                    score = scores.get(settings.validation.score)
+                    better = None in (score, loop["best_score"]) or score > loop["best_score"]
+                    if better:
+                        loop |= {"best_score": score, "best_step": step}
+                    log.write("evaluation", step=step, epoch=epoch, scores=scores, cases=per_case)
+                    if scores:
+                        show.say(f"evaluation at step {step}: " + _numbers(scores))
+                    if settings.monitor.picture:
+                        monitor.draw_progress(
+                            run_folder, run_folder.name, slices, settings.inference.threshold
+                        )
+                if fresh:
+                    saved = {
+                        "format": checkpoint.FORMAT,
+                        "model": network.state_dict(),
+                        "ema": ema.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "scheduler": None,  # the rate is a function of the step
+                        "scaler": scaler.state_dict(),
+                        "loop": dict(loop),
+                        "rng": checkpoint.rng_state(),
+                        "config": settings.plain(),
+                        "data": data_facts,
+                        "versions": versions,
+                    }
+                    checkpoint.save(saved, run_folder / "checkpoints" / "last.pt")
+                    if better:
+                        checkpoint.save(saved, run_folder / "checkpoints" / "best.pt")
+                    checkpoint.link_last(
+                        settings.run.folder, run_folder / "checkpoints" / "last.pt"
+                    )
+                started = time.perf_counter()
+            if done:
+                break
+            lr = learning_rate(
+                step,
+                total_steps,
+                **optim.model_dump(
+                    include={"lr", "schedule", "max_lr", "warmup_steps", "final_lr_share"}
+                ),
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # -------------------------------------------------------------- the learning step
+            for _ in range(training.accumulate):
+                waiting = time.perf_counter()
+                samples = next(batches)
+                data_seconds += time.perf_counter() - waiting
+                image, target, valid = augment.draw_batch(
+                    samples,
+                    patch,
+                    foreground=foreground,
+                    ignore_label=dataset.ignore_label,
+                    device=device,
+                )
+                with autocast():
+                    logits = network(image)
+                loss, parts = losses.composite_loss(logits, target, valid, terms, spacing=spacing)
+                scaler.scale(loss / training.accumulate).backward()
+                for name, value in parts.items():
+                    sums[name] = sums.get(name, 0) + value / training.accumulate
+            if optim.clip:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(network.parameters(), optim.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            update_ema(ema, network, optim.ema, step)
+            # -------------------------------------------------------------- learnt
+
+            loop["step"] += 1
+            since_log += 1
+            if loop["step"] % settings.monitor.log_every == 0 or loop["step"] == stop_step:
+                means = {k: float(v) / since_log for k, v in sums.items()}  # waits for the device
+                step_seconds = (time.perf_counter() - started) / since_log
+                if not all(map(math.isfinite, means.values())):
+                    show.say(f"step {loop['step']}: the loss is not finite ({_numbers(means)}); "
+                             f"the last saved state is kept, lower optim.lr or use fp32")  # fmt: skip
+                    return 1
+                loop["seconds"] += step_seconds * since_log
+                log.write(
+                    "step",
+                    step=loop["step"],
+                    epoch=epoch,
+                    loss=means,
+                    lr=lr,
+                    step_seconds=round(step_seconds, 4),
+                    data_seconds=round(data_seconds / since_log, 4),
+                )
+                show.advance(loop["step"], f"epoch {epoch} loss {_numbers(means)} lr {lr:.1e} "
+                             f"{step_seconds:.2f} s/step ({data_seconds / since_log:.2f} s wait)")  # fmt: skip
+                sums, since_log, data_seconds = {}, 0, 0.0
+                started = time.perf_counter()
+
+    best = "" if loop["best_score"] is None else (
+        f"; best {settings.validation.score} {loop['best_score']:.4f} at step {loop['best_step']}"
+    )  # fmt: skip
+    log.write("end", step=loop["step"], epoch=loop["step"] // iterations)
+    log.close()
+    console.print(f"done: step {loop['step']} in {loop['seconds']:.0f} s of training{best}")
+    console.print(f"state in {run_folder / 'checkpoints'}; next: python infer.py --ckpt "
+                  f"{Path(settings.run.folder) / 'last.pt'}")  # fmt: skip
+    return 0
+
+
+class progress_line:
+    """A progress bar on a terminal, plain lines elsewhere; as a context. `say` prints above it."""
+
+    def __init__(self, total, done):
+        columns = (BarColumn(30), TextColumn("{task.completed}/{task.total}"))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self.bar = Progress(*columns, *times, TextColumn("{task.description}"), console=console)
+        self.total = total
+        self.task = self.bar.add_task("", total=total, completed=done)
+
+    def __enter__(self):
+        if console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error):
+        self.bar.stop()
+
+    def say(self, text):
+        console.print(text)
+
+    def advance(self, step, text):
+        self.bar.update(self.task, completed=step, description=text)
+        if not console.is_terminal:
+            console.print(f"step {step}/{self.total} {text}")
+
+
+def _list(values):
+    return str([list(v) if isinstance(v, tuple) else v for v in values]).replace(" ", "")
+
+
+def _numbers(values):
+    return " ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def cli(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a YAML file with differences from the defaults")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest saved state")
+    parser.add_argument("overrides", nargs="*", metavar="group.key=value")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        settings = config.load(arguments.config, arguments.overrides)
+    except config.ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
+        return main(settings, resume=arguments.resume)
+    except KeyboardInterrupt:
+        print("interrupted; the state of the last finished epoch is saved, go on with --resume")
+        return STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
