@@ -71,7 +71,7 @@ def check_strides(patch, strides):
 
 
 def _kernel(spacing, patch, before):
-    reach = 2 * min(s for s, n in zip(spacing, patch, strict=True) if n > 1)
+    reach = 2 * min((s for s, n in zip(spacing, patch, strict=True) if n > 1), default=0)
     return tuple(
         3 if k == 3 or (s <= reach and n > 1) else 1
         for s, n, k in zip(spacing, patch, before, strict=True)
@@ -134,7 +134,12 @@ class UNet3D(nn.Module):
         self.strides = [tuple(s) for s in strides]
         self.deep_supervision, self.checkpointing = deep_supervision, checkpointing
         padding = tuple(k // 2 for k in kernels[0])
-        self.stem = nn.Conv3d(in_channels, widths[0], kernels[0], padding=padding, bias=False)
+        # Normed before the first sum, so that brightness and contrast end here.
+        self.stem = nn.Sequential(
+            nn.Conv3d(in_channels, widths[0], kernels[0], padding=padding, bias=False),
+            nn.InstanceNorm3d(widths[0], affine=True),
+            nn.Mish(),
+        )
         self.downs, self.encoder = nn.ModuleList(), nn.ModuleList()
         for i, (width, stride, kernel) in enumerate(zip(widths, strides, kernels, strict=True)):
             before = widths[max(i - 1, 0)]

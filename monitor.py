@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 class RunLog:
@@ -57,6 +58,37 @@ def _numbers(fields, prefix=""):
             yield from _numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield prefix + key, value
+
+
+class ProgressLine:
+    """A progress bar on a terminal, plain lines elsewhere; as a context. `say` prints above it."""
+
+    def __init__(self, console, total, done):
+        self.console = console
+        columns = (BarColumn(30), TextColumn("{task.completed}/{task.total}"))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self.bar = Progress(
+            *columns, *times, TextColumn("{task.description}"), console=self.console
+        )
+        self.total = total
+        self.task = self.bar.add_task("", total=total, completed=done)
+
+    def __enter__(self):
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error):
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def say(self, text):
+        self.console.print(text)
+
+    def advance(self, step, text):
+        self.bar.update(self.task, completed=step, description=text)
+        if not self.console.is_terminal:
+            self.console.print(f"step {step}/{self.total} {text}")
 
 
 def read_log(path):

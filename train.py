@@ -13,25 +13,21 @@ fault, nothing written), 75 stopped early with state saved.
 
 import argparse
 import copy
-import fnmatch
 import functools
 import math
 import os
-import shutil
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
-import numpy as np
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import augment
+import cases
 import checkpoint
 import config
 import data
@@ -41,109 +37,8 @@ import model
 import monitor
 import windows
 
-HERE = Path(__file__).resolve().parent
 STOPPED = 75
 console = Console(highlight=False, soft_wrap=True)
-
-
-# ---------------------------------------------------------------------------- which cases
-
-
-@dataclass(frozen=True)
-class Split:
-    train: list
-    validation: list
-    test: list
-
-
-def choose_cases(dataset, *, train, validation, test, folds, fold):
-    """The `Split` of a dataset, and notes to print. ValueError names every fault, a line each.
-
-    train, validation, test: ids, groups or patterns of either; train None: all labelled cases not
-    named elsewhere. folds > 0: whole groups go to folds, the largest first to the emptiest fold,
-    and validation is fold number `fold`.
-    """
-    faults, notes = [], []
-
-    def named(key, patterns):
-        found = {}
-        for pattern in patterns or ():
-            hits = [
-                c
-                for c in dataset.cases.values()
-                if fnmatch.fnmatch(c.id, pattern) or fnmatch.fnmatch(c.group, pattern)
-            ]
-            if not hits:
-                known = ", ".join(list(dataset.cases)[:8])
-                faults.append(
-                    f"data.{key}: no case or group is named {pattern!r}; there are {known}"
-                )
-            found |= {c.id: c for c in hits}
-        return found
-
-    chosen_test, chosen_validation = named("test", test), named("validation", validation)
-    chosen_train = named("train", train)
-    if train is None:
-        taken = chosen_test | chosen_validation
-        chosen_train = {i: c for i, c in dataset.cases.items() if i not in taken and c.labelled}
-    if folds:
-        chosen_validation, note = _fold(chosen_train, folds, fold)
-        chosen_train = {i: c for i, c in chosen_train.items() if i not in chosen_validation}
-        notes += note
-    split = Split(*(list(d.values()) for d in (chosen_train, chosen_validation, chosen_test)))
-    faults += _split_faults(split)
-    if faults:
-        raise ValueError("\n".join(faults))
-    if not split.validation:
-        notes.append("validation: no cases are set aside for it, so best.pt is the last state")
-    return split, notes
-
-
-def _fold(cases, folds, fold):
-    groups = {}
-    for case in cases.values():
-        groups.setdefault(case.group, []).append(case.id)
-    notes = []
-    if len(groups) < folds:
-        notes.append(f"data.folds: {folds} asked for, only {len(groups)} groups are there")
-    if len(groups) < 2:
-        return {}, notes
-    parts = [[] for _ in range(min(folds, len(groups)))]
-    for group in sorted(groups, key=lambda g: (-len(groups[g]), g)):
-        min(parts, key=len).extend(groups[group])
-    return {i: cases[i] for i in parts[fold % len(parts)]}, notes
-
-
-def _split_faults(split):
-    if not split.train:
-        yield "data.train: expected at least one labelled case, got none"
-    for key in ("train", "validation"):
-        for case in getattr(split, key):
-            if not case.labelled:
-                yield f"data.{key}: case {case.id} has no label; prepare it with --labels"
-    for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        shared = {c.group for c in getattr(split, a)} & {c.group for c in getattr(split, b)}
-        if shared:
-            yield (
-                f"data.{a} and data.{b}: expected no group in both, got {', '.join(sorted(shared))}; "
-                "name whole groups on one side"
-            )
-    channels = {c.channels for c in split.train + split.validation}
-    if len(channels) > 1:
-        yield f"data.root: expected one number of channels in all cases, got {sorted(channels)}"
-
-
-def foreground_ids(classes, wanted):
-    """Ids of the classes that are foreground; ValueError if there are several and none is named."""
-    named = {name: number for name, number in classes.items() if number != 0}
-    unknown = [name for name in wanted or () if name not in named]
-    if unknown or (wanted is None and len(named) > 1):
-        got = f"got {', '.join(unknown)}" if unknown else "got none"
-        raise ValueError(
-            f"data.foreground: expected names among {', '.join(named)} ({got}); the network tells "
-            "one foreground from the background, name the classes that belong to it"
-        )
-    return [named[name] for name in wanted] if wanted else list(named.values())
 
 
 # ---------------------------------------------------------------------------- pure answers
@@ -171,59 +66,6 @@ def learning_rate(step, total, *, lr, schedule, max_lr, warmup_steps, final_lr_s
     return peak * (final_lr_share + (1 - final_lr_share) * (1 + math.cos(math.pi * share)) / 2)
 
 
-def resolve_device(name):
-    """(device, reason) for run.device; ValueError if it is not there."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda"), f"the first of {torch.cuda.device_count()} GPUs"
-        return torch.device("cpu"), "no GPU is visible to torch"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"run.device: expected auto, cpu or cuda:N, got {name} ({reason})"
-        ) from None
-    return device, "as set"
-
-
-def resolve_precision(name, device):
-    """(fp32 | bf16 | fp16, reason) for training.precision on a device."""
-    if device.type == "cpu":
-        why = "a CPU: bf16 autocast diverged there within 40 steps where fp32 trained well"
-        return "fp32", why
-    if name == "auto":
-        able = torch.cuda.is_bf16_supported()
-        return ("bf16", "the GPU supports it") if able else ("fp16", "the GPU has no bf16")
-    return name, "as set"
-
-
-def new_run_folder(folder, name):
-    """A folder for a new run: a run that has saved state is never written over."""
-    path, number = Path(folder) / name, 1
-    while (path / "checkpoints").is_dir() and any((path / "checkpoints").iterdir()):
-        number += 1
-        path = Path(folder) / f"{name}-{number}"
-    return path
-
-
-def newest_run_folder(folder, name):
-    """The latest of runs/name, runs/name-2, ... that exists."""
-    numbered = [p for p in Path(folder).glob(f"{name}-*") if p.name[len(name) + 1 :].isdigit()]
-    numbered.sort(key=lambda p: int(p.name[len(name) + 1 :]))
-    return ([Path(folder) / name] + numbered)[-1]
-
-
-def record_run(folder, settings):
-    """The resolved settings and the source that runs, so that a run explains itself."""
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings.plain(), sort_keys=False))
-    (folder / "source").mkdir(exist_ok=True)
-    for path in HERE.glob("*.py"):
-        shutil.copy2(path, folder / "source" / path.name)
-
-
 @torch.no_grad()
 def update_ema(ema, network, decay, step):
     """Move the averaged weights towards the network's; the decay grows over the first steps."""
@@ -234,23 +76,14 @@ def update_ema(ema, network, decay, step):
 # ---------------------------------------------------------------------------- evaluation
 
 
-def read_truth(file, foreground, ignore_label):
-    """The label of a case file as 0, 1 and ignore_label: (D, H, W) uint8."""
-    label = file["label"][:]
-    truth = np.isin(label, foreground).astype(np.uint8)
-    if ignore_label is not None:
-        truth[label == ignore_label] = ignore_label
-    return truth
-
-
-def evaluate(network, cases, settings, *, patch, foreground, device, precision):
+def evaluate(network, chosen, settings, *, patch, foreground, device, precision):
     """Whole-volume scores: (mean scores, {case: scores}, slices of the first case to look at)."""
     inference, was_training = settings.inference, network.training
     network.eval()
     per_case, slices = {}, None
-    for case in cases[: settings.validation.max_cases]:
+    for case in chosen[: settings.validation.max_cases]:
         with h5py.File(case.path, "r") as file:
-            truth = read_truth(file, foreground, case.ignore_label)
+            truth = cases.read_truth(file, foreground, case.ignore_label)
             spacing = data.network_spacing(case.spacing, settings.data.spacing)
             statistics_ = data.normalisation(case.intensity, settings.data.percentiles)
             probs = windows.predict_volume(
@@ -287,23 +120,23 @@ def main(settings, *, resume=False):
     # ------------------------------------------------------------------ settings and their checks
     optim, training = settings.optim, settings.training
     try:
-        device, device_reason = resolve_device(settings.run.device)
-        dataset = data.read_dataset(settings.data.root)
-        split, notes = choose_cases(
+        device, device_reason = windows.resolve_device(settings.run.device)
+        dataset = cases.read_dataset(settings.data.root)
+        split, notes = cases.choose_cases(
             dataset,
             **settings.data.model_dump(include={"train", "validation", "test", "folds", "fold"}),
         )
-        foreground = foreground_ids(dataset.classes, settings.data.foreground)
+        foreground = cases.foreground_ids(dataset.classes, settings.data.foreground)
         patch = settings.sampling.patch
         spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
         spacing = tuple(statistics.median(axis) for axis in zip(*spacings, strict=True))
         strides, kernels = model.derive_strides(patch, spacing, len(settings.model.multipliers))
         if settings.model.strides is not None:
             strides = model.check_strides(patch, settings.model.strides)
-        run_folder = new_run_folder(settings.run.folder, settings.run.name)
+        run_folder = checkpoint.new_run_folder(settings.run.folder, settings.run.name)
         state = None
-        if resume and newest_run_folder(settings.run.folder, settings.run.name).exists():
-            run_folder = newest_run_folder(settings.run.folder, settings.run.name)
+        if resume and checkpoint.newest_run_folder(settings.run.folder, settings.run.name).exists():
+            run_folder = checkpoint.newest_run_folder(settings.run.folder, settings.run.name)
             found, why = checkpoint.find_newest(run_folder / "checkpoints")
             state = checkpoint.load(found)
             notes.append(
@@ -314,7 +147,7 @@ def main(settings, *, resume=False):
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
-    precision, precision_reason = resolve_precision(training.precision, device)
+    precision, precision_reason = windows.resolve_precision(training.precision, device)
     torch.set_num_threads(settings.run.threads or len(os.sched_getaffinity(0)))
     torch.manual_seed(settings.run.seed)
     total_steps = training.max_epochs * training.train_iterations_per_epoch
@@ -354,11 +187,12 @@ def main(settings, *, resume=False):
             return 2
         scaler.load_state_dict(state["scaler"])
         loop = state["loop"]
+    first_step = loop["step"]
     if settings.model.compile:
         network.compile()  # in place: the names in the state stay as they are
 
     # ------------------------------------------------------------------ the run records itself
-    record_run(run_folder, settings)
+    checkpoint.record_run(run_folder, yaml.safe_dump(settings.plain(), sort_keys=False))
     log = monitor.RunLog(
         run_folder,
         tensorboard=settings.monitor.tensorboard,
@@ -367,7 +201,7 @@ def main(settings, *, resume=False):
     versions = checkpoint.versions()
     data_facts = {  # all that infer.py must know of the data
         "root": str(Path(settings.data.root).resolve()),
-        **{key: [c.id for c in cases] for key, cases in vars(split).items()},
+        **{key: [c.id for c in members] for key, members in vars(split).items()},
         "channels": split.train[0].channels,
         "classes": dict(dataset.classes),
         "foreground": list(foreground),
@@ -431,12 +265,12 @@ def main(settings, *, resume=False):
     sums, since_log, started = {}, 0, time.perf_counter()
     data_seconds = step_seconds = 0.0
     network.train()
-    with progress_line(stop_step, loop["step"]) as show:
+    with monitor.ProgressLine(console, stop_step, loop["step"]) as show:
         while True:
             step, epoch = loop["step"], loop["step"] // iterations
             done = step == stop_step
             if done or step % iterations == 0:
-                fresh = state is None or step > state["loop"]["step"]
+                fresh = state is None or step > first_step  # a resumed step is saved already
                 on_schedule = epoch % settings.validation.every == 0
                 due = done or (on_schedule if step else settings.validation.untrained)
                 better = False
@@ -527,8 +361,10 @@ def main(settings, *, resume=False):
                 means = {k: float(v) / since_log for k, v in sums.items()}  # waits for the device
                 step_seconds = (time.perf_counter() - started) / since_log
                 if not all(map(math.isfinite, means.values())):
-                    show.say(f"step {loop['step']}: the loss is not finite ({_numbers(means)}); "
-                             f"the last saved state is kept, lower optim.lr or use fp32")  # fmt: skip
+                    show.say(
+                        f"step {loop['step']}: the loss is not finite ({_numbers(means)}); the last "
+                        "saved state is kept; lower optim.lr, or set training.precision=fp32"
+                    )
                     return 1
                 loop["seconds"] += step_seconds * since_log
                 log.write(
@@ -540,8 +376,11 @@ def main(settings, *, resume=False):
                     step_seconds=round(step_seconds, 4),
                     data_seconds=round(data_seconds / since_log, 4),
                 )
-                show.advance(loop["step"], f"epoch {epoch} loss {_numbers(means)} lr {lr:.1e} "
-                             f"{step_seconds:.2f} s/step ({data_seconds / since_log:.2f} s wait)")  # fmt: skip
+                show.advance(
+                    loop["step"],
+                    f"epoch {epoch} loss {_numbers(means)} lr {lr:.1e} {step_seconds:.2f} s/step, "
+                    f"of which {data_seconds / since_log:.2f} s waiting for data",
+                )
                 sums, since_log, data_seconds = {}, 0, 0.0
                 started = time.perf_counter()
 
@@ -554,33 +393,6 @@ def main(settings, *, resume=False):
     console.print(f"state in {run_folder / 'checkpoints'}; next: python infer.py --ckpt "
                   f"{Path(settings.run.folder) / 'last.pt'}")  # fmt: skip
     return 0
-
-
-class progress_line:
-    """A progress bar on a terminal, plain lines elsewhere; as a context. `say` prints above it."""
-
-    def __init__(self, total, done):
-        columns = (BarColumn(30), TextColumn("{task.completed}/{task.total}"))
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self.bar = Progress(*columns, *times, TextColumn("{task.description}"), console=console)
-        self.total = total
-        self.task = self.bar.add_task("", total=total, completed=done)
-
-    def __enter__(self):
-        if console.is_terminal:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *error):
-        self.bar.stop()
-
-    def say(self, text):
-        console.print(text)
-
-    def advance(self, step, text):
-        self.bar.update(self.task, completed=step, description=text)
-        if not console.is_terminal:
-            console.print(f"step {step}/{self.total} {text}")
 
 
 def _list(values):

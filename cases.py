@@ -1,0 +1,327 @@
+"""Case files, and which of them train, validate and test.
+
+One HDF5 file per case holds everything that training needs, in the source's own dtype:
+
+    image               (C, D, H, W)   source dtype
+    label               (D, H, W)      uint8 class ids, if the case is labelled
+    foreground/<class>  (N, 3) int32   voxel coordinates of that class, at most 20 000
+    background          (N, 3) int32   the same of labelled background
+    attributes          spacing (z, y, x), unit, affine, ignore_label (-1: none), intensity (JSON),
+                        source_image, source_label, group
+
+`dataset.json` beside them lists cases, groups and classes.
+"""
+
+import fnmatch
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+DATASET_FILE = "dataset.json"
+MAX_COORDINATES = 20_000
+PERCENTILES = (0.5, 1.0, 5.0, 50.0, 95.0, 99.0, 99.5)
+IGNORE_NONE = -1  # HDF5 attributes know no None
+
+
+# ---------------------------------------------------------------------------- case files
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is known of a case without reading its voxels. spacing and shape are z, y, x."""
+
+    id: str
+    path: str
+    group: str
+    shape: tuple[int, int, int]
+    channels: int
+    spacing: tuple[float, float, float]
+    unit: str
+    labelled: bool
+    ignore_label: int | None
+    intensity: dict
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The content of `dataset.json`: classes maps a name to its id, background (0) included."""
+
+    root: str
+    classes: dict[str, int]
+    ignore_label: int | None
+    unit: str
+    cases: dict[str, Case]
+
+
+def sample_coordinates(label, class_id, rng, most=MAX_COORDINATES):
+    """Up to `most` voxel coordinates of one class, without repeats: (N, 3) int32, sorted.
+
+    Dense classes are found by rejection, so that no index array of the volume's size is made.
+    """
+    flat = label.reshape(-1)
+    count = int(np.count_nonzero(flat == class_id))
+    if count > 20 * most:
+        share = count / flat.size
+        found = np.empty(0, np.int64)
+        while found.size < most:
+            trial = rng.integers(0, flat.size, size=int(1.2 * most / share))
+            found = np.unique(np.concatenate([found, trial[flat[trial] == class_id]]))
+        chosen = rng.choice(found, most, replace=False)
+    else:
+        chosen = np.flatnonzero(flat == class_id)
+        if chosen.size > most:
+            chosen = rng.choice(chosen, most, replace=False)
+    return np.stack(np.unravel_index(np.sort(chosen), label.shape), axis=1).astype(np.int32)
+
+
+def intensity_statistics(image):
+    """Mean, std and percentiles of the non-zero finite voxels, per channel, as lists.
+
+    image (C, D, H, W). A channel without such a voxel gets mean 0, std 1 and percentiles 0.
+    """
+    out = {"mean": [], "std": [], "percentiles": {str(p): [] for p in PERCENTILES}}
+    for channel in image:
+        values = channel[channel != 0]
+        empty = values.size == 0
+        out["mean"].append(0.0 if empty else float(values.mean(dtype=np.float64)))
+        out["std"].append(1.0 if empty else float(values.std(dtype=np.float64)))
+        cuts = np.zeros(len(PERCENTILES)) if empty else np.percentile(values, PERCENTILES)
+        for p, cut in zip(PERCENTILES, cuts, strict=True):
+            out["percentiles"][str(p)].append(float(cut))
+    return out
+
+
+def write_case(
+    path,
+    image,
+    label=None,
+    *,
+    spacing,
+    unit,
+    affine,
+    group,
+    ignore_label=None,
+    source_image="",
+    source_label="",
+    seed=0,
+):
+    """Write one case file whole: under a temporary name first, then renamed.
+
+    image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x;
+    affine (4, 4) voxel x, y, z to world as NIfTI has it, or None.
+    """
+    path = Path(path)
+    rng = np.random.default_rng(seed)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with h5py.File(partial, "w") as file:
+            # Contiguous and uncompressed: a box is then a strided read from the page cache.
+            file.create_dataset("image", data=image)
+            if label is not None:
+                label = np.ascontiguousarray(label, dtype=np.uint8)
+                file.create_dataset("label", data=label)
+                present = np.flatnonzero(np.bincount(label.reshape(-1), minlength=256))
+                for class_id in (c for c in present if c not in (0, ignore_label)):
+                    coordinates = sample_coordinates(label, class_id, rng)
+                    file.create_dataset(f"foreground/{class_id}", data=coordinates)
+                file.create_dataset("background", data=sample_coordinates(label, 0, rng))
+            file.attrs["spacing"] = np.asarray(spacing, np.float64)
+            file.attrs["unit"] = unit
+            if affine is not None:
+                file.attrs["affine"] = np.asarray(affine, np.float64)
+            file.attrs["ignore_label"] = IGNORE_NONE if ignore_label is None else ignore_label
+            file.attrs["intensity"] = json.dumps(intensity_statistics(image))
+            file.attrs["source_image"] = str(source_image)
+            file.attrs["source_label"] = str(source_label)
+            file.attrs["group"] = group
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_case(path):
+    """The `Case` of a case file. ValueError if the file is not one."""
+    path = Path(path)
+    try:
+        with h5py.File(path, "r") as file:
+            channels, *shape = file["image"].shape
+            ignore = int(file.attrs["ignore_label"])
+            return Case(
+                id=path.stem,
+                path=str(path),
+                group=str(file.attrs["group"]),
+                shape=tuple(shape),
+                channels=channels,
+                spacing=tuple(float(s) for s in file.attrs["spacing"]),
+                unit=str(file.attrs["unit"]),
+                labelled="label" in file,
+                ignore_label=None if ignore == IGNORE_NONE else ignore,
+                intensity=json.loads(file.attrs["intensity"]),
+            )
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a case file written by prepare.py, got one that cannot be read as "
+            f"such ({error}); prepare this case again"
+        ) from error
+
+
+def read_truth(file, foreground, ignore_label):
+    """The label of a case file as 0, 1 and ignore_label: (D, H, W) uint8."""
+    label = file["label"][:]
+    truth = np.isin(label, foreground).astype(np.uint8)
+    if ignore_label is not None:
+        truth[label == ignore_label] = ignore_label
+    return truth
+
+
+def write_dataset(root, *, classes, ignore_label, unit, case_ids):
+    """Write `dataset.json` for the case files `<id>.h5` that stand in root."""
+    root = Path(root)
+    cases = [read_case(root / f"{case_id}.h5") for case_id in sorted(case_ids)]
+    content = {
+        "format": "lamina-dataset-1",
+        "classes": classes,
+        "ignore_label": ignore_label,
+        "unit": unit,
+        "groups": sorted({case.group for case in cases}),
+        "cases": [
+            {
+                "id": case.id,
+                "file": f"{case.id}.h5",
+                "group": case.group,
+                "shape": case.shape,
+                "channels": case.channels,
+                "spacing": case.spacing,
+                "labelled": case.labelled,
+            }
+            for case in cases
+        ],
+    }
+    partial = root / (DATASET_FILE + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, root / DATASET_FILE)
+
+
+def read_dataset(root):
+    """The `Dataset` in a folder made by prepare.py; FileNotFoundError if there is none."""
+    root = Path(root)
+    path = root / DATASET_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data.root: expected a folder made by prepare.py with a {DATASET_FILE}, got {root}; "
+            "make one with `python prepare.py --images PATH --labels PATH --out DIR`, or a "
+            "synthetic one with `python prepare.py --phantom scroll --out DIR`"
+        )
+    try:
+        content = json.loads(path.read_text())
+        ids = [entry["id"] for entry in content["cases"]]
+        files = [root / entry["file"] for entry in content["cases"]]
+        classes, ignore, unit = content["classes"], content["ignore_label"], content["unit"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected what prepare.py writes, got {error!r}") from error
+    cases = {i: read_case(file) for i, file in zip(ids, files, strict=True)}
+    return Dataset(str(root), classes, ignore, unit, cases)
+
+
+# ---------------------------------------------------------------------------- which cases
+
+
+@dataclass(frozen=True)
+class Split:
+    train: list
+    validation: list
+    test: list
+
+
+def choose_cases(dataset, *, train, validation, test, folds, fold):
+    """The `Split` of a dataset, and notes to print. ValueError names every fault, a line each.
+
+    train, validation, test: ids, groups or patterns of either; train None: all labelled cases not
+    named elsewhere. folds > 0: whole groups go to folds, the largest first to the emptiest fold,
+    and validation is fold number `fold`.
+    """
+    faults, notes = [], []
+
+    def named(key, patterns):
+        found = {}
+        for pattern in patterns or ():
+            hits = [
+                c
+                for c in dataset.cases.values()
+                if fnmatch.fnmatch(c.id, pattern) or fnmatch.fnmatch(c.group, pattern)
+            ]
+            if not hits:
+                known = ", ".join(list(dataset.cases)[:8])
+                faults.append(
+                    f"data.{key}: no case or group is named {pattern!r}; there are {known}"
+                )
+            found |= {c.id: c for c in hits}
+        return found
+
+    chosen_test, chosen_validation = named("test", test), named("validation", validation)
+    chosen_train = named("train", train)
+    if train is None:
+        taken = chosen_test | chosen_validation
+        chosen_train = {i: c for i, c in dataset.cases.items() if i not in taken and c.labelled}
+    if folds:
+        chosen_validation, note = _fold(chosen_train, folds, fold)
+        chosen_train = {i: c for i, c in chosen_train.items() if i not in chosen_validation}
+        notes += note
+    split = Split(*(list(d.values()) for d in (chosen_train, chosen_validation, chosen_test)))
+    faults += _split_faults(split)
+    if faults:
+        raise ValueError("\n".join(faults))
+    if not split.validation:
+        notes.append("validation: no cases are set aside for it, so best.pt is the last state")
+    return split, notes
+
+
+def _fold(cases, folds, fold):
+    groups = {}
+    for case in cases.values():
+        groups.setdefault(case.group, []).append(case.id)
+    notes = []
+    if len(groups) < folds:
+        notes.append(f"data.folds: {folds} asked for, only {len(groups)} groups are there")
+    if len(groups) < 2:
+        return {}, notes
+    parts = [[] for _ in range(min(folds, len(groups)))]
+    for group in sorted(groups, key=lambda g: (-len(groups[g]), g)):
+        min(parts, key=len).extend(groups[group])
+    return {i: cases[i] for i in parts[fold % len(parts)]}, notes
+
+
+def _split_faults(split):
+    if not split.train:
+        yield "data.train: expected at least one labelled case, got none"
+    for key in ("train", "validation"):
+        for case in getattr(split, key):
+            if not case.labelled:
+                yield f"data.{key}: case {case.id} has no label; prepare it with --labels"
+    for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        shared = {c.group for c in getattr(split, a)} & {c.group for c in getattr(split, b)}
+        if shared:
+            yield (
+                f"data.{a} and data.{b}: expected no group in both, got "
+                f"{', '.join(sorted(shared))}; name whole groups on one side"
+            )
+    channels = {c.channels for c in split.train + split.validation}
+    if len(channels) > 1:
+        yield f"data.root: expected one number of channels in all cases, got {sorted(channels)}"
+
+
+def foreground_ids(classes, wanted):
+    """Ids of the classes that are foreground; ValueError if there are several and none is named."""
+    named = {name: number for name, number in classes.items() if number != 0}
+    unknown = [name for name in wanted or () if name not in named]
+    if unknown or (wanted is None and len(named) > 1):
+        got = f"got {', '.join(unknown)}" if unknown else "got none"
+        raise ValueError(
+            f"data.foreground: expected names among {', '.join(named)} ({got}); the network tells "
+            "one foreground from the background, name the classes that belong to it"
+        )
+    return [named[name] for name in wanted] if wanted else list(named.values())

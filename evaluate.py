@@ -1,0 +1,400 @@
+"""Compare predicted masks with the truth: a table of scores in the terminal, and a CSV file.
+
+    python evaluate.py --pred runs/exp001/predictions --truth data/vessels --out scores.csv
+    python evaluate.py --pred pred.nii.gz --truth truth.nii.gz --spacing 5 1 1 --tolerance 2
+    python evaluate.py --pred predictions --truth 'labels/{id}_lbl.tif' --ignore-label 2
+    python evaluate.py --pred predictions --truth data/membranes --otsu data/membranes --invert
+
+Each PATH is a file, a folder, a pattern, or a folder made by prepare.py; predictions, truth and
+images are matched by case id. Leaves nothing on disk but the file of --out: one row per case and
+method, then the means. What each score means stands in metrics.py.
+
+Exit status 2 if any input is wrong: every fault is named, and no file is written.
+"""
+
+import argparse
+import csv
+import dataclasses
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import cases
+import metrics
+import volumes
+
+METRES = {"m": 1.0, "mm": 1e-3, "micron": 1e-6, "nm": 1e-9}
+WHITE = (254, 255)  # what imaging tools write where they mean 1
+RATIOS = ("dice", "surface_dice", "precision", "recall")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Where the prediction, the truth and perhaps the image of one case are."""
+
+    id: str
+    prediction: str
+    truth: str
+    image: str | None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The volumes of a `Pair`: masks with classes 0 and 1, checked against each other."""
+
+    prediction: volumes.Volume
+    truth: volumes.Volume
+    otsu: np.ndarray | None
+    white: tuple[int | None, int | None]  # what stood for 1 in prediction and truth, if not 1
+
+
+# ---------------------------------------------------------------------------- which cases
+
+
+def find_sources(text, role, faults):
+    """({case id: path} of the volumes that text names, the dataset if it is one or None).
+
+    role is "prediction", "truth" or "image". Where a folder or pattern names labels and images
+    together, each role takes its own; probability maps beside predictions are left out. What is
+    wrong is added to faults.
+    """
+    dataset, sources = None, {}
+    try:
+        if (Path(text) / cases.DATASET_FILE).is_file():
+            dataset = cases.read_dataset(text)
+            found = _of_dataset(dataset, role)
+        else:
+            found = volumes.find_volumes(text)
+            found = found if len(found) == 1 else _of_role(found, role)
+    except ValueError as error:
+        faults.append(str(error))
+        return {}, None
+    for source in found:
+        if source.id in sources:
+            faults.append(
+                f"{source.path}: expected one {role} of case {source.id}, got "
+                f"{sources[source.id]} too; move one away"
+            )
+        sources[source.id] = source.path
+    if not sources:
+        faults.append(f"{text}: expected one {role} or more, got none; check the path")
+    return sources, dataset
+
+
+def _of_dataset(dataset, role):
+    name = "image" if role == "image" else "label"
+    cases = (case for case in dataset.cases.values() if role == "image" or case.labelled)
+    return [volumes.Source(case.id, f"{case.path}:{name}") for case in cases]
+
+
+def _of_role(found, role):
+    labels = [source for source in found if volumes.is_label_name(source.path)]
+    if role == "truth":
+        return labels or found
+    if role == "image":
+        return [source for source in found if source not in labels]
+    return [source for source in found if not source.id.endswith(("_probs", "_probabilities"))]
+
+
+def match(args, faults, notes):
+    """(pairs to score, value of unlabeled voxels or None).
+
+    One prediction file and one truth file are a pair whatever their names. A prediction without
+    truth (or without image, with --otsu) is a fault; a truth without prediction is a note, since
+    it is normal to predict the test cases only.
+    """
+    predictions, _ = find_sources(args.pred, "prediction", faults)
+    truths, dataset = find_sources(args.truth, "truth", faults)
+    images, _ = find_sources(args.otsu, "image", faults) if args.otsu else ({}, None)
+    ignore_label = args.ignore_label
+    if ignore_label is None and dataset is not None:
+        ignore_label = dataset.ignore_label
+    if faults:
+        return [], ignore_label
+    if len(predictions) == 1 and _is_file(args.pred):
+        (only,) = predictions
+        truths = {only: next(iter(truths.values()))} if _is_file(args.truth) else truths
+        images = {only: next(iter(images.values()))} if _is_file(args.otsu) else images
+    for role, sources in (("truth", truths), ("image", images if args.otsu else predictions)):
+        for case in sorted(set(predictions) - set(sources)):
+            faults.append(
+                f"{predictions[case]}: expected {role} {case} with it, got {_listed(sources)}; "
+                "rename one, or name the ids with a pattern such as '{id}.tif'"
+            )
+    left = set(truths) - set(predictions)
+    if left:
+        notes.append(f"truth without a prediction, not scored: {_listed(left)}")
+    shared = sorted(set(predictions) & set(truths))
+    return [Pair(i, predictions[i], truths[i], images.get(i)) for i in shared], ignore_label
+
+
+def _is_file(text):
+    return bool(text) and os.path.isfile(volumes.split_dataset(text)[0])
+
+
+def _listed(ids, most=8):
+    ids = sorted(ids)
+    more = f" and {len(ids) - most} more" if len(ids) > most else ""
+    return ", ".join(ids[:most]) + more
+
+
+# ---------------------------------------------------------------------------- one case
+
+
+def read_pair(pair, ignore_label, invert, faults):
+    """The `Loaded` volumes of a pair, checked; None if that added to faults."""
+    known = len(faults)
+    read = [_read(volumes.read_label, path, faults) for path in (pair.prediction, pair.truth)]
+    image = _read(volumes.read_image, pair.image, faults) if pair.image else None
+    if len(faults) > known:
+        return None
+    prediction, truth = read
+    for other in (truth, image):
+        if other is not None:
+            _check_same_grid(prediction, other, faults)
+    prediction, white_prediction = binary(prediction, None)
+    truth, white_truth = binary(truth, ignore_label)
+    _check_values(prediction, None, "give a mask of one class", faults)
+    advice = "give a mask of one class"
+    if ignore_label is None:
+        advice += ", or --ignore-label with the value of unlabeled voxels"
+    _check_values(truth, ignore_label, advice, faults)
+    if ignore_label is not None and (truth.array == ignore_label).all():
+        faults.append(
+            f"{pair.truth}: expected labelled voxels, got {ignore_label} (ignored) in all of them; "
+            "leave this case out"
+        )
+    otsu = None if image is None else otsu_mask(image, invert, faults)
+    if len(faults) > known:
+        return None
+    return Loaded(prediction, truth, otsu, (white_prediction, white_truth))
+
+
+def _read(reader, path, faults):
+    try:
+        return reader(path)
+    except volumes.VolumeError as error:
+        faults.append(str(error))
+        return None
+
+
+def binary(volume, ignore_label):
+    """(volume with 0/1 for 0/255 or 0/254, that white value or None); other values stay."""
+    array, white = volume.array, int(volume.array.max())
+    known = [0, white] if ignore_label is None else [0, white, ignore_label]
+    if white not in WHITE or white == ignore_label or not np.isin(array, known).all():
+        return volume, None
+    array = np.where(array == white, array.dtype.type(1), array)
+    return dataclasses.replace(volume, array=array), white
+
+
+def same_spacing(a, b):
+    """Whether two volumes agree on spacing to 1 %, as far as both state it."""
+    if a.spacing is None or b.spacing is None:
+        return True
+    known = a.unit in METRES and b.unit in METRES
+    scale = METRES[a.unit] / METRES[b.unit] if known else 1.0
+    return np.allclose(np.asarray(a.spacing) * scale, b.spacing, rtol=0.01, atol=0.0)
+
+
+def _check_same_grid(prediction, other, faults):
+    if other.array.shape[-3:] != prediction.array.shape:
+        faults.append(
+            f"{prediction.path}: expected the shape of {other.path}, {other.array.shape[-3:]}, got "
+            f"{prediction.array.shape}; give volumes of the same voxels"
+        )
+    if not same_spacing(prediction, other):
+        faults.append(
+            f"{prediction.path}: expected the spacing of {other.path}, {_with_unit(other)}, got "
+            f"{_with_unit(prediction)}; correct the header that is wrong"
+        )
+
+
+def _with_unit(volume):
+    return f"{' '.join(f'{s:g}' for s in volume.spacing)} {volume.unit}".rstrip()
+
+
+def _check_values(volume, ignored, advice, faults):
+    allowed = [0, 1] if ignored is None else [0, 1, ignored]
+    if not np.isin(volume.array, allowed).all():
+        found = ", ".join(map(str, np.unique(volume.array)[:8]))
+        allowed = ", ".join(map(str, allowed))
+        faults.append(f"{volume.path}: expected the values {allowed}, got {found}; {advice}")
+
+
+def otsu_mask(image, invert, faults):
+    """What is brighter than Otsu's threshold (darker with invert) as a bool mask (D, H, W)."""
+    if image.array.shape[0] != 1:
+        faults.append(
+            f"{image.path}: expected one channel for --otsu, got {image.array.shape[0]}; "
+            "give one channel as a volume of its own"
+        )
+        return None
+    try:
+        return (image.array[0] > metrics.otsu_threshold(image.array[0])) != invert
+    except ValueError as error:
+        faults.append(f"{image.path}: {error}; --otsu cannot use this image")
+        return None
+
+
+def score_pair(pair, loaded, args, ignore_label):
+    """The CSV rows of one case: of the prediction, and of Otsu's threshold if asked for."""
+    stated = loaded.truth if loaded.truth.spacing is not None else loaded.prediction
+    spacing = tuple(args.spacing or stated.spacing or (1.0, 1.0, 1.0))
+    about = {
+        "tolerance": args.tolerance,
+        "spacing": " ".join(f"{s:g}" for s in spacing),
+        "unit": "" if args.spacing or stated.spacing is None else stated.unit,
+    }
+    masks = {"prediction": loaded.prediction.array, "otsu": loaded.otsu}
+    rows = []
+    for method, mask in masks.items():
+        if mask is not None:
+            scores = metrics.score(mask, loaded.truth.array, spacing, ignore_label, args.tolerance)
+            rows.append({"case": pair.id, "method": method} | scores | about)
+    return rows
+
+
+def score_pairs(pairs, args, ignore_label, faults, notes):
+    """All rows. After the first fault the rest is only read and checked, so that all are named."""
+    from rich.progress import track
+
+    rows, white, unspaced = [], {}, []
+    for pair in track(pairs, "scoring", disable=not sys.stdout.isatty(), transient=True):
+        loaded = read_pair(pair, ignore_label, args.invert, faults)
+        if loaded is None:
+            continue
+        for role, value in zip(("predictions", "truths"), loaded.white, strict=True):
+            if value is not None:
+                white.setdefault((role, value), []).append(pair.id)
+        if not (args.spacing or loaded.prediction.spacing or loaded.truth.spacing):
+            unspaced.append(pair.id)
+        if not faults:
+            rows += score_pair(pair, loaded, args, ignore_label)
+    for (role, value), ids in white.items():
+        notes.append(f"{role} of 0 and {value} read as 0 and 1: {_listed(ids)}")
+    if unspaced:
+        notes.append(f"no file states a spacing, 1 1 1 is taken (--spacing): {_listed(unspaced)}")
+    return rows
+
+
+# ---------------------------------------------------------------------------- report
+
+
+def with_means(rows):
+    """The rows, then for each method the mean over cases under the name `mean`."""
+    out = list(rows)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        of_method = [row for row in rows if row["method"] == method]
+        names = (*RATIOS, "components", "components_truth")
+        mean = metrics.mean_scores([{name: row[name] for name in names} for row in of_method])
+        out.append({"case": "mean", "method": method} | mean)
+    return out
+
+
+def print_table(rows, tolerance):
+    from rich.console import Console
+    from rich.table import Table
+
+    units = {row["unit"] for row in rows if "unit" in row}
+    unit = units.pop() if len(units) == 1 else ""
+    heads = ["dice", f"surface dice @ {tolerance:g} {unit}".rstrip(), "precision", "recall"]
+    several = len({row["method"] for row in rows}) > 1
+    table = Table()
+    for head in ["case"] + ["method"] * several:
+        table.add_column(head, no_wrap=True)
+    for head in [*heads, "components", "in truth"]:
+        table.add_column(head, justify="right")
+    for i, row in enumerate(rows):
+        if row["case"] == "mean" and rows[i - 1]["case"] != "mean":
+            table.add_section()
+        counts = [f"{row[name]:g}" for name in ("components", "components_truth")]
+        ratios = [f"{row[name]:.3f}" for name in RATIOS]
+        table.add_row(row["case"], *[row["method"]] * several, *ratios, *counts)
+    # Without a terminal rich assumes 80 columns and would cut the ids.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def write_csv(path, rows):
+    """Write the rows whole: under a temporary name first, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial_{os.getpid()}_{path.name}")
+    try:
+        with open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), restval="")
+            writer.writeheader()
+            for row in rows:
+                rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+                writer.writerow(rounded)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def non_negative(text):
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text}")
+    return value
+
+
+def positive(text):
+    if non_negative(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return float(text)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--pred", required=True, metavar="PATH", help="predicted masks")
+    add("--truth", required=True, metavar="PATH", help="true masks, or a prepared dataset")
+    add("--ignore-label", type=int, metavar="V", help="value of unlabeled voxels in the truth")
+    add("--spacing", type=positive, nargs=3, metavar=("Z", "Y", "X"),
+        help="default: the header of the truth, else of the prediction, else 1 1 1")  # fmt: skip
+    add("--tolerance", type=non_negative, default=2.0, metavar="T",
+        help="of surface Dice, in the unit of the spacing (default 2)")  # fmt: skip
+    add("--out", metavar="FILE", help="write the scores as CSV")
+    add("--otsu", metavar="PATH", help="images: score their Otsu threshold beside the predictions")
+    add("--invert", action="store_true", help="--otsu finds what is dark")
+    args = parser.parse_args(argv)
+    if args.invert and not args.otsu:
+        parser.error("--invert: expected --otsu PATH with it")
+    if args.ignore_label in (0, 1):
+        parser.error(f"--ignore-label: expected neither 0 nor 1, got {args.ignore_label}")
+    if args.out and Path(args.out).is_dir():
+        parser.error(f"--out: expected a file to write, got the folder {args.out}")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    faults, notes = [], []
+    pairs, ignore_label = match(args, faults, notes)
+    rows = score_pairs(pairs, args, ignore_label, faults, notes)
+    for note in notes:
+        print(f"note: {note}")
+    if not faults:
+        rows = with_means(rows)
+        print_table(rows, args.tolerance)
+        if args.out:
+            try:
+                write_csv(args.out, rows)
+                print(f"wrote {args.out}")
+            except OSError as error:
+                faults.append(f"{args.out}: expected a file to write, got {error.strerror}")
+    if faults:
+        plural = "" if len(faults) == 1 else "s"
+        print(*faults, f"{len(faults)} fault{plural}; nothing was written",
+              sep="\n", file=sys.stderr)  # fmt: skip
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

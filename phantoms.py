@@ -1,0 +1,245 @@
+"""Synthetic volumes with a known truth: `scroll` (sheets) and `vessels` (tubes).
+
+Each is a pure function of (shape, seed, index), for any shape, and hard for a threshold: the
+brightness drifts by as much as the structure stands out, and blobs of another shape are as
+bright as the structure. What is torn or missing is so in the image and in the label alike.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+UNLABELED = 2
+
+# Scroll: lengths in voxels, brightness in grey levels.
+PITCH = (20.0, 24.0)
+SHEET_HALF_THICKNESS = 1.5
+CLOSEST = 4.0  # between the middles of two sheets in contact
+SHEET_CONTRAST = 50.0
+
+# Vessels: lengths in micron. A voxel is thicker than a capillary.
+VESSEL_SPACING = (3.0, 1.0, 1.0)
+RADIUS = (1.0, 3.0)
+STEP = 1.0
+VOLUME_PER_TREE = 180_000.0  # cubic micron
+MOST_POINTS = 1200  # of a tree; each costs some 20 microseconds to draw
+VESSEL_CONTRAST = 100.0
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """image (D, H, W) uint8; label (D, H, W) uint8: 0, 1, and 2 where unlabeled (scroll only)."""
+
+    image: np.ndarray
+    label: np.ndarray
+    spacing: tuple[float, float, float]
+    unit: str
+    ignore_label: int | None
+
+
+def smooth_field(shape, length, rng):
+    """Smooth noise (D, H, W) float32 of mean 0 and variance 1; length: its grain in voxels.
+
+    A cubic B-spline with random coefficients `length` apart, so that its cost does not grow
+    with `length`. length is one number or z, y, x.
+    """
+    lengths = np.broadcast_to(np.asarray(length, np.float64), 3)
+    weights = [_bspline_weights(n, step) for n, step in zip(shape, lengths, strict=True)]
+    field = rng.standard_normal([w.shape[1] for w in weights], dtype=np.float32)
+    for axis, weight in enumerate(weights):
+        field = np.moveaxis(np.tensordot(weight, field, axes=(1, axis)), 0, axis)
+    return field
+
+
+def _bspline_weights(size, step):
+    """(size, knots) float32: rows of cubic B-spline values with unit sum of squares."""
+    knots = np.arange(-1, math.ceil((size - 1) / step) + 2)
+    t = np.abs(np.arange(size)[:, None] / step - knots)
+    inner = 2 / 3 - t**2 + t**3 / 2
+    outer = np.clip(2 - t, 0, None) ** 3 / 6
+    weights = np.where(t < 1, inner, outer)
+    return (weights / np.sqrt((weights**2).sum(axis=1, keepdims=True))).astype(np.float32)
+
+
+def _grid(shape):
+    return np.meshgrid(*(np.arange(n, dtype=np.float32) for n in shape), indexing="ij", sparse=True)
+
+
+def _noise(shape, rng, white, correlated):
+    """White noise plus noise of a grain of about two voxels; both given as standard deviations."""
+    grain = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 1.0)
+    grain *= correlated / max(float(grain.std()), 1e-6)
+    return grain + white * rng.standard_normal(shape, dtype=np.float32)
+
+
+# ---------------------------------------------------------------------------- scroll
+
+
+def scroll(shape, seed=0, index=0):
+    """Wavy, touching, torn sheets as in a CT of a rolled papyrus, with an unlabeled region.
+
+    Sheets are level sets of the distance from a tilted axis, displaced smoothly; the label is
+    the sheet, 3 voxels thick, wherever it is not torn.
+    """
+    rng = np.random.default_rng([seed, index, 1])
+    distance, middle = _sheet_distance(shape, rng)
+    torn = smooth_field(shape, 13.0, rng) > rng.uniform(1.1, 1.5)
+    sheet = np.where(torn, 0, np.clip(SHEET_HALF_THICKNESS + 0.5 - distance, 0, 1))
+    label = ((distance <= SHEET_HALF_THICKNESS) & ~torn).astype(np.uint8)
+
+    dust = _dust(shape, middle, rng)
+    brightness = 1 + 0.18 * smooth_field(shape, 18.0, rng)
+    bright = SHEET_CONTRAST * np.maximum(sheet * brightness, dust)
+    drift = 36.0 * smooth_field(shape, max(shape) / 2.5, rng)
+    image = 90.0 + drift + ndimage.gaussian_filter(bright, 0.8) + _noise(shape, rng, 15.0, 7.0)
+
+    label[_unlabeled(shape, rng)] = UNLABELED
+    return Phantom(_as_uint8(image), label, (1.0, 1.0, 1.0), "", UNLABELED)
+
+
+def _sheet_distance(shape, rng):
+    """(distance to the nearest sheet in voxels, how far between sheets from 0 to 1)."""
+    z, y, x = _grid(shape)
+    # The axis lies outside most volumes and is nearly z, as for a scroll that stands upright.
+    angle, tilt = rng.uniform(0, 2 * math.pi), rng.uniform(-0.25, 0.25, size=2)
+    away = rng.uniform(0.6, 1.6) * max(shape[1:])
+    dy = y - shape[1] / 2 + away * math.sin(angle) + tilt[0] * z
+    dx = x - shape[2] / 2 + away * math.cos(angle) + tilt[1] * z
+    pitch = rng.uniform(*PITCH)
+    radius = np.sqrt(dy**2 + dx**2) + 0.27 * pitch * smooth_field(shape, 26.0, rng)
+    slope = np.sqrt(sum(g**2 for g in np.gradient(radius)))
+    phase = (radius / pitch + rng.uniform(0, 2)) % 2
+
+    # Sheets come in pairs at phase `shift` and `1 - shift`: where shift grows they meet.
+    most = (1 - CLOSEST / pitch) / 2
+    shift = most * np.clip(0.3 + 0.75 * smooth_field(shape, 24.0, rng), 0, 1)
+    offset = np.minimum.reduce([np.abs(phase - s) for s in (shift, 1 - shift, 2 + shift)])
+    offset = np.minimum(offset, np.abs(phase + 1 + shift))
+    distance = offset * pitch / np.maximum(slope, 0.5)
+    return distance, np.clip(offset * 2, 0, 1)
+
+
+def _dust(shape, middle, rng):
+    """Grains from 0 to 1: round, as bright as a sheet, and in the gaps between sheets."""
+    grains = np.zeros(shape, np.float32)
+    for _ in range(max(2, math.prod(shape) // 2600)):
+        centre = rng.uniform(0, np.array(shape) - 1)
+        radius = rng.uniform(2.0, 4.2)
+        if middle[tuple(centre.astype(int))] > 0.5:
+            _paint_ball(grains, centre, radius, rng.uniform(0.8, 1.3), (1.0, 1.0, 1.0))
+    return grains
+
+
+def _unlabeled(shape, rng):
+    """Mask of 25 to 55 % of the voxels behind one smooth boundary."""
+    direction = rng.standard_normal(3)
+    direction /= np.linalg.norm(direction) * max(shape)
+    ramp = sum(d * c for d, c in zip(direction, _grid(shape), strict=True))
+    field = ramp + 0.12 * smooth_field(shape, max(shape) / 3, rng)
+    return field < np.quantile(field, rng.uniform(0.27, 0.53))
+
+
+# ---------------------------------------------------------------------------- vessels
+
+
+def vessels(shape, seed=0, index=0):
+    """Branching trees of thin, winding, tapering tubes on an anisotropic grid, in micron.
+
+    The label holds every voxel that a tube passes through, so a capillary between two slices
+    stays in one piece. The blobs (cell bodies) are as bright as tubes and are background.
+    """
+    rng = np.random.default_rng([seed, index, 2])
+    size = np.array(shape) * VESSEL_SPACING
+    tubes = np.zeros(shape, np.float32)
+    for _ in range(max(1, round(float(size.prod()) / VOLUME_PER_TREE))):
+        for point, radius, brightness in _tree(size, rng):
+            _paint_ball(tubes, point / VESSEL_SPACING, radius, brightness, VESSEL_SPACING)
+
+    bodies = np.zeros(shape, np.float32)
+    for _ in range(max(1, round(float(size.prod()) / 40_000))):
+        centre = rng.uniform(0, np.array(shape) - 1)
+        bright = rng.uniform(0.6, 1.2)
+        _paint_ball(bodies, centre, rng.uniform(3.5, 6.0), bright, VESSEL_SPACING)
+    bright = ndimage.gaussian_filter(np.maximum(tubes, bodies), (0.7, 0.8, 0.8))
+    gain = np.exp(0.32 * smooth_field(shape, np.array(size.max() / 2.5) / VESSEL_SPACING, rng))
+    haze = 24.0 * np.exp(0.5 * smooth_field(shape, np.array(30.0) / VESSEL_SPACING, rng))
+    light = gain * (haze + VESSEL_CONTRAST * bright)
+    image = rng.poisson(np.maximum(light, 0) / 5.0) * 5.0 + _noise(shape, rng, 3.0, 2.0)
+    return Phantom(_as_uint8(image), (tubes > 0).astype(np.uint8), VESSEL_SPACING, "micron", None)
+
+
+def _tree(size, rng):
+    """The points of one tree as (position z, y, x in micron, radius, brightness)."""
+    # Not too near the border: a tree that leaves at once would leave a thin volume empty.
+    start = size * rng.uniform(0.15, 0.85, size=3)
+    points, open_ends = [], []
+    for way in (_direction(rng), None):
+        way = -open_ends[0][1] if way is None else way
+        open_ends.append((start, way, rng.uniform(2.0, RADIUS[1]), rng.uniform(0.7, 1.2)))
+    while open_ends and len(points) < MOST_POINTS:
+        position, way, radius, brightness = open_ends.pop()
+        for _ in range(int(rng.uniform(25, 70) / STEP)):
+            points.append((position, radius, brightness))
+            way = way + 0.16 * rng.standard_normal(3) * (0.5, 1, 1)
+            way /= np.linalg.norm(way)
+            position = position + STEP * way
+            radius = max(RADIUS[0], radius * (1 - 0.003 * STEP))
+            if ((position < 0) | (position >= size)).any():
+                break
+        else:
+            open_ends += _children(position, way, radius, brightness, rng)
+    return points
+
+
+def _children(position, way, radius, brightness, rng):
+    """Where a branch ends inside the volume: none if it is thin enough, else two."""
+    if radius <= RADIUS[0] * 1.02 and rng.uniform() < 0.6:
+        return []
+    sideways = np.cross(way, _direction(rng))
+    sideways /= max(float(np.linalg.norm(sideways)), 1e-6)
+    children = []
+    for sign, share in ((1, rng.uniform(0.75, 0.95)), (-1, rng.uniform(0.55, 0.8))):
+        turned = way + sign * rng.uniform(0.3, 0.9) * sideways
+        thinner = max(RADIUS[0], radius * share)
+        fainter = float(np.clip(brightness * rng.uniform(0.75, 1.15), 0.5, 1.2))
+        children.append((position, turned / np.linalg.norm(turned), thinner, fainter))
+    return children
+
+
+def _direction(rng):
+    """A unit vector z, y, x, flattened in z: vessels run mostly within the plane."""
+    way = rng.standard_normal(3) * (0.5, 1, 1)
+    return way / max(float(np.linalg.norm(way)), 1e-6)
+
+
+# ---------------------------------------------------------------------------- drawing
+
+
+def _paint_ball(canvas, centre, radius, value, spacing):
+    """Raise canvas to value inside a ball, in place.
+
+    centre in voxels, radius and spacing in units. A voxel counts as reached where the ball
+    touches its slab in z beyond the in-plane voxel size.
+    """
+    slab = (spacing[0] - spacing[1]) / 2
+    box, squared = [], 0.0
+    for axis, (c, s, n) in enumerate(zip(centre, spacing, canvas.shape, strict=True)):
+        reach = (radius + (slab if axis == 0 else 0)) / s
+        low, high = max(0, math.ceil(c - reach)), min(n, math.floor(c + reach) + 1)
+        if low >= high:
+            return
+        away = np.abs(np.arange(low, high, dtype=np.float32) - np.float32(c)) * s
+        away = np.maximum(away - slab, 0) if axis == 0 else away
+        squared = squared + (away**2).reshape([-1 if axis == a else 1 for a in range(3)])
+        box.append(slice(low, high))
+    part = canvas[tuple(box)]
+    np.maximum(part, np.float32(value) * (squared <= radius**2), out=part)
+
+
+def _as_uint8(image):
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+PHANTOMS = {"scroll": scroll, "vessels": vessels}

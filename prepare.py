@@ -1,0 +1,375 @@
+"""Turn raw volumes, or a synthetic phantom, into the case files that training reads.
+
+    python prepare.py --phantom scroll --cases 8 --shape 96 96 96 --seed 0 --out data/scroll
+    python prepare.py --images raw/images --labels raw/labels --out data/mine --spacing 5 1 1
+    python prepare.py --images 'raw/{id}_img.tif' --labels 'raw/{id}_lbl.tif' --out data/mine
+    python prepare.py --images nnUNet_raw/Dataset001_X --out data/x     # or a Vesuvius root
+
+Every case is checked first: all faults of a folder are printed at once, one sentence each, and
+then nothing is written (exit status 2). Leaves `<out>/<case>.h5` and `<out>/dataset.json`; cases
+are added to a dataset that is already there, and those of the same id are replaced.
+"""
+
+import argparse
+import contextlib
+import itertools
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import layouts
+import phantoms
+from cases import DATASET_FILE, read_dataset, write_dataset
+from ingest import PhantomCase, Rules, prepare_case
+from layouts import Faults
+from volumes import UNITS, split_dataset
+
+MAX_NAMED = 8  # cases that a note spells out
+MAX_ROWS = 40  # of the summary
+
+
+class Stopped(RuntimeError):
+    """Preparation cannot go on for a reason outside the input, such as memory or disk."""
+
+
+# ---------------------------------------------------------------------------- all cases
+
+
+def prepare_all(cases, rules, workers):
+    """The outcomes of all cases, in their order. Stopped if memory or disk end."""
+    outcomes = {}
+    running = _in_processes if workers > 1 and len(cases) > 1 else _in_turn
+    with _progress(len(cases)) as advance:
+        for outcome in running(cases, rules, workers):
+            outcomes[outcome.id] = outcome
+            advance(outcome.id)
+    return [outcomes[case.id] for case in cases]
+
+
+def _in_turn(cases, rules, _workers):
+    for case in cases:
+        with naming(case.id):
+            yield prepare_case(case, rules)
+
+
+def _in_processes(cases, rules, workers):
+    with ProcessPoolExecutor(min(workers, len(cases)), mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(prepare_case, case, rules): case.id for case in cases}
+        try:
+            for future in as_completed(futures):
+                with naming(futures[future]):
+                    yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def naming(name):
+    """Name the case in whatever stops it that is no fault of the input."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise Stopped(
+            f"case {name} or one beside it: a worker process was killed, most likely for memory; "
+            "try fewer --workers"
+        ) from error
+    except (OSError, MemoryError) as error:
+        raise Stopped(f"case {name}: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        error.add_note(f"while preparing case {name}")
+        raise
+
+
+@contextlib.contextmanager
+def _progress(total):
+    """Yields a function to call with each finished case: a bar on a terminal, else plain lines."""
+    if not sys.stdout.isatty():
+        count = itertools.count(1)
+        yield lambda name: print(f"[{next(count)}/{total}] {name}", flush=True)
+        return
+    from rich.progress import Progress
+
+    with Progress() as progress:
+        task = progress.add_task("cases", total=total)
+        yield lambda _name: progress.advance(task)
+
+
+def merge_faults(outcomes, existing):
+    """What is wrong with the cases together, and with those of the dataset they join."""
+    rows = [row for outcome in outcomes for row in outcome.rows]
+    new = {row["case"] for row in rows}
+    kept = [case for case in (existing.cases.values() if existing else ()) if case.id not in new]
+    units = {row["unit"]: row["case"] for row in rows} | {case.unit: case.id for case in kept}
+    channels = {row["channels"]: row["case"] for row in rows} | {c.channels: c.id for c in kept}
+    faults = []
+    for what, found, advice in (
+        ("unit", units, "give --unit, or prepare them apart"),
+        ("number of channels", channels, "prepare them apart"),
+    ):
+        if len(found) > 1:
+            named = ", ".join(f"{value or 'unknown'} (case {i})" for value, i in found.items())
+            faults.append(f"dataset: expected one {what} in all cases, got {named}; {advice}")
+    return faults
+
+
+@contextlib.contextmanager
+def staging(out):
+    """A temporary folder inside out; if it is not emptied by `publish`, out is left as it was."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".preparing_", dir=out))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+        for empty in made:
+            if not any(empty.iterdir()):
+                empty.rmdir()
+
+
+def publish(folder, out, outcomes, rules, existing):
+    """Move the finished case files into out and write its `dataset.json`."""
+    names = [row["case"] for outcome in outcomes for row in outcome.rows]
+    for name in names:
+        os.replace(folder / f"{name}.h5", out / f"{name}.h5")
+    write_dataset(
+        out,
+        classes=rules.classes,
+        ignore_label=rules.ignore_label,
+        unit=next(row["unit"] for outcome in outcomes for row in outcome.rows),
+        case_ids={*names, *(existing.cases if existing else ())},
+    )
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def _cores():
+    """The cores that this process may use; not every system tells that apart from all cores."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def parse(argv):
+    """The command line as a namespace; argparse leaves with status 2 where it is malformed."""
+    parser = argparse.ArgumentParser(
+        prog="prepare.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--images", metavar="PATH", help="file, file.h5:dataset, folder, glob, '{id}' pattern, root"
+    )
+    add("--labels", metavar="PATH", help="the same for the labels; left out: cases without label")
+    add("--out", metavar="DIR", type=Path, required=True, help="made, or added to")
+    add("--phantom", choices=sorted(phantoms.PHANTOMS), help="make synthetic cases instead")
+    add("--cases", type=int, default=8, help="phantoms to make (8)")
+    add(
+        "--shape",
+        type=int,
+        nargs=3,
+        default=(96, 96, 96),
+        metavar=("Z", "Y", "X"),
+        help="of a phantom",
+    )
+    add("--seed", type=int, default=0, help="of the phantoms")
+    add("--ignore-label", type=int, metavar="ID", help="label value of unlabeled voxels")
+    add("--classes", nargs="+", metavar="NAME", help="foreground classes, ids 1 to N")
+    add("--spacing", type=float, nargs=3, metavar=("Z", "Y", "X"), help="wins over headers")
+    add("--spacing-csv", metavar="FILE", help="columns id,z,y,x[,unit]; wins over --spacing")
+    add("--unit", choices=sorted({*UNITS.values(), "um"}), help="of the spacing")
+    add("--group-from", metavar="RULE", help="csv:COLUMN, csv:FILE:COLUMN or regex:PATTERN")
+    add("--crop", nargs="+", default=[], metavar="NAME=Z0:Z1", help="cut every case in z")
+    add("--test-images", action="store_true", help="add imagesTs of an nnU-Net root, unlabeled")
+    add("--workers", type=int, default=_cores(), help="processes; default: all cores")
+    options = parser.parse_args(argv)
+    if bool(options.images) == bool(options.phantom):
+        parser.error("expected either --images PATH or --phantom KIND")
+    if options.phantom and options.labels:
+        parser.error("--labels goes with --images; a phantom brings its own label")
+    return options
+
+
+def make_rules(options, layout):
+    """The `Rules` (without a folder) of the command line and of what the layout declares.
+
+    Faults with everything that is wrong with the options.
+    """
+    classes = layout.classes or {"background": 0, "foreground": 1}
+    if options.classes is not None:
+        classes = {"background": 0} | {n: i for i, n in enumerate(options.classes, start=1)}
+    ignore = layout.ignore_label if options.ignore_label is None else options.ignore_label
+    faults, rows, crops = _option_faults(options, classes, ignore), [], []
+    with _collected(faults):
+        rows = layouts.read_spacings(options.spacing_csv) if options.spacing_csv else []
+    for text in options.crop:
+        with _collected(faults):
+            crops.append(_crop(text))
+    if len({name for name, _, _ in crops}) < len(crops):
+        faults.append(f"--crop: expected distinct names, got {' '.join(options.crop)}")
+    if faults:
+        raise Faults(*faults)
+    unit = options.unit and UNITS[options.unit]
+    return Rules(classes, ignore, options.spacing, unit, rows, crops, "")
+
+
+@contextlib.contextmanager
+def _collected(faults):
+    try:
+        yield
+    except Faults as error:
+        faults += error.sentences
+
+
+def _phantom_layout(options):
+    kind, shape = options.phantom, tuple(options.shape)
+    if options.cases < 1 or min(shape) < 2 or options.seed < 0:
+        got = f"--cases {options.cases} --shape {shape} --seed {options.seed}"
+        sentence = f"--phantom {kind}: expected cases >= 1, a shape >= 2 and a seed >= 0, got {got}"
+        return layouts.Layout(faults=[sentence])
+    names = [f"{kind}_{index:03d}" for index in range(options.cases)]
+    cases = [PhantomCase(n, kind, shape, options.seed, i, n) for i, n in enumerate(names)]
+    return layouts.Layout(cases, ignore_label=phantoms.UNLABELED if kind == "scroll" else None)
+
+
+def _option_faults(options, classes, ignore):
+    """What is wrong with the plain options, as sentences."""
+    faults = []
+    if options.spacing and not all(math.isfinite(s) and s > 0 for s in options.spacing):
+        faults.append(f"--spacing: expected three numbers above 0, got {tuple(options.spacing)}")
+    if options.workers < 1:
+        faults.append(f"--workers: expected at least 1, got {options.workers}")
+    if options.classes and len(classes) != len(options.classes) + 1:
+        faults.append(f"--classes: expected distinct foreground names, got {options.classes}")
+    if max(classes.values()) > 255 or min(classes.values()) < 0:
+        faults.append(f"classes: expected ids from 0 to 255, got {classes}")
+    if ignore is not None and (ignore in classes.values() or not 0 < ignore < 256):
+        faults.append(
+            f"--ignore-label: expected a value from 1 to 255 that is no class of {classes}, "
+            f"got {ignore}"
+        )
+    return faults
+
+
+def _crop(text):
+    """`NAME=Z0:Z1` as (name, z0, z1); either end may be left out."""
+    match = re.fullmatch(r"([\w-]+)=(-?\d*):(-?\d*)", text)
+    if not match or "-" in match.groups()[1:]:
+        raise Faults(f"--crop {text}: expected NAME=Z0:Z1, such as train=0:80")
+    name, *ends = match.groups()
+    return (name, *(int(end) if end else None for end in ends))
+
+
+def existing_dataset(out, cases, rules, faults):
+    """The `Dataset` already in out, or None; what forbids adding to out is added to faults."""
+    sources = [path for case in cases for path in getattr(case, "images", ())]
+    folders = {Path(split_dataset(path)[0]).resolve().parent for path in sources}
+    if out.exists() and not out.is_dir():
+        faults.append(f"--out {out}: expected a folder, got a file")
+    elif out.resolve() in folders:
+        faults.append(f"--out {out}: expected another folder than that of the images")
+    if not (out / DATASET_FILE).is_file():
+        return None
+    try:
+        found = read_dataset(out)
+    except (OSError, ValueError) as error:
+        faults.append(f"--out {error}")
+        return None
+    for what, have, want in (
+        ("classes", found.classes, rules.classes),
+        ("ignore label", found.ignore_label, rules.ignore_label),
+    ):
+        if have != want:
+            faults.append(
+                f"--out {out}: expected the {what} of the dataset there, {have}, got {want}; "
+                "choose another folder, or prepare all cases alike"
+            )
+    return found
+
+
+def report(outcomes, notes):
+    """Print notes, each once with its cases, and the table of what was written."""
+    from rich.console import Console
+    from rich.table import Table
+
+    told = {}
+    for outcome in outcomes:
+        for note in outcome.notes:
+            told.setdefault(note, []).append(outcome.id)
+    for note in notes:
+        print(f"note: {note}")
+    for note, names in told.items():
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        print(f"note: {note} ({_count(len(names), 'case')}: {', '.join(names[:MAX_NAMED])}{more})")
+    rows = [row for outcome in outcomes for row in outcome.rows]
+    columns = ("case", "shape", "spacing", "dtype", "fg %", "unlabeled %", "group")
+    table = Table(*columns)
+    for row in rows[:MAX_ROWS]:
+        table.add_row(*(row[column] for column in columns))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if len(rows) > MAX_ROWS:
+        print(f"... and {len(rows) - MAX_ROWS} more")
+
+
+def refuse(faults, cases):
+    """Print every fault to stderr; returns the exit status."""
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    among = f" in {_count(len(cases), 'case')}" if cases else ""
+    print(f"{_count(len(faults), 'fault')}{among}; nothing was written", file=sys.stderr)
+    return 2
+
+
+def _count(number, noun):
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def main(argv=None):
+    """Prepare what the command line says; returns the exit status."""
+    options = parse(argv)
+    if options.phantom:
+        layout = _phantom_layout(options)
+    else:
+        layout = layouts.find_cases(options.images, options.labels, options.test_images)
+    cases, faults, notes = layout.cases, layout.faults, layout.notes
+    try:
+        rules = make_rules(options, layout)
+    except Faults as error:
+        return refuse(error.sentences + faults, cases)
+    with _collected(faults):
+        cases = layouts.assign_groups(cases, options.group_from, options.images)
+    existing = existing_dataset(options.out, cases, rules, faults)
+    if not cases or (options.out.exists() and not options.out.is_dir()):
+        return refuse(faults, cases)
+    try:
+        with staging(options.out) as folder:
+            rules = replace(rules, folder=str(folder))
+            outcomes = prepare_all(cases, rules, options.workers)
+            faults += [fault for outcome in outcomes for fault in outcome.faults]
+            faults += merge_faults(outcomes, existing)
+            if faults:
+                return refuse(faults, cases)
+            publish(folder, options.out, outcomes, rules, existing)
+    except Stopped as error:
+        print(f"{error}; nothing was written", file=sys.stderr)
+        return 1
+    except OSError as error:
+        return refuse([f"--out {options.out}: expected a folder to write to, got {error}"], cases)
+    written = {row["case"] for outcome in outcomes for row in outcome.rows}
+    replaced = sorted(written & (existing.cases.keys() if existing else set()))
+    if replaced:
+        notes.append(f"replaced in {options.out}: {', '.join(replaced)}")
+    report(outcomes, notes)
+    print(f"{_count(len(written), 'case')} written to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def fault(content=None, overrides=()):
+    with pytest.raises(config.ConfigError) as caught:
+        config.build(config.apply_overrides(content or {}, overrides))
+    return str(caught.value)
+
+
+def test_an_unknown_key_is_named_with_the_nearest_one():
+    assert fault({"training": {"train_batchsize": 1}}) == (
+        "training.train_batchsize: no such setting; the nearest valid key is "
+        "training.train_batch_size"
+    )
+    assert "nearest valid key is training" in fault({"traning": {}})
+    assert "loss.soft_dice" in fault({"loss": {"soft_dise": {"weight": 1}}})
+    assert "training.max_steps" in fault(overrides=["max_steps=3"])
+
+
+@pytest.mark.parametrize(
+    "override, named",
+    [
+        ("training.workers=four", "training.workers: expected a valid integer, got 'four'"),
+        ("training.max_steps=1.5", "training.max_steps"),
+        ("training.precision=bf15", "'auto', 'fp32', 'bf16' or 'fp16', got 'bf15'"),
+        ("optim.lr=0", "optim.lr: expected a number greater than 0, got 0"),
+        ("sampling.patch=[1,2]", "sampling.patch"),
+        ("sampling.patch=64", "sampling.patch"),
+        ("data.spacing=[1,-1,1]", "data.spacing"),
+        ("augment.gamma_range=[2,1]", "low <= high"),
+        ("augment.scaling_range=[0,1]", "scaling_range above 0"),
+        ("loss={weighted_bce: {weight: 0}, soft_dice: {weight: 0}}", "expected group.key"),
+        ("model.strides=[[1,2,2]]", "one row of strides"),
+        ("data.folds=1", "folds >= 2"),
+        ("training=3", "expected group.key=value"),
+        ("a.b=[1", "not readable as YAML"),
+        ("run.seed=true", "run.seed"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_that_names_the_key(override, named):
+    text = fault(overrides=[override])
+    assert named in text and "\n" not in text
+
+
+def test_all_faults_are_told_at_once():
+    text = fault({"training": {"workers": -1, "worker": 1}, "optim": {"lr": "fast"}})
+    assert len(text.split("\n")) == 3
+
+
+def test_no_term_with_weight_is_impossible():
+    terms = {"weighted_bce": {"weight": 0}, "soft_dice": {"weight": 0}}
+    assert "at least one term" in fault({"loss": terms})
+
+
+def test_overrides_win_over_the_file_and_leave_its_other_keys(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("training: {max_steps: 3, workers: 0}\noptim: {lr: 1e-4}\n")
+    settings = config.load(path, ["training.max_steps=7", "data.spacing=[null, 1, 1]"])
+    assert (settings.training.max_steps, settings.training.workers) == (7, 0)
+    assert settings.optim.lr == 1e-4  # YAML 1.1 would have read a string
+    assert settings.data.spacing == (None, 1, 1)
+    assert settings.run.name == "my"
+
+
+def test_a_file_that_is_no_config_is_named(tmp_path):
+    for name, text in (("absent.yaml", None), ("list.yaml", "[1]"), ("bad.yaml", "a: [")):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(config.ConfigError, match=re.escape(name)):
+            config.load(tmp_path / name)
+
+
+def test_plain_settings_give_the_same_settings_back():
+    settings = config.build({"data": {"train": ["a*"], "spacing": [0, 1, None]}})
+    text = yaml.safe_dump(settings.plain())
+    assert config.build(yaml.safe_load(text)) == settings
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_configs_load_and_hold_at_most_thirty_lines_of_differences(path):
+    settings = config.load(path)
+    lines = [line for line in path.read_text().splitlines() if line.split("#")[0].strip()]
+    assert len(lines) <= 30
+    defaults = config.Settings().plain()
+    for group, keys in yaml.safe_load(path.read_text()).items():
+        for key in keys:
+            same = settings.plain()[group][key] == defaults[group][key]
+            assert not same, f"{path.name}: {group}.{key} is the default"
+
+
+def test_valid_keys_reach_the_numbers_of_each_loss_term():
+    keys = config.valid_keys()
+    assert {"loss.surface_distance.tolerance", "training.train_batch_size"} <= set(keys)

@@ -1,0 +1,315 @@
+"""The script end to end: values of its CSV and table, matching of cases, and every fault."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cases
+import evaluate
+import volumes
+
+SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def bar(start, length=4, shape=(3, 5, 12), value=1):
+    """A bar of one voxel's width along x in the middle of an empty volume."""
+    mask = np.zeros(shape, np.uint8)
+    mask[shape[0] // 2, shape[1] // 2, start : start + length] = value
+    return mask
+
+
+def write(path, mask, spacing=(1.0, 1.0, 1.0), unit="micron"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    volumes.write_volume(path, mask, spacing=spacing, unit=unit)
+    return str(path)
+
+
+def write_dataset(root, labels, ignore_label=None):
+    """A prepared dataset: labels maps id to a label, the image is 100 where the label is 1."""
+    root.mkdir()
+    for case, label in labels.items():
+        image = np.where(label == 1, 100, 20).astype(np.uint8)[None]
+        about = {"spacing": (5.0, 1.0, 1.0), "unit": "micron", "affine": None, "group": case}
+        cases.write_case(root / f"{case}.h5", image, label, ignore_label=ignore_label, **about)
+    classes = {"background": 0, "foreground": 1}
+    cases.write_dataset(
+        root, classes=classes, ignore_label=ignore_label, unit="micron", case_ids=list(labels)
+    )
+    return str(root)
+
+
+def run(*arguments):
+    return evaluate.main([str(argument) for argument in arguments])
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return {(row["case"], row["method"]): row for row in csv.DictReader(file)}
+
+
+# ---------------------------------------------------------------------------- what it writes
+
+
+def test_folders_are_matched_by_id_and_scored(tmp_path, capsys):
+    write(tmp_path / "pred" / "a.nii.gz", bar(3, 4), (5.0, 1.0, 1.0))
+    write(tmp_path / "pred" / "b.nii.gz", bar(2), (5.0, 1.0, 1.0))
+    write(tmp_path / "truth" / "a_lbl.nii.gz", bar(1, 5), (5.0, 1.0, 1.0))
+    write(tmp_path / "truth" / "b_lbl.nii.gz", bar(2), (5.0, 1.0, 1.0))
+    out = tmp_path / "new" / "scores.csv"
+    assert run("--pred", tmp_path / "pred", "--truth", tmp_path / "truth", "--out", out) == 0
+    rows = read_csv(out)
+    assert list(rows) == [("a", "prediction"), ("b", "prediction"), ("mean", "prediction")]
+    a, mean = rows["a", "prediction"], rows["mean", "prediction"]
+    assert float(a["dice"]) == pytest.approx(2 * 3 / 9, abs=1e-6)
+    assert float(a["precision"]) == pytest.approx(3 / 4)
+    assert float(a["recall"]) == pytest.approx(3 / 5)
+    assert float(a["surface_dice"]) == 1.0
+    assert (a["components"], a["components_truth"]) == ("1", "1")
+    assert (a["tolerance"], a["spacing"], a["unit"]) == ("2.0", "5 1 1", "micron")
+    assert float(mean["dice"]) == pytest.approx((2 * 3 / 9 + 1) / 2, abs=1e-6)
+    assert os.listdir(out.parent) == ["scores.csv"]
+    printed = capsys.readouterr().out
+    assert "surface dice @ 2 micron" in printed
+    assert "0.667" in printed
+
+
+def test_one_file_each_is_a_pair_whatever_the_names(tmp_path):
+    prediction = write(tmp_path / "result.tif", bar(2))
+    truth = write(tmp_path / "expert.nii.gz", bar(2))
+    out = tmp_path / "scores.csv"
+    assert run("--pred", prediction, "--truth", truth, "--out", out) == 0
+    assert read_csv(out)["result", "prediction"]["dice"] == "1.0"
+
+
+def test_dataset_gives_truth_spacing_ignore_label_and_images(tmp_path, capsys):
+    label = bar(2)
+    label[0] = 2
+    root = write_dataset(tmp_path / "set", {"a": label, "b": bar(1)}, ignore_label=2)
+    prediction = bar(2)
+    prediction[0] = 1
+    write(tmp_path / "pred" / "a.nii.gz", prediction, (5.0, 1.0, 1.0))
+    out = tmp_path / "scores.csv"
+    assert run("--pred", tmp_path / "pred", "--truth", root, "--otsu", root, "--out", out) == 0
+    rows = read_csv(out)
+    assert rows["a", "prediction"]["dice"] == rows["a", "otsu"]["dice"] == "1.0"
+    assert rows["a", "prediction"]["spacing"] == "5 1 1"
+    assert ("mean", "otsu") in rows
+    assert "truth without a prediction, not scored: b" in capsys.readouterr().out
+
+
+def test_otsu_of_dark_things_needs_invert(tmp_path):
+    dark = np.where(bar(2) == 1, 20, 100).astype(np.uint8)
+    image = write(tmp_path / "a_img.tif", dark)
+    mask = write(tmp_path / "a.tif", bar(2))
+    command = ("--pred", mask, "--truth", mask, "--otsu", image, "--out", tmp_path / "s.csv")
+    assert run(*command) == 0
+    assert read_csv(tmp_path / "s.csv")["a", "otsu"]["dice"] == "0.0"
+    assert run(*command, "--invert") == 0
+    assert read_csv(tmp_path / "s.csv")["a", "otsu"]["dice"] == "1.0"
+
+
+def test_spacing_given_by_hand_wins_over_the_header(tmp_path):
+    lower, upper = np.zeros((2, 6, 8, 8), np.uint8)
+    lower[2], upper[3] = 1, 1
+    command = (
+        *("--pred", write(tmp_path / "a.nii.gz", lower)),
+        *("--truth", write(tmp_path / "b.nii.gz", upper)),
+        *("--out", tmp_path / "s.csv"),
+    )
+    assert run(*command) == 0
+    assert read_csv(tmp_path / "s.csv")["a", "prediction"]["surface_dice"] == "1.0"
+    assert run(*command, "--spacing", 5, 1, 1) == 0
+    row = read_csv(tmp_path / "s.csv")["a", "prediction"]
+    assert (row["surface_dice"], row["spacing"], row["unit"]) == ("0.5", "5 1 1", "")
+    assert run(*command, "--spacing", 5, 1, 1, "--tolerance", 5) == 0
+    assert read_csv(tmp_path / "s.csv")["a", "prediction"]["surface_dice"] == "1.0"
+
+
+@pytest.mark.parametrize("white", [254, 255])
+def test_white_masks_are_read_as_ones_and_it_is_said(tmp_path, capsys, white):
+    prediction = write(tmp_path / "a.tif", bar(2, value=white), None)
+    truth = write(tmp_path / "b.tif", bar(2, value=white), None)
+    assert run("--pred", prediction, "--truth", truth, "--out", tmp_path / "s.csv") == 0
+    assert read_csv(tmp_path / "s.csv")["a", "prediction"]["dice"] == "1.0"
+    printed = capsys.readouterr().out
+    assert f"predictions of 0 and {white} read as 0 and 1: a" in printed
+    assert f"truths of 0 and {white} read as 0 and 1: a" in printed
+
+
+def test_no_spacing_anywhere_is_said(tmp_path, capsys):
+    import tifffile
+
+    tifffile.imwrite(tmp_path / "a.tif", bar(2), photometric="minisblack")
+    assert run("--pred", tmp_path / "a.tif", "--truth", tmp_path / "a.tif") == 0
+    assert "no file states a spacing, 1 1 1 is taken" in capsys.readouterr().out
+
+
+def test_an_ignore_label_of_255_is_not_taken_for_white(tmp_path):
+    prediction = write(tmp_path / "a.tif", bar(2))
+    truth = write(tmp_path / "b.tif", bar(2) + bar(6, 4, value=255))
+    command = ("--pred", prediction, "--truth", truth, "--out", tmp_path / "s.csv")
+    assert run(*command, "--ignore-label", 255) == 0
+    assert read_csv(tmp_path / "s.csv")["a", "prediction"]["dice"] == "1.0"
+
+
+def test_labels_and_images_in_one_folder_are_told_apart(tmp_path):
+    write(tmp_path / "both" / "a_img.tif", bar(2, value=90))
+    write(tmp_path / "both" / "a_lbl.tif", bar(2))
+    write(tmp_path / "both" / "b_img.tif", bar(2, value=90))
+    write(tmp_path / "both" / "b_lbl.tif", bar(2))
+    write(tmp_path / "pred" / "a.tif", bar(2))
+    write(tmp_path / "pred" / "a_probs.tif", bar(2).astype(np.float32) / 2)
+    both, out = tmp_path / "both", tmp_path / "s.csv"
+    command = ("--pred", tmp_path / "pred", "--truth", both, "--otsu", both, "--out", out)
+    assert run(*command) == 0
+    assert read_csv(out)["a", "prediction"]["dice"] == read_csv(out)["a", "otsu"]["dice"] == "1.0"
+
+
+def test_spacing_in_another_unit_is_the_same_spacing(tmp_path):
+    prediction = write(tmp_path / "a.nii.gz", bar(2), (0.01, 0.01, 0.01), "micron")
+    truth = write(tmp_path / "b.h5", bar(2), (10.0, 10.0, 10.0), "nm")
+    assert run("--pred", prediction, "--truth", truth) == 0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "truth", "expected"),
+    [
+        (bar(0, 0), bar(2), "0.0"),
+        (bar(2), bar(0, 0), "0.0"),
+        (bar(0, 0), bar(0, 0), "1.0"),
+        (bar(2, 1), bar(2, 1), "1.0"),
+        (np.ones((3, 5, 12), np.uint8), np.ones((3, 5, 12), np.uint8), "1.0"),
+    ],
+    ids=["empty_prediction", "empty_truth", "both_empty", "one_voxel", "all_foreground"],
+)
+def test_degenerate_masks_have_scores(tmp_path, prediction, truth, expected):
+    paths = write(tmp_path / "a.tif", prediction), write(tmp_path / "b.tif", truth)
+    assert run("--pred", paths[0], "--truth", paths[1], "--out", tmp_path / "s.csv") == 0
+    row = read_csv(tmp_path / "s.csv")["a", "prediction"]
+    assert row["dice"] == row["surface_dice"] == expected
+
+
+# ---------------------------------------------------------------------------- faults
+
+
+def test_all_faults_of_a_folder_are_named_at_once_and_nothing_is_written(tmp_path, capsys):
+    pred, truth, out = tmp_path / "pred", tmp_path / "truth", tmp_path / "scores.csv"
+    for case in ("classes", "float", "fine", "shape", "spacing", "unlabeled"):
+        write(truth / f"{case}.nii.gz", bar(2) if case != "unlabeled" else bar(2) * 0 + 2)
+        write(pred / f"{case}.nii.gz", bar(2))
+    write(pred / "classes.nii.gz", bar(2, value=3))
+    write(pred / "float.nii.gz", bar(2).astype(np.float32) / 2)
+    write(pred / "shape.nii.gz", bar(2, shape=(3, 5, 13)))
+    write(pred / "spacing.nii.gz", bar(2), (1.0, 1.0, 1.02))
+    write(truth / "truncated.nii.gz", np.random.default_rng(0).integers(0, 2, (9, 9, 9)))
+    write(pred / "truncated.nii.gz", np.zeros((9, 9, 9), np.uint8))
+    whole = (truth / "truncated.nii.gz").read_bytes()
+    (truth / "truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
+    assert run("--pred", pred, "--truth", truth, "--ignore-label", 2, "--out", out) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [Path(line.split(":")[0]).name.split(".")[0] for line in errors[:-1]] == [
+        *("classes", "float", "shape", "spacing", "truncated", "unlabeled")
+    ]
+    assert errors[-1] == "6 faults; nothing was written"
+    assert "expected the values 0, 1, got 0, 3" in errors[0]
+    assert "(3, 5, 12), got (3, 5, 13)" in errors[2]
+    assert "1 1 1 micron, got 1 1 1.02 micron" in errors[3]
+    assert "expected labelled voxels, got 2 (ignored) in all of them" in errors[5]
+    assert not out.exists()
+
+
+def test_predictions_without_truth_are_all_named_beside_other_faults(tmp_path, capsys):
+    for case in ("a", "b", "c"):
+        write(tmp_path / "pred" / f"{case}.tif", bar(2, value=3 if case == "c" else 1))
+    write(tmp_path / "truth" / "c.tif", bar(2))
+    assert run("--pred", tmp_path / "pred", "--truth", tmp_path / "truth") == 2
+    errors = capsys.readouterr().err
+    assert "expected truth a with it, got c" in errors
+    assert "expected truth b with it, got c" in errors
+    assert "c.tif: expected the values 0, 1, got 0, 3" in errors
+    assert "3 faults" in errors
+
+
+def test_two_predictions_of_one_case_are_a_fault(tmp_path, capsys):
+    first = write(tmp_path / "pred" / "a.nii.gz", bar(2))
+    second = write(tmp_path / "pred" / "a.tif", bar(2))
+    assert run("--pred", tmp_path / "pred", "--truth", first) == 2
+    errors = capsys.readouterr().err
+    assert f"{second}: expected one prediction of case a, got {first} too" in errors
+
+
+def test_unlabeled_value_that_was_not_declared_points_to_the_option(tmp_path, capsys):
+    truth = write(tmp_path / "a.tif", bar(2) + bar(8, 2, value=2))
+    assert run("--pred", write(tmp_path / "b.tif", bar(2)), "--truth", truth) == 2
+    errors = capsys.readouterr().err
+    assert f"{truth}: expected the values 0, 1, got 0, 1, 2" in errors
+    assert "--ignore-label" in errors
+
+
+@pytest.mark.parametrize("role", ["--pred", "--truth", "--otsu"])
+def test_a_path_that_does_not_exist_is_one_sentence(tmp_path, capsys, role):
+    mask = write(tmp_path / "a.tif", bar(2))
+    paths = {"--pred": mask, "--truth": mask, "--otsu": mask, role: tmp_path / "gone"}
+    assert run(*(word for pair in paths.items() for word in pair)) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert errors[0].startswith(f"{tmp_path / 'gone'}: expected")
+
+
+def test_otsu_faults_name_the_image(tmp_path, capsys):
+    mask = write(tmp_path / "a.tif", bar(2))
+    image = write(tmp_path / "nan.nii.gz", np.full((3, 5, 12), np.nan, np.float32))
+    assert run("--pred", mask, "--truth", mask, "--otsu", image) == 2
+    assert capsys.readouterr().err.startswith(f"{image}: ")
+    image = write(tmp_path / "rgb.nii.gz", np.zeros((2, 3, 5, 12), np.uint8))
+    assert run("--pred", mask, "--truth", mask, "--otsu", image) == 2
+    assert f"{image}: expected one channel for --otsu, got 2" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_dataset_of_ours_is_named(tmp_path, capsys):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "dataset.json").write_text('{"labels": {}}')
+    mask = write(tmp_path / "a.tif", bar(2))
+    assert run("--pred", mask, "--truth", tmp_path / "set") == 2
+    assert "dataset.json: expected what prepare.py writes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--spacing", "1", "0", "1"),
+        ("--spacing", "1", "nan", "1"),
+        ("--tolerance", "-1"),
+        ("--ignore-label", "1"),
+        ("--invert",),
+        ("--out", "."),
+    ],
+)
+def test_impossible_options_exit_with_2(tmp_path, options):
+    mask = write(tmp_path / "a.tif", bar(2))
+    with pytest.raises(SystemExit) as stop:
+        run("--pred", mask, "--truth", mask, *options)
+    assert stop.value.code == 2
+
+
+def test_a_csv_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    mask = write(tmp_path / "a.tif", bar(2))
+    assert run("--pred", mask, "--truth", mask, "--out", f"{mask}/scores.csv") == 2
+    assert f"{mask}/scores.csv: expected a file to write" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- real vessels
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs real volumes in {SHARED}")
+def test_otsu_on_real_vessels_has_the_known_dice(tmp_path):
+    folder, case = SHARED / "data" / "vesselNN_tiff", "poon2015_plaqueVessels"
+    truth = folder / f"{case}_label_underSegmented.tif"
+    image, out = folder / f"{case}_BM4D_denoised.tif", tmp_path / "s.csv"
+    command = ("--pred", truth, "--truth", truth, "--otsu", image, "--spacing", 5, 1, 1)
+    assert run(*command, "--out", out) == 0
+    assert float(read_csv(out)[case, "otsu"]["dice"]) == pytest.approx(0.510, abs=5e-4)
+    assert read_csv(out)[case, "prediction"]["surface_dice"] == "1.0"

@@ -1,0 +1,334 @@
+import functools
+import json
+import math
+import shutil
+
+import h5py
+import nibabel
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+import augment
+import cases
+import checkpoint
+import config
+import data
+import infer
+import model
+import volumes
+import windows
+
+PATCH = (8, 16, 16)
+NATIVE = [0.0, 0.0, 0.0]
+# A viewer's worst case: y and z swap places, x is flipped, and the origin lies elsewhere.
+TURNED = np.array([[-0.5, 0, 0, 40.0], [0, 0, 2.0, -7.0], [0, 0.5, 0, 3.0], [0, 0, 0, 1]])
+
+
+def network_of(seed, probability=None):
+    torch.manual_seed(seed)
+    strides, kernels = model.derive_strides(PATCH, (2, 1, 1), 2)
+    shape = {"base": 4, "multipliers": (1, 2), "blocks": 1, "strides": strides, "kernels": kernels}
+    network = model.UNet3D(1, 1, **shape, dropout=0.0, deep_supervision=True)
+    with torch.no_grad():  # about half of all voxels are foreground, or all as likely
+        if probability is None:
+            network.heads[-1].bias -= network.eval()(torch.randn(1, 1, *PATCH)).median()
+        else:
+            network.heads[-1].weight.zero_()
+            network.heads[-1].bias.fill_(math.log(probability / (1 - probability)))
+    return network.eval(), strides, kernels
+
+
+@pytest.fixture
+def run(tmp_path):
+    """An untrained run with its checkpoint: run(**changes to what it knows of the data) -> path."""
+
+    def make(ema=True, probability=None, **facts):
+        network, strides, kernels = network_of(1, probability)
+        settings = config.build(
+            {
+                "sampling": {"patch": PATCH},
+                "model": {"base": 4, "multipliers": (1, 2), "blocks": 1},
+                "run": {"name": "tiny", "threads": 1, "device": "cpu"},
+            }
+        )
+        state = dict.fromkeys(checkpoint.KEYS)
+        state["model"] = network_of(2)[0].state_dict() if ema else network.state_dict()
+        state["ema"] = network.state_dict() if ema else None
+        state |= {"config": settings.plain(), "loop": {"step": 0}}
+        state["data"] = {
+            "root": str(tmp_path / "cases"),
+            "train": ["a"],
+            "validation": ["b"],
+            "test": [],
+            "channels": 1,
+            "classes": {"background": 0, "foreground": 1},
+            "foreground": [1],
+            "ignore_label": None,
+            "spacing": NATIVE,
+            "unit": "micron",
+            "strides": [list(s) for s in strides],
+            "kernels": [list(k) for k in kernels],
+        } | facts
+        path = tmp_path / "runs" / "tiny" / "checkpoints" / "last.pt"
+        checkpoint.save(state, path)
+        checkpoint.link_last(tmp_path / "runs", path)
+        return path
+
+    return make
+
+
+def image_of(shape, seed=0, dtype=np.uint8):
+    image = np.random.default_rng(seed).integers(0, 200, shape)
+    image[:, :, : shape[2] // 2] //= 4
+    return image.astype(dtype)
+
+
+def write_nifti(path, image, affine=TURNED):
+    file = nibabel.Nifti1Image(image.T, affine)
+    file.header.set_xyzt_units("micron")
+    nibabel.save(file, path)
+
+
+def make_cases(root, **images):
+    root.mkdir()
+    for case_id, image in images.items():
+        about = {"spacing": (2.0, 0.5, 0.5), "unit": "micron", "affine": TURNED, "group": case_id}
+        cases.write_case(
+            root / f"{case_id}.h5", image[None], **about, source_image=f"{case_id}.tif"
+        )
+    about = {"classes": {"background": 0, "foreground": 1}, "ignore_label": None, "unit": "micron"}
+    cases.write_dataset(root, **about, case_ids=list(images))
+
+
+def expected_probs(image, ratio=(1, 1, 1), seed=1):
+    """What the untrained network says of an image (D, H, W), put together from the modules."""
+    about = data.normalisation(cases.intensity_statistics(image[None]), (0.5, 99.5))
+    normalize = functools.partial(augment.normalise, **about)
+    network = network_of(seed)[0]
+    return windows.predict_volume(network, image[None], PATCH, normalize=normalize, ratio=ratio)[0]
+
+
+def infer_ok(*arguments):
+    assert infer.main([str(a) for a in arguments]) == 0
+
+
+def faults_of(capsys, *arguments):
+    assert infer.main([str(a) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    return err.strip().split("\n")
+
+
+# ---------------------------------------------------------------------------- what is written
+
+
+def test_nifti_prediction_lies_on_its_image(run, tmp_path, capsys):
+    image = image_of((9, 20, 18))
+    write_nifti(tmp_path / "scan_0000.nii.gz", image)
+    infer_ok("--ckpt", run(), "--input", tmp_path / "scan_0000.nii.gz")
+    file = nibabel.load(tmp_path / "runs" / "tiny" / "predictions" / "scan.nii.gz")
+    np.testing.assert_array_equal(file.affine, TURNED)
+    assert file.header.get_xyzt_units()[0] == "micron" and file.get_data_dtype() == np.uint8
+    assert file.header.get_zooms() == (0.5, 0.5, 2.0)
+    mask = np.asarray(file.dataobj).T
+    np.testing.assert_array_equal(mask, expected_probs(image) >= 0.5)
+    assert 0 < mask.mean() < 1
+    out = capsys.readouterr().out
+    assert "scan: 9x20x18" in out and f"{100 * mask.mean():.2f} % foreground" in out
+    assert "averaged (EMA) weights" in out
+
+
+def test_weights_of_the_last_step_are_used_where_there_is_no_average(run, tmp_path, capsys):
+    write_nifti(tmp_path / "a.nii", image_of((8, 16, 16)))
+    infer_ok("--ckpt", run(ema=False), "--input", tmp_path / "a.nii", "--output", tmp_path / "out")
+    mask = volumes.read_label(tmp_path / "out" / "a.nii").array
+    np.testing.assert_array_equal(mask, expected_probs(image_of((8, 16, 16))) >= 0.5)
+    assert "weights of the last step" in capsys.readouterr().out
+
+
+def test_tiff_prediction_is_a_tiff_of_equal_shape(run, tmp_path):
+    image = image_of((5, 17, 23), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "stack.tif", image, compression="lzw")
+    infer_ok("--ckpt", run(), "--input", tmp_path / "stack.tif", "--output", tmp_path / "out")
+    mask = tifffile.imread(tmp_path / "out" / "stack.tif")
+    assert mask.dtype == np.uint8
+    np.testing.assert_array_equal(mask, expected_probs(image) >= 0.5)
+
+
+def test_raw_volume_and_its_case_file_give_the_same(run, tmp_path):
+    image = image_of((9, 20, 18))
+    write_nifti(tmp_path / "b.nii.gz", image)
+    make_cases(tmp_path / "cases", b=image)
+    infer_ok("--ckpt", run(), "--input", tmp_path / "b.nii.gz", "--output", tmp_path / "raw")
+    infer_ok("--ckpt", run(), "--input", tmp_path / "cases" / "b.h5", "--output", tmp_path / "case")
+    raw = volumes.read_label(tmp_path / "raw" / "b.nii.gz").array
+    np.testing.assert_array_equal(raw, tifffile.imread(tmp_path / "case" / "b.tif"))
+
+
+def test_constant_network_gives_the_constant_up_to_the_border(run, tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", image_of((20, 40, 23)))
+    infer_ok("--ckpt", run(probability=0.3), "--input", tmp_path / "a.tif", "--output",
+             tmp_path / "out", "inference.save_probabilities=true")  # fmt: skip
+    probs = tifffile.imread(tmp_path / "out" / "probabilities" / "a.tif")
+    assert probs.dtype == np.float32 and probs.shape == (20, 40, 23)
+    np.testing.assert_allclose(probs, 0.3, atol=1e-6)
+    assert not tifffile.imread(tmp_path / "out" / "a.tif").any()
+
+
+def test_target_spacing_reaches_the_network_and_the_mask_keeps_the_grid(run, tmp_path):
+    image = image_of((9, 40, 36))
+    write_nifti(tmp_path / "fine.nii.gz", image)
+    infer_ok("--ckpt", run(spacing=[0.0, 1.0, 1.0]), "--input", tmp_path / "fine.nii.gz",
+             "inference.save_probabilities=true")  # fmt: skip
+    folder = tmp_path / "runs" / "tiny" / "predictions"
+    probs = volumes.read_image(folder / "probabilities" / "fine.nii.gz")
+    assert probs.spacing == (2.0, 0.5, 0.5)
+    np.testing.assert_allclose(probs.array[0], expected_probs(image, ratio=(1, 2, 2)), atol=1e-6)
+    mask = volumes.read_label(folder / "fine.nii.gz").array
+    np.testing.assert_array_equal(mask, probs.array[0] >= 0.5)
+
+
+def test_settings_of_inference_take_effect(run, tmp_path):
+    image = image_of((9, 20, 18))
+    write_nifti(tmp_path / "a.nii.gz", image)
+    probs = expected_probs(image)
+    cut = float(np.quantile(probs, 0.97))  # specks, so that there is something to remove
+    mask = probs >= cut
+    pieces = [f"inference.threshold={cut!r}", "postprocess.min_component_voxels=4"]
+    infer_ok("--ckpt", run(), "--input", tmp_path / "a.nii.gz", *pieces)
+    from scipy import ndimage
+
+    labels, _ = ndimage.label(mask, np.ones((3, 3, 3)))
+    sizes = np.bincount(labels.ravel())
+    kept = mask & (sizes[labels] >= 4)
+    written = volumes.read_label(tmp_path / "runs" / "tiny" / "predictions" / "a.nii.gz").array
+    np.testing.assert_array_equal(written, kept)
+    assert 0 < kept.sum() < mask.sum()
+
+
+# ---------------------------------------------------------------------------- which inputs
+
+
+def test_default_inputs_are_validation_cases_unless_there_are_test_cases(run, tmp_path, capsys):
+    make_cases(tmp_path / "cases", **{name: image_of((8, 16, 16), 3) for name in "abc"})
+    run()
+    infer_ok("--ckpt", tmp_path / "runs" / "last.pt")
+    folder = tmp_path / "runs" / "tiny" / "predictions"
+    assert [p.name for p in folder.iterdir()] == ["b.tif"]
+    assert "the run's validation cases" in capsys.readouterr().out
+    run(test=["c", "a"])
+    infer_ok("--ckpt", tmp_path / "runs" / "last.pt")
+    assert sorted(p.name for p in folder.iterdir()) == ["a.tif", "b.tif", "c.tif"]
+    assert "the run's test cases" in capsys.readouterr().out
+
+
+def test_data_that_moved_are_named_on_the_command_line(run, tmp_path):
+    make_cases(tmp_path / "elsewhere", b=image_of((8, 16, 16)))
+    infer_ok("--ckpt", run(), f"data.root={tmp_path / 'elsewhere'}")
+    assert (tmp_path / "runs" / "tiny" / "predictions" / "b.tif").is_file()
+
+
+def test_prepared_folder_gives_all_its_cases_and_phantoms_become_nifti(run, tmp_path):
+    make_cases(tmp_path / "cases", a=image_of((8, 16, 16)), b=image_of((8, 16, 16)))
+    with h5py.File(tmp_path / "cases" / "a.h5", "r+") as file:
+        file.attrs["source_image"] = "phantom scroll 0"
+    infer_ok("--ckpt", run(), "--input", tmp_path / "cases", "--output", tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "b.tif"]
+    np.testing.assert_array_equal(nibabel.load(tmp_path / "out" / "a.nii.gz").affine, TURNED)
+
+
+def test_labels_in_a_folder_of_images_are_left_out_and_said(run, tmp_path, capsys):
+    (tmp_path / "both").mkdir()
+    for name in ("a_img", "a_lbl", "b_img"):
+        write_nifti(tmp_path / "both" / f"{name}.nii.gz", image_of((8, 16, 16)))
+    infer_ok("--ckpt", run(), "--input", tmp_path / "both", "--output", tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "b.nii.gz"]
+    assert "1 files named as labels left out" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- faults
+
+
+def test_all_faults_come_at_once_and_nothing_is_written(run, tmp_path, capsys):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    write_nifti(folder / "good.nii.gz", image_of((8, 16, 16)))
+    whole = (folder / "good.nii.gz").read_bytes()
+    (folder / "short.nii.gz").write_bytes(whole[: len(whole) // 2])
+    hole = image_of((8, 16, 16), dtype=np.float32)
+    hole[1, 2, 3] = np.nan
+    write_nifti(folder / "hole.nii.gz", hole)
+    tifffile.imwrite(folder / "flat.tif", image_of((8, 16, 16))[0])
+    with h5py.File(folder / "two.h5", "w") as file:
+        file["image"] = np.zeros((2, 8, 16, 16), np.uint8)
+    faults = faults_of(capsys, "--ckpt", run(), "--input", folder, tmp_path / "nowhere.tif",
+                       "--output", tmp_path / "out", "inference.overlp=0.5")  # fmt: skip
+    names = ["inference.overlp", "nowhere.tif", "flat.tif", "hole.nii.gz", "short.nii.gz", "two.h5"]
+    assert len(faults) == len(names)
+    assert all(sum(name in fault for fault in faults) == 1 for name in names)
+    assert "inference.overlap" in faults[0] and "1 that are NaN" in "".join(faults)
+    assert not (tmp_path / "out").exists()
+
+
+def test_case_files_that_are_gone_are_named_one_by_one(run, tmp_path, capsys):
+    faults = faults_of(capsys, "--ckpt", run(test=["x", "y"]))
+    assert len(faults) == 2 and "x.h5" in faults[0] and "y.h5" in faults[1]
+
+
+def test_run_without_cases_to_predict_asks_for_input(run, capsys):
+    (fault,) = faults_of(capsys, "--ckpt", run(validation=[]))
+    assert fault.startswith("--input: expected volumes")
+
+
+def test_run_at_a_target_spacing_refuses_volumes_without_one(run, tmp_path, capsys):
+    tifffile.imwrite(tmp_path / "bare.tif", image_of((8, 16, 16)))
+    file = nibabel.Nifti1Image(image_of((8, 16, 16)).T, np.eye(4))
+    file.header.set_xyzt_units("mm")
+    nibabel.save(file, tmp_path / "mm.nii")
+    faults = faults_of(capsys, "--ckpt", run(spacing=[0.0, 1.0, 1.0]), "--input",
+                       tmp_path / "bare.tif", tmp_path / "mm.nii")  # fmt: skip
+    assert "bare.tif: expected a spacing" in faults[0]
+    assert "mm.nii: expected a spacing in micron as in training, got mm" in faults[1]
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("model.base=8", "model.base: expected a setting of inference"),
+        ("inference.window=[8,15,16]", "inference.window: expected multiples of"),
+        ("run.device=cuda:99", "run.device: expected auto, cpu or cuda:N"),
+        ("inference.threshold=2", "inference.threshold: expected"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(run, tmp_path, capsys, override, words):
+    write_nifti(tmp_path / "a.nii.gz", image_of((8, 16, 16)))
+    (fault,) = faults_of(capsys, "--ckpt", run(), "--input", tmp_path / "a.nii.gz", override)
+    assert fault.startswith(words)
+
+
+def test_predictions_never_replace_inputs_or_each_other(run, tmp_path, capsys):
+    write_nifti(tmp_path / "a.nii.gz", image_of((8, 16, 16)))
+    shutil.copy(tmp_path / "a.nii.gz", tmp_path / "a_img.nii.gz")
+    faults = faults_of(capsys, "--ckpt", run(), "--input", tmp_path / "a.nii.gz",
+                       tmp_path / "a_img.nii.gz", "--output", tmp_path)  # fmt: skip
+    assert "expected one input for this prediction" in faults[0]
+    assert "would overwrite an input" in faults[1]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_checkpoint_that_is_none_gets_one_sentence(tmp_path, capsys, content):
+    path = tmp_path / "last.pt"
+    if content is not None:
+        path.write_bytes(content)
+    (fault,) = faults_of(capsys, "--ckpt", path)
+    assert fault.startswith(f"{path}: expected a Lamina checkpoint")
+
+
+def test_folder_with_a_foreign_dataset_json_is_a_folder_of_volumes(run, tmp_path):
+    (tmp_path / "nnunet").mkdir()
+    (tmp_path / "nnunet" / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}}))
+    write_nifti(tmp_path / "nnunet" / "a_0000.nii.gz", image_of((8, 16, 16)))
+    infer_ok("--ckpt", run(), "--input", tmp_path / "nnunet", "--output", tmp_path / "out")
+    assert (tmp_path / "out" / "a.nii.gz").is_file()

@@ -1,0 +1,324 @@
+"""Loss terms against plain formulas, hand-computed geometry, and voxels that must not count."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from losses import (
+    LOSSES,
+    composite_loss,
+    pool_target,
+    soft_dice_loss,
+    surface_distance_loss,
+    weighted_bce_loss,
+)
+
+SHAPE = (2, 1, 4, 5, 6)
+EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def draw(seed=0):
+    """Random logits, soft target and valid mask of SHAPE."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(SHAPE, generator=generator) * 2
+    target = torch.rand(SHAPE, generator=generator)
+    return logits, target, torch.rand(SHAPE, generator=generator) > 0.4
+
+
+def bar(start, length=3, size=9):
+    """A bar along x in an otherwise empty volume: (1, 1, 1, 1, size) float."""
+    target = torch.zeros(1, 1, 1, 1, size)
+    target[..., start : start + length] = 1.0
+    return target
+
+
+def as_logits(mask, sharp=20.0):
+    return (mask * 2 - 1) * sharp
+
+
+# ---------------------------------------------------------------------------- valid
+
+
+@EVERY_LOSS
+def test_ignored_voxels_get_zero_gradient(loss):
+    logits, target, valid = draw()
+    logits.requires_grad_()
+    loss(logits, target, valid).backward()
+    assert bool((logits.grad[~valid] == 0).all())
+    assert bool((logits.grad[valid] != 0).any())
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("content", [1e30, -1e30, math.inf, math.nan])
+def test_content_of_ignored_voxels_cannot_change_value_or_gradient(loss, content):
+    logits, target, valid = draw()
+    results = []
+    for fill in (0.0, content):
+        x = torch.where(valid, logits, fill).requires_grad_()
+        value = loss(x, torch.where(valid, target, fill), valid)
+        value.backward()
+        results.append((value.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@EVERY_LOSS
+def test_all_ignored_gives_zero_loss_and_zero_gradient(loss):
+    logits, target, valid = draw()
+    logits.requires_grad_()
+    value = loss(logits, target, torch.zeros_like(valid))
+    value.backward()
+    assert value == 0.0
+    assert bool((logits.grad == 0).all())
+
+
+@EVERY_LOSS
+def test_no_valid_mask_means_all_valid(loss):
+    logits, target, valid = draw()
+    assert torch.equal(loss(logits, target), loss(logits, target, torch.ones_like(valid)))
+
+
+@EVERY_LOSS
+def test_low_precision_logits_under_autocast_are_judged_in_float32(loss):
+    logits, target, valid = draw()
+    half = logits.bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(half, target > 0.5, valid)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert half.grad.dtype == torch.bfloat16
+    assert torch.equal(value, loss(logits.bfloat16().float(), (target > 0.5).float(), valid))
+
+
+@EVERY_LOSS
+def test_perfect_prediction_has_almost_no_loss(loss):
+    target = bar(2)
+    assert loss(as_logits(target), target) < 1e-6
+
+
+@EVERY_LOSS
+def test_large_logits_stay_finite(loss):
+    target = bar(2)
+    logits = as_logits(1 - target, sharp=1e4).requires_grad_()
+    value = loss(logits, target)
+    value.backward()
+    assert bool(torch.isfinite(value))
+    assert bool(torch.isfinite(logits.grad).all())
+
+
+@EVERY_LOSS
+def test_shapes_that_differ_are_refused(loss):
+    with pytest.raises(ValueError, match=r"one shape \(B, 1, D, H, W\), got"):
+        loss(torch.zeros(1, 1, 2, 2, 2), torch.zeros(1, 1, 2, 2, 3))
+    with pytest.raises(ValueError, match="one shape"):
+        loss(torch.zeros(1, 2, 2, 2, 2), torch.zeros(1, 2, 2, 2, 2))
+
+
+# ---------------------------------------------------------------------------- terms
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0, 7.0])
+def test_weighted_bce_is_the_weighted_mean_of_cross_entropies(weight):
+    logits, target, valid = draw()
+    p = 1 / (1 + np.exp(-logits[valid].double().numpy()))
+    t = target[valid].double().numpy()
+    entropy = -t * np.log(p) - (1 - t) * np.log(1 - p)
+    expected = np.average(entropy, weights=weight * t + 1 - t)
+    value = weighted_bce_loss(logits, target, valid, positive_weight=weight)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_positive_weight_does_not_change_the_loss_of_an_undecided_network():
+    value = weighted_bce_loss(torch.zeros(1, 1, 1, 1, 9), bar(2), positive_weight=10.0)
+    assert value.item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_soft_dice_is_the_formula(batch):
+    logits, target, valid = draw()
+    p = 1 / (1 + np.exp(-logits.double().numpy()))
+    t, v = target.double().numpy(), valid.numpy()
+    groups = [(p[v], t[v])] if batch else [(p[i][v[i]], t[i][v[i]]) for i in range(2)]
+    dice = [(2 * (a * b).sum() + 0.1) / (a.sum() + b.sum() + 0.1) for a, b in groups]
+    value = soft_dice_loss(logits, target, valid, smooth=0.1, batch=batch)
+    assert value.item() == pytest.approx(1 - np.mean(dice), rel=1e-5)
+
+
+def test_soft_dice_of_a_shifted_bar_is_one_minus_its_dice():
+    value = soft_dice_loss(as_logits(bar(3)), bar(2))
+    assert value.item() == pytest.approx(1 - 2 * 2 / (3 + 3), abs=1e-5)
+
+
+def test_soft_dice_leaves_samples_without_valid_voxels_out_of_the_mean():
+    logits, target, valid = draw()
+    valid[1] = False
+    alone = soft_dice_loss(logits[:1], target[:1], valid[:1])
+    assert torch.equal(soft_dice_loss(logits, target, valid), alone)
+
+
+def test_soft_dice_of_an_empty_target_is_zero_or_close_to_one():
+    empty = torch.zeros(1, 1, 1, 1, 9)
+    assert soft_dice_loss(torch.full_like(empty, -100.0), empty) == 0.0
+    assert soft_dice_loss(torch.zeros_like(empty), empty) > 0.99999
+
+
+def test_surface_distance_of_a_shifted_bar_is_worked_out_by_hand():
+    # Target at x = 2, 3, 4; prediction at 5, 6, 7; tolerance 2 voxels.
+    # Prediction's distances to the target: 1, 2, 3 -> 1/2 + 1 + 1; the other way round the same.
+    value = surface_distance_loss(as_logits(bar(5)), bar(2), tolerance=2.0)
+    assert value.item() == pytest.approx((2.5 + 2.5) / 9, rel=1e-5)
+
+
+def test_surface_distance_counts_in_units_of_spacing():
+    value = surface_distance_loss(as_logits(bar(5)), bar(2), tolerance=2.0, spacing=(1.0, 1.0, 0.5))
+    # Distances 0.5, 1, 1.5 in units, over a tolerance of 2, both ways.
+    assert value.item() == pytest.approx(2 * 1.5 / 9, rel=1e-5)
+
+
+def test_surface_distance_lowers_probability_away_from_the_target():
+    logits = torch.zeros(1, 1, 1, 1, 9, requires_grad=True)
+    surface_distance_loss(logits, bar(2), tolerance=2.0).backward()
+    gradient = logits.grad.flatten()
+    assert bool((gradient[[0, 1, 5, 6, 7, 8]] > 0).all())
+    assert bool((gradient[[2, 3, 4]] < 0).all())
+    assert gradient[8].item() == pytest.approx(2 * gradient[5].item(), rel=1e-5)
+
+
+def test_descending_the_surface_distance_closes_the_gap_of_a_broken_bar():
+    target = bar(0, length=9)
+    broken = target.clone()
+    broken[..., 3:6] = 0.0
+    logits = as_logits(broken, sharp=2.0).requires_grad_()
+    for _ in range(30):
+        (gradient,) = torch.autograd.grad(surface_distance_loss(logits, target), logits)
+        logits.data -= 20.0 * gradient
+    assert bool((logits > 0).all())
+
+
+def test_surface_distance_of_empty_sides_is_a_mean():
+    p = torch.sigmoid(torch.tensor(1.5))
+    logits = torch.full((1, 1, 1, 1, 9), 1.5)
+    empty_target = surface_distance_loss(logits, torch.zeros_like(logits))
+    empty_prediction = surface_distance_loss(-logits, bar(2), tolerance=0.5)
+    assert empty_target.item() == pytest.approx(p.item(), rel=1e-6)
+    assert empty_prediction.item() == pytest.approx((6 * (1 - p) + 3 * p).item() / 9, rel=1e-6)
+
+
+def test_unlabeled_foreground_is_foreground_of_neither_side():
+    valid = torch.ones(1, 1, 1, 1, 9, dtype=torch.bool)
+    valid[..., 2:5] = False
+    value = surface_distance_loss(torch.full((1, 1, 1, 1, 9), -20.0), bar(2), valid)
+    assert value.item() == pytest.approx(0.0, abs=1e-6)
+    value = surface_distance_loss(torch.full((1, 1, 1, 1, 9), 20.0), bar(2), valid)
+    assert value.item() == pytest.approx(1.0, abs=1e-6)  # all six voxels are far
+
+
+# ---------------------------------------------------------------------------- deep supervision
+
+
+def test_pooling_averages_exact_blocks():
+    target = bar(2, length=3, size=8)
+    coarse, valid = pool_target(target, None, (1, 1, 4))
+    assert coarse.flatten().tolist() == [0.0, 1.0, 0.5, 0.0]
+    assert valid is None
+
+
+def test_pooling_counts_valid_voxels_only():
+    target = torch.tensor([1.0, 9.0, 0.0, 1.0, 1.0, 9.0, 9.0, 9.0]).reshape(1, 1, 1, 1, 8)
+    valid = torch.tensor([1, 0, 1, 1, 1, 0, 0, 0]).bool().reshape(1, 1, 1, 1, 8)
+    coarse, coarse_valid = pool_target(target, valid, (1, 1, 4))
+    assert coarse.flatten().tolist() == [1.0, 0.5, 1.0, 0.0]
+    assert coarse_valid.flatten().tolist() == [True, True, True, False]
+
+
+def test_pooling_to_a_shape_that_does_not_divide_is_adaptive():
+    target = torch.rand(1, 1, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    coarse, valid = pool_target(target, torch.ones(1, 1, 3, 5, 7).bool(), (2, 3, 4))
+    torch.testing.assert_close(coarse, F.adaptive_avg_pool3d(target, (2, 3, 4)))
+    assert bool(valid.all())
+
+
+def test_composite_is_the_weighted_sum_over_scales():
+    logits, target, valid = draw()
+    coarse = torch.randn(2, 1, 2, 5, 3, generator=torch.Generator().manual_seed(1))
+    terms = {
+        "weighted_bce": {"weight": 0.5, "positive_weight": 2.0},
+        "surface_distance": {"weight": 0.25, "scales": 1, "tolerance": 3.0},
+        "soft_dice": {"weight": 0.0},
+    }
+    total, parts = composite_loss([logits, coarse], target, valid, terms)
+    pooled = pool_target(target, valid, (2, 5, 3))
+    bce = 2 / 3 * weighted_bce_loss(logits, target, valid, positive_weight=2.0)
+    bce = bce + 1 / 3 * weighted_bce_loss(coarse, *pooled, positive_weight=2.0)
+    surface = surface_distance_loss(logits, target, valid, tolerance=3.0)
+    assert set(parts) == {"weighted_bce", "surface_distance", "total"}
+    torch.testing.assert_close(parts["weighted_bce"], bce)
+    torch.testing.assert_close(parts["surface_distance"], surface)
+    torch.testing.assert_close(total, 0.5 * bce + 0.25 * surface)
+    torch.testing.assert_close(parts["total"], total)
+
+
+def test_composite_scales_the_spacing_with_the_pooling():
+    coarse = as_logits(bar(3, length=1, size=4))
+    fine, target = as_logits(bar(0, length=2, size=8)), bar(0, length=2, size=8)
+    terms = {"surface_distance": {"weight": 1.0, "tolerance": 12.0}}
+    options = {"scale_weights": [1.0, 1.0], "spacing": (1.0, 1.0, 2.0)}
+    total, _ = composite_loss([fine, coarse], target, None, terms, **options)
+    # Coarse voxels are 4 wide; three of them lie between the two: 12, each way, over 4 voxels.
+    assert total.item() == pytest.approx(0.5 * (1.0 + 1.0) / 4, rel=1e-5)
+
+
+def test_composite_of_one_tensor_is_its_finest_scale():
+    logits, target, valid = draw()
+    total, parts = composite_loss(logits, target, valid, {"soft_dice": {"weight": 2.0}})
+    torch.testing.assert_close(parts["soft_dice"], soft_dice_loss(logits, target, valid))
+    torch.testing.assert_close(total, 2.0 * parts["soft_dice"])
+
+
+def test_composite_gives_ignored_voxels_no_gradient_at_any_scale():
+    logits, target, valid = draw()
+    valid[..., :2] = False  # whole blocks of the coarse scale
+    outputs = [logits, torch.zeros(2, 1, 2, 5, 3)]
+    outputs = [x.clone().requires_grad_() for x in outputs]
+    terms = {name: {"weight": 1.0} for name in LOSSES}
+    total, parts = composite_loss(outputs, torch.where(valid, target, math.nan), valid, terms)
+    total.backward()
+    assert math.isfinite(parts["total"])
+    assert bool((outputs[0].grad[~valid] == 0).all())
+    assert bool((outputs[1].grad[..., 0] == 0).all())
+    assert bool((outputs[1].grad[..., 1:] != 0).any())
+
+
+def test_parts_are_detached_tensors():
+    logits, target, valid = draw()
+    _, parts = composite_loss(logits.requires_grad_(), target, valid, {"soft_dice": {"weight": 1}})
+    assert all(torch.is_tensor(part) and not part.requires_grad for part in parts.values())
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"soft_dise": {"weight": 1}}, "'soft_dise' is unknown; did you mean 'soft_dice'"),
+        ({"soft_dice": {"weight": 1, "smoth": 1}}, "no 'smoth'; did you mean 'smooth'"),
+        ({"soft_dice": {"weight": -1}}, "expected a weight of 0 or more, got -1"),
+        ({"soft_dice": {}}, "expected a weight of 0 or more, got None"),
+        ({"soft_dice": {"weight": 1, "scales": 0}}, "expected scales of 1 or more"),
+        ({"soft_dice": {"weight": 0}}, "at least one term of a weight above 0"),
+        ({"soft_dice": {"weight": 1, "smooth": 0}}, "smooth: expected a positive number, got 0"),
+    ],
+)
+def test_wrong_terms_are_refused_by_name(terms, message):
+    logits, target, valid = draw()
+    with pytest.raises(ValueError, match=message):
+        composite_loss(logits, target, valid, terms)
+
+
+def test_scale_weights_must_match_the_outputs():
+    logits, target, valid = draw()
+    with pytest.raises(ValueError, match="scale_weights: expected 1 numbers"):
+        composite_loss(
+            logits, target, valid, {"soft_dice": {"weight": 1}}, scale_weights=[1.0, 0.5]
+        )

@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+import torch
+
+import config
+import model
+
+SMALL = {"base": 4, "multipliers": (1, 2, 2), "blocks": 1}
+
+
+def network(patch=(8, 16, 16), spacing=(1, 1, 1), **changes):
+    torch.manual_seed(0)
+    sizes = {**SMALL, **changes}
+    strides, kernels = model.derive_strides(patch, spacing, len(sizes["multipliers"]))
+    return model.UNet3D(1, 1, strides=strides, kernels=kernels, **sizes)
+
+
+def test_the_full_setting_has_33_67_million_parameters_within_one_percent():
+    settings = config.load("configs/exp001_full.yaml")
+    chosen = settings.model.model_dump(exclude={"strides", "compile"})
+    strides, kernels = model.derive_strides(
+        settings.sampling.patch, (1, 1, 1), len(settings.model.multipliers)
+    )
+    with torch.device("meta"):
+        count = model.parameter_count(
+            model.UNet3D(1, 1, strides=strides, kernels=kernels, **chosen)
+        )
+    assert abs(count / 33.67e6 - 1) < 0.01
+
+
+def test_isotropic_patch_is_halved_along_every_axis_while_it_is_even():
+    strides, kernels = model.derive_strides((72, 136, 136), (1, 1, 1), 5)
+    assert strides == [(1, 1, 1)] + [(2, 2, 2)] * 3 + [(1, 1, 1)]
+    assert set(kernels) == {(3, 3, 3)}
+
+
+def test_a_coarse_axis_waits_until_the_others_have_caught_up():
+    strides, kernels = model.derive_strides((16, 96, 96), (5, 1, 1), 4)
+    assert strides == [(1, 1, 1), (1, 2, 2), (1, 2, 2), (2, 2, 2)]
+    assert kernels == [(1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3)]
+
+
+@pytest.mark.parametrize("depth", [1, 5, 10, 96])
+def test_thin_and_deep_patches_find_strides_and_keep_their_shape(depth):
+    net = network((depth, 32, 32), multipliers=(1, 2))
+    x = torch.randn(1, 1, depth, 32, 32)
+    assert net.eval()(x).shape == x.shape
+
+
+def test_the_bottleneck_keeps_at_least_four_voxels_per_halved_axis():
+    strides, _ = model.derive_strides((8, 64, 64), (1, 1, 1), 6)
+    assert np.prod(strides, axis=0).tolist() == [2, 16, 16]
+
+
+@pytest.mark.parametrize("patch", [(1, 1, 1), (7, 7, 7), (33, 65, 65), (64, 64, 150), (50, 50, 50)])
+def test_a_patch_that_no_stride_fits_is_named_with_what_would_fit(patch):
+    with pytest.raises(ValueError, match=r"sampling.patch .*(multiples of 8|nearest sizes)"):
+        model.derive_strides(patch, (1, 1, 1), 4)
+
+
+def test_strides_by_hand_must_divide_the_patch():
+    assert model.check_strides((8, 16, 16), [(1, 2, 2)]) == [(1, 1, 1), (1, 2, 2)]
+    with pytest.raises(ValueError, match="multiple of 4"):
+        model.check_strides((6, 16, 16), [(2, 2, 2), (2, 2, 2)])
+
+
+def test_training_gives_logits_of_every_scale_and_evaluation_the_finest():
+    net = network()
+    x = torch.randn(2, 1, 8, 16, 16)
+    shapes = [tuple(y.shape[2:]) for y in net.train()(x)]
+    assert shapes == [(8, 16, 16), (4, 8, 8)]
+    assert net.eval()(x).shape == x.shape
+    single = network(deep_supervision=False).train()(x)
+    assert single.shape == x.shape
+
+
+def test_every_parameter_gets_a_gradient():
+    net = network().train()
+    sum(y.square().mean() for y in net(torch.randn(1, 1, 8, 16, 16))).backward()
+    missing = [n for n, p in net.named_parameters() if p.grad is None]
+    assert missing == []
+
+
+def test_checkpointing_changes_memory_not_numbers():
+    x = torch.randn(1, 1, 8, 16, 16)
+    plain, saving = network(dropout=0.2), network(dropout=0.2, checkpointing=True)
+    grads = []
+    for net in (plain, saving):
+        torch.manual_seed(1)
+        sum(y.square().mean() for y in net.train()(x)).backward()
+        grads.append([p.grad for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_an_untrained_network_says_background():
+    probs = network().eval()(torch.randn(1, 1, 8, 16, 16)).sigmoid().detach()
+    assert 0.05 < float(probs.mean()) < 0.2 and float(probs.max()) < 0.5
+
+
+def test_contrast_of_the_image_hardly_matters():
+    net = network().eval()
+    x = torch.randn(1, 1, 8, 16, 16)
+    with torch.no_grad():
+        a, b = net(x), net(3 * x)
+    assert torch.allclose(a, b, atol=1e-3)
+
+
+def test_a_size_that_the_strides_do_not_divide_is_named():
+    with pytest.raises(ValueError, match="H: expected a multiple of 4 voxels, got 18"):
+        network()(torch.randn(1, 1, 8, 18, 16))

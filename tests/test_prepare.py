@@ -1,0 +1,450 @@
+"""prepare.py end to end, in-process: what it writes, what it says, and everything it refuses."""
+
+import json
+import os
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import h5py
+import nibabel
+import numpy as np
+import pytest
+import tifffile
+
+import cases
+import ingest
+import layouts
+import prepare
+from volumes import Source
+
+SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[2] / "shared"))
+REAL = SHARED / "data"
+SHAPE = (6, 8, 10)
+
+
+def voxels(shape=SHAPE, seed=0):
+    return np.random.default_rng(seed).integers(1, 200, shape).astype(np.uint8)
+
+
+def mask(value=1, shape=SHAPE):
+    label = np.zeros(shape, np.uint8)
+    label[1:3, 2:4, 2:5] = value
+    return label
+
+
+def nifti(path, array, zooms=(0.5, 1.0, 2.0), unit="mm"):
+    """zooms in x, y, z; array z, y, x."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nibabel.Nifti1Image(array.T, np.diag([*zooms, 1.0]))
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, path)
+    return path
+
+
+def tiff(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tifffile.imwrite(path, array, photometric="minisblack", compression="lzw")
+    return path
+
+
+def run(*arguments):
+    return prepare.main([*(str(a) for a in arguments), "--workers", "1"])
+
+
+@pytest.fixture
+def raw(tmp_path):
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def refused(capsys, out, *arguments):
+    """The faults of a refused command; out is as absent as it was."""
+    assert run(*arguments, "--out", out) == 2
+    assert not out.exists()
+    return capsys.readouterr().err.strip().splitlines()
+
+
+# ---------------------------------------------------------------------------- what is written
+
+
+def test_a_pair_keeps_voxels_dtype_spacing_unit_and_affine(raw, out):
+    image = voxels().astype(np.int16) - 100
+    nifti(raw / "a_img.nii.gz", image, unit="micron")
+    nifti(raw / "a_lbl.nii.gz", mask(), unit="micron")
+    assert run("--images", raw, "--labels", raw, "--out", out) == 0
+    dataset = cases.read_dataset(out)
+    case = dataset.cases["a"]
+    assert (case.shape, case.spacing, case.unit) == (SHAPE, (2.0, 1.0, 0.5), "micron")
+    assert (dataset.classes, dataset.ignore_label) == ({"background": 0, "foreground": 1}, None)
+    with h5py.File(case.path) as file:
+        assert file["image"].dtype == np.int16
+        assert np.array_equal(file["image"][0], image)
+        assert np.array_equal(file["label"], mask())
+        assert np.array_equal(file.attrs["affine"], np.diag([0.5, 1, 2, 1]))
+        assert file.attrs["source_label"].endswith("a_lbl.nii.gz")
+    assert sorted(os.listdir(out)) == ["a.h5", "dataset.json"]
+
+
+def test_a_mask_of_255_becomes_class_1_and_it_is_said(raw, out, capsys):
+    tiff(raw / "i/a.tif", voxels())
+    tiff(raw / "i/b.tif", voxels())
+    tiff(raw / "l/a.tif", mask(255))
+    tiff(raw / "l/b.tif", mask(254))
+    assert run("--images", raw / "i", "--labels", raw / "l", "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "label values {0, 255} read as classes {0, 1} (1 case: a)" in said
+    assert "label values {0, 254} read as classes {0, 1} (1 case: b)" in said
+    assert "1 1 1 is taken" in said
+    for name in "ab":
+        with h5py.File(out / f"{name}.h5") as file:
+            assert np.array_equal(file["label"], mask())
+
+
+def test_a_label_of_0_and_2_stays_unlabeled_where_2_is_ignored(raw, out):
+    label = mask(2)
+    tiff(raw / "a_img.tif", voxels())
+    tiff(raw / "a_lbl.tif", label)
+    assert run("--images", raw, "--labels", raw, "--ignore-label", 2, "--out", out) == 0
+    with h5py.File(out / "a.h5") as file:
+        assert np.array_equal(file["label"], label)
+        assert file.attrs["ignore_label"] == 2
+
+
+def test_255_stays_255_where_it_is_ignored(raw, out):
+    tiff(raw / "a_img.tif", voxels())
+    tiff(raw / "a_lbl.tif", mask(255))
+    assert run("--images", raw, "--labels", raw, "--ignore-label", 255, "--out", out) == 0
+    with h5py.File(out / "a.h5") as file:
+        assert np.array_equal(file["label"], mask(255))
+
+
+def test_an_empty_label_is_a_warning(raw, out, capsys):
+    tiff(raw / "a_img.tif", voxels())
+    tiff(raw / "a_lbl.tif", mask(0))
+    assert run("--images", raw, "--labels", raw, "--out", out) == 0
+    assert (
+        "warning: the label is empty, no voxel of it is foreground (1 case: a)"
+        in capsys.readouterr().out
+    )
+
+
+def test_crops_are_cases_of_their_own_with_a_moved_affine(raw, out):
+    image, label = voxels(), mask()
+    label[4] = 1
+    nifti(raw / "a_img.nii.gz", image)
+    nifti(raw / "a_lbl.nii.gz", label)
+    crops = ("--crop", "train=0:3", "test=4:")
+    assert run("--images", raw, "--labels", raw, "--out", out, *crops) == 0
+    found = cases.read_dataset(out).cases
+    assert {i: case.group for i, case in found.items()} == {i: i for i in ("a_train", "a_test")}
+    with h5py.File(found["a_test"].path) as file:
+        assert np.array_equal(file["image"][0], image[4:])
+        assert np.array_equal(file["label"], label[4:])
+        assert file.attrs["affine"][:3, 3].tolist() == [0, 0, 8]  # 4 slices of 2 mm
+
+
+def test_the_spacing_table_wins_over_the_option_and_both_over_the_header(raw, out, capsys):
+    for name in ("a1", "b1"):
+        nifti(raw / f"{name}_img.nii", voxels())
+    table = raw / "spacing.csv"
+    table.write_text("id,z,y,x,unit\na*,5,0.994,0.994,micron\n")
+    options = ("--spacing", 3, 2, 1, "--unit", "micron", "--spacing-csv", table)
+    assert run("--images", raw, "--out", out, *options) == 0
+    found = cases.read_dataset(out).cases
+    assert found["a1"].spacing == (5.0, 0.994, 0.994)
+    assert found["b1"].spacing == (3.0, 2.0, 1.0)
+    assert not found["a1"].labelled
+    said = capsys.readouterr().out
+    assert "spacing from --spacing-csv replaces the header's (1 case: a1)" in said
+    assert "spacing from --spacing replaces the header's (1 case: b1)" in said
+    assert "unit micron replaces the header's mm (2 cases: a1, b1)" in said
+
+
+def test_groups_come_from_the_id_or_a_table(raw, out):
+    for name in ("rat1_x", "rat1_y", "rat2_x"):
+        tiff(raw / f"{name}.tif", voxels())
+    (raw / "train.csv").write_text("id,animal\nrat1_x,p\nrat1_y,q\nrat2_x,q\n")
+    groups = {"regex:^rat\\d": ["rat1", "rat1", "rat2"], "regex:_(.)": ["x", "y", "x"]}
+    groups |= {"csv:animal": ["p", "q", "q"], f"csv:{raw / 'train.csv'}:animal": ["p", "q", "q"]}
+    for rule, expected in groups.items():
+        assert run("--images", raw, "--out", out, "--group-from", rule) == 0
+        assert [case.group for case in cases.read_dataset(out).cases.values()] == expected
+
+
+def test_cases_are_added_and_those_of_the_same_id_replaced(raw, out, capsys):
+    assert run("--phantom", "scroll", "--cases", 2, "--shape", *SHAPE, "--out", out) == 0
+    with h5py.File(out / "scroll_000.h5") as file:
+        before = file["image"][:]
+    more = ("--phantom", "scroll", "--cases", 1, "--shape", *SHAPE, "--seed", 1)
+    assert run(*more, "--out", out) == 0
+    assert "replaced" in capsys.readouterr().out
+    dataset = cases.read_dataset(out)
+    assert sorted(dataset.cases) == ["scroll_000", "scroll_001"]
+    assert dataset.ignore_label == 2
+    with h5py.File(out / "scroll_000.h5") as file:
+        assert not np.array_equal(file["image"], before)
+
+
+def test_a_dataset_with_other_classes_is_left_as_it_was(raw, out, capsys):
+    assert run("--phantom", "vessels", "--cases", 1, "--shape", *SHAPE, "--out", out) == 0
+    before = (out / "dataset.json").read_text()
+    other = ("--phantom", "vessels", "--cases", 2, "--shape", *SHAPE, "--classes", "vein")
+    assert run(*other, "--out", out) == 2
+    assert "expected the classes of the dataset there" in capsys.readouterr().err
+    assert sorted(os.listdir(out)) == ["dataset.json", "vessels_000.h5"]
+    assert (out / "dataset.json").read_text() == before
+
+
+def test_two_workers_write_what_one_writes(tmp_path):
+    arguments = ["--phantom", "scroll", "--cases", "2", "--shape", "8", "24", "24", "--out"]
+    assert prepare.main([*arguments, str(tmp_path / "one"), "--workers", "1"]) == 0
+    assert prepare.main([*arguments, str(tmp_path / "two"), "--workers", "2"]) == 0
+    for name in ("scroll_000.h5", "scroll_001.h5"):
+        with h5py.File(tmp_path / "one" / name) as a, h5py.File(tmp_path / "two" / name) as b:
+            assert np.array_equal(a["image"], b["image"])
+            assert np.array_equal(a["foreground/1"], b["foreground/1"])
+
+
+# ---------------------------------------------------------------------------- layouts
+
+
+def test_an_nnunet_root_gives_channels_classes_and_ignore_label(raw, out):
+    labels = {"background": 0, "wall": 1, "lumen": 2, "ignore": 3}
+    description = {"channel_names": {"0": "T1", "1": "T2"}, "labels": labels}
+    nifti(raw / "imagesTr/a_0000.nii.gz", voxels(seed=1))
+    nifti(raw / "imagesTr/a_0001.nii.gz", voxels(seed=2))
+    nifti(raw / "labelsTr/a.nii.gz", mask(3) | np.roll(mask(2), 4, axis=1))
+    nifti(raw / "imagesTs/t_0000.nii.gz", voxels())
+    nifti(raw / "imagesTs/t_0001.nii.gz", voxels())
+    (raw / "dataset.json").write_text(json.dumps(description))
+    assert run("--images", raw, "--out", out, "--test-images") == 0
+    dataset = cases.read_dataset(out)
+    assert dataset.classes == {"background": 0, "wall": 1, "lumen": 2}
+    assert dataset.ignore_label == 3
+    assert {i: (c.channels, c.labelled) for i, c in dataset.cases.items()} == {
+        "a": (2, True),
+        "t": (2, False),
+    }
+    with h5py.File(out / "a.h5") as file:
+        assert np.array_equal(file["image"][1], voxels(seed=2))
+
+
+def test_an_msd_root_keeps_ids_that_look_like_channels(raw, out):
+    for name in ("la_0001", "la_0002"):
+        nifti(raw / f"imagesTr/{name}.nii.gz", voxels())
+        nifti(raw / f"labelsTr/{name}.nii.gz", mask())
+    description = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "atrium"}}
+    (raw / "dataset.json").write_text(json.dumps(description))
+    assert run("--images", raw, "--out", out) == 0
+    assert sorted(cases.read_dataset(out).cases) == ["la_0001", "la_0002"]
+    assert cases.read_dataset(out).classes == {"background": 0, "atrium": 1}
+
+
+def test_a_missing_channel_is_a_fault(raw, out, capsys):
+    nifti(raw / "imagesTr/a_0000.nii.gz", voxels())
+    nifti(raw / "labelsTr/a.nii.gz", mask())
+    description = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "x": 1}}
+    (raw / "dataset.json").write_text(json.dumps(description))
+    (fault, _) = refused(capsys, out, "--images", raw)
+    assert fault.startswith("case a: expected 2 channels as in dataset.json, got 1")
+
+
+def test_a_vesuvius_root_skips_and_lists_ids_whose_file_is_gone(raw, out, capsys):
+    label = mask()
+    label[4:] = 2
+    for name in ("101", "102"):
+        tiff(raw / f"train_images/{name}.tif", voxels())
+        tiff(raw / f"train_labels/{name}.tif", label)
+    (raw / "train.csv").write_text("id,scroll_id\n101,7\n102,8\n103,8\n104,8\n")
+    assert run("--images", raw, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "lists 2 ids that have no file any more; skipped: 103, 104" in said
+    dataset = cases.read_dataset(out)
+    assert dataset.ignore_label == 2
+    assert {i: c.group for i, c in dataset.cases.items()} == {"101": "7", "102": "8"}
+
+
+def test_an_image_goes_with_the_longest_label_id_it_begins_with():
+    images = [Source("a_b_den", "1"), Source("c", "2"), Source("ab", "3")]
+    labels = [Source("a", "4"), Source("a_b", "5"), Source("c", "6")]
+    found = [(i, x and x.path, y and y.path) for i, x, y in layouts.match_pairs(images, labels)]
+    assert found == [("a_b", "1", "5"), ("c", "2", "6"), ("ab", "3", None), ("a", None, "4")]
+
+
+def test_two_named_files_are_a_pair_whatever_their_names(raw, out):
+    image, label = tiff(raw / "ct.tif", voxels()), tiff(raw / "artery.tif", mask())
+    assert run("--images", image, "--labels", label, "--out", out) == 0
+    assert list(cases.read_dataset(out).cases) == ["ct"]
+
+
+# ---------------------------------------------------------------------------- what is refused
+
+
+def test_a_label_of_unlabeled_and_background_only_is_empty(raw, out, capsys):
+    tiff(raw / "a_img.tif", voxels())
+    tiff(raw / "a_lbl.tif", mask(2))
+    assert run("--images", raw, "--labels", raw, "--ignore-label", 2, "--out", out) == 0
+    assert "warning: the label is empty" in capsys.readouterr().out
+
+
+def test_all_faults_of_a_folder_are_told_in_one_go_and_nothing_is_written(raw, out, capsys):
+    nan = voxels().astype(np.float32)
+    nan[0, 0, :3] = np.nan
+    nifti(raw / "i/good.nii.gz", voxels())
+    nifti(raw / "l/good.nii.gz", mask())
+    nifti(raw / "i/shape.nii.gz", voxels())
+    nifti(raw / "l/shape.nii.gz", mask(shape=(6, 8, 9)))
+    nifti(raw / "i/nan.nii.gz", nan)
+    nifti(raw / "l/nan.nii.gz", mask())
+    cut = nifti(raw / "i/cut.nii.gz", voxels((20, 30, 30)))
+    cut.write_bytes(cut.read_bytes()[:-2000])
+    nifti(raw / "l/cut.nii.gz", mask())
+    tifffile.imwrite(raw / "i/flat.tif", np.zeros((8, 10), np.uint8))
+    nifti(raw / "l/flat.nii.gz", mask())
+    nifti(raw / "i/value.nii.gz", voxels())
+    nifti(raw / "l/value.nii.gz", mask(7) | np.roll(mask(1), 3, axis=1))
+    nifti(raw / "i/missing.nii.gz", voxels())
+    nifti(raw / "l/stray.nii.gz", mask())
+    nifti(raw / "i/twice.nii.gz", voxels())
+    tiff(raw / "i/twice_img.tif", voxels())
+    nifti(raw / "l/twice.nii.gz", mask())
+    nifti(raw / "i/blank.nii.gz", voxels())
+    nifti(raw / "l/blank.nii.gz", np.full(SHAPE, 2, np.uint8))
+    zero = nifti(raw / "i/zero.nii", voxels())
+    content = bytearray(zero.read_bytes())
+    content[80:84] = np.float32(0).tobytes()  # pixdim[1]: x
+    zero.write_bytes(content)
+    nifti(raw / "l/zero.nii.gz", mask())
+    options = ("--images", raw / "i", "--labels", raw / "l", "--ignore-label", 2)
+    *faults, last = refused(capsys, out, *options)
+    expected = {
+        "case shape": "image and label of one shape",
+        "nan.nii.gz": "3 voxels of NaN or Inf",
+        "cut.nii.gz": "cannot be read",
+        "flat.tif": "which is no volume",
+        "case value": "label values [0, 1, 2], got also 7",
+        "case missing": "expected a label of this id",
+        "case stray": "expected an image of this id",
+        "case twice": "expected one file of this id, got 2",
+        "case blank": "expected labeled voxels",
+        "zero.nii": "spacing above 0",
+    }
+    for name, sentence in expected.items():
+        assert [fault for fault in faults if name in fault and sentence in fault], name
+    assert len(faults) == len(expected)
+    assert last == "10 faults in 9 cases; nothing was written"
+
+
+def test_value_2_without_a_meaning_suggests_both_options(raw, out, capsys):
+    tiff(raw / "a_img.tif", voxels())
+    tiff(raw / "a_lbl.tif", mask(2) | np.roll(mask(1), 3, axis=1))
+    (fault, _) = refused(capsys, out, "--images", raw, "--labels", raw)
+    assert "got also 2" in fault
+    assert "--ignore-label 2" in fault
+    assert "--classes A B" in fault
+
+
+def test_headers_that_disagree_are_faults(raw, out, capsys):
+    nifti(raw / "a_img.nii", voxels())
+    nifti(raw / "a_lbl.nii", mask(), zooms=(0.5, 1.0, 2.1))
+    nifti(raw / "b_img.nii", voxels())
+    nifti(raw / "b_lbl.nii", mask(), unit="micron")
+    faults = refused(capsys, out, "--images", raw, "--labels", raw)
+    assert "a_lbl.nii: expected the spacing of its image, (2.0, 1.0, 0.5)" in faults[0]
+    assert "b_lbl.nii: expected the unit of its image, mm, got micron" in faults[1]
+
+
+def test_mixed_units_are_a_fault(raw, out, capsys):
+    nifti(raw / "a.nii", voxels(), unit="mm")
+    nifti(raw / "b.nii", voxels(), unit="micron")
+    (fault, _) = refused(capsys, out, "--images", raw)
+    assert fault.startswith("dataset: expected one unit in all cases")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--spacing", 0, 1, 1), "--spacing: expected three numbers above 0"),
+        (("--spacing", "nan", 1, 1), "--spacing: expected three numbers above 0"),
+        (("--classes", "a", "a"), "--classes: expected distinct"),
+        (("--ignore-label", 1), "--ignore-label: expected a value"),
+        (("--ignore-label", 300), "--ignore-label: expected a value"),
+        (("--crop", "a=5"), "--crop a=5: expected NAME=Z0:Z1"),
+        (("--crop", "a=0:99"), "expected a range of its 6 slices"),
+        (("--crop", "a=3:3"), "expected a range of its 6 slices"),
+        (("--group-from", "animal"), "--group-from animal: expected csv:COLUMN"),
+        (("--group-from", "regex:("), "expected a pattern"),
+        (("--group-from", "regex:zebra"), "case a: expected a group"),
+        (("--group-from", "csv:gone.csv:animal"), "gone.csv: expected a readable CSV"),
+        (("--group-from", "csv:animal"), "expected train.csv or one CSV file"),
+        (("--spacing-csv", "gone.csv"), "gone.csv: expected a readable CSV"),
+    ],
+)
+def test_a_bad_option_is_one_sentence(raw, out, capsys, options, sentence):
+    tiff(raw / "a.tif", voxels())
+    faults = refused(capsys, out, "--images", raw, *options)
+    assert len(faults) == 2
+    assert sentence in faults[0]
+
+
+@pytest.mark.parametrize("path", ["nowhere", "empty"])
+def test_images_that_are_not_there_are_a_fault(tmp_path, out, capsys, path):
+    (tmp_path / "empty").mkdir()
+    (fault, _) = refused(capsys, out, "--images", tmp_path / path)
+    assert fault.startswith(f"--images {tmp_path / path}: expected")
+
+
+def test_a_bad_spacing_table_names_the_line(raw, out, capsys):
+    tiff(raw / "a.tif", voxels())
+    (raw / "s.csv").write_text("id,z,y,x\na,1,1,1\nb,1,zero,1\n")
+    (fault, _) = refused(capsys, out, "--images", raw, "--spacing-csv", raw / "s.csv")
+    assert "s.csv, line 3" in fault
+
+
+def test_phantom_and_images_exclude_each_other(raw, out):
+    with pytest.raises(SystemExit) as caught:
+        run("--phantom", "scroll", "--images", raw, "--out", out)
+    assert caught.value.code == 2
+
+
+def test_a_full_disk_is_one_sentence_with_status_1(out, capsys, monkeypatch):
+    def full(*_args, **_options):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(ingest, "write_case", full)
+    assert run("--phantom", "scroll", "--cases", 1, "--shape", *SHAPE, "--out", out) == 1
+    assert "case scroll_000: OSError: no space left" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_killed_worker_is_one_sentence_that_names_a_case():
+    with pytest.raises(
+        prepare.Stopped, match="case b or one beside it: a worker process was killed"
+    ):
+        with prepare.naming("b"):
+            raise BrokenProcessPool
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the real volumes are not in {REAL}")
+def test_real_nifti_and_tiff_end_as_the_same_case_file(tmp_path):
+    nifti_folder, tiff_folder = REAL / "vesselNN_nifti", REAL / "vesselNN_tiff"
+    table = Path(__file__).parents[1] / "configs" / "vesselNN_spacing.csv"
+    name, files = "burgess2014_noisySparseVessels", {}
+    commands = {
+        "nifti": (f"{nifti_folder}/{name}_img.nii.gz", f"{nifti_folder}/{name}_lbl.nii.gz"),
+        "tiff": (f"{tiff_folder}/*_noisy*_denoised.tif", f"{tiff_folder}/*_noisy*_labels_v1.tif"),
+    }
+    for kind, (images, labels) in commands.items():
+        where = ("--images", images, "--labels", labels, "--out", tmp_path / kind)
+        assert run(*where, *(("--spacing-csv", table) if kind == "tiff" else ())) == 0
+        files[kind] = cases.read_case(tmp_path / kind / f"{name}.h5")
+    nifti_case, tiff_case = files["nifti"], files["tiff"]
+    assert (nifti_case.spacing, nifti_case.unit) == ((5.0, 0.994, 0.994), "micron")
+    assert (tiff_case.spacing, tiff_case.unit) == (nifti_case.spacing, nifti_case.unit)
+    with h5py.File(nifti_case.path) as a, h5py.File(tiff_case.path) as b:
+        assert np.array_equal(a["image"], b["image"])
+        assert np.array_equal(a["label"], b["label"])

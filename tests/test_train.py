@@ -1,0 +1,271 @@
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import cases
+import checkpoint
+import config
+import train
+
+SHAPE = (12, 24, 24)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Five cases of a bright bar in noise, in three groups; one without a label."""
+    folder = tmp_path_factory.mktemp("data")
+    ids = []
+    for i in range(5):
+        rng = np.random.default_rng(i)
+        label = np.zeros(SHAPE, np.uint8)
+        label[3:9, 8 + i : 11 + i, 2:22] = 1
+        image = (rng.normal(60, 10, SHAPE) + 80 * label).clip(1, 255).astype(np.uint8)
+        label[:, :2] = 2
+        ids.append(f"bar{i}")
+        cases.write_case(
+            folder / f"bar{i}.h5",
+            image[None],
+            None if i == 4 else label,
+            spacing=(2, 1, 1),
+            unit="micron",
+            affine=None,
+            group=("a", "a", "b", "c", "c")[i],
+            ignore_label=2,
+        )
+    cases.write_dataset(
+        folder, classes={"background": 0, "bar": 1}, ignore_label=2, unit="micron", case_ids=ids
+    )
+    return folder
+
+
+def settings(root, tmp_path, *overrides):
+    content = {
+        "run": {"folder": str(tmp_path / "runs"), "name": "r", "device": "cpu", "threads": 1},
+        "data": {"root": str(root), "validation": ["b"], "test": ["c"]},
+        "sampling": {"patch": [8, 16, 16]},
+        "model": {"base": 4, "multipliers": [1, 2], "dropout": 0.1},
+        "loss": {"surface_distance": {"weight": 0.2, "scales": 1}},
+        "optim": {"lr": 1e-2, "warmup_steps": 2, "ema": 0.5},
+        "training": {"max_epochs": 4, "train_iterations_per_epoch": 3, "workers": 0},
+        "monitor": {"log_every": 1, "tensorboard": False, "picture": False},
+        "inference": {"overlap": 0.0},
+    }
+    return config.build(config.apply_overrides(content, overrides))
+
+
+def events(folder, kind):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [e for e in lines if e["event"] == kind]
+
+
+def weights_of(folder):
+    return checkpoint.load(folder / "checkpoints" / "last.pt")
+
+
+def same_state(a, b):
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_four_epochs_straight_equal_two_then_two_resumed_bit_for_bit(root, tmp_path, workers):
+    changes = [f"training.workers={workers}", "augment.noise=1.0"]
+    assert train.main(settings(root, tmp_path / "straight", *changes)) == 0
+    halves = tmp_path / "halves"
+    assert train.main(settings(root, halves, *changes, "training.max_steps=6")) == 0
+    torch.rand(7)  # whatever else draws numbers must not matter
+    assert train.main(settings(root, halves, *changes), resume=True) == 0
+    a, b = (weights_of(tmp_path / name / "runs" / "r") for name in ("straight", "halves"))
+    for key in ("model", "ema", "optimizer", "rng"):
+        assert same_state(a[key], b[key]), key
+    assert a["loop"]["step"] == b["loop"]["step"] == 12
+    assert a["loop"]["best_score"] == b["loop"]["best_score"]
+    logs = [events(tmp_path / n / "runs" / "r", "step") for n in ("straight", "halves")]
+    assert [(e["step"], e["loss"], e["lr"]) for e in logs[0]] == [
+        (e["step"], e["loss"], e["lr"]) for e in logs[1]
+    ]
+
+
+def test_resuming_in_mid_epoch_equals_going_straight(root, tmp_path):
+    assert train.main(settings(root, tmp_path / "straight")) == 0
+    assert train.main(settings(root, tmp_path / "cut", "training.max_steps=4")) == 0
+    assert train.main(settings(root, tmp_path / "cut"), resume=True) == 0
+    a, b = (weights_of(tmp_path / name / "runs" / "r") for name in ("straight", "cut"))
+    assert same_state(a["model"], b["model"]) and same_state(a["ema"], b["ema"])
+
+
+def test_a_run_learns_and_leaves_everything_it_promises(root, tmp_path):
+    changes = [
+        "training.max_epochs=5",
+        "training.train_iterations_per_epoch=8",
+        "optim.ema=0.9",
+        "monitor.picture=true",
+        "monitor.tensorboard=true",
+        "validation.score=dice",
+    ]
+    assert train.main(settings(root, tmp_path, *changes)) == 0
+    folder = tmp_path / "runs" / "r"
+    scores = [e["scores"]["dice"] for e in events(folder, "evaluation")]
+    assert len(scores) == 6 and scores[0] < 0.2 and scores[-1] > 0.6
+    losses = [e["loss"] for e in events(folder, "step")]
+    assert set(losses[0]) == {"weighted_bce", "soft_dice", "surface_distance", "total"}
+    assert losses[-1]["total"] < losses[0]["total"]
+    best = checkpoint.load(folder / "checkpoints" / "best.pt")
+    assert best["loop"]["best_score"] == max(scores)
+    assert (tmp_path / "runs" / "last.pt").resolve() == (folder / "checkpoints/last.pt").resolve()
+    assert (folder / "progress.png").stat().st_size > 10_000
+    assert list((folder / "tensorboard").iterdir()) and (folder / "source" / "train.py").exists()
+    recorded = yaml.safe_load((folder / "config.yaml").read_text())
+    assert recorded["training"]["max_epochs"] == 5
+    assert best["data"]["test"] == ["bar3", "bar4"] and best["data"]["ignore_label"] == 2
+
+
+def test_accumulated_batches_have_the_gradient_of_one_large_batch(root, tmp_path):
+    changes = ["model.dropout=0", "training.max_steps=1", "optim.clip=0"]
+    whole = [*changes, "training.train_batch_size=4"]
+    parts = [*changes, "training.train_batch_size=2", "training.accumulate=2"]
+    assert train.main(settings(root, tmp_path / "a", *whole)) == 0
+    assert train.main(settings(root, tmp_path / "b", *parts)) == 0
+    a, b = (weights_of(tmp_path / n / "runs" / "r")["optimizer"]["state"] for n in "ab")
+    # exp_avg is (1 - beta1) times the first gradient. Dice and distance are means over samples;
+    # the mean over valid voxels differs by how the invalid ones fall into the batches.
+    for key in a:
+        assert torch.allclose(a[key]["exp_avg"], b[key]["exp_avg"], rtol=0.2, atol=2e-3)
+
+
+def test_max_steps_zero_evaluates_and_saves_the_untrained_network(root, tmp_path):
+    assert train.main(settings(root, tmp_path, "training.max_steps=0")) == 0
+    folder = tmp_path / "runs" / "r"
+    assert [e["step"] for e in events(folder, "evaluation")] == [0]
+    assert events(folder, "step") == [] and weights_of(folder)["loop"]["step"] == 0
+
+
+def test_without_validation_cases_best_follows_last(root, tmp_path, capsys):
+    changes = ["data.validation=[]", "training.max_epochs=2"]
+    assert train.main(settings(root, tmp_path, *changes)) == 0
+    assert "best.pt is the last state" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "r" / "checkpoints"
+    assert checkpoint.load(folder / "best.pt")["loop"]["step"] == 6
+
+
+def test_a_second_run_of_one_name_never_writes_over_the_first(root, tmp_path):
+    for _ in range(2):
+        assert train.main(settings(root, tmp_path, "training.max_steps=0")) == 0
+    assert (tmp_path / "runs" / "r" / "checkpoints" / "last.pt").exists()
+    assert (tmp_path / "runs" / "last.pt").resolve().parents[1].name == "r-2"
+
+
+def fault(capsys, settings_, **how):
+    assert train.main(settings_, **how) == 2
+    return capsys.readouterr().err.strip()
+
+
+def test_a_missing_dataset_says_where_data_come_from(tmp_path, capsys):
+    text = fault(capsys, settings(tmp_path / "none", tmp_path))
+    assert "data.root" in text and "prepare.py" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_train_and_validation_sharing_a_group_is_refused(root, tmp_path, capsys):
+    wrong = settings(root, tmp_path, "data.train=[bar0]", "data.validation=[bar1]")
+    text = fault(capsys, wrong)
+    assert "expected no group in both, got a" in text and "data.validation" in text
+
+
+def test_unknown_cases_are_named_all_at_once(root, tmp_path, capsys):
+    text = fault(capsys, settings(root, tmp_path, "data.test=[x1]", "data.validation=[y2]"))
+    assert "data.test: no case or group is named 'x1'" in text and "'y2'" in text
+
+
+def test_an_unlabelled_case_cannot_train(root, tmp_path, capsys):
+    wrong = settings(root, tmp_path, "data.train=[bar4]", "data.test=[]")
+    assert "case bar4 has no label" in fault(capsys, wrong)
+
+
+def test_a_patch_that_no_stride_fits_is_refused(root, tmp_path, capsys):
+    assert "sampling.patch [7, 7, 7]" in fault(
+        capsys, settings(root, tmp_path, "sampling.patch=[7,7,7]")
+    )
+
+
+def test_a_device_that_is_not_there_is_refused(root, tmp_path, capsys):
+    assert "run.device" in fault(capsys, settings(root, tmp_path, "run.device=cuda:9"))
+
+
+def test_resume_from_a_broken_state_is_refused(root, tmp_path, capsys):
+    assert train.main(settings(root, tmp_path, "training.max_steps=0")) == 0
+    for path in (tmp_path / "runs" / "r" / "checkpoints").glob("*.pt"):
+        path.write_bytes(b"broken")
+    text = fault(capsys, settings(root, tmp_path), resume=True)
+    assert "last.pt" in text and "\n" not in text
+
+
+def test_resume_of_another_network_is_refused(root, tmp_path, capsys):
+    assert train.main(settings(root, tmp_path, "training.max_steps=0")) == 0
+    text = fault(capsys, settings(root, tmp_path, "model.base=6"), resume=True)
+    assert "does not fit these settings" in text and "config.yaml" in text
+
+
+def test_folds_keep_groups_whole_and_cover_every_case(root):
+    dataset = cases.read_dataset(root)
+    held_out = []
+    for fold in range(3):
+        split, _ = cases.choose_cases(
+            dataset, train=None, validation=(), test=(), folds=3, fold=fold
+        )
+        groups = [{c.group for c in part} for part in (split.train, split.validation)]
+        assert not groups[0] & groups[1]
+        held_out += [c.id for c in split.validation]
+    assert sorted(held_out) == ["bar0", "bar1", "bar2", "bar3"]
+
+
+def test_fewer_groups_than_folds_is_said_and_one_group_trains_without(root):
+    dataset = cases.read_dataset(root)
+    several = {"validation": (), "test": (), "folds": 5, "fold": 4}
+    split, notes = cases.choose_cases(dataset, train=None, **several)
+    assert split.validation and "only 3 groups" in notes[0]
+    split, notes = cases.choose_cases(dataset, train=("a",), **several)
+    assert len(split.train) == 2 and not split.validation
+
+
+def test_several_classes_need_a_named_foreground():
+    classes = {"background": 0, "artery": 1, "vein": 2}
+    assert cases.foreground_ids({"background": 0, "sheet": 1}, None) == [1]
+    assert cases.foreground_ids(classes, ("vein",)) == [2]
+    for wanted in (None, ("nerve",)):
+        with pytest.raises(
+            ValueError, match=r"data\.foreground: expected names among artery, vein"
+        ):
+            cases.foreground_ids(classes, wanted)
+
+
+def test_schedules_start_peak_and_end_where_they_should():
+    plain = {"lr": 1e-3, "max_lr": None, "warmup_steps": 10, "final_lr_share": 0.01}
+    cosine = [train.learning_rate(s, 100, schedule="cosine", **plain) for s in range(101)]
+    assert cosine[0] == pytest.approx(1e-4) and max(cosine) == cosine[10] == 1e-3
+    assert cosine[100] == pytest.approx(1e-5)
+    assert train.learning_rate(50, 100, schedule="constant", **plain) == 1e-3
+    cycle = {**plain, "max_lr": 6e-3}
+    rates = [train.learning_rate(s, 100, schedule="one_cycle", **cycle) for s in range(101)]
+    assert rates[0] == pytest.approx(6e-3 / 25) and max(rates) == rates[30] == pytest.approx(6e-3)
+    assert rates[100] == pytest.approx(6e-5)
+    assert all(math.isfinite(r) and r > 0 for r in rates)
+
+
+def test_command_line_names_config_faults_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("training: {max_step: 3}\n")
+    assert train.cli(["c.yaml"]) == 2
+    assert re.search(r"c.yaml: training.max_step: .*training.max_steps", capsys.readouterr().err)
+    assert train.cli(["none.yaml"]) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.yaml"]
