@@ -140,63 +140,58 @@ def draw_patch(image, label, *, matrix, origin, start, shape, patch, foreground,
     a volume of `shape`; matrix, origin: see the module; foreground: class ids that are foreground.
     Returns image (C, D, H, W) float32, target (1, D, H, W) float32 of 0 and 1, valid
     (1, D, H, W) bool: inside the volume and labelled. Outside, the image repeats its border.
-    The image is interpolated linearly. So is each class of the label, and the heaviest wins: the
-    border between classes stays sharp and lies where the border of the continuous shape does.
+    The image is interpolated linearly; the label takes the nearest voxel. (Interpolating each
+    class and taking the heaviest gives smoother borders, and breaks tubes of one voxel: turned at
+    random they lost 40 % of their voxels and fell into 5.5 pieces, with the nearest 1.6.)
     """
     matrix, origin = np.asarray(matrix, float), np.asarray(origin, float) - start
-    below, above = -np.asarray(start) - 0.5, np.asarray(shape) - start - 0.5  # the volume's faces
-    channels = [image.float()]
-    if label is not None:
-        is_foreground = torch.isin(label, torch.tensor(foreground, device=label.device))
-        is_ignored = (
-            torch.zeros_like(is_foreground) if ignore_label is None else label == ignore_label
-        )
-        channels.append(torch.stack([is_foreground, is_ignored]).float())
-    source = torch.cat(channels)
-    if is_whole(matrix) and np.abs(origin - np.round(origin)).max() < WHOLE:
-        drawn, valid = _copy(source, np.round(matrix), np.round(origin), below, above, patch)
-    else:
-        drawn, valid = _interpolate(source, matrix, origin, below, above, patch)
-    count = image.shape[0]
+    faces = -np.asarray(start) - 0.5, np.asarray(shape) - start - 0.5  # of the volume
+    exact = is_whole(matrix) and np.abs(origin - np.round(origin)).max() < WHOLE
+    draw = _copy if exact else _interpolate
+    image, label, valid = draw(image, label, matrix, origin, faces, patch)
     if label is None:
-        return drawn, torch.zeros_like(drawn[:1]), torch.zeros_like(valid)
-    foreground_weight, ignored_weight = drawn[count], drawn[count + 1]
-    target = foreground_weight > 1 - foreground_weight - ignored_weight
-    valid = valid & (ignored_weight < 0.5)[None]
-    return drawn[:count], (target[None] & valid).float(), valid
+        return image, torch.zeros_like(image[:1]), torch.zeros_like(valid)
+    if ignore_label is not None:
+        valid = valid & (label != ignore_label)
+    target = torch.isin(label, torch.tensor(foreground, device=label.device)) & valid
+    return image, target.float(), valid
 
 
-def _copy(source, matrix, origin, below, above, patch):
+def _copy(image, label, matrix, origin, faces, patch):
     """Exact voxels: one index per source axis, then the axes in the patch's order."""
-    inside, order = [], []
+    matrix, origin = np.round(matrix), np.round(origin)
+    along = np.abs(matrix).argmax(axis=1)  # the patch axis that runs along each source axis
+    order = [0] + [1 + int(axis) for axis in np.argsort(along)]
+    valid = torch.ones((1, 1, 1), dtype=torch.bool, device=image.device)
+    label = None if label is None else label[None]
     for axis in range(3):
-        along = int(np.argmax(np.abs(matrix[axis])))  # the patch axis that runs along this one
-        index = origin[axis] + matrix[axis, along] * np.arange(patch[along])
-        inside.append(torch.from_numpy((index > below[axis]) & (index < above[axis])))
-        index = torch.from_numpy(index.clip(0, source.shape[axis + 1] - 1).astype(np.int64))
-        source = source.index_select(axis + 1, index.to(source.device))
-        order.append(along)
-    back = list(np.argsort(order))
-    z, y, x = (i.to(source.device) for i in inside)
-    valid = (z[:, None, None] & y[:, None] & x).permute(back)
-    return source.permute(0, *(b + 1 for b in back)).contiguous(), valid[None].contiguous()
+        index = origin[axis] + matrix[axis, along[axis]] * np.arange(patch[along[axis]])
+        inside = torch.from_numpy((index > faces[0][axis]) & (index < faces[1][axis]))
+        valid = valid & inside.to(image.device).view([-1 if a == axis else 1 for a in range(3)])
+        index = torch.from_numpy(index.clip(0, image.shape[axis + 1] - 1).astype(np.int64))
+        image = image.index_select(axis + 1, index.to(image.device))
+        label = None if label is None else label.index_select(axis + 1, index.to(image.device))
+    label = None if label is None else label.permute(order).contiguous()
+    return image.float().permute(order).contiguous(), label, valid[None].permute(order).contiguous()
 
 
-def _interpolate(source, matrix, origin, below, above, patch):
-    device, size = source.device, source.shape[1:]
+def _interpolate(image, label, matrix, origin, faces, patch):
+    device, size = image.device, torch.tensor(image.shape[1:], device=image.device)
     index = torch.meshgrid(*(torch.arange(n, device=device) for n in patch), indexing="ij")
-    index = torch.stack(index, -1).float()  # (D, H, W, 3)
-    place = index @ torch.as_tensor(matrix.T, dtype=torch.float32, device=device)
-    place = place + torch.as_tensor(origin, dtype=torch.float32, device=device)
-    valid = torch.ones(patch, dtype=torch.bool, device=device)
-    for axis in range(3):
-        valid &= (place[..., axis] > below[axis]) & (place[..., axis] < above[axis])
-    last = torch.tensor([max(n - 1, 1) for n in size], device=device)
-    grid = (2 * place / last - 1).flip(-1)  # grid_sample wants x, y, z from -1 to 1
-    drawn = F.grid_sample(
-        source[None], grid[None], mode="bilinear", padding_mode="border", align_corners=True
+    place = torch.stack(index, -1).float() @ torch.as_tensor(
+        matrix.T, dtype=torch.float32, device=device
     )
-    return drawn[0], valid[None]
+    place = place + torch.as_tensor(origin, dtype=torch.float32, device=device)  # (D, H, W, 3)
+    low, high = (torch.as_tensor(face, dtype=torch.float32, device=device) for face in faces)
+    valid = ((place > low) & (place < high)).all(-1)
+    grid = (2 * place / (size - 1).clamp(min=1) - 1).flip(-1)  # x, y, z from -1 to 1
+    drawn = F.grid_sample(
+        image.float()[None], grid[None], mode="bilinear", padding_mode="border", align_corners=True
+    )
+    if label is not None:
+        z, y, x = torch.minimum((place + 0.5).floor().long().clamp(min=0), size - 1).unbind(-1)
+        label = label[z, y, x][None]
+    return drawn[0], label, valid[None]
 
 
 def normalise(image, *, mean, std, low=None, high=None):

@@ -206,15 +206,19 @@ def write_dataset(root, *, classes, ignore_label, unit, case_ids):
     os.replace(partial, root / DATASET_FILE)
 
 
-def read_dataset(root):
-    """The `Dataset` in a folder made by prepare.py; FileNotFoundError if there is none."""
+def read_dataset(root, source=""):
+    """The `Dataset` in a folder made by prepare.py; FileNotFoundError if there is none.
+
+    source: where its data come from, for that message.
+    """
     root = Path(root)
     path = root / DATASET_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"data.root: expected a folder made by prepare.py with a {DATASET_FILE}, got {root}; "
-            "make one with `python prepare.py --images PATH --labels PATH --out DIR`, or a "
-            "synthetic one with `python prepare.py --phantom scroll --out DIR`"
+            + (f"the data: {source}; " if source else "")
+            + "prepare files of your own with `python prepare.py --images PATH --labels PATH "
+            "--out DIR`, synthetic ones with `python prepare.py --phantom scroll --out DIR`"
         )
     try:
         content = json.loads(path.read_text())

@@ -52,6 +52,7 @@ class Run(Group):
 
 class Data(Group):
     root: str = "data"  # a folder made by prepare.py
+    source: str = ""  # where the data come from: said when root is not there
     # Case ids, groups, or patterns of either (burgess2014_*).
     train: tuple[str, ...] | None = None  # null: all labelled cases not named below
     validation: tuple[str, ...] = ()
@@ -211,7 +212,7 @@ class Inference(Group):
     window: tuple[Count, Count, Count] | None = None  # null: the training patch
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     flips: bool = False  # average over the 8 flips
-    batch: Count = 1
+    batch: Count = 2  # windows; torch convolves a batch of one at half the speed on a CPU
     threshold: Probability = 0.5
     save_probabilities: bool = False
 

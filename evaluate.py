@@ -4,6 +4,7 @@
     python evaluate.py --pred pred.nii.gz --truth truth.nii.gz --spacing 5 1 1 --tolerance 2
     python evaluate.py --pred predictions --truth 'labels/{id}_lbl.tif' --ignore-label 2
     python evaluate.py --pred predictions --truth data/membranes --otsu data/membranes --invert
+    python evaluate.py --pred runs/b/predictions --beside a=runs/a/predictions --truth data/x
 
 Each PATH is a file, a folder, a pattern, or a folder made by prepare.py; predictions, truth and
 images are matched by case id. Leaves nothing on disk but the file of --out: one row per case and
@@ -34,10 +35,11 @@ RATIOS = ("dice", "surface_dice", "precision", "recall")
 
 @dataclass(frozen=True)
 class Pair:
-    """Where the prediction, the truth and perhaps the image of one case are."""
+    """Where the prediction, those beside it (by name), the truth and perhaps the image are."""
 
     id: str
     prediction: str
+    beside: dict
     truth: str
     image: str | None
 
@@ -48,7 +50,7 @@ class Loaded:
 
     prediction: volumes.Volume
     truth: volumes.Volume
-    otsu: np.ndarray | None
+    others: dict  # further masks by method
     white: tuple[int | None, int | None]  # what stood for 1 in prediction and truth, if not 1
 
 
@@ -87,8 +89,8 @@ def find_sources(text, role, faults):
 
 def _of_dataset(dataset, role):
     name = "image" if role == "image" else "label"
-    cases = (case for case in dataset.cases.values() if role == "image" or case.labelled)
-    return [volumes.Source(case.id, f"{case.path}:{name}") for case in cases]
+    wanted = (case for case in dataset.cases.values() if role == "image" or case.labelled)
+    return [volumes.Source(case.id, f"{case.path}:{name}") for case in wanted]
 
 
 def _of_role(found, role):
@@ -110,6 +112,7 @@ def match(args, faults, notes):
     predictions, _ = find_sources(args.pred, "prediction", faults)
     truths, dataset = find_sources(args.truth, "truth", faults)
     images, _ = find_sources(args.otsu, "image", faults) if args.otsu else ({}, None)
+    beside = {n: find_sources(path, "prediction", faults)[0] for n, path in args.beside}
     ignore_label = args.ignore_label
     if ignore_label is None and dataset is not None:
         ignore_label = dataset.ignore_label
@@ -119,7 +122,8 @@ def match(args, faults, notes):
         (only,) = predictions
         truths = {only: next(iter(truths.values()))} if _is_file(args.truth) else truths
         images = {only: next(iter(images.values()))} if _is_file(args.otsu) else images
-    for role, sources in (("truth", truths), ("image", images if args.otsu else predictions)):
+    needed = [("truth", truths), *((f"prediction of {n}", found) for n, found in beside.items())]
+    for role, sources in [*needed, ("image", images if args.otsu else predictions)]:
         for case in sorted(set(predictions) - set(sources)):
             faults.append(
                 f"{predictions[case]}: expected {role} {case} with it, got {_listed(sources)}; "
@@ -128,8 +132,10 @@ def match(args, faults, notes):
     left = set(truths) - set(predictions)
     if left:
         notes.append(f"truth without a prediction, not scored: {_listed(left)}")
-    shared = sorted(set(predictions) & set(truths))
-    return [Pair(i, predictions[i], truths[i], images.get(i)) for i in shared], ignore_label
+    shared = sorted(set(predictions).intersection(*(sources for _, sources in needed)))
+    others = {i: {name: found[i] for name, found in beside.items()} for i in shared}
+    pairs = [Pair(i, predictions[i], others[i], truths[i], images.get(i)) for i in shared]
+    return pairs, ignore_label
 
 
 def _is_file(text):
@@ -150,15 +156,18 @@ def read_pair(pair, ignore_label, invert, faults):
     known = len(faults)
     read = [_read(volumes.read_label, path, faults) for path in (pair.prediction, pair.truth)]
     image = _read(volumes.read_image, pair.image, faults) if pair.image else None
+    beside = {n: _read(volumes.read_label, path, faults) for n, path in pair.beside.items()}
     if len(faults) > known:
         return None
     prediction, truth = read
-    for other in (truth, image):
+    for other in (truth, image, *beside.values()):
         if other is not None:
             _check_same_grid(prediction, other, faults)
     prediction, white_prediction = binary(prediction, None)
     truth, white_truth = binary(truth, ignore_label)
-    _check_values(prediction, None, "give a mask of one class", faults)
+    others = {name: binary(volume, None)[0] for name, volume in beside.items()}
+    for volume in (prediction, *others.values()):
+        _check_values(volume, None, "give a mask of one class", faults)
     advice = "give a mask of one class"
     if ignore_label is None:
         advice += ", or --ignore-label with the value of unlabeled voxels"
@@ -168,10 +177,12 @@ def read_pair(pair, ignore_label, invert, faults):
             f"{pair.truth}: expected labelled voxels, got {ignore_label} (ignored) in all of them; "
             "leave this case out"
         )
-    otsu = None if image is None else otsu_mask(image, invert, faults)
+    masks = {name: volume.array for name, volume in others.items()}
+    if image is not None:
+        masks["otsu"] = otsu_mask(image, invert, faults)
     if len(faults) > known:
         return None
-    return Loaded(prediction, truth, otsu, (white_prediction, white_truth))
+    return Loaded(prediction, truth, masks, (white_prediction, white_truth))
 
 
 def _read(reader, path, faults):
@@ -242,7 +253,7 @@ def otsu_mask(image, invert, faults):
 
 
 def score_pair(pair, loaded, args, ignore_label):
-    """The CSV rows of one case: of the prediction, and of Otsu's threshold if asked for."""
+    """The CSV rows of one case: of the prediction, and of the other masks asked for."""
     stated = loaded.truth if loaded.truth.spacing is not None else loaded.prediction
     spacing = tuple(args.spacing or stated.spacing or (1.0, 1.0, 1.0))
     about = {
@@ -250,12 +261,10 @@ def score_pair(pair, loaded, args, ignore_label):
         "spacing": " ".join(f"{s:g}" for s in spacing),
         "unit": "" if args.spacing or stated.spacing is None else stated.unit,
     }
-    masks = {"prediction": loaded.prediction.array, "otsu": loaded.otsu}
     rows = []
-    for method, mask in masks.items():
-        if mask is not None:
-            scores = metrics.score(mask, loaded.truth.array, spacing, ignore_label, args.tolerance)
-            rows.append({"case": pair.id, "method": method} | scores | about)
+    for method, mask in {"prediction": loaded.prediction.array, **loaded.others}.items():
+        scores = metrics.score(mask, loaded.truth.array, spacing, ignore_label, args.tolerance)
+        rows.append({"case": pair.id, "method": method} | scores | about)
     return rows
 
 
@@ -349,6 +358,13 @@ def positive(text):
     return float(text)
 
 
+def named(text):
+    name, equals, path = text.partition("=")
+    if not (name and equals and path) or name in ("prediction", "otsu"):
+        raise argparse.ArgumentTypeError(f"expected NAME=PATH with a name of its own, got {text}")
+    return name, path
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -361,6 +377,8 @@ def parse(argv):
         help="of surface Dice, in the unit of the spacing (default 2)")  # fmt: skip
     add("--out", metavar="FILE", help="write the scores as CSV")
     add("--otsu", metavar="PATH", help="images: score their Otsu threshold beside the predictions")
+    add("--beside", type=named, action="append", default=[], metavar="NAME=PATH",
+        help="further predictions of the same cases, as method NAME; may be repeated")  # fmt: skip
     add("--invert", action="store_true", help="--otsu finds what is dark")
     args = parser.parse_args(argv)
     if args.invert and not args.otsu:

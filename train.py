@@ -121,7 +121,7 @@ def main(settings, *, resume=False):
     optim, training = settings.optim, settings.training
     try:
         device, device_reason = windows.resolve_device(settings.run.device)
-        dataset = cases.read_dataset(settings.data.root)
+        dataset = cases.read_dataset(settings.data.root, settings.data.source)
         split, notes = cases.choose_cases(
             dataset,
             **settings.data.model_dump(include={"train", "validation", "test", "folds", "fold"}),
@@ -362,8 +362,8 @@ def main(settings, *, resume=False):
                 step_seconds = (time.perf_counter() - started) / since_log
                 if not all(map(math.isfinite, means.values())):
                     show.say(
-                        f"step {loop['step']}: the loss is not finite ({_numbers(means)}); the last "
-                        "saved state is kept; lower optim.lr, or set training.precision=fp32"
+                        f"step {loop['step']}: the loss is not finite ({_numbers(means)}); "
+                        "the last saved state is kept; lower optim.lr, or set training.precision=fp32"
                     )
                     return 1
                 loop["seconds"] += step_seconds * since_log

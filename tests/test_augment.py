@@ -107,9 +107,8 @@ def test_rotation_and_scaling_agree_with_scipy(angle):
     patch = (7, 8, 9)
     (drawn, target, valid), origin = draw(image[None], label, matrix, (10, 12, 14), patch)
     assert np.allclose(drawn[0].numpy(), sampled(image, matrix, origin, patch), atol=2e-3)
-    weight = sampled(label.astype(np.float32), matrix, origin, patch)
-    clear = np.abs(weight - 0.5) > 1e-3
-    assert np.array_equal(target[0].numpy()[clear] > 0, weight[clear] > 0.5)
+    nearest = sampled(label, matrix, origin, patch, order=0)
+    assert (target[0].numpy() == nearest).mean() > 0.99  # ties between two voxels may fall apart
     assert valid.all()
 
 

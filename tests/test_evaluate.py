@@ -313,3 +313,31 @@ def test_otsu_on_real_vessels_has_the_known_dice(tmp_path):
     assert run(*command, "--out", out) == 0
     assert float(read_csv(out)[case, "otsu"]["dice"]) == pytest.approx(0.510, abs=5e-4)
     assert read_csv(out)[case, "prediction"]["surface_dice"] == "1.0"
+
+
+# ---------------------------------------------------------------------------- several methods
+
+
+def test_predictions_beside_are_scored_as_methods_of_their_own(tmp_path):
+    write(tmp_path / "new" / "a.nii.gz", bar(2))
+    write(tmp_path / "old" / "a.nii.gz", bar(4))
+    truth = write(tmp_path / "truth" / "a_lbl.nii.gz", bar(2))
+    out = tmp_path / "scores.csv"
+    beside = ("--beside", f"old={tmp_path / 'old'}")
+    assert run("--pred", tmp_path / "new", *beside, "--truth", truth, "--out", out) == 0
+    rows = read_csv(out)
+    assert float(rows["a", "prediction"]["dice"]) == 1.0
+    assert float(rows["a", "old"]["dice"]) == 0.5  # bars of 4 that share 2
+    assert float(rows["mean", "old"]["dice"]) == 0.5
+
+
+def test_a_case_that_is_missing_beside_is_a_fault(tmp_path, capsys):
+    for case in "ab":
+        write(tmp_path / "new" / f"{case}.nii.gz", bar(2))
+        write(tmp_path / "truth" / f"{case}_lbl.nii.gz", bar(2))
+    write(tmp_path / "old" / "a.nii.gz", bar(4))
+    beside = ("--beside", f"old={tmp_path / 'old'}")
+    assert run("--pred", tmp_path / "new", *beside, "--truth", tmp_path / "truth") == 2
+    assert "expected prediction of old b with it, got a" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run("--pred", tmp_path / "new", "--beside", "old", "--truth", tmp_path / "truth")
