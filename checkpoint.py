@@ -9,6 +9,7 @@ and tuples of them) with the keys in KEYS. Whatever else a caller puts in is ref
 saved, because no reader with `weights_only=True` would give it back.
 """
 
+import itertools
 import os
 import pickle
 import platform
@@ -135,14 +136,17 @@ def save(state, path):
 def link_last(runs_folder, run_checkpoint):
     """Point `<runs_folder>/last.pt` at a run's checkpoint: a relative link, replaced atomically.
 
-    Relative, so that the folder of runs can be moved. OSError where the file system has no links.
+    Relative, so that the folder of runs can be moved. A copy where the file system has no links.
     """
     folder, target = Path(runs_folder).resolve(), Path(run_checkpoint)
     target = target.parent.resolve() / target.name
     partial = folder / "last.pt.partial"
     partial.unlink(missing_ok=True)
     try:
-        os.symlink(os.path.relpath(target, folder), partial)
+        try:
+            os.symlink(os.path.relpath(target, folder), partial)
+        except OSError:
+            shutil.copyfile(target, partial)
         os.replace(partial, folder / "last.pt")
     finally:
         partial.unlink(missing_ok=True)
@@ -220,20 +224,25 @@ def find_newest(folder):
 # ---------------------------------------------------------------------------- run folders
 
 
+def _numbered(folder, name):
+    """runs/name, runs/name-2, runs/name-3, ... without end."""
+    return (Path(folder) / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
+
+
+def _has_state(run_folder):
+    checkpoints = run_folder / "checkpoints"
+    return checkpoints.is_dir() and any(checkpoints.glob("*.pt"))
+
+
 def new_run_folder(folder, name):
     """A folder for a new run: a run that has saved state is never written over."""
-    path, number = Path(folder) / name, 1
-    while (path / "checkpoints").is_dir() and any((path / "checkpoints").iterdir()):
-        number += 1
-        path = Path(folder) / f"{name}-{number}"
-    return path
+    return next(path for path in _numbered(folder, name) if not _has_state(path))
 
 
 def newest_run_folder(folder, name):
-    """The latest of runs/name, runs/name-2, ... that exists."""
-    numbered = [p for p in Path(folder).glob(f"{name}-*") if p.name[len(name) + 1 :].isdigit()]
-    numbered.sort(key=lambda p: int(p.name[len(name) + 1 :]))
-    return ([Path(folder) / name] + numbered)[-1]
+    """The latest of runs/name, runs/name-2, ... that has saved state; None if none has."""
+    with_state = list(itertools.takewhile(_has_state, _numbered(folder, name)))
+    return with_state[-1] if with_state else None
 
 
 def record_run(folder, settings_text):

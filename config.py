@@ -179,13 +179,22 @@ class Optim(Group):
 
     lr: Positive = 1e-3
     schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
-    max_lr: Positive | None = None  # peak of one_cycle; null: lr
-    warmup_steps: Whole = 20  # of cosine and constant
+    max_lr: Positive | None = None  # peak of one_cycle, which starts at lr
+    warmup_steps: Whole = 20
     final_lr_share: Probability = 0.01  # of the peak, at the last step
     weight_decay: NonNegative = 1e-2
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     clip: NonNegative = 1.0  # norm of the gradient, 0: off
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99  # decay of the averaged weights, 0: off
+
+    @model_validator(mode="after")
+    def _one_cycle_has_a_peak(self):
+        if (self.schedule == "one_cycle") != (self.max_lr is not None):
+            raise ValueError(
+                "max_lr with schedule one_cycle and with no other, got "
+                f"schedule={self.schedule} max_lr={self.max_lr}"
+            )
+        return self
 
 
 class Training(Group):
@@ -244,6 +253,11 @@ class Settings(Group):
     def plain(self):
         """Nested dicts of plain values, as YAML and checkpoints hold them."""
         return self.model_dump(mode="json")
+
+    def window_arguments(self):
+        """What windows.predict_volume takes from the settings."""
+        chosen = self.inference.model_dump(include={"window", "overlap", "batch", "flips"})
+        return {**chosen, "window": self.inference.window or self.sampling.patch}
 
 
 class ConfigError(ValueError):

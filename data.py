@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+MAX_OPEN_FILES = 64  # per worker; a system allows a process some 1000
+
 
 class PatchDataset:
     """Patches as boxes of source voxels, each a function of (seed, epoch, index) alone.
@@ -52,6 +54,8 @@ class PatchDataset:
 
     def _file(self, case):
         if case.path not in self.files:
+            if len(self.files) >= MAX_OPEN_FILES:
+                self.files.pop(next(iter(self.files))).close()
             self.files[case.path] = h5py.File(case.path, "r")
         return self.files[case.path]
 

@@ -268,12 +268,9 @@ def predict(network, job, settings, spacing, **how):
         for z0, planes in windows.predict_slabs(
             network,
             image,
-            inference.window or settings.sampling.patch,
-            inference.overlap,
             ratio=ratio,
             normalize=functools.partial(augment.normalise, **intensity),
-            batch=inference.batch,
-            flips=inference.flips,
+            **settings.window_arguments(),
             **how,
         ):
             part = slice(z0, z0 + planes.shape[1])

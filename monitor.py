@@ -4,7 +4,8 @@
     runs/<name>/tensorboard/    the same numbers as scalars
     runs/<name>/progress.png    loss parts, learning rate, scores, and a slice of a validation case
 
-Events: "start", "step" (loss parts, lr, seconds), "evaluation" (scores, per case too), "end".
+Events: "start", "step" (loss parts, lr, seconds: means since the line before), "epoch" (loss parts:
+means over the epoch), "evaluation" (scores, per case too), "end".
 """
 
 import json

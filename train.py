@@ -47,23 +47,18 @@ console = Console(highlight=False, soft_wrap=True)
 def learning_rate(step, total, *, lr, schedule, max_lr, warmup_steps, final_lr_share):
     """The rate of optimiser step `step` of `total`.
 
-    cosine and constant: a linear warm-up to lr, then to lr * final_lr_share or on. one_cycle
-    (Smith & Topin 2018): from max_lr / 25 to max_lr over the first 30 % and down again, cosines.
+    constant: lr. cosine: from lr to lr * final_lr_share. one_cycle (Smith & Topin 2018): from lr to
+    max_lr over the first 30 % and down to max_lr * final_lr_share, both along cosines. The first
+    warmup_steps of each are scaled down linearly.
     """
-    peak = max_lr or lr
-    if schedule == "one_cycle":
-        rise = max(0.3 * total, 1)
-        if step < rise:
-            return peak / 25 + (peak - peak / 25) * (1 - math.cos(math.pi * step / rise)) / 2
-        warmup_steps = rise
-    else:
-        peak = lr
-        if step < warmup_steps:
-            return lr * (step + 1) / warmup_steps
-        if schedule == "constant":
-            return lr
-    share = (step - warmup_steps) / max(total - warmup_steps, 1)
-    return peak * (final_lr_share + (1 - final_lr_share) * (1 + math.cos(math.pi * share)) / 2)
+    ramp = min(1.0, (step + 1) / max(warmup_steps, 1))
+    peak, rise = (max_lr, 0.3 * total) if schedule == "one_cycle" else (lr, warmup_steps)
+    if schedule == "constant" or step < rise:
+        share = step / max(rise, 1)
+        return ramp * (lr + (peak - lr) * (1 - math.cos(math.pi * share)) / 2)
+    share = (step - rise) / max(total - rise, 1)
+    fall = (1 + math.cos(math.pi * share)) / 2
+    return ramp * peak * (final_lr_share + (1 - final_lr_share) * fall)
 
 
 @torch.no_grad()
@@ -76,9 +71,9 @@ def update_ema(ema, network, decay, step):
 # ---------------------------------------------------------------------------- evaluation
 
 
-def evaluate(network, chosen, settings, *, patch, foreground, device, precision):
+def evaluate(network, chosen, settings, *, foreground, device, precision):
     """Whole-volume scores: (mean scores, {case: scores}, slices of the first case to look at)."""
-    inference, was_training = settings.inference, network.training
+    was_training = network.training
     network.eval()
     per_case, slices = {}, None
     for case in chosen[: settings.validation.max_cases]:
@@ -89,17 +84,14 @@ def evaluate(network, chosen, settings, *, patch, foreground, device, precision)
             probs = windows.predict_volume(
                 network,
                 file["image"],
-                inference.window or patch,
-                inference.overlap,
                 ratio=[w / s for w, s in zip(spacing, case.spacing, strict=True)],
                 normalize=functools.partial(augment.normalise, **statistics_),
-                batch=inference.batch,
-                flips=inference.flips,
                 device=device,
                 precision=precision,
+                **settings.window_arguments(),
             )[0]
             per_case[case.id] = metrics.score(
-                probs >= inference.threshold,
+                probs >= settings.inference.threshold,
                 truth,
                 case.spacing,
                 case.ignore_label,
@@ -129,21 +121,23 @@ def main(settings, *, resume=False):
         foreground = cases.foreground_ids(dataset.classes, settings.data.foreground)
         patch = settings.sampling.patch
         spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
-        spacing = tuple(statistics.median(axis) for axis in zip(*spacings, strict=True))
+        spacing = tuple(map(statistics.median, zip(*spacings, strict=True)))
         strides, kernels = model.derive_strides(patch, spacing, len(settings.model.multipliers))
         if settings.model.strides is not None:
             strides = model.check_strides(patch, settings.model.strides)
-        run_folder = checkpoint.new_run_folder(settings.run.folder, settings.run.name)
-        state = None
-        if resume and checkpoint.newest_run_folder(settings.run.folder, settings.run.name).exists():
-            run_folder = checkpoint.newest_run_folder(settings.run.folder, settings.run.name)
+        run_folder, state = (
+            checkpoint.newest_run_folder(settings.run.folder, settings.run.name),
+            None,
+        )
+        if resume and run_folder is not None:
             found, why = checkpoint.find_newest(run_folder / "checkpoints")
             state = checkpoint.load(found)
             notes.append(
                 f"resume: {found} at step {state['loop']['step']}" + (f" ({why})" if why else "")
             )
-        elif resume:
-            notes.append("resume: there is no state to go on from, so this starts a new run")
+        else:
+            run_folder = checkpoint.new_run_folder(settings.run.folder, settings.run.name)
+            notes += ["resume: no state is there to go on from, this is a new run"] * resume
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -162,7 +156,7 @@ def main(settings, *, resume=False):
         kernels=kernels,
         **settings.model.model_dump(exclude={"strides", "compile"}),
     ).to(device)
-    ema = copy.deepcopy(network).requires_grad_(False)  # what is evaluated, and saved beside
+    ema = copy.deepcopy(network).requires_grad_(False)  # what is evaluated; with decay 0 a copy
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
     )
@@ -174,7 +168,7 @@ def main(settings, *, resume=False):
         enabled=precision != "fp32",
     )
     terms = settings.loss.model_dump()
-    loop = {"step": 0, "best_score": None, "best_step": None, "seconds": 0.0}
+    loop = {"step": 0, "best_score": None, "best_step": None, "seconds": 0.0, "epoch_loss": {}}
     if state is not None:
         try:
             network.load_state_dict(state["model"])
@@ -216,10 +210,9 @@ def main(settings, *, resume=False):
         f"device     {device} ({device_reason}), {torch.get_num_threads()} CPU threads",
         f"precision  {precision} ({precision_reason})",
         f"data       {len(split.train)} train, {len(split.validation)} validation, "
-        f"{len(split.test)} test cases of {settings.data.root}, spacing {_list(spacing)} "
-        f"{dataset.unit}",
+        f"{len(split.test)} test cases of {settings.data.root}, spacing {spacing} {dataset.unit}",
         f"network    {model.parameter_count(network) / 1e6:.2f} M parameters, strides "
-        f"{_list(strides[1:])} for patch {_list(patch)}",
+        f"{strides[1:]} for patch {patch}",
         f"training   {total_steps} steps in {training.max_epochs} epochs, batch "
         f"{training.train_batch_size} x {training.accumulate}, {training.workers} workers",
         *notes,
@@ -263,7 +256,7 @@ def main(settings, *, resume=False):
     # One pass more than steps: state is looked at and saved at one place, before the step. So
     # step 0 is the untrained network, and the last pass only looks.
     sums, since_log, started = {}, 0, time.perf_counter()
-    data_seconds = step_seconds = 0.0
+    data_seconds = 0.0
     network.train()
     with monitor.ProgressLine(console, stop_step, loop["step"]) as show:
         while True:
@@ -271,6 +264,10 @@ def main(settings, *, resume=False):
             done = step == stop_step
             if done or step % iterations == 0:
                 fresh = state is None or step > first_step  # a resumed step is saved already
+                if step % iterations == 0 and loop["epoch_loss"]:
+                    means = {name: value / iterations for name, value in loop["epoch_loss"].items()}
+                    log.write("epoch", step=step, epoch=epoch - 1, loss=means)
+                    loop["epoch_loss"] = {}
                 on_schedule = epoch % settings.validation.every == 0
                 due = done or (on_schedule if step else settings.validation.untrained)
                 better = False
@@ -279,7 +276,6 @@ def main(settings, *, resume=False):
                         ema,
                         split.validation,
                         settings,
-                        patch=patch,
                         foreground=foreground,
                         device=device,
                         precision=precision,
@@ -357,16 +353,21 @@ def main(settings, *, resume=False):
 
             loop["step"] += 1
             since_log += 1
-            if loop["step"] % settings.monitor.log_every == 0 or loop["step"] == stop_step:
+            if any(
+                loop["step"] % n == 0 for n in (settings.monitor.log_every, iterations, stop_step)
+            ):
                 means = {k: float(v) / since_log for k, v in sums.items()}  # waits for the device
                 step_seconds = (time.perf_counter() - started) / since_log
                 if not all(map(math.isfinite, means.values())):
                     show.say(
                         f"step {loop['step']}: the loss is not finite ({_numbers(means)}); "
-                        "the last saved state is kept; lower optim.lr, or set training.precision=fp32"
+                        "the last saved state is kept; lower optim.lr, or train in fp32"
                     )
                     return 1
                 loop["seconds"] += step_seconds * since_log
+                for name, value in means.items():
+                    total = loop["epoch_loss"].get(name, 0.0) + value * since_log
+                    loop["epoch_loss"][name] = total
                 log.write(
                     "step",
                     step=loop["step"],
@@ -384,19 +385,15 @@ def main(settings, *, resume=False):
                 sums, since_log, data_seconds = {}, 0, 0.0
                 started = time.perf_counter()
 
-    best = "" if loop["best_score"] is None else (
-        f"; best {settings.validation.score} {loop['best_score']:.4f} at step {loop['best_step']}"
-    )  # fmt: skip
     log.write("end", step=loop["step"], epoch=loop["step"] // iterations)
     log.close()
-    console.print(f"done: step {loop['step']} in {loop['seconds']:.0f} s of training{best}")
-    console.print(f"state in {run_folder / 'checkpoints'}; next: python infer.py --ckpt "
-                  f"{Path(settings.run.folder) / 'last.pt'}")  # fmt: skip
+    console.print(f"done: step {loop['step']} in {loop['seconds']:.0f} s of training")
+    if loop["best_score"] is not None:
+        best = f"{settings.validation.score} {loop['best_score']:.4f}"
+        console.print(f"best: {best} at step {loop['best_step']}, in best.pt")
+    last = Path(settings.run.folder) / "last.pt"
+    console.print(f"state in {run_folder / 'checkpoints'}; next: python infer.py --ckpt {last}")
     return 0
-
-
-def _list(values):
-    return str([list(v) if isinstance(v, tuple) else v for v in values]).replace(" ", "")
 
 
 def _numbers(values):

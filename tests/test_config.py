@@ -40,6 +40,7 @@ def test_an_unknown_key_is_named_with_the_nearest_one():
         ("loss={weighted_bce: {weight: 0}, soft_dice: {weight: 0}}", "expected group.key"),
         ("model.strides=[[1,2,2]]", "one row of strides"),
         ("data.folds=1", "folds >= 2"),
+        ("optim.max_lr=1e-3", "schedule one_cycle"),
         ("training=3", "expected group.key=value"),
         ("a.b=[1", "not readable as YAML"),
         ("run.seed=true", "run.seed"),

@@ -257,7 +257,7 @@ def test_schedules_start_peak_and_end_where_they_should():
     assert train.learning_rate(50, 100, schedule="constant", **plain) == 1e-3
     cycle = {**plain, "max_lr": 6e-3}
     rates = [train.learning_rate(s, 100, schedule="one_cycle", **cycle) for s in range(101)]
-    assert rates[0] == pytest.approx(6e-3 / 25) and max(rates) == rates[30] == pytest.approx(6e-3)
+    assert rates[0] == pytest.approx(1e-4) and max(rates) == rates[30] == pytest.approx(6e-3)
     assert rates[100] == pytest.approx(6e-5)
     assert all(math.isfinite(r) and r > 0 for r in rates)
 
@@ -269,3 +269,26 @@ def test_command_line_names_config_faults_and_writes_nothing(tmp_path, capsys, m
     assert re.search(r"c.yaml: training.max_step: .*training.max_steps", capsys.readouterr().err)
     assert train.cli(["none.yaml"]) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.yaml"]
+
+
+def test_every_loss_part_is_logged_by_name_for_every_epoch(root, tmp_path):
+    changes = ["training.max_epochs=2", "monitor.log_every=2"]  # three steps an epoch
+    assert train.main(settings(root, tmp_path, *changes)) == 0
+    epochs, steps = (events(tmp_path / "runs" / "r", kind) for kind in ("epoch", "step"))
+    assert [e["epoch"] for e in epochs] == [0, 1] and [e["step"] for e in steps] == [2, 3, 4, 6]
+    assert set(epochs[0]["loss"]) == {"weighted_bce", "soft_dice", "surface_distance", "total"}
+    expected = (2 * steps[0]["loss"]["total"] + steps[1]["loss"]["total"]) / 3
+    assert epochs[0]["loss"]["total"] == pytest.approx(expected)
+
+
+def test_resume_with_no_state_starts_anew_and_says_so(root, tmp_path, capsys):
+    assert train.main(settings(root, tmp_path, "training.max_steps=0"), resume=True) == 0
+    assert "no state is there to go on from" in capsys.readouterr().out
+
+
+def test_resume_goes_on_with_the_latest_run_of_the_name(root, tmp_path):
+    for _ in range(2):
+        assert train.main(settings(root, tmp_path, "training.max_steps=0")) == 0
+    assert train.main(settings(root, tmp_path, "training.max_steps=1"), resume=True) == 0
+    steps = [weights_of(tmp_path / "runs" / n)["loop"]["step"] for n in ("r", "r-2")]
+    assert steps == [0, 1]
