@@ -16,7 +16,7 @@ from cases import write_case
 from volumes import Volume, VolumeError, crop_affine, read_image, read_label
 
 HEADER_TOLERANCE = 0.01  # relative; headers round, and affines hold float32
-UNTOLD_LABEL = 2  # a lone value above this is a mask's "on"; 2 is more likely "unlabeled"
+WHITE = (254, 255)  # what imaging tools write where they mean 1
 
 
 @dataclass(frozen=True)
@@ -188,15 +188,15 @@ def _check_label_header(image, label, outcome):
 
 
 def _class_ids(name, label, rules, outcome):
-    """The label as uint8 class ids; a mask of {0, v} with an undeclared v becomes {0, 1}."""
+    """The label as uint8 class ids; a mask of {0, 255} or {0, 254} becomes {0, 1}."""
     # Plane by plane: a sorted copy of a whole volume would cost several times the volume.
     values = sorted(set().union(*(np.unique(plane).tolist() for plane in label)))
     declared = {*rules.classes.values(), rules.ignore_label} - {None}
     unknown = [value for value in values if value not in declared]
-    lone = [v for v in unknown if v > UNTOLD_LABEL]
-    if len(rules.classes) == 2 and len(lone) == 1 and set(values) <= {0, *lone}:
-        outcome.notes.append(f"label values {{0, {lone[0]}}} read as classes {{0, 1}}")
-        return (label != 0).astype(np.uint8)
+    white = [v for v in unknown if v in WHITE]
+    if len(rules.classes) == 2 and unknown == white and len(white) == 1 and 1 not in values:
+        outcome.notes.append(f"label values {{0, {white[0]}}} read as classes {{0, 1}}")
+        return np.where(label == white[0], 1, label).astype(np.uint8)
     if unknown:
         shown = ", ".join(str(v) for v in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
         advice = "name every class with --classes NAME ..., or correct the label"

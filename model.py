@@ -112,7 +112,7 @@ class UNet3D(nn.Module):
     In training with deep_supervision, forward returns a list of logits, finest first, one per
     decoder stage that changes resolution; otherwise one tensor. D, H, W must be multiples of the
     product of the strides: ValueError otherwise.
-    checkpointing: activations of each stage are recomputed in the backward pass.
+    checkpointing: activations of each block are recomputed in the backward pass.
     """
 
     def __init__(
@@ -163,9 +163,10 @@ class UNet3D(nn.Module):
             nn.init.constant_(head.bias, math.log(PRIOR / (1 - PRIOR)))
 
     def _run(self, stage, x):
-        if self.checkpointing and self.training:
-            return checkpoint(stage, x, use_reentrant=False)
-        return stage(x)
+        recompute = self.checkpointing and self.training
+        for block in stage:
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return x
 
     def forward(self, x):  # (B, C, D, H, W)
         for axis, n, factor in zip("DHW", x.shape[2:], self.downsampling(), strict=True):

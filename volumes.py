@@ -271,7 +271,8 @@ def _read_nifti(path):
         kind = nibabel.Nifti2Header if two else nibabel.Nifti1Header
         # Unchecked: the checked header that the image carries has a spacing of 0 turned into 1.
         header = kind.from_fileobj(stream, check=False)
-    image = nibabel.load(path)
+    with nibabel.imageglobals.LoggingOutputSuppressor():  # it says so, without a file name
+        image = nibabel.load(path)
     array = np.asanyarray(image.dataobj)
     if (image.dataobj.slope, image.dataobj.inter) != (1, 0):
         array = array.astype(np.float32)
