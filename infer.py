@@ -373,7 +373,7 @@ def main(argv=None):
         return 2
 
     # ------------------------------------------------------------------ what will happen, and why
-    torch.set_num_threads(settings.run.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(windows.resolve_threads(settings.run.threads))
     inference = settings.inference
     for line in [
         f"checkpoint {arguments.ckpt}, step {state['loop']['step']}, {weights}",

@@ -233,13 +233,15 @@ def _vesuvius(root, _test_images):
         return layout
     images = {s.id: s.path for s in _found("--images", root / "train_images", layout)}
     labels = {s.id: s.path for s in _found("--images", root / "train_labels", layout)}
-    gone = [name for name in scrolls if name not in images]
+    gone = [name for name in scrolls if name not in images or name not in labels]
     if gone:
         layout.notes.append(
             f"{root / 'train.csv'} lists {len(gone)} ids that have no file any more; skipped: "
             + ", ".join(gone)
         )
     for name, path in images.items():
+        if name in gone:
+            continue
         if name not in labels:
             layout.faults.append(_without_partner(name, "a label", path))
         elif name not in scrolls:

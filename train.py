@@ -15,7 +15,6 @@ import argparse
 import copy
 import functools
 import math
-import os
 import statistics
 import sys
 import time
@@ -142,7 +141,7 @@ def main(settings, *, resume=False):
         print(error, file=sys.stderr)
         return 2
     precision, precision_reason = windows.resolve_precision(training.precision, device)
-    torch.set_num_threads(settings.run.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(windows.resolve_threads(settings.run.threads))
     torch.manual_seed(settings.run.seed)
     total_steps = training.max_epochs * training.train_iterations_per_epoch
     stop_step = total_steps if training.max_steps is None else min(training.max_steps, total_steps)

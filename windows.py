@@ -16,6 +16,7 @@ moves on), beside what the network needs for one batch.
 
 import functools
 import math
+import os
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -58,6 +59,12 @@ def resolve_precision(name, device):
         able = torch.cuda.is_bf16_supported()
         return ("bf16", "the GPU supports it") if able else ("fp16", "the GPU has no bf16")
     return name, "as set"
+
+
+def resolve_threads(wanted):
+    """CPU threads for run.threads; 0: one per core that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not every system has it
+    return wanted or (len(allowed(0)) if allowed else os.cpu_count() or 1)
 
 
 # ---------------------------------------------------------------------------- geometry of one axis
