@@ -9,7 +9,6 @@ and tuples of them) with the keys in KEYS. Whatever else a caller puts in is ref
 saved, because no reader with `weights_only=True` would give it back.
 """
 
-import itertools
 import os
 import pickle
 import platform
@@ -224,25 +223,30 @@ def find_newest(folder):
 # ---------------------------------------------------------------------------- run folders
 
 
-def _numbered(folder, name):
-    """runs/name, runs/name-2, runs/name-3, ... without end."""
-    return (Path(folder) / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
-
-
-def _has_state(run_folder):
-    checkpoints = run_folder / "checkpoints"
-    return checkpoints.is_dir() and any(checkpoints.glob("*.pt"))
+def _numbered_runs(folder, name):
+    """{number: path} of runs/name (1), runs/name-2, ... that have saved state."""
+    found = {}
+    for path in Path(folder).glob(f"{name}*/checkpoints/*.pt"):
+        run = path.parents[1]
+        number = "1" if run.name == name else run.name.removeprefix(f"{name}-")
+        if number.isdigit():
+            found[int(number)] = run
+    return found
 
 
 def new_run_folder(folder, name):
-    """A folder for a new run: a run that has saved state is never written over."""
-    return next(path for path in _numbered(folder, name) if not _has_state(path))
+    """A folder for a new run: one that has saved state is never written over.
+
+    runs/name, or the number after the highest that has state: runs/name-2, runs/name-3, ...
+    """
+    found = _numbered_runs(folder, name)
+    return Path(folder) / (f"{name}-{max(found) + 1}" if found else name)
 
 
 def newest_run_folder(folder, name):
-    """The latest of runs/name, runs/name-2, ... that has saved state; None if none has."""
-    with_state = list(itertools.takewhile(_has_state, _numbered(folder, name)))
-    return with_state[-1] if with_state else None
+    """The run of this name that has saved state, the highest number of several; None if none."""
+    found = _numbered_runs(folder, name)
+    return found[max(found)] if found else None
 
 
 def record_run(folder, settings_text):

@@ -18,11 +18,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Range = tuple[float, float]  # low, high
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Range = tuple[Finite, Finite]  # low, high
 
 
 class Group(BaseModel):
@@ -121,9 +123,14 @@ class Augment(Group):
 
 class Model(Group):
     base: Count = 16
-    multipliers: tuple[Count, ...] = (1, 2, 4, 4)  # width of each stage, times base
+    multipliers: Annotated[tuple[Count, ...], Field(min_length=2)] = (
+        1,
+        2,
+        4,
+        4,
+    )  # width of each stage, times base
     blocks: Count = 1  # residual blocks per stage, encoder and decoder
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Decay = 0.0
     deep_supervision: bool = True
     # Of each stage but the first: [[1, 2, 2], ...]; null derives them from patch and spacing.
     strides: tuple[tuple[Count, Count, Count], ...] | None = None
@@ -133,7 +140,8 @@ class Model(Group):
     @field_validator("strides", mode="before")
     @classmethod
     def _inner_lists_too(cls, value):
-        return tuple(tuple(row) if isinstance(row, list) else row for row in value or ()) or None
+        rows = isinstance(value, list | tuple)
+        return tuple(tuple(r) if isinstance(r, list) else r for r in value) if rows else value
 
     @model_validator(mode="after")
     def _one_stride_per_downsampling(self):
@@ -183,9 +191,9 @@ class Optim(Group):
     warmup_steps: Whole = 20
     final_lr_share: Probability = 0.01  # of the peak, at the last step
     weight_decay: NonNegative = 1e-2
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     clip: NonNegative = 1.0  # norm of the gradient, 0: off
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.99  # decay of the averaged weights, 0: off
+    ema: Decay = 0.99  # decay of the averaged weights, 0: off
 
     @model_validator(mode="after")
     def _one_cycle_has_a_peak(self):
@@ -219,7 +227,7 @@ class Validation(Group):
 
 class Inference(Group):
     window: tuple[Count, Count, Count] | None = None  # null: the training patch
-    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    overlap: Decay = 0.5
     flips: bool = False  # average over the 8 flips
     batch: Count = 2  # windows; torch convolves a batch of one at half the speed on a CPU
     threshold: Probability = 0.5
@@ -296,6 +304,14 @@ def _nearest(key):
     return f"; the nearest valid key is {close[0]}" if close else f"; groups: {', '.join(groups)}"
 
 
+def _example(key):
+    """The default of a key as YAML, or a made-up list where that is null or empty."""
+    node = Settings().plain()
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node or "[a, b]"
+
+
 def _sentence(error):
     """One pydantic error as: key: expected, got, what to do."""
     key = ".".join(
@@ -307,11 +323,9 @@ def _sentence(error):
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{key}: expected a group of settings (key: value), got {got}"
     text = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if error["type"] in ("missing", "too_long", "tuple_type"):
-        key, text = (
-            key.rsplit(".", 1)[0] if error["type"] == "missing" else key,
-            "a list of that length",
-        )
+    if error["type"] in ("missing", "too_long", "too_short", "tuple_type"):
+        key = key.rsplit(".", 1)[0] if error["type"] == "missing" else key
+        text = f"a list such as {_example(key)}"
     elif text.startswith(("greater", "less", "finite")):
         text = f"a number {text}"
     return (
@@ -369,3 +383,15 @@ def load(path, overrides=()):
     return settings.model_copy(
         update={"run": settings.run.model_copy(update={"name": settings.run.name or path.stem})}
     )
+
+
+def changes(before, after):
+    """A line for each setting in which two plain, nested configs differ."""
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += [line.replace(": ", f": {key}.", 1) for line in changes(old, new)]
+        elif old != new:
+            lines.append(f"changed: {key} is {new}, was {old} in the saved state")
+    return lines

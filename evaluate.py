@@ -130,6 +130,8 @@ def match(args, faults, notes):
                 "rename one, or name the ids with a pattern such as '{id}.tif'"
             )
     left = set(truths) - set(predictions)
+    # A spacing given by hand, here or at preparation, wins over what other files state.
+    args.check_spacing = args.spacing is None and dataset is None
     if left:
         notes.append(f"truth without a prediction, not scored: {_listed(left)}")
     shared = sorted(set(predictions).intersection(*(sources for _, sources in needed)))
@@ -151,7 +153,7 @@ def _listed(ids, most=8):
 # ---------------------------------------------------------------------------- one case
 
 
-def read_pair(pair, ignore_label, invert, faults):
+def read_pair(pair, args, ignore_label, faults):
     """The `Loaded` volumes of a pair, checked; None if that added to faults."""
     known = len(faults)
     read = [_read(volumes.read_label, path, faults) for path in (pair.prediction, pair.truth)]
@@ -162,8 +164,16 @@ def read_pair(pair, ignore_label, invert, faults):
     prediction, truth = read
     for other in (truth, image, *beside.values()):
         if other is not None:
-            _check_same_grid(prediction, other, faults)
+            _check_same_grid(prediction, other, args.check_spacing, faults)
+    if args.spacing is None and not all(s > 0 for s in truth.spacing or ()):
+        faults.append(
+            f"{truth.path}: expected a spacing above 0, got {_with_unit(truth)}; give --spacing"
+        )
     prediction, white_prediction = binary(prediction, None)
+    if args.foreground:
+        classes = np.isin(truth.array, args.foreground).astype(truth.array.dtype)
+        ignored = truth.array == (-1 if ignore_label is None else ignore_label)
+        truth = dataclasses.replace(truth, array=np.where(ignored, truth.array, classes))
     truth, white_truth = binary(truth, ignore_label)
     others = {name: binary(volume, None)[0] for name, volume in beside.items()}
     for volume in (prediction, *others.values()):
@@ -179,7 +189,7 @@ def read_pair(pair, ignore_label, invert, faults):
         )
     masks = {name: volume.array for name, volume in others.items()}
     if image is not None:
-        masks["otsu"] = otsu_mask(image, invert, faults)
+        masks["otsu"] = otsu_mask(image, args.invert, faults)
     if len(faults) > known:
         return None
     return Loaded(prediction, truth, masks, (white_prediction, white_truth))
@@ -212,13 +222,13 @@ def same_spacing(a, b):
     return np.allclose(np.asarray(a.spacing) * scale, b.spacing, rtol=0.01, atol=0.0)
 
 
-def _check_same_grid(prediction, other, faults):
+def _check_same_grid(prediction, other, check_spacing, faults):
     if other.array.shape[-3:] != prediction.array.shape:
         faults.append(
             f"{prediction.path}: expected the shape of {other.path}, {other.array.shape[-3:]}, got "
             f"{prediction.array.shape}; give volumes of the same voxels"
         )
-    if not same_spacing(prediction, other):
+    if check_spacing and not same_spacing(prediction, other):
         faults.append(
             f"{prediction.path}: expected the spacing of {other.path}, {_with_unit(other)}, got "
             f"{_with_unit(prediction)}; correct the header that is wrong"
@@ -274,7 +284,7 @@ def score_pairs(pairs, args, ignore_label, faults, notes):
 
     rows, white, unspaced = [], {}, []
     for pair in track(pairs, "scoring", disable=not sys.stdout.isatty(), transient=True):
-        loaded = read_pair(pair, ignore_label, args.invert, faults)
+        loaded = read_pair(pair, args, ignore_label, faults)
         if loaded is None:
             continue
         for role, value in zip(("predictions", "truths"), loaded.white, strict=True):
@@ -371,6 +381,7 @@ def parse(argv):
     add("--pred", required=True, metavar="PATH", help="predicted masks")
     add("--truth", required=True, metavar="PATH", help="true masks, or a prepared dataset")
     add("--ignore-label", type=int, metavar="V", help="value of unlabeled voxels in the truth")
+    add("--foreground", type=int, nargs="+", metavar="V", help="classes of the truth that count")
     add("--spacing", type=positive, nargs=3, metavar=("Z", "Y", "X"),
         help="default: the header of the truth, else of the prediction, else 1 1 1")  # fmt: skip
     add("--tolerance", type=non_negative, default=2.0, metavar="T",

@@ -51,6 +51,7 @@ class Job:
     id: str
     path: str
     is_case: bool
+    sources: tuple[str, ...]  # the raw files that a case file was made from
     suffix: str  # of the prediction
     shape: tuple[int, int, int]
     channels: int
@@ -76,12 +77,7 @@ def resolve_settings(state, overrides):
         raise ValueError("\n".join(faults))
     settings = config.build(config.apply_overrides(state["config"], overrides))
     window = settings.inference.window or settings.sampling.patch
-    factors = np.prod(state["data"]["strides"], axis=0)
-    if any(np.asarray(window) % factors):
-        raise ValueError(
-            f"inference.window: expected multiples of {factors.tolist()}, the network's strides, "
-            f"got {list(window)}"
-        )
+    model.check_divides("inference.window", window, state["data"]["strides"])
     return settings
 
 
@@ -142,9 +138,10 @@ def inspect(case_id, path):
         case = cases.read_case(path)
         with h5py.File(path, "r") as file:
             affine, source = file.attrs.get("affine"), str(file.attrs["source_image"])
+            sources = (*source.split(", "), str(file.attrs["source_label"]))
         suffix = volumes.suffix_of(source) or PHANTOM_SUFFIX
         facts = (case.shape, case.channels, case.spacing, case.unit, affine, case.intensity)
-        return Job(case.id, path, True, suffix, *facts)
+        return Job(case.id, path, True, sources, suffix, *facts)
     volume = volumes.read_image(path)
     array = volume.array
     if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -154,7 +151,7 @@ def inspect(case_id, path):
         )
     intensity = cases.intensity_statistics(array)
     facts = (array.shape[1:], len(array), volume.spacing, volume.unit, volume.affine, intensity)
-    return Job(case_id, path, False, volumes.suffix_of(path), *facts)
+    return Job(case_id, path, False, (), volumes.suffix_of(path), *facts)
 
 
 def run_faults(job, facts):
@@ -186,7 +183,8 @@ def target_faults(jobs, output):
         if count > 1:
             paths = ", ".join(path for path, other in targets.items() if other == target)
             yield f"{target}: expected one input for this prediction, got {paths}; give one of them"
-    inputs = {Path(volumes.split_dataset(job.path)[0]).resolve() for job in jobs}
+    read = [path for job in jobs for path in (job.path, *job.sources)]
+    inputs = {Path(volumes.split_dataset(path)[0]).resolve() for path in read}
     for target in sorted(set(targets.values())):
         if target.resolve() in inputs:
             yield f"{target}: the prediction would overwrite an input; give another --output"

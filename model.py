@@ -22,18 +22,17 @@ LONGEST_ODD_AXIS = 24  # an axis that cannot be halved further may be this long 
 
 
 def derive_strides(patch, spacing, stages):
-    """(strides, kernels) that fit a network of `stages` stages to a patch.
+    """The strides that fit a network of `stages` stages to a patch.
 
     patch: voxels z, y, x; spacing: of those voxels, z, y, x.
-    Returns strides, one (z, y, x) per stage (the first is 1, 1, 1), and kernel sizes, likewise.
-    An axis is halved where it is even, keeps at least 4 voxels, and its voxels are at most twice
-    as long as the shortest of the axes that could be halved; a kernel has length 1 along an axis
-    until its voxels are at most twice as long as the shortest, and 3 from there on.
+    Returns one (z, y, x) per stage; the first is (1, 1, 1). An axis is halved where it is even,
+    keeps at least 4 voxels, and its voxels are at most twice as long as the shortest of the axes
+    that could be halved.
     ValueError where nothing can be halved, or a long axis stays odd, with the nearest sizes.
     """
     patch_name = f"sampling.patch {list(patch)}"
     size, length = list(patch), [float(s) for s in spacing]
-    strides, kernels = [(1, 1, 1)], [_kernel(length, patch, (1, 1, 1))]
+    strides = [(1, 1, 1)]
     for stage in range(1, stages):
         able = [n % 2 == 0 and n // 2 >= SMALLEST_AXIS for n in size]
         shortest = min((s for s, a in zip(length, able, strict=True) if a), default=0)
@@ -46,7 +45,6 @@ def derive_strides(patch, spacing, stages):
         size = [n // s for n, s in zip(size, step, strict=True)]
         length = [v * s for v, s in zip(length, step, strict=True)]
         strides.append(step)
-        kernels.append(_kernel(length, patch, kernels[-1]))
     for axis, n, whole in zip("zyx", size, patch, strict=True):
         if n > LONGEST_ODD_AXIS and n % 2:
             fit = 8 if whole < 128 else 16
@@ -55,27 +53,34 @@ def derive_strides(patch, spacing, stages):
                 f"{patch_name}: no stride fits axis {axis}: {whole} voxels can be halved only down "
                 f"to {n}, which is odd; the nearest sizes that fit are {below} and {above}"
             )
-    return strides, kernels
-
-
-def check_strides(patch, strides):
-    """Strides given by hand, with the first stage's; ValueError if the patch does not divide."""
-    strides = [(1, 1, 1), *(tuple(s) for s in strides)]
-    for axis, n, factor in zip("zyx", patch, np.prod(strides, axis=0), strict=True):
-        if n % factor:
-            raise ValueError(
-                f"sampling.patch {list(patch)}: no stride fits axis {axis}: expected a multiple of "
-                f"{factor}, the product of model.strides, got {n}"
-            )
     return strides
 
 
-def _kernel(spacing, patch, before):
-    reach = 2 * min((s for s, n in zip(spacing, patch, strict=True) if n > 1), default=0)
-    return tuple(
-        3 if k == 3 or (s <= reach and n > 1) else 1
-        for s, n, k in zip(spacing, patch, before, strict=True)
-    )
+def derive_kernels(patch, spacing, strides):
+    """Kernel sizes z, y, x per stage: 1 along an axis until its voxels are at most twice as long
+    as the shortest, and 3 from there on; 1 along an axis of one voxel."""
+    length, kernels = np.asarray(spacing, float), [(1, 1, 1)]
+    axes = [axis for axis in range(3) if patch[axis] > 1]
+    for stride in strides:
+        length = length * stride
+        reach = 2 * min((length[axis] for axis in axes), default=0)
+        kernels.append(
+            tuple(
+                3 if kernels[-1][axis] == 3 or (axis in axes and length[axis] <= reach) else 1
+                for axis in range(3)
+            )
+        )
+    return kernels[1:]
+
+
+def check_divides(name, size, strides, at_least=1):
+    """ValueError unless the product of the strides divides a size (z, y, x) that has this name."""
+    for axis, n, factor in zip("zyx", size, np.prod(strides, axis=0), strict=True):
+        if n % factor or (n // factor < at_least and factor > 1):
+            raise ValueError(
+                f"{name} {list(size)}: no stride fits axis {axis}: expected a multiple of "
+                f"{factor}, the product of the strides, of at least {at_least * factor}, got {n}"
+            )
 
 
 class ResidualBlock(nn.Module):
@@ -108,7 +113,8 @@ class UNet3D(nn.Module):
     """Residual 3D U-Net: (B, in_channels, D, H, W) to logits (B, out_channels, D, H, W).
 
     base, multipliers: width of each encoder stage is base x multiplier; the bottleneck has twice
-    the last. blocks: residual blocks per stage. strides, kernels: as `derive_strides` gives them.
+    the last. blocks: residual blocks per stage. strides, kernels: as `derive_strides` and
+    `derive_kernels` give them.
     In training with deep_supervision, forward returns a list of logits, finest first, one per
     decoder stage that changes resolution; otherwise one tensor. D, H, W must be multiples of the
     product of the strides: ValueError otherwise.

@@ -10,6 +10,7 @@ means over the epoch), "evaluation" (scores, per case too), "end".
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,9 @@ class RunLog:
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(e) + "\n" for e in kept))
             os.replace(partial, self.path)
+        elif resume_step is None:  # what a run left that died before it saved anything
+            self.path.unlink(missing_ok=True)
+            shutil.rmtree(Path(folder) / "tensorboard", ignore_errors=True)
         self.file = self.path.open("a")
         self.writer = None
         if tensorboard:

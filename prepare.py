@@ -194,6 +194,10 @@ def parse(argv):
         parser.error("expected either --images PATH or --phantom KIND")
     if options.phantom and options.labels:
         parser.error("--labels goes with --images; a phantom brings its own label")
+    if options.phantom and (options.group_from or "").startswith("csv:"):
+        parser.error("--group-from csv: goes with --images; a phantom takes regex:PATTERN")
+    if options.test_images and not (Path(options.images or "") / "imagesTs").is_dir():
+        parser.error("--test-images: expected --images ROOT with a folder imagesTs")
     return options
 
 
@@ -318,8 +322,10 @@ def report(outcomes, notes):
         print(f"... and {len(rows) - MAX_ROWS} more")
 
 
-def refuse(faults, cases):
-    """Print every fault to stderr; returns the exit status."""
+def refuse(faults, cases, notes=()):
+    """Print every fault to stderr, and the notes that may explain it; returns the exit status."""
+    for note in notes:
+        print(f"note: {note}")
     for fault in faults:
         print(fault, file=sys.stderr)
     among = f" in {_count(len(cases), 'case')}" if cases else ""
@@ -346,8 +352,10 @@ def main(argv=None):
     with _collected(faults):
         cases = layouts.assign_groups(cases, options.group_from, options.images)
     existing = existing_dataset(options.out, cases, rules, faults)
+    if not cases and not faults:
+        faults.append(f"--images {options.images}: expected cases, got none that is whole")
     if not cases or (options.out.exists() and not options.out.is_dir()):
-        return refuse(faults, cases)
+        return refuse(faults, cases, notes)
     try:
         with staging(options.out) as folder:
             rules = replace(rules, folder=str(folder))

@@ -7,8 +7,8 @@
 
 Leaves runs/<name>/: config.yaml (all settings), source/ (the code that ran), log.jsonl,
 progress.png, tensorboard/, checkpoints/{last,best}.pt and the generation before. runs/last.pt
-points to the newest run's last.pt. Exit status: 0 done, 2 the input is wrong (one sentence per
-fault, nothing written), 75 stopped early with state saved.
+points to the newest run's last.pt. Exit status: 0 done, 1 the loss is not finite, 2 the input is
+wrong (one sentence per fault, nothing written), 75 stopped early.
 """
 
 import argparse
@@ -121,9 +121,13 @@ def main(settings, *, resume=False):
         patch = settings.sampling.patch
         spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
         spacing = tuple(map(statistics.median, zip(*spacings, strict=True)))
-        strides, kernels = model.derive_strides(patch, spacing, len(settings.model.multipliers))
-        if settings.model.strides is not None:
-            strides = model.check_strides(patch, settings.model.strides)
+        if settings.model.strides is None:
+            strides = model.derive_strides(patch, spacing, len(settings.model.multipliers))
+        else:
+            strides = [(1, 1, 1), *settings.model.strides]
+        kernels = model.derive_kernels(patch, spacing, strides)
+        model.check_divides("sampling.patch", patch, strides, at_least=model.SMALLEST_AXIS)
+        model.check_divides("inference.window", settings.inference.window or patch, strides)
         run_folder, state = (
             checkpoint.newest_run_folder(settings.run.folder, settings.run.name),
             None,
@@ -131,9 +135,8 @@ def main(settings, *, resume=False):
         if resume and run_folder is not None:
             found, why = checkpoint.find_newest(run_folder / "checkpoints")
             state = checkpoint.load(found)
-            notes.append(
-                f"resume: {found} at step {state['loop']['step']}" + (f" ({why})" if why else "")
-            )
+            notes.append(f"resume: {found} at step {state['loop']['step']}")
+            notes += [why] * bool(why) + config.changes(state["config"], settings.plain())
         else:
             run_folder = checkpoint.new_run_folder(settings.run.folder, settings.run.name)
             notes += ["resume: no state is there to go on from, this is a new run"] * resume
@@ -159,6 +162,10 @@ def main(settings, *, resume=False):
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
     )
+    schedule = {"lr", "schedule", "max_lr", "warmup_steps", "final_lr_share"}
+    rate_at = functools.partial(
+        learning_rate, total=total_steps, **optim.model_dump(include=schedule)
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     autocast = functools.partial(
         torch.autocast,
@@ -167,7 +174,8 @@ def main(settings, *, resume=False):
         enabled=precision != "fp32",
     )
     terms = settings.loss.model_dump()
-    loop = {"step": 0, "best_score": None, "best_step": None, "seconds": 0.0, "epoch_loss": {}}
+    loop = {"step": 0, "evaluated_step": None, "best_score": None, "best_step": None}
+    loop |= {"seconds": 0.0, "epoch_loss": {}}
     if state is not None:
         try:
             network.load_state_dict(state["model"])
@@ -178,18 +186,23 @@ def main(settings, *, resume=False):
             print(f"{found}: its network does not fit these settings ({reason}); resume with "
                   f"the settings in {run_folder / 'config.yaml'}", file=sys.stderr)  # fmt: skip
             return 2
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
         loop = state["loop"]
-    first_step = loop["step"]
+        checkpoint.set_rng_state(state["rng"])
+    first_step = None if state is None else loop["step"]
+    del state
     if settings.model.compile:
         network.compile()  # in place: the names in the state stay as they are
 
     # ------------------------------------------------------------------ the run records itself
-    checkpoint.record_run(run_folder, yaml.safe_dump(settings.plain(), sort_keys=False))
+    try:
+        checkpoint.record_run(run_folder, yaml.safe_dump(settings.plain(), sort_keys=False))
+    except OSError as error:
+        print(f"run.folder: expected a folder to write to, got {error}", file=sys.stderr)
+        return 2
     log = monitor.RunLog(
-        run_folder,
-        tensorboard=settings.monitor.tensorboard,
-        resume_step=loop["step"] if state is not None else None,
+        run_folder, tensorboard=settings.monitor.tensorboard, resume_step=first_step
     )
     versions = checkpoint.versions()
     data_facts = {  # all that infer.py must know of the data
@@ -217,9 +230,12 @@ def main(settings, *, resume=False):
         *notes,
     ]:
         console.print(line)
-    log.write("start", step=loop["step"], epoch=loop["step"] // iterations, versions=versions)
+    log.write(
+        "start", step=loop["step"], epoch=loop["step"] // iterations, versions=versions, notes=notes
+    )
 
     # ------------------------------------------------------------------ data
+    augmentation = settings.augment.model_dump()
     patches = data.PatchDataset(
         split.train,
         patch=patch,
@@ -229,12 +245,8 @@ def main(settings, *, resume=False):
         jitter=settings.sampling.jitter,
         clip=settings.data.percentiles,
         seed=settings.run.seed,
-        draw_spatial=functools.partial(
-            augment.draw_spatial, settings=settings.augment.model_dump()
-        ),
-        draw_intensity=functools.partial(
-            augment.draw_intensity, settings=settings.augment.model_dump()
-        ),
+        draw_spatial=functools.partial(augment.draw_spatial, settings=augmentation),
+        draw_intensity=functools.partial(augment.draw_intensity, settings=augmentation),
         place_patch=augment.place_patch,
     )
     batches = data.patch_batches(
@@ -248,8 +260,21 @@ def main(settings, *, resume=False):
         persistent=training.persistent_workers,
         pin=device.type == "cuda",
     )
-    if state is not None:
-        checkpoint.set_rng_state(state["rng"])
+
+    # ------------------------------------------------------------------ what a checkpoint holds
+    constant = {
+        "format": checkpoint.FORMAT,
+        "scheduler": None,  # the rate is a function of the step
+        "config": settings.plain(),
+        "data": data_facts,
+        "versions": versions,
+    }
+    stateful = {"model": network, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+
+    def save(name):
+        state = {key: part.state_dict() for key, part in stateful.items()}
+        state |= {**constant, "loop": dict(loop), "rng": checkpoint.rng_state()}
+        checkpoint.save(state, run_folder / "checkpoints" / name)
 
     # ------------------------------------------------------------------ loop
     # One pass more than steps: state is looked at and saved at one place, before the step. So
@@ -260,17 +285,19 @@ def main(settings, *, resume=False):
     with monitor.ProgressLine(console, stop_step, loop["step"]) as show:
         while True:
             step, epoch = loop["step"], loop["step"] // iterations
-            done = step == stop_step
+            done = step >= stop_step
             if done or step % iterations == 0:
-                fresh = state is None or step > first_step  # a resumed step is saved already
                 if step % iterations == 0 and loop["epoch_loss"]:
                     means = {name: value / iterations for name, value in loop["epoch_loss"].items()}
                     log.write("epoch", step=step, epoch=epoch - 1, loss=means)
                     loop["epoch_loss"] = {}
                 on_schedule = epoch % settings.validation.every == 0
                 due = done or (on_schedule if step else settings.validation.untrained)
-                better = False
-                if fresh and due:
+
+                if step != first_step:  # a resumed step is saved already
+                    save("last.pt")  # before anything that may fail
+                    checkpoint.link_last(settings.run.folder, run_folder / "checkpoints/last.pt")
+                if due and loop["evaluated_step"] != step:
                     scores, per_case, slices = evaluate(
                         ema,
                         split.validation,
@@ -280,46 +307,22 @@ def main(settings, *, resume=False):
                         precision=precision,
                     )
                     score = scores.get(settings.validation.score)
-                    better = None in (score, loop["best_score"]) or score > loop["best_score"]
-                    if better:
-                        loop |= {"best_score": score, "best_step": step}
                     log.write("evaluation", step=step, epoch=epoch, scores=scores, cases=per_case)
                     if scores:
                         show.say(f"evaluation at step {step}: " + _numbers(scores))
+                    if None in (score, loop["best_score"]) or score > loop["best_score"]:
+                        loop |= {"best_score": score, "best_step": step}
+                        save("best.pt")
+                    loop["evaluated_step"] = step
+                    save("last.pt")  # which knows of the best only once that is there
                     if settings.monitor.picture:
                         monitor.draw_progress(
                             run_folder, run_folder.name, slices, settings.inference.threshold
                         )
-                if fresh:
-                    saved = {
-                        "format": checkpoint.FORMAT,
-                        "model": network.state_dict(),
-                        "ema": ema.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "scheduler": None,  # the rate is a function of the step
-                        "scaler": scaler.state_dict(),
-                        "loop": dict(loop),
-                        "rng": checkpoint.rng_state(),
-                        "config": settings.plain(),
-                        "data": data_facts,
-                        "versions": versions,
-                    }
-                    checkpoint.save(saved, run_folder / "checkpoints" / "last.pt")
-                    if better:
-                        checkpoint.save(saved, run_folder / "checkpoints" / "best.pt")
-                    checkpoint.link_last(
-                        settings.run.folder, run_folder / "checkpoints" / "last.pt"
-                    )
                 started = time.perf_counter()
             if done:
                 break
-            lr = learning_rate(
-                step,
-                total_steps,
-                **optim.model_dump(
-                    include={"lr", "schedule", "max_lr", "warmup_steps", "final_lr_share"}
-                ),
-            )
+            lr = rate_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
@@ -415,7 +418,8 @@ def cli(argv=None):
     try:
         return main(settings, resume=arguments.resume)
     except KeyboardInterrupt:
-        print("interrupted; the state of the last finished epoch is saved, go on with --resume")
+        folder = checkpoint.newest_run_folder(settings.run.folder, settings.run.name)
+        print("interrupted: " + (f"--resume goes on with {folder}" if folder else "nothing saved"))
         return STOPPED
 
 

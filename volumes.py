@@ -390,10 +390,10 @@ def _write_nifti(path, array, spacing, unit, affine):
 
     if affine is None:
         affine = np.diag([*(spacing or (1.0, 1.0, 1.0))[::-1], 1.0])
+        if unit == "nm":  # NIfTI has no code for it
+            affine[:3] *= 1e-3
+            unit = "micron"
     affine = np.array(affine, np.float64)
-    if unit == "nm":  # NIfTI has no code for it
-        affine[:3] *= 1e-3
-        unit = "micron"
     image = nibabel.Nifti1Image(array.T, affine, dtype=array.dtype)
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)

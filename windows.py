@@ -43,6 +43,8 @@ def resolve_device(name):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # so that its generator is the one that is saved
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
@@ -56,7 +58,7 @@ def resolve_precision(name, device):
     if device.type == "cpu":
         return "fp32", "a CPU: bf16 autocast diverged there within 40 steps where fp32 trained well"
     if name == "auto":
-        able = torch.cuda.is_bf16_supported()
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "the GPU supports it") if able else ("fp16", "the GPU has no bf16")
     return name, "as set"
 

@@ -28,7 +28,8 @@ TURNED = np.array([[-0.5, 0, 0, 40.0], [0, 0, 2.0, -7.0], [0, 0.5, 0, 3.0], [0, 
 
 def network_of(seed, probability=None):
     torch.manual_seed(seed)
-    strides, kernels = model.derive_strides(PATCH, (2, 1, 1), 2)
+    strides = model.derive_strides(PATCH, (2, 1, 1), 2)
+    kernels = model.derive_kernels(PATCH, (2, 1, 1), strides)
     shape = {"base": 4, "multipliers": (1, 2), "blocks": 1, "strides": strides, "kernels": kernels}
     network = model.UNet3D(1, 1, **shape, dropout=0.0, deep_supervision=True)
     with torch.no_grad():  # about half of all voxels are foreground, or all as likely

@@ -11,16 +11,17 @@ SMALL = {"base": 4, "multipliers": (1, 2, 2), "blocks": 1}
 def network(patch=(8, 16, 16), spacing=(1, 1, 1), **changes):
     torch.manual_seed(0)
     sizes = {**SMALL, **changes}
-    strides, kernels = model.derive_strides(patch, spacing, len(sizes["multipliers"]))
+    strides = model.derive_strides(patch, spacing, len(sizes["multipliers"]))
+    kernels = model.derive_kernels(patch, spacing, strides)
     return model.UNet3D(1, 1, strides=strides, kernels=kernels, **sizes)
 
 
 def test_the_full_setting_has_33_67_million_parameters_within_one_percent():
     settings = config.load("configs/exp001_full.yaml")
     chosen = settings.model.model_dump(exclude={"strides", "compile"})
-    strides, kernels = model.derive_strides(
-        settings.sampling.patch, (1, 1, 1), len(settings.model.multipliers)
-    )
+    patch, spacing = settings.sampling.patch, (1, 1, 1)
+    strides = model.derive_strides(patch, spacing, len(settings.model.multipliers))
+    kernels = model.derive_kernels(patch, spacing, strides)
     with torch.device("meta"):
         count = model.parameter_count(
             model.UNet3D(1, 1, strides=strides, kernels=kernels, **chosen)
@@ -29,13 +30,15 @@ def test_the_full_setting_has_33_67_million_parameters_within_one_percent():
 
 
 def test_isotropic_patch_is_halved_along_every_axis_while_it_is_even():
-    strides, kernels = model.derive_strides((72, 136, 136), (1, 1, 1), 5)
+    strides = model.derive_strides((72, 136, 136), (1, 1, 1), 5)
+    kernels = model.derive_kernels((72, 136, 136), (1, 1, 1), strides)
     assert strides == [(1, 1, 1)] + [(2, 2, 2)] * 3 + [(1, 1, 1)]
     assert set(kernels) == {(3, 3, 3)}
 
 
 def test_a_coarse_axis_waits_until_the_others_have_caught_up():
-    strides, kernels = model.derive_strides((16, 96, 96), (5, 1, 1), 4)
+    strides = model.derive_strides((16, 96, 96), (5, 1, 1), 4)
+    kernels = model.derive_kernels((16, 96, 96), (5, 1, 1), strides)
     assert strides == [(1, 1, 1), (1, 2, 2), (1, 2, 2), (2, 2, 2)]
     assert kernels == [(1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3)]
 
@@ -48,7 +51,7 @@ def test_thin_and_deep_patches_find_strides_and_keep_their_shape(depth):
 
 
 def test_the_bottleneck_keeps_at_least_four_voxels_per_halved_axis():
-    strides, _ = model.derive_strides((8, 64, 64), (1, 1, 1), 6)
+    strides = model.derive_strides((8, 64, 64), (1, 1, 1), 6)
     assert np.prod(strides, axis=0).tolist() == [2, 16, 16]
 
 
@@ -59,9 +62,17 @@ def test_a_patch_that_no_stride_fits_is_named_with_what_would_fit(patch):
 
 
 def test_strides_by_hand_must_divide_the_patch():
-    assert model.check_strides((8, 16, 16), [(1, 2, 2)]) == [(1, 1, 1), (1, 2, 2)]
-    with pytest.raises(ValueError, match="multiple of 4"):
-        model.check_strides((6, 16, 16), [(2, 2, 2), (2, 2, 2)])
+    model.check_divides("sampling.patch", (8, 16, 16), [(1, 1, 1), (1, 2, 2)], at_least=4)
+    for patch, strides in (((6, 16, 16), [(2, 2, 2), (2, 2, 2)]), ((16, 16, 16), [(8, 8, 8)])):
+        with pytest.raises(ValueError, match=r"sampling.patch .* axis z: expected a multiple of"):
+            model.check_divides("sampling.patch", patch, strides, at_least=4)
+
+
+def test_strides_by_hand_bring_their_kernels():
+    assert model.derive_kernels((50, 50, 50), (4, 1, 1), [(1, 1, 1), (1, 5, 5)]) == [
+        (1, 3, 3),
+        (3, 3, 3),
+    ]
 
 
 def test_training_gives_logits_of_every_scale_and_evaluation_the_finest():

@@ -292,3 +292,43 @@ def test_resume_goes_on_with_the_latest_run_of_the_name(root, tmp_path):
     assert train.main(settings(root, tmp_path, "training.max_steps=1"), resume=True) == 0
     steps = [weights_of(tmp_path / "runs" / n)["loop"]["step"] for n in ("r", "r-2")]
     assert steps == [0, 1]
+
+
+def test_resuming_past_the_stop_has_nothing_to_do(root, tmp_path):
+    assert train.main(settings(root, tmp_path, "training.max_steps=4")) == 0
+    assert train.main(settings(root, tmp_path, "training.max_steps=2"), resume=True) == 0
+    assert weights_of(tmp_path / "runs" / "r")["loop"]["step"] == 4
+
+
+def test_resume_says_which_settings_changed(root, tmp_path, capsys):
+    assert train.main(settings(root, tmp_path, "training.max_steps=0")) == 0
+    later = settings(root, tmp_path, "training.max_steps=1", "optim.clip=2.0")
+    assert train.main(later, resume=True) == 0
+    said = capsys.readouterr().out
+    assert "changed: optim.clip is 2.0, was 1.0 in the saved state" in said
+
+
+def test_a_crash_in_validation_loses_no_step(root, tmp_path, monkeypatch):
+    def out_of_memory(*arguments, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(train.windows, "predict_volume", out_of_memory)
+    changes = ["validation.untrained=false", "training.max_epochs=1"]
+    with pytest.raises(MemoryError):
+        train.main(settings(root, tmp_path, *changes))
+    assert weights_of(tmp_path / "runs" / "r")["loop"]["step"] == 3
+    monkeypatch.undo()
+    assert train.main(settings(root, tmp_path, *changes), resume=True) == 0
+    assert [e["step"] for e in events(tmp_path / "runs" / "r", "evaluation")] == [3]
+
+
+def test_a_window_that_the_strides_do_not_divide_is_refused_before_training(root, tmp_path, capsys):
+    text = fault(capsys, settings(root, tmp_path, "inference.window=[15,16,16]"))
+    assert "inference.window [15, 16, 16]" in text and "multiple of 2" in text
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(root, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "run.folder" in fault(
+        capsys, settings(root, tmp_path, f"run.folder={tmp_path / 'file'}")
+    )
