@@ -222,11 +222,13 @@ def read_dataset(root, source=""):
         )
     try:
         content = json.loads(path.read_text())
+        if "lamina" not in str(content.get("format")):
+            raise TypeError("another format, such as nnU-Net's: prepare that folder first")
         ids = [entry["id"] for entry in content["cases"]]
         files = [root / entry["file"] for entry in content["cases"]]
         classes, ignore, unit = content["classes"], content["ignore_label"], content["unit"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected what prepare.py writes, got {error!r}") from error
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected what prepare.py writes, got {error}") from error
     cases = {i: read_case(file) for i, file in zip(ids, files, strict=True)}
     return Dataset(str(root), classes, ignore, unit, cases)
 
@@ -322,7 +324,7 @@ def foreground_ids(classes, wanted):
     """Ids of the classes that are foreground; ValueError if there are several and none is named."""
     named = {name: number for name, number in classes.items() if number != 0}
     unknown = [name for name in wanted or () if name not in named]
-    if unknown or (wanted is None and len(named) > 1):
+    if unknown or (not wanted and len(named) > 1):
         got = f"got {', '.join(unknown)}" if unknown else "got none"
         raise ValueError(
             f"data.foreground: expected names among {', '.join(named)} ({got}); the network tells "

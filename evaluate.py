@@ -24,24 +24,12 @@ from pathlib import Path
 
 import numpy as np
 
-import cases
 import metrics
 import volumes
+from pairs import listed, match
 
-METRES = {"m": 1.0, "mm": 1e-3, "micron": 1e-6, "nm": 1e-9}
 WHITE = (254, 255)  # what imaging tools write where they mean 1
 RATIOS = ("dice", "surface_dice", "precision", "recall")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Where the prediction, those beside it (by name), the truth and perhaps the image are."""
-
-    id: str
-    prediction: str
-    beside: dict
-    truth: str
-    image: str | None
 
 
 @dataclass(frozen=True)
@@ -52,102 +40,6 @@ class Loaded:
     truth: volumes.Volume
     others: dict  # further masks by method
     white: tuple[int | None, int | None]  # what stood for 1 in prediction and truth, if not 1
-
-
-# ---------------------------------------------------------------------------- which cases
-
-
-def find_sources(text, role, faults):
-    """({case id: path} of the volumes that text names, the dataset if it is one or None).
-
-    role is "prediction", "truth" or "image". Where a folder or pattern names labels and images
-    together, each role takes its own; probability maps beside predictions are left out. What is
-    wrong is added to faults.
-    """
-    dataset, sources = None, {}
-    try:
-        if (Path(text) / cases.DATASET_FILE).is_file():
-            dataset = cases.read_dataset(text)
-            found = _of_dataset(dataset, role)
-        else:
-            found = volumes.find_volumes(text)
-            found = found if len(found) == 1 else _of_role(found, role)
-    except ValueError as error:
-        faults.append(str(error))
-        return {}, None
-    for source in found:
-        if source.id in sources:
-            faults.append(
-                f"{source.path}: expected one {role} of case {source.id}, got "
-                f"{sources[source.id]} too; move one away"
-            )
-        sources[source.id] = source.path
-    if not sources:
-        faults.append(f"{text}: expected one {role} or more, got none; check the path")
-    return sources, dataset
-
-
-def _of_dataset(dataset, role):
-    name = "image" if role == "image" else "label"
-    wanted = (case for case in dataset.cases.values() if role == "image" or case.labelled)
-    return [volumes.Source(case.id, f"{case.path}:{name}") for case in wanted]
-
-
-def _of_role(found, role):
-    labels = [source for source in found if volumes.is_label_name(source.path)]
-    if role == "truth":
-        return labels or found
-    if role == "image":
-        return [source for source in found if source not in labels]
-    return [source for source in found if not source.id.endswith(("_probs", "_probabilities"))]
-
-
-def match(args, faults, notes):
-    """(pairs to score, value of unlabeled voxels or None).
-
-    One prediction file and one truth file are a pair whatever their names. A prediction without
-    truth (or without image, with --otsu) is a fault; a truth without prediction is a note, since
-    it is normal to predict the test cases only.
-    """
-    predictions, _ = find_sources(args.pred, "prediction", faults)
-    truths, dataset = find_sources(args.truth, "truth", faults)
-    images, _ = find_sources(args.otsu, "image", faults) if args.otsu else ({}, None)
-    beside = {n: find_sources(path, "prediction", faults)[0] for n, path in args.beside}
-    ignore_label = args.ignore_label
-    if ignore_label is None and dataset is not None:
-        ignore_label = dataset.ignore_label
-    if faults:
-        return [], ignore_label
-    if len(predictions) == 1 and _is_file(args.pred):
-        (only,) = predictions
-        truths = {only: next(iter(truths.values()))} if _is_file(args.truth) else truths
-        images = {only: next(iter(images.values()))} if _is_file(args.otsu) else images
-    needed = [("truth", truths), *((f"prediction of {n}", found) for n, found in beside.items())]
-    for role, sources in [*needed, ("image", images if args.otsu else predictions)]:
-        for case in sorted(set(predictions) - set(sources)):
-            faults.append(
-                f"{predictions[case]}: expected {role} {case} with it, got {_listed(sources)}; "
-                "rename one, or name the ids with a pattern such as '{id}.tif'"
-            )
-    left = set(truths) - set(predictions)
-    # A spacing given by hand, here or at preparation, wins over what other files state.
-    args.check_spacing = args.spacing is None and dataset is None
-    if left:
-        notes.append(f"truth without a prediction, not scored: {_listed(left)}")
-    shared = sorted(set(predictions).intersection(*(sources for _, sources in needed)))
-    others = {i: {name: found[i] for name, found in beside.items()} for i in shared}
-    pairs = [Pair(i, predictions[i], others[i], truths[i], images.get(i)) for i in shared]
-    return pairs, ignore_label
-
-
-def _is_file(text):
-    return bool(text) and os.path.isfile(volumes.split_dataset(text)[0])
-
-
-def _listed(ids, most=8):
-    ids = sorted(ids)
-    more = f" and {len(ids) - most} more" if len(ids) > most else ""
-    return ", ".join(ids[:most]) + more
 
 
 # ---------------------------------------------------------------------------- one case
@@ -217,8 +109,8 @@ def same_spacing(a, b):
     """Whether two volumes agree on spacing to 1 %, as far as both state it."""
     if a.spacing is None or b.spacing is None:
         return True
-    known = a.unit in METRES and b.unit in METRES
-    scale = METRES[a.unit] / METRES[b.unit] if known else 1.0
+    known = a.unit in volumes.METRES and b.unit in volumes.METRES
+    scale = volumes.METRES[a.unit] / volumes.METRES[b.unit] if known else 1.0
     return np.allclose(np.asarray(a.spacing) * scale, b.spacing, rtol=0.01, atol=0.0)
 
 
@@ -228,6 +120,8 @@ def _check_same_grid(prediction, other, check_spacing, faults):
             f"{prediction.path}: expected the shape of {other.path}, {other.array.shape[-3:]}, got "
             f"{prediction.array.shape}; give volumes of the same voxels"
         )
+    if check_spacing and not volumes.same_axes(prediction, other):
+        faults.append(f"{prediction.path}: expected the axes of {other.path}, got other ones")
     if check_spacing and not same_spacing(prediction, other):
         faults.append(
             f"{prediction.path}: expected the spacing of {other.path}, {_with_unit(other)}, got "
@@ -295,9 +189,11 @@ def score_pairs(pairs, args, ignore_label, faults, notes):
         if not faults:
             rows += score_pair(pair, loaded, args, ignore_label)
     for (role, value), ids in white.items():
-        notes.append(f"{role} of 0 and {value} read as 0 and 1: {_listed(ids)}")
+        notes.append(f"{role} of 0 and {value} read as 0 and 1: {listed(ids)}")
+    if rows and args.tolerance < min(min(map(float, row["spacing"].split())) for row in rows):
+        notes.append(f"the tolerance {args.tolerance:g} is less than one voxel")
     if unspaced:
-        notes.append(f"no file states a spacing, 1 1 1 is taken (--spacing): {_listed(unspaced)}")
+        notes.append(f"no file states a spacing, 1 1 1 is taken (--spacing): {listed(unspaced)}")
     return rows
 
 

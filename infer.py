@@ -184,6 +184,8 @@ def target_faults(jobs, output):
             paths = ", ".join(path for path, other in targets.items() if other == target)
             yield f"{target}: expected one input for this prediction, got {paths}; give one of them"
     read = [path for job in jobs for path in (job.path, *job.sources)]
+    if volumes.suffix_of(output):
+        yield f"--output {output}: expected a folder, got the name of a file"
     inputs = {Path(volumes.split_dataset(path)[0]).resolve() for path in read}
     for target in sorted(set(targets.values())):
         if target.resolve() in inputs:

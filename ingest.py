@@ -13,7 +13,7 @@ import numpy as np
 import layouts
 import phantoms
 from cases import write_case
-from volumes import Volume, VolumeError, crop_affine, read_image, read_label
+from volumes import METRES, Volume, VolumeError, crop_affine, read_image, read_label, same_axes
 
 HEADER_TOLERANCE = 0.01  # relative; headers round, and affines hold float32
 WHITE = (254, 255)  # what imaging tools write where they mean 1
@@ -121,6 +121,9 @@ def _read(case, outcome):
         if len({channel.array.shape[1:] for channel in channels}) > 1:
             shapes = ", ".join(f"{c.array.shape[1:]} ({c.path})" for c in channels)
             outcome.faults.append(f"case {case.id}: expected channels of one shape, got {shapes}")
+        elif len({channel.spacing for channel in channels}) > 1:
+            named = ", ".join(f"{c.spacing} ({c.path})" for c in channels)
+            outcome.faults.append(f"case {case.id}: expected channels of one spacing, got {named}")
         elif len(channels) > 1:
             image = replace(image, array=np.concatenate([c.array for c in channels]))
     except VolumeError as error:
@@ -152,6 +155,8 @@ def _spacing_and_unit(name, image, label, rules, outcome):
     if given is not None:
         if header is not None and not np.allclose(header, given, rtol=HEADER_TOLERANCE):
             outcome.notes.append(f"spacing from {option} replaces the header's")
+    elif header is None and rules.spacing_rows:
+        outcome.faults.append(f"case {name}: expected a row in --spacing-csv, got none for this id")
     elif header is None:
         given = (1.0, 1.0, 1.0)
         outcome.notes.append(
@@ -167,7 +172,9 @@ def _spacing_and_unit(name, image, label, rules, outcome):
         _check_label_header(image, label, outcome)
     wanted = (row[1] if row else "") or rules.unit
     if wanted and unit and wanted != unit:
-        outcome.notes.append(f"unit {wanted} replaces the header's {unit}")
+        if given is header:
+            given = tuple(float(f"{s * METRES[unit] / METRES[wanted]:.6g}") for s in header)
+        outcome.notes.append(f"unit {wanted} instead of the header's {unit}")
     return given, wanted or unit
 
 
@@ -179,6 +186,11 @@ def _check_label_header(image, label, outcome):
         outcome.faults.append(
             f"{label.path}: expected the spacing of its image, {image.spacing}, got "
             f"{label.spacing}; correct the header or give --spacing Z Y X"
+        )
+    elif not same_axes(image, label):
+        outcome.faults.append(
+            f"{label.path}: expected the axes of its image, got an affine that turns or mirrors "
+            "them; bring both to one orientation, or give --spacing if only the header is wrong"
         )
     elif image.unit and label.unit and image.unit != label.unit:
         outcome.faults.append(
@@ -200,7 +212,9 @@ def _class_ids(name, label, rules, outcome):
     if unknown:
         shown = ", ".join(str(v) for v in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
         advice = "name every class with --classes NAME ..., or correct the label"
-        if unknown == [2] and rules.ignore_label is None:
+        if len(unknown) > 20:
+            advice = "these look like numbered objects; store a mask of classes"
+        elif unknown == [2] and rules.ignore_label is None:
             advice = "give --ignore-label 2 if 2 means unlabeled, or --classes A B for two classes"
         outcome.faults.append(
             f"case {name}: expected label values {sorted(declared)}, got also {shown}; {advice}"

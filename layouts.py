@@ -14,7 +14,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from volumes import UNITS, Source, VolumeError, find_volumes, is_label_name, stem_of
+from formats import UNITS
+from volumes import Source, VolumeError, find_volumes, is_label_name, stem_of
 
 VESUVIUS_IGNORE_LABEL = 2
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")

@@ -28,9 +28,10 @@ from pathlib import Path
 import layouts
 import phantoms
 from cases import DATASET_FILE, read_dataset, write_dataset
+from formats import UNITS
 from ingest import PhantomCase, Rules, prepare_case
 from layouts import Faults
-from volumes import UNITS, split_dataset
+from volumes import split_dataset
 
 MAX_NAMED = 8  # cases that a note spells out
 MAX_ROWS = 40  # of the summary
@@ -111,7 +112,7 @@ def merge_faults(outcomes, existing):
     channels = {row["channels"]: row["case"] for row in rows} | {c.channels: c.id for c in kept}
     faults = []
     for what, found, advice in (
-        ("unit", units, "give --unit, or prepare them apart"),
+        ("unit", units, "give --unit to convert them, or prepare them apart"),
         ("number of channels", channels, "prepare them apart"),
     ):
         if len(found) > 1:

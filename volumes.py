@@ -14,14 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-SUFFIXES = (".nii.gz", ".nii", ".tif", ".tiff", ".h5", ".hdf5")
-UNITS = {"mm": "mm", "millimeter": "mm", "micron": "micron", "microns": "micron", "um": "micron",
-         "µm": "micron", "μm": "micron", "\\u00b5m": "micron", "micrometer": "micron",
-         "nm": "nm", "nanometer": "nm", "m": "m", "meter": "m"}  # fmt: skip
-NIFTI_UNITS = {"mm": "mm", "micron": "micron", "m": "meter"}
-IMAGEJ_DTYPES = ("uint8", "uint16", "float32")
-CLASSIC_TIFF_BYTES = 2**32 - 2**25  # beyond this offsets need BigTIFF, which ImageJ has not
+import formats
+from formats import VolumeError
 
+SUFFIXES = (".nii.gz", ".nii", ".tif", ".tiff", ".h5", ".hdf5")
+METRES = {"m": 1.0, "mm": 1e-3, "micron": 1e-6, "nm": 1e-9}  # of a unit
 _HDF5_NAME = re.compile(r"^(.*\.(?:h5|hdf5)):(.+)$", re.IGNORECASE)
 _CHANNEL = re.compile(r"_0000$")
 _IMAGE_ROLE = re.compile(r"[_-](?:img|image|raw|im|vol)$", re.IGNORECASE)
@@ -33,10 +30,6 @@ _LABEL_ROLE = re.compile(
     r"(?:[_-](?:manual|auto|final|corrected|v\d+))?)$",
     re.IGNORECASE,
 )
-
-
-class VolumeError(ValueError):
-    """A volume that cannot be used; the message is one sentence that names the file."""
 
 
 @dataclass(frozen=True)
@@ -197,11 +190,11 @@ def _read(path, wanted, other):
         raise VolumeError(f"{path}: expected a {', '.join(SUFFIXES)} file, got {got}")
     with _one_sentence(path):
         if suffix in (".tif", ".tiff"):
-            array, spacing, unit, affine = _read_tiff(file)
+            array, spacing, unit, affine = formats.read_tiff(file)
         elif suffix in (".nii", ".nii.gz"):
-            array, spacing, unit, affine = _read_nifti(file)
+            array, spacing, unit, affine = formats.read_nifti(file)
         else:
-            array, spacing, unit, affine = _read_hdf5(file, dataset, wanted, other)
+            array, spacing, unit, affine = formats.read_hdf5(file, dataset, wanted, other)
     if 0 in array.shape:
         raise VolumeError(f"{path}: expected a volume, got an empty one of shape {array.shape}")
     if array.dtype == bool:
@@ -227,120 +220,6 @@ def _one_sentence(path):
         ) from error
 
 
-def _read_tiff(path):
-    import tifffile
-
-    with tifffile.TiffFile(path) as tif:
-        series, page = tif.series, tif.pages[0]
-        shape, axes = series[0].shape, series[0].axes
-        if len(series) > 1:
-            what = f"{len(series)} images of differing shape"
-        elif "S" in axes:
-            what = f"colour pictures of shape {shape}"
-        elif len(shape) not in (3, 4) or (len(shape) == 4 and "C" not in axes):
-            what = f"one page of shape {shape}" if len(shape) < 3 else f"axes {axes} of {shape}"
-        else:
-            array = series[0].asarray()
-            spacing, unit = _tiff_spacing(page, tif.imagej_metadata)
-            array = array if array.ndim == 3 else np.moveaxis(array, axes.index("C"), 0)
-            return array, spacing, unit, None
-    raise VolumeError(
-        f"{path}: expected a TIFF with one grey page per z, got {what}, which is no volume; "
-        "store the volume as a multi-page TIFF"
-    )
-
-
-def _tiff_spacing(page, imagej):
-    """(spacing, unit), or (None, ""): only ImageJ's metadata say all three axes and their unit."""
-    imagej = imagej or {}
-    unit, z = UNITS.get(str(imagej.get("unit", "")).lower(), ""), imagej.get("spacing")
-    tags = [page.tags.get(name) for name in ("YResolution", "XResolution")]
-    if not unit or z is None or None in tags or any(0 in tag.value for tag in tags):
-        return None, ""
-    y, x = (tag.value[1] / tag.value[0] for tag in tags)
-    return _rounded((z, y, x)), unit
-
-
-def _read_nifti(path):
-    import nibabel
-
-    with nibabel.openers.ImageOpener(path) as stream:
-        size = stream.read(4)
-        stream.seek(0)
-        two = 540 in (int.from_bytes(size, order) for order in ("little", "big"))
-        kind = nibabel.Nifti2Header if two else nibabel.Nifti1Header
-        # Unchecked: the checked header that the image carries has a spacing of 0 turned into 1.
-        header = kind.from_fileobj(stream, check=False)
-    with nibabel.imageglobals.LoggingOutputSuppressor():  # it says so, without a file name
-        image = nibabel.load(path)
-    array = np.asanyarray(image.dataobj)
-    if (image.dataobj.slope, image.dataobj.inter) != (1, 0):
-        array = array.astype(np.float32)
-    if array.ndim == 5 and array.shape[3] == 1:
-        array = array[:, :, :, 0]  # a vector image: x, y, z, time, channel
-    if array.ndim not in (3, 4):
-        raise VolumeError(
-            f"{path}: expected a NIfTI volume of 3 dimensions, or 4 with channels last, "
-            f"got shape {array.shape}"
-        )
-    unit = UNITS.get(image.header.get_xyzt_units()[0], "")
-    spacing = _rounded(header["pixdim"][3:0:-1])
-    return array.T, spacing, unit, np.array(image.affine, np.float64)
-
-
-def _read_hdf5(path, dataset, wanted, other):
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        dataset = dataset or _only_dataset(path, file, wanted, other)
-        found = file.get(dataset)
-        if not isinstance(found, h5py.Dataset) or found.ndim not in (3, 4):
-            got = "none" if found is None else f"shape {getattr(found, 'shape', 'of a group')}"
-            raise VolumeError(
-                f"{path}:{dataset}: expected a dataset of 3 dimensions, or 4 with channels first, "
-                f"got {got}; the file holds {', '.join(_volume_datasets(file)) or 'no volume'}"
-            )
-        spacing, unit = _hdf5_spacing({**file.attrs, **found.attrs})
-        affine = file.attrs.get("affine")
-        return found[()], spacing, unit, affine
-
-
-def _volume_datasets(file):
-    names = []
-    file.visititems(lambda n, item: names.append(n) if getattr(item, "ndim", 0) in (3, 4) else None)
-    return names
-
-
-def _only_dataset(path, file, wanted, other):
-    """The dataset to read where none is named: by its usual name, or because it is the only one."""
-    names = _volume_datasets(file)
-    usual = [name for name in wanted if name in names]
-    rest = [name for name in names if name not in other]
-    if usual or len(rest) == 1:
-        return (usual or rest)[0]
-    raise VolumeError(
-        f"{path}: expected the name of a dataset as {Path(path).name}:NAME, got none; "
-        f"the file holds {', '.join(names) or 'no volume'}"
-    )
-
-
-def _hdf5_spacing(attributes):
-    """(spacing, unit) from the attributes in use: ours, ilastik's, CREMI's, `spacing_<unit>`."""
-    unit = UNITS.get(str(attributes.get("unit", attributes.get("units", ""))).lower(), "")
-    known = {"spacing": unit, "element_size_um": "micron", "resolution": unit,
-             "spacing_mm": "mm", "spacing_um": "micron", "spacing_nm": "nm"}  # fmt: skip
-    for name, its_unit in known.items():
-        value = np.asarray(attributes.get(name, ()))
-        if value.shape == (3,) and value.dtype.kind in "uif":
-            return _rounded(value), its_unit
-    return None, ""
-
-
-def _rounded(spacing):
-    """To 6 significant digits: headers hold float32, where 0.994 reads 0.9940000176."""
-    return tuple(float(f"{float(s):.6g}") for s in spacing)
-
-
 # ---------------------------------------------------------------------------- writing
 
 
@@ -363,54 +242,22 @@ def write_volume(path, array, *, spacing=None, unit="", affine=None):
     partial = path.with_name(f".partial_{os.getpid()}_{path.name}")  # the libraries need the suffix
     try:
         if tiff:
-            _write_tiff(partial, array, spacing, unit)
+            formats.write_tiff(partial, array, spacing, unit)
         elif suffix in (".nii", ".nii.gz"):
-            _write_nifti(partial, array, spacing, unit, affine)
+            formats.write_nifti(partial, array, spacing, unit, affine)
         else:
-            _write_hdf5(partial, array, spacing, unit, affine)
+            formats.write_hdf5(partial, array, spacing, unit, affine)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _write_tiff(path, array, spacing, unit):
-    import tifffile
-
-    big = array.nbytes > CLASSIC_TIFF_BYTES
-    options = {"compression": "lzw", "photometric": "minisblack", "bigtiff": big}
-    if not big and str(array.dtype) in IMAGEJ_DTYPES:
-        z, y, x = spacing or (1.0, 1.0, 1.0)
-        options |= {"imagej": True, "resolution": (1 / x, 1 / y)}
-        options["metadata"] = {"axes": "ZYX", "spacing": z, "unit": unit or "voxel"}
-    tifffile.imwrite(path, array, **options)
-
-
-def _write_nifti(path, array, spacing, unit, affine):
-    import nibabel
-
-    if affine is None:
-        affine = np.diag([*(spacing or (1.0, 1.0, 1.0))[::-1], 1.0])
-        if unit == "nm":  # NIfTI has no code for it
-            affine[:3] *= 1e-3
-            unit = "micron"
-    affine = np.array(affine, np.float64)
-    image = nibabel.Nifti1Image(array.T, affine, dtype=array.dtype)
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
-    image.header.set_xyzt_units(NIFTI_UNITS.get(unit, "unknown"))
-    nibabel.save(image, path)
-
-
-def _write_hdf5(path, array, spacing, unit, affine):
-    import h5py
-
-    with h5py.File(path, "w") as file:
-        file.create_dataset("segmentation", data=array, compression="gzip", compression_opts=1)
-        file.attrs["unit"] = unit
-        if spacing is not None:
-            file.attrs["spacing"] = np.asarray(spacing, np.float64)
-        if affine is not None:
-            file.attrs["affine"] = np.asarray(affine, np.float64)
+def same_axes(a, b):
+    """Whether the axes of two volumes point the same way, as far as both files say (affine)."""
+    if a.affine is None or b.affine is None:
+        return True
+    ways = (v.affine[:3, :3] / np.linalg.norm(v.affine[:3, :3], axis=0) for v in (a, b))
+    return bool(np.allclose(*ways, atol=0.02))
 
 
 def crop_affine(affine, offset_zyx):

@@ -298,7 +298,7 @@ def test_run_at_a_target_spacing_refuses_volumes_without_one(run, tmp_path, caps
     "override, words",
     [
         ("model.base=8", "model.base: expected a setting of inference"),
-        ("inference.window=[8,15,16]", "inference.window: expected multiples of"),
+        ("inference.window=[8,15,16]", "inference.window [8, 15, 16]: no stride fits axis y"),
         ("run.device=cuda:99", "run.device: expected auto, cpu or cuda:N"),
         ("inference.threshold=2", "inference.threshold: expected"),
     ],

@@ -161,7 +161,7 @@ def test_the_spacing_table_wins_over_the_option_and_both_over_the_header(raw, ou
     said = capsys.readouterr().out
     assert "spacing from --spacing-csv replaces the header's (1 case: a1)" in said
     assert "spacing from --spacing replaces the header's (1 case: b1)" in said
-    assert "unit micron replaces the header's mm (2 cases: a1, b1)" in said
+    assert "unit micron instead of the header's mm (2 cases: a1, b1)" in said
 
 
 def test_groups_come_from_the_id_or_a_table(raw, out):
