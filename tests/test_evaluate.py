@@ -4,6 +4,7 @@ import csv
 import os
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -341,3 +342,67 @@ def test_a_case_that_is_missing_beside_is_a_fault(tmp_path, capsys):
     assert "expected prediction of old b with it, got a" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         run("--pred", tmp_path / "new", "--beside", "old", "--truth", tmp_path / "truth")
+
+
+def test_the_spacing_of_a_prepared_dataset_wins_over_the_predictions_header(tmp_path):
+    root = write_dataset(tmp_path / "d", {"a": bar(2)})  # 5 1 1
+    write(tmp_path / "pred" / "a.nii.gz", bar(2), (1.0, 1.0, 1.0))
+    out = tmp_path / "s.csv"
+    assert run("--pred", tmp_path / "pred", "--truth", root, "--out", out) == 0
+    assert read_csv(out)["a", "prediction"]["spacing"] == "5 1 1"
+
+
+def test_classes_of_the_truth_can_be_named(tmp_path):
+    truth = np.maximum(bar(2), bar(7, value=2))
+    truth[2] = 9
+    write(tmp_path / "truth" / "a.nii.gz", truth)
+    pred = write(tmp_path / "pred" / "a.nii.gz", bar(7))
+    out = tmp_path / "s.csv"
+    arguments = ("--pred", pred, "--truth", tmp_path / "truth", "--ignore-label", 9, "--out", out)
+    assert run(*arguments) == 2
+    assert run(*arguments, "--foreground", 2) == 0
+    assert float(read_csv(out)["a", "prediction"]["dice"]) == 1.0
+
+
+def test_ids_that_end_in_a_role_word_or_begin_the_file_name_are_found(tmp_path):
+    root = write_dataset(tmp_path / "d", {"dog_gt": bar(2), "cat": bar(3)})
+    write(tmp_path / "pred" / "dog_gt.nii.gz", bar(2), (5.0, 1.0, 1.0))
+    write(tmp_path / "pred" / "cat_denoised.nii.gz", bar(3), (5.0, 1.0, 1.0))
+    out = tmp_path / "s.csv"
+    assert run("--pred", tmp_path / "pred", "--truth", root, "--out", out) == 0
+    rows = read_csv(out)
+    assert all(float(rows[i, "prediction"]["dice"]) == 1 for i in ("dog_gt", "cat"))
+
+
+def test_a_truth_without_usable_spacing_is_a_fault(tmp_path, capsys):
+    write(tmp_path / "pred" / "a.tif", bar(2))
+    truth = tmp_path / "t" / "a.h5"
+    truth.parent.mkdir()
+    with h5py.File(truth, "w") as file:
+        file["label"] = bar(2)
+        file.attrs["spacing"] = (0.0, 1.0, 1.0)
+    volumes.write_volume(tmp_path / "pred" / "a.tif", bar(2))
+    assert run("--pred", tmp_path / "pred" / "a.tif", "--truth", truth) == 2
+    assert "expected a spacing above 0" in capsys.readouterr().err
+
+
+def test_a_mirrored_prediction_is_a_fault(tmp_path, capsys):
+    about = {"spacing": (1.0, 1.0, 1.0), "unit": "mm"}
+    for name, sign in (("pred", 1.0), ("truth", -1.0)):
+        affine = np.diag([sign, 1.0, 1.0, 1.0])
+        volumes.write_volume(tmp_path / f"{name}.nii.gz", bar(2), affine=affine, **about)
+    assert run("--pred", tmp_path / "pred.nii.gz", "--truth", tmp_path / "truth.nii.gz") == 2
+    assert "expected the axes of" in capsys.readouterr().err
+
+
+def test_a_prepared_case_without_label_is_left_out_and_said(tmp_path, capsys):
+    root = tmp_path / "d"
+    write_dataset(root, {"a": bar(2)})
+    about = {"spacing": (5.0, 1.0, 1.0), "unit": "micron", "affine": None, "group": "b"}
+    cases.write_case(root / "b.h5", bar(2)[None], **about)
+    classes = {"background": 0, "foreground": 1}
+    cases.write_dataset(root, classes=classes, ignore_label=None, unit="micron", case_ids="ab")
+    for case in "ab":
+        write(tmp_path / "pred" / f"{case}.nii.gz", bar(2), (5.0, 1.0, 1.0))
+    assert run("--pred", tmp_path / "pred", "--truth", root) == 0
+    assert "no label, not scored: b" in capsys.readouterr().out

@@ -333,3 +333,16 @@ def test_folder_with_a_foreign_dataset_json_is_a_folder_of_volumes(run, tmp_path
     write_nifti(tmp_path / "nnunet" / "a_0000.nii.gz", image_of((8, 16, 16)))
     infer_ok("--ckpt", run(), "--input", tmp_path / "nnunet", "--output", tmp_path / "out")
     assert (tmp_path / "out" / "a.nii.gz").is_file()
+
+
+def test_predictions_never_replace_the_raw_file_of_a_case(run, tmp_path, capsys):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.tif").write_bytes(b"raw")
+    make_cases(tmp_path / "cases", a=image_of((8, 16, 16)))
+    with h5py.File(tmp_path / "cases" / "a.h5", "r+") as file:
+        file.attrs["source_image"] = str(tmp_path / "raw" / "a.tif")
+    case = ("--input", tmp_path / "cases" / "a.h5")
+    (fault,) = faults_of(capsys, "--ckpt", run(), *case, "--output", tmp_path / "raw")
+    assert "would overwrite an input" in fault
+    (fault,) = faults_of(capsys, "--ckpt", run(), *case, "--output", tmp_path / "p.nii.gz")
+    assert "expected a folder, got the name of a file" in fault

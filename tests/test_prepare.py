@@ -448,3 +448,66 @@ def test_real_nifti_and_tiff_end_as_the_same_case_file(tmp_path):
     with h5py.File(nifti_case.path) as a, h5py.File(tiff_case.path) as b:
         assert np.array_equal(a["image"], b["image"])
         assert np.array_equal(a["label"], b["label"])
+
+
+# ---------------------------------------------------------------------------- headers that disagree
+
+
+def test_a_mirrored_label_is_a_fault_and_spacing_by_hand_overrides_it(raw, out, capsys):
+    nifti(raw / "a_img.nii.gz", voxels(), (1, 1, 2))
+    image = nibabel.Nifti1Image(mask().T, np.diag([-1.0, 1, 2, 1]))
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, raw / "a_lbl.nii.gz")
+    (fault, _) = refused(capsys, out, "--images", raw, "--labels", raw)
+    assert "a_lbl.nii.gz: expected the axes of its image" in fault
+    assert run("--images", raw, "--labels", raw, "--spacing", 2, 1, 1, "--out", out) == 0
+
+
+def test_channels_of_different_spacing_are_a_fault(raw, out, capsys):
+    nifti(raw / "imagesTr/a_0000.nii.gz", voxels(), (1, 1, 2))
+    nifti(raw / "imagesTr/a_0001.nii.gz", voxels(), (3, 3, 3))
+    nifti(raw / "labelsTr/a.nii.gz", mask(), (1, 1, 2))
+    description = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "x": 1}}
+    (raw / "dataset.json").write_text(json.dumps(description))
+    (fault, _) = refused(capsys, out, "--images", raw)
+    assert fault.startswith("case a: expected channels of one spacing")
+
+
+def test_a_unit_that_the_header_does_not_state_converts_its_spacing(raw, out):
+    nifti(raw / "a.nii.gz", voxels(), (500, 1000, 2000), unit="micron")
+    assert run("--images", raw / "a.nii.gz", "--unit", "mm", "--out", out) == 0
+    case = cases.read_dataset(out).cases["a"]
+    assert (case.spacing, case.unit) == ((2.0, 1.0, 0.5), "mm")
+
+
+def test_a_case_without_a_row_in_the_spacing_table_is_a_fault(raw, out, capsys):
+    tiff(raw / "a.tif", voxels())
+    (raw / "s.csv").write_text("id,z,y,x\nb,1,1,1\n")
+    table = ("--spacing-csv", raw / "s.csv")
+    (fault, _) = refused(capsys, out, "--images", raw / "a.tif", *table)
+    assert fault == "case a: expected a row in --spacing-csv, got none for this id"
+
+
+def test_a_lone_value_that_is_not_white_is_not_taken_for_a_mask(raw, out, capsys):
+    nifti(raw / "a_img.nii.gz", voxels())
+    nifti(raw / "a_lbl.nii.gz", mask(7))
+    (fault, _) = refused(capsys, out, "--images", raw, "--labels", raw)
+    assert "got also 7" in fault
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--phantom", "vessels", "--group-from", "csv:x"), ("--images", ".", "--test-images")],
+)
+def test_options_that_would_do_nothing_are_refused(out, arguments):
+    with pytest.raises(SystemExit, match="2"):
+        run(*arguments, "--out", out)
+
+
+def test_a_vesuvius_root_without_any_whole_case_says_why(raw, out, capsys):
+    tiff(raw / "train_images/1.tif", voxels())
+    tiff(raw / "train_labels/2.tif", mask())
+    (raw / "train.csv").write_text("id,scroll_id\n1,7\n2,7\n")
+    assert run("--images", raw, "--out", out) == 2
+    said = capsys.readouterr()
+    assert "skipped: 1, 2" in said.out and "expected cases, got none" in said.err

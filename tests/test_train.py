@@ -332,3 +332,14 @@ def test_a_run_folder_that_cannot_be_made_is_refused(root, tmp_path, capsys):
     assert "run.folder" in fault(
         capsys, settings(root, tmp_path, f"run.folder={tmp_path / 'file'}")
     )
+
+
+def test_a_dataset_json_of_another_tool_is_told_apart(tmp_path):
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0}}')
+    with pytest.raises(ValueError, match="another format, such as nnU-Net's"):
+        cases.read_dataset(tmp_path)
+
+
+def test_an_empty_list_of_foreground_classes_is_none(root):
+    with pytest.raises(ValueError, match=r"data\.foreground"):
+        cases.foreground_ids({"background": 0, "a": 1, "b": 2}, ())

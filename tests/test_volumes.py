@@ -306,3 +306,30 @@ def test_real_nifti_and_tiff_hold_the_same_voxels():
     assert np.array_equal(nifti.array, tiff.array)
     assert (nifti.spacing, nifti.unit) == ((5.0, 0.994, 0.994), "micron")
     assert tiff.spacing is None
+
+
+def test_a_tiff_cut_between_its_pages_is_refused(tmp_path):
+    pages = np.random.default_rng(0).integers(0, 255, (20, 16, 16)).astype(np.uint8)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for page in pages:  # data before directory, as other writers do
+            writer.write(page, photometric="minisblack", contiguous=False, metadata=None)
+    whole = (tmp_path / "a.tif").read_bytes()
+    assert volumes.read_image(tmp_path / "a.tif").array.shape == (1, 20, 16, 16)
+    (tmp_path / "b.tif").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(volumes.VolumeError, match=r"b\.tif"):
+        volumes.read_image(tmp_path / "b.tif")
+
+
+def test_a_mask_of_one_slice_is_read_back(tmp_path):
+    mask = np.eye(5, dtype=np.uint8)[None]
+    volumes.write_volume(tmp_path / "a.tif", mask)
+    assert np.array_equal(volumes.read_label(tmp_path / "a.tif").array, mask)
+
+
+def test_nanometres_keep_the_affine_of_the_image(tmp_path):
+    affine = np.diag([10.0, 10.0, 20.0, 1.0])
+    mask = np.ones((2, 3, 4), np.uint8)
+    volumes.write_volume(
+        tmp_path / "a.nii.gz", mask, spacing=(20, 10, 10), unit="nm", affine=affine
+    )
+    assert np.array_equal(nibabel.load(tmp_path / "a.nii.gz").affine, affine)
