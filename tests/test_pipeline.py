@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("LAMINA_SHARED", ROOT.parent / "shared"))
 TINY = [
     "run.threads=1",
-    "model.base=4",
+    "model.base=6",
     "model.multipliers=[1,2]",
-    "sampling.patch=[8,32,32]",
+    "sampling.patch=[16,48,48]",
     "training.workers=0",
     "monitor.tensorboard=false",
     "monitor.picture=false",
@@ -40,10 +40,10 @@ def means(path):
 
 
 def test_a_trained_network_beats_the_untrained_one_and_otsu_on_an_unseen_phantom(tmp_path):
-    shape = ("--shape", 12, 64, 64)
-    script("prepare.py", "--phantom", "vessels", "--cases", 4, *shape, "--out", "d", cwd=tmp_path)
+    shape = ("--shape", 32, 64, 64)
+    script("prepare.py", "--phantom", "scroll", "--cases", 5, *shape, "--out", "d", cwd=tmp_path)
     (tmp_path / "c.yaml").write_text(
-        "data: {root: d, validation: [vessels_002], test: [vessels_003]}\n"
+        "data: {root: d, validation: [scroll_003], test: [scroll_004]}\n"
         "optim: {lr: 1e-2}\nvalidation: {untrained: false}\n"
         "training: {max_epochs: 1, train_iterations_per_epoch: 60}\n"
     )
@@ -52,7 +52,7 @@ def test_a_trained_network_beats_the_untrained_one_and_otsu_on_an_unseen_phantom
     script("infer.py", "--ckpt", "runs/last.pt", "--output", "u", cwd=tmp_path)
     script("train.py", "c.yaml", *TINY, cwd=tmp_path)
     script("infer.py", "--ckpt", "runs/last.pt", cwd=tmp_path)  # the test case, by itself
-    assert os.listdir(tmp_path / "runs/c/predictions") == ["vessels_003.nii.gz"]
+    assert os.listdir(tmp_path / "runs/c/predictions") == ["scroll_004.nii.gz"]
     scored = ("--truth", "d", "--otsu", "d", "--beside", "untrained=u", "--out", "s.csv")
     script("evaluate.py", "--pred", "runs/c/predictions", *scored, cwd=tmp_path)
     scores = means(tmp_path / "s.csv")
@@ -79,7 +79,7 @@ def test_real_vessels_train_and_the_prediction_lies_on_the_image(tmp_path):
     folder = SHARED / "data" / "vesselNN_nifti"
     script("prepare.py", "--images", folder, "--labels", folder, "--out", "d", cwd=tmp_path)
     few = ("data.root=d", "training.max_steps=2", "inference.overlap=0.0")
-    window = ("inference.window=[8,128,128]",)
+    window = ("sampling.patch=[8,32,32]", "inference.window=[8,128,128]")
     script("train.py", ROOT / "configs" / "vessels.yaml", *TINY, *few, *window, cwd=tmp_path)
     script("infer.py", "--ckpt", "runs/last.pt", cwd=tmp_path)
     written = tmp_path / "runs/vessels/predictions/poon2015_plaqueVessels.nii.gz"
