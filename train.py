@@ -128,10 +128,8 @@ def main(settings, *, resume=False):
         kernels = model.derive_kernels(patch, spacing, strides)
         model.check_divides("sampling.patch", patch, strides, at_least=model.SMALLEST_AXIS)
         model.check_divides("inference.window", settings.inference.window or patch, strides)
-        run_folder, state = (
-            checkpoint.newest_run_folder(settings.run.folder, settings.run.name),
-            None,
-        )
+        state = None
+        run_folder = checkpoint.newest_run_folder(settings.run.folder, settings.run.name)
         if resume and run_folder is not None:
             found, why = checkpoint.find_newest(run_folder / "checkpoints")
             state = checkpoint.load(found)
