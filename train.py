@@ -277,6 +277,8 @@ def main(settings, *, resume=False):
     # ------------------------------------------------------------------ loop
     # One pass more than steps: state is looked at and saved at one place, before the step. So
     # step 0 is the untrained network, and the last pass only looks.
+    how = {"foreground": foreground, "device": device, "precision": precision}
+    log_at = (settings.monitor.log_every, iterations, stop_step)
     sums, since_log, started = {}, 0, time.perf_counter()
     data_seconds = 0.0
     network.train()
@@ -296,14 +298,7 @@ def main(settings, *, resume=False):
                     save("last.pt")  # before anything that may fail
                     checkpoint.link_last(settings.run.folder, run_folder / "checkpoints/last.pt")
                 if due and loop["evaluated_step"] != step:
-                    scores, per_case, slices = evaluate(
-                        ema,
-                        split.validation,
-                        settings,
-                        foreground=foreground,
-                        device=device,
-                        precision=precision,
-                    )
+                    scores, per_case, slices = evaluate(ema, split.validation, settings, **how)
                     score = scores.get(settings.validation.score)
                     log.write("evaluation", step=step, epoch=epoch, scores=scores, cases=per_case)
                     if scores:
@@ -353,9 +348,7 @@ def main(settings, *, resume=False):
 
             loop["step"] += 1
             since_log += 1
-            if any(
-                loop["step"] % n == 0 for n in (settings.monitor.log_every, iterations, stop_step)
-            ):
+            if any(loop["step"] % n == 0 for n in log_at):
                 means = {k: float(v) / since_log for k, v in sums.items()}  # waits for the device
                 step_seconds = (time.perf_counter() - started) / since_log
                 if not all(map(math.isfinite, means.values())):
