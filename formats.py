@@ -74,6 +74,15 @@ def _tiff_spacing(page, imagej):
     return _rounded((z, y, x)), unit
 
 
+@contextlib.contextmanager
+def _unheard(logger):
+    logger.disabled, before = True, logger.disabled
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def read_nifti(path):
     import nibabel
 
@@ -84,7 +93,7 @@ def read_nifti(path):
         kind = nibabel.Nifti2Header if two else nibabel.Nifti1Header
         # Unchecked: the checked header that the image carries has a spacing of 0 turned into 1.
         header = kind.from_fileobj(stream, check=False)
-    with nibabel.imageglobals.LoggingOutputSuppressor():  # it says so, without a file name
+    with _unheard(nibabel.imageglobals.logger):  # it says so, and without the file's name
         image = nibabel.load(path)
     array = np.asanyarray(image.dataobj)
     if (image.dataobj.slope, image.dataobj.inter) != (1, 0):

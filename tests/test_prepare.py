@@ -511,3 +511,12 @@ def test_a_vesuvius_root_without_any_whole_case_says_why(raw, out, capsys):
     assert run("--images", raw, "--out", out) == 2
     said = capsys.readouterr()
     assert "skipped: 1, 2" in said.out and "expected cases, got none" in said.err
+
+
+def test_a_spacing_of_zero_in_a_header_is_one_sentence_and_nothing_else(raw, out, capfd):
+    path = nifti(raw / "a.nii", voxels())
+    content = bytearray(path.read_bytes())
+    content[80:84] = bytes(4)  # pixdim[1], which is x
+    path.write_bytes(content)
+    lines = refused(capfd, out, "--images", path)
+    assert len(lines) == 2 and "a.nii: expected a spacing above 0" in lines[0]
