@@ -1,11 +1,39 @@
 """Distances against scipy, against values worked out by hand, and on degenerate masks."""
 
+import contextlib
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from distance import truncated_edt
+import distance as distance_module
+from distance import edt, truncated_edt
+
+ROOT = Path(__file__).parents[1]
+BACKENDS = ["native", "scipy", "downsampled"]
+SPACINGS = [(1.0, 1.0, 1.0), (5.0, 0.994, 0.994), (0.3, 2.0, 1.1)]
+
+
+@pytest.fixture(autouse=True)
+def lock_folder(tmp_path, monkeypatch):
+    """A lock of its own for each test, and for the processes that the test starts."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
 
 
 def single(shape, *voxels):
@@ -30,7 +58,7 @@ def test_distances_end_at_max_distance():
 
 
 @pytest.mark.parametrize("max_distance", [0.6, 1.0, 2.0, 3.7, 50.0])
-@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (5.0, 0.994, 0.994), (0.3, 2.0, 1.1)])
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_agrees_with_scipy_up_to_the_cut(spacing, max_distance):
     mask = np.random.default_rng(0).random((7, 11, 13)) > 0.985
     expected = ndimage.distance_transform_edt(~mask, sampling=spacing).clip(max=max_distance)
@@ -54,11 +82,8 @@ def test_volumes_of_a_batch_do_not_see_each_other():
     assert bool((distance[1] == 3.0).all())
 
 
-def test_empty_mask_is_max_distance_everywhere():
+def test_empty_mask_is_max_distance_everywhere_and_full_mask_is_zero():
     assert bool((truncated_edt(torch.zeros(4, 4, 4, dtype=torch.bool), 2.3) == 2.3).all())
-
-
-def test_full_mask_is_zero_everywhere():
     assert bool((truncated_edt(torch.ones(4, 4, 4, dtype=torch.bool), 2.0) == 0.0).all())
 
 
@@ -89,3 +114,306 @@ def test_the_mask_is_left_as_it_was_and_the_result_has_no_gradient():
 def test_impossible_arguments_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=f"^{message}: expected"):
         truncated_edt(*arguments)
+
+
+# ---------------------------------------------------------------------------- edt, any backend
+
+
+def random_masks(count):
+    """Masks of odd shapes, from one voxel to nearly full, with a spacing each; none is empty."""
+    rng = np.random.default_rng(7)
+    for i in range(count):
+        mask = rng.random(rng.integers(1, 24, 3)) < rng.choice([0.0, 0.003, 0.03, 0.3, 0.97])
+        mask[tuple(rng.integers(mask.shape))] = True
+        spacing = (1.0, 1.0, 1.0) if i % 2 else tuple(rng.uniform(0.2, 6.0, 3).tolist())
+        yield mask, spacing
+
+
+def test_native_and_truncated_agree_with_scipy_on_random_masks():
+    for mask, spacing in random_masks(200):
+        expected = ndimage.distance_transform_edt(~mask, sampling=spacing)
+        native = edt(torch.from_numpy(mask), spacing)
+        assert native.dtype == torch.float32
+        np.testing.assert_allclose(native.numpy(), expected, rtol=1e-4)
+        cut = max(0.5 * expected.max(), 0.1)
+        truncated = truncated_edt(torch.from_numpy(mask).float(), cut, spacing)
+        np.testing.assert_allclose(truncated.numpy(), expected.clip(max=cut), rtol=1e-4)
+
+
+@pytest.mark.parametrize("slab_voxels", [1, 200, 10**9])
+def test_slabs_of_any_size_give_the_same_distances(slab_voxels, monkeypatch):
+    monkeypatch.setattr(distance_module, "_SLAB_VOXELS", slab_voxels)
+    mask = np.random.default_rng(1).random((9, 13, 31)) > 0.999
+    mask[3, 4, 5] = True
+    expected = ndimage.distance_transform_edt(~mask, sampling=(2.0, 1.0, 0.5))
+    result = edt(torch.from_numpy(mask), (2.0, 1.0, 0.5))
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-6)
+    limited = truncated_edt(torch.from_numpy(mask), 6.0, (2.0, 1.0, 0.5))
+    np.testing.assert_allclose(limited.numpy(), expected.clip(max=6.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_downsampled_is_wrong_by_at_most_a_voxel_diagonal(spacing):
+    for mask, _ in random_masks(60):
+        expected = ndimage.distance_transform_edt(~mask, sampling=spacing)
+        result = edt(torch.from_numpy(mask), spacing, "downsampled").numpy()
+        assert np.abs(result - expected).max() <= np.linalg.norm(spacing) * (1 + 1e-6)
+        assert np.array_equal(result == 0, mask)
+
+
+def test_downsampled_reaches_its_bound_between_far_corners_and_between_near_ones():
+    # Neighbours along the diagonal: their blocks are 2 sqrt(3) apart.
+    far, near = single((4, 4, 4), (0, 0, 0)), single((4, 4, 4), (1, 1, 1))
+    assert edt(far, backend="downsampled")[3, 3, 3] == pytest.approx(2 * 3**0.5)  # truly 3 sqrt(3)
+    assert edt(near, backend="downsampled")[2, 2, 2] == pytest.approx(2 * 3**0.5)  # truly sqrt(3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(3, 4, 5), (1, 1, 1), (1, 7, 1), (0, 1, 3, 4, 5), (2, 0, 4, 5)])
+def test_empty_mask_is_infinitely_far_and_full_mask_is_zero(backend, shape):
+    far, near = edt(torch.zeros(shape), backend=backend), edt(torch.ones(shape), backend=backend)
+    assert far.shape == near.shape == shape
+    assert bool((far == torch.inf).all()) and bool((near == 0).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_axes_of_length_one_are_transformed(backend, axis):
+    shape = [1, 1, 1]
+    shape[axis] = 5
+    result = edt(single(shape, (0, 0, 0)), (3.0, 3.0, 3.0), backend).flatten().tolist()
+    # Blocks {0, 1}, {2, 3}, {4}: centres 6 apart; off the mask at least one step.
+    downsampled = [0.0, 3.0, 6.0, 6.0, 12.0]
+    assert result == (downsampled if backend == "downsampled" else [0.0, 3.0, 6.0, 9.0, 12.0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_edt_volumes_of_a_batch_do_not_see_each_other(backend):
+    masks = torch.stack(
+        [single((3, 5, 4), (0, 0, 0)), single((3, 5, 4)), single((3, 5, 4), (2, 1, 3))]
+    )
+    result = edt(masks[:, None], backend=backend)
+    assert result.shape == (3, 1, 3, 5, 4)
+    for mask, one in zip(masks, result[:, 0], strict=True):
+        assert torch.equal(one, edt(mask, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_edt_leaves_the_mask_alone_and_has_no_gradient(backend):
+    mask = single((3, 4, 5), (1, 1, 1), (2, 3, 4)).float().mul_(-0.5).requires_grad_()
+    turned = mask.transpose(0, 2)  # not contiguous
+    before = mask.detach().clone()
+    result = edt(turned, backend=backend)
+    assert result.dtype == torch.float32 and not result.requires_grad
+    assert torch.equal(result, edt((before != 0).transpose(0, 2).contiguous(), backend=backend))
+    assert torch.equal(mask.detach(), before)
+
+
+class OutputDtypes(TorchDispatchMode):
+    """Collects the dtypes of all tensors that operations give back."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {x.dtype for x in tree_leaves(out) if torch.is_tensor(x)}
+        return out
+
+
+def test_native_path_makes_no_float64_and_no_integer_volume():
+    mask = single((6, 30, 31), (2, 3, 4))
+    with OutputDtypes() as dtypes:
+        edt(mask, (2.0, 1.0, 0.7))
+        truncated_edt(mask, 4.0)
+    assert dtypes.seen == {torch.float32, torch.bool}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_result_lies_on_the_device_of_the_mask_and_equals_the_cpu_s(backend):
+    mask = torch.rand(2, 1, 9, 40, 41, generator=torch.Generator().manual_seed(0)) > 0.999
+    result = edt(mask.cuda(), (2.0, 1.0, 0.7), backend)
+    assert result.is_cuda
+    torch.testing.assert_close(result.cpu(), edt(mask, (2.0, 1.0, 0.7), backend))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mask": torch.zeros(3, 3)}, "mask: expected"),
+        ({"spacing": (1.0, -1.0, 1.0)}, "spacing: expected"),
+        ({"timeout": 0}, "timeout: expected"),
+        ({"backend": "cuda"}, "backend: expected 'native', 'scipy' or 'downsampled', got 'cuda'"),
+    ],
+)
+def test_edt_refuses_impossible_arguments_by_name(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        edt(**{"mask": torch.zeros(3, 3, 3), **arguments})
+
+
+# ---------------------------------------------------------------------------- scipy, one at a time
+
+# Replaces scipy's transform in a child by `inside()`, says "ready", and starts on a line of input.
+CHILD = """
+import os, sys, time, torch
+from scipy import ndimage
+from distance import edt
+exact = ndimage.distance_transform_edt
+def patched(*args, **kwargs):
+    inside()
+    return exact(*args, **kwargs)
+ndimage.distance_transform_edt = patched
+def say(*words):
+    print(*words, flush=True)
+{inside}
+say("ready")
+sys.stdin.readline()
+edt(torch.eye(4)[None].repeat({volumes}, 1, 1, 1), backend="scipy")
+"""
+LOG_TIMES = """
+def inside():
+    start = time.monotonic()
+    time.sleep(0.05)
+    say("inside", start, time.monotonic())
+"""
+STAY = """
+def inside():
+    say("inside", os.getpid())
+    time.sleep(60)
+"""
+FORK = """
+def inside():
+    child = os.fork()
+    if child:
+        say("inside", child)
+    if not child or {parent_stays}:
+        time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def children(count, inside, volumes=1):
+    """Processes that have been told to call the scipy backend, all at the same time."""
+    command = [sys.executable, "-c", CHILD.format(inside=inside, volumes=volumes)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, env=environment, **pipes) for _ in range(count)]
+    try:
+        for child in started:
+            assert child.stdout.readline() == "ready\n"
+        for child in started:
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        yield started
+    finally:
+        for child in started:
+            child.kill()
+            child.communicate()
+
+
+def inside(child):
+    """The pid that a child says once it is inside."""
+    word, pid = child.stdout.readline().split()
+    assert word == "inside"
+    return int(pid)
+
+
+def test_four_processes_are_never_inside_together():
+    with children(4, LOG_TIMES, volumes=3) as started:
+        said = "".join(child.communicate(timeout=30)[0] for child in started).splitlines()
+    spans = sorted(tuple(map(float, line.split()[1:])) for line in said)
+    assert len(spans) == 12
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+def test_threads_take_turns_too(monkeypatch):
+    exact, together, most = ndimage.distance_transform_edt, [], []
+
+    def slow(*args, **kwargs):
+        together.append(1)
+        most.append(len(together))
+        time.sleep(0.02)
+        together.pop()
+        return exact(*args, **kwargs)
+
+    monkeypatch.setattr(ndimage, "distance_transform_edt", slow)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda mask: edt(mask, backend="scipy"), torch.eye(4).repeat(4, 1, 1, 1)))
+    assert most == [1, 1, 1, 1]
+
+
+def test_a_living_holder_is_named_after_the_timeout_and_its_lock_is_taken_over_once_it_is_killed():
+    mask = single((2, 3, 4), (0, 0, 0))
+    with children(1, STAY) as (holder,):
+        pid = inside(holder)
+        told = rf"within 0.05 s, but process {pid} \(alive\) holds"
+        with pytest.raises(TimeoutError, match=told):
+            edt(mask, backend="scipy", timeout=0.05)
+        holder.kill()
+        with pytest.warns(RuntimeWarning, match=f"process {pid} died inside the transform"):
+            result = edt(mask, backend="scipy", timeout=10)
+    assert torch.equal(result, edt(mask))
+    with warnings.catch_warnings():  # one death, one warning
+        warnings.simplefilter("error")
+        edt(mask, backend="scipy")
+
+
+def test_a_lock_kept_by_the_child_of_a_dead_holder_is_told_so():
+    mask = single((2, 3, 4), (0, 0, 0))
+    with children(1, FORK.format(parent_stays=True)) as (holder,):
+        grandchild = inside(holder)
+        try:
+            holder.kill()  # not waited for: its pid stays, as a zombie's
+            time.sleep(0.1)
+            told = rf"a child forked by process {holder.pid} \(dead\) still holds.*end that child"
+            with pytest.raises(TimeoutError, match=told):
+                edt(mask, backend="scipy", timeout=0.05)
+        finally:
+            os.kill(grandchild, signal.SIGKILL)
+        with pytest.warns(RuntimeWarning, match=f"process {holder.pid} died"):
+            edt(mask, backend="scipy", timeout=10)
+
+
+def test_a_child_forked_inside_does_not_keep_the_lock_of_a_holder_that_has_left():
+    with children(1, FORK.format(parent_stays=False)) as (holder,):
+        grandchild = inside(holder)
+        try:
+            holder.wait(30)
+            edt(torch.eye(4)[None], backend="scipy", timeout=0.05)
+        finally:
+            os.kill(grandchild, signal.SIGKILL)
+
+
+def test_the_lock_file_is_everybody_s_and_names_only_who_is_inside(lock_folder, monkeypatch):
+    path, content = lock_folder / "lamina-edt.lock", []
+
+    def look_and_fail(*args, **kwargs):
+        content.append(path.read_text())
+        raise MemoryError
+
+    before = os.umask(0o077)
+    try:
+        monkeypatch.setattr(ndimage, "distance_transform_edt", look_and_fail)
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                edt(torch.eye(4)[None], backend="scipy", timeout=0.05)
+    finally:
+        os.umask(before)
+    assert content == 2 * [str(os.getpid())]
+    assert path.read_text() == ""
+    assert path.stat().st_mode & 0o777 == 0o666
+
+
+def test_a_lock_file_that_cannot_be_opened_is_named(lock_folder):
+    path = lock_folder / "lamina-edt.lock"
+    path.mkdir()
+    with pytest.raises(OSError, match=f"lock file {re.escape(str(path))}, got .*backend='native'"):
+        edt(torch.eye(4)[None], backend="scipy")
+
+
+def test_a_system_without_file_locks_is_sent_to_the_native_backend(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(RuntimeError, match="backend='native'"):
+        edt(torch.eye(4)[None], backend="scipy")
