@@ -133,54 +133,61 @@ def is_whole(matrix):
 # ---------------------------------------------------------------------------- on the device
 
 
-def draw_patch(image, label, *, matrix, origin, start, shape, patch, foreground, ignore_label):
+def draw_patch(
+    image, label, *, matrix, origin, start, shape, patch, foreground, ignore_label, skeleton=None
+):
     """Draw one patch from its box, on the box's device.
 
     image (C, d, h, w) any dtype, label (d, h, w) uint8 or None: the box source[start:start+dhw] of
-    a volume of `shape`; matrix, origin: see the module; foreground: class ids that are foreground.
+    a volume of `shape`; matrix, origin: see the module; foreground: class ids that are foreground;
+    skeleton (d, h, w) uint8 or None: of all classes, as a case file holds it.
     Returns image (C, D, H, W) float32, target (1, D, H, W) float32 of 0 and 1, valid
-    (1, D, H, W) bool: inside the volume and labelled. Outside, the image repeats its border.
-    The image is interpolated linearly; the label takes the nearest voxel. Interpolating each class
-    and taking the heaviest breaks thin tubes: benchmarks/label_interpolation.py.
+    (1, D, H, W) bool: inside the volume and labelled, and skeleton (1, D, H, W) float32 of 0 and 1,
+    within the target, or None without one. Outside, the image repeats its border.
+    The image is interpolated linearly; label and skeleton take the nearest voxel. Interpolating
+    each class and taking the heaviest breaks thin tubes: benchmarks/label_interpolation.py.
     """
     matrix, origin = np.asarray(matrix, float), np.asarray(origin, float) - start
     faces = -np.asarray(start) - 0.5, np.asarray(shape) - start - 0.5  # of the volume
     exact = is_whole(matrix) and np.abs(origin - np.round(origin)).max() < WHOLE
     draw = _copy if exact else _interpolate
-    image, label, valid = draw(image, label, matrix, origin, faces, patch)
+    stored = [box for box in (label, skeleton) if box is not None]
+    image, drawn, valid = draw(image, stored, matrix, origin, faces, patch)
     if label is None:
-        return image, torch.zeros_like(image[:1]), torch.zeros_like(valid)
+        return image, torch.zeros_like(image[:1]), torch.zeros_like(valid), None
+    label = drawn[0]
     if ignore_label is not None:
         valid = valid & (label != ignore_label)
     target = torch.zeros_like(valid)
     for class_id in foreground:
         target |= label == class_id
-    return image, (target & valid).float(), valid
+    target &= valid
+    tube = None if skeleton is None else (target & (drawn[1] != 0)).float()
+    return image, target.float(), valid, tube
 
 
 # Numbers of the map go into the arithmetic as Python scalars: a small tensor made on the host
 # would be a copy that the device must be waited for, for every patch.
 
 
-def _copy(image, label, matrix, origin, faces, patch):
+def _copy(image, stored, matrix, origin, faces, patch):
     """Exact voxels: one index per source axis, then the axes in the patch's order."""
+    drawn = [image, *(box[None] for box in stored)]
     along = np.abs(matrix).argmax(axis=1)  # the patch axis that runs along each source axis
     order = [0] + [1 + int(axis) for axis in np.argsort(along)]
     valid = torch.ones((1, 1, 1), dtype=torch.bool, device=image.device)
-    label = None if label is None else label[None]
     for axis in range(3):
         sign, first = round(matrix[axis, along[axis]]), round(origin[axis])
         index = first + sign * torch.arange(patch[along[axis]], device=image.device)
         inside = (index > faces[0][axis]) & (index < faces[1][axis])
         valid = valid & inside.view([-1 if a == axis else 1 for a in range(3)])
         index = index.clamp(0, image.shape[axis + 1] - 1)
-        image = image.index_select(axis + 1, index)
-        label = None if label is None else label.index_select(axis + 1, index)
-    label = None if label is None else label.permute(order).contiguous()
-    return image.float().permute(order).contiguous(), label, valid[None].permute(order).contiguous()
+        drawn = [box.index_select(axis + 1, index) for box in drawn]
+    image, *drawn = (box.permute(order).contiguous() for box in (*drawn, valid[None]))
+    return image.float(), drawn[:-1], drawn[-1]
 
 
-def _interpolate(image, label, matrix, origin, faces, patch):
+def _interpolate(image, stored, matrix, origin, faces, patch):
     device = image.device
     z, y, x = (
         torch.arange(n, device=device, dtype=torch.float32).view(
@@ -203,7 +210,7 @@ def _interpolate(image, label, matrix, origin, faces, patch):
         padding_mode="border",
         align_corners=True,
     )
-    return drawn[0], None if label is None else label[tuple(nearest)][None], valid[None]
+    return drawn[0], [box[tuple(nearest)][None] for box in stored], valid[None]
 
 
 def normalise(image, *, mean, std, low=None, high=None):
@@ -258,19 +265,26 @@ def gaussian_blur(image, sigmas):
 
 
 def draw_batch(samples, patch, *, foreground, ignore_label, device):
-    """Samples of data.PatchDataset to (image, target, valid), each (B, C or 1, D, H, W)."""
-    images, targets, valids = [], [], []
+    """Samples of data.PatchDataset to (image, target, valid, skeleton).
+
+    Each (B, C or 1, D, H, W); the skeleton is None if the samples carry none.
+    """
+    batch = []
     for sample in samples:
-        image, target, valid = draw_patch(
-            sample["image"].to(device, non_blocking=True),
-            sample["label"].to(device, non_blocking=True),
+        boxes = {
+            name: sample[name].to(device, non_blocking=True)
+            for name in ("image", "label", "skeleton")
+            if name in sample
+        }
+        image, *masks = draw_patch(
+            **boxes,
             **{key: sample[key] for key in ("matrix", "origin", "start", "shape")},
             patch=patch,
             foreground=foreground,
             ignore_label=ignore_label,
         )
         image = normalise(image, **{key: sample[key] for key in ("mean", "std", "low", "high")})
-        images.append(change_intensity(image, sample["intensity"], sample["spacing"]))
-        targets.append(target)
-        valids.append(valid)
-    return torch.stack(images), torch.stack(targets), torch.stack(valids)
+        batch.append((change_intensity(image, sample["intensity"], sample["spacing"]), *masks))
+    *drawn, skeletons = zip(*batch, strict=True)
+    carried = None if skeletons[0] is None else torch.stack(skeletons)
+    return *(torch.stack(patches) for patches in drawn), carried

@@ -4,6 +4,9 @@ One HDF5 file per case holds everything that training needs, in the source's own
 
     image               (C, D, H, W)   source dtype
     label               (D, H, W)      uint8 class ids, if the case is labelled
+    skeleton            (D, H, W)      uint8 0 and 1: the tube around the skeleton of all foreground
+                                       classes together (skeletons.py); training with a term that
+                                       asks for it needs it, nothing else does
     foreground/<class>  (N, 3) int32   voxel coordinates of that class, at most 20 000
     background          (N, 3) int32   the same of labelled background
     attributes          spacing (z, y, x), unit, affine, ignore_label (-1: none), intensity (JSON),
@@ -21,10 +24,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from skeletons import tubed_skeleton
+
 DATASET_FILE = "dataset.json"
 MAX_COORDINATES = 20_000
 PERCENTILES = (0.5, 1.0, 5.0, 50.0, 95.0, 99.0, 99.5)
 IGNORE_NONE = -1  # HDF5 attributes know no None
+SKELETON_CHUNK = (16, 32, 32)
 
 
 # ---------------------------------------------------------------------------- case files
@@ -44,6 +50,7 @@ class Case:
     labelled: bool
     ignore_label: int | None
     intensity: dict
+    skeleton: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,14 +115,15 @@ def write_case(
     source_image="",
     source_label="",
     seed=0,
+    skeleton=True,
 ):
     """Write one case file whole: under a temporary name first, then renamed.
 
     image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x;
-    affine (4, 4) voxel x, y, z to world as NIfTI has it, or None.
+    affine (4, 4) voxel x, y, z to world as NIfTI has it, or None; skeleton: whether a labelled case
+    gets one, which takes 3 s and 250 MB of memory for 320 x 320 x 320 voxels.
     """
     path = Path(path)
-    rng = np.random.default_rng(seed)
     partial = path.with_name(path.name + ".partial")
     try:
         with h5py.File(partial, "w") as file:
@@ -123,12 +131,9 @@ def write_case(
             file.create_dataset("image", data=image)
             if label is not None:
                 label = np.ascontiguousarray(label, dtype=np.uint8)
-                file.create_dataset("label", data=label)
-                present = np.flatnonzero(np.bincount(label.reshape(-1), minlength=256))
-                for class_id in (c for c in present if c not in (0, ignore_label)):
-                    coordinates = sample_coordinates(label, class_id, rng)
-                    file.create_dataset(f"foreground/{class_id}", data=coordinates)
-                file.create_dataset("background", data=sample_coordinates(label, 0, rng))
+                _write_label(file, label, ignore_label, np.random.default_rng(seed))
+                if skeleton:
+                    _write_skeleton(file, label, ignore_label, spacing)
             file.attrs["spacing"] = np.asarray(spacing, np.float64)
             file.attrs["unit"] = unit
             if affine is not None:
@@ -141,6 +146,26 @@ def write_case(
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _write_label(file, label, ignore_label, rng):
+    file.create_dataset("label", data=label)
+    present = np.flatnonzero(np.bincount(label.reshape(-1), minlength=256))
+    for class_id in (c for c in present if c not in (0, ignore_label)):
+        coordinates = sample_coordinates(label, class_id, rng)
+        file.create_dataset(f"foreground/{class_id}", data=coordinates)
+    file.create_dataset("background", data=sample_coordinates(label, 0, rng))
+
+
+def _write_skeleton(file, label, ignore_label, spacing):
+    foreground = label != 0
+    if ignore_label is not None:
+        foreground &= label != ignore_label
+    # Compressed, unlike the rest: a twelfth of the bytes in the file and in the page cache, for
+    # 4 ms more per box of 72 x 136 x 136.
+    chunk = tuple(min(most, n) for most, n in zip(SKELETON_CHUNK, label.shape, strict=True))
+    tube = tubed_skeleton(foreground, spacing=spacing).view(np.uint8)
+    file.create_dataset("skeleton", data=tube, chunks=chunk, compression="lzf")
 
 
 def read_case(path):
@@ -161,12 +186,25 @@ def read_case(path):
                 labelled="label" in file,
                 ignore_label=None if ignore == IGNORE_NONE else ignore,
                 intensity=json.loads(file.attrs["intensity"]),
+                skeleton="skeleton" in file,
             )
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path}: expected a case file written by prepare.py, got one that cannot be read as "
             f"such ({error}); prepare this case again"
         ) from error
+
+
+def check_skeletons(cases):
+    """ValueError that names those of the cases whose files hold no skeleton."""
+    without = [case.id for case in cases if not case.skeleton]
+    if without:
+        more = f" and {len(without) - 5} more" if len(without) > 5 else ""
+        raise ValueError(
+            f"data.root: expected a skeleton in every case file, got none in "
+            f"{', '.join(without[:5])}{more}; prepare these cases again without --no-skeletons, or "
+            "set loss.skeleton_recall.weight to 0"
+        )
 
 
 def read_truth(file, foreground, ignore_label):

@@ -20,11 +20,13 @@ class PatchDataset:
     cases: list of `Case`, all labelled; patch: voxels z, y, x; spacing: target spacing per axis,
     0 or None keeps the case's own; draw_spatial, draw_intensity, place_patch: see augment.py
     (picklable: they travel to the workers); foreground: class ids; clip: percentiles to clip
-    intensities to, or None.
+    intensities to, or None; skeletons: whether to ship the box of the stored skeleton too,
+    which every case file must hold then (cases.check_skeletons).
 
     dataset[epoch, index] reads only the box that the patch covers and returns plain values and
-    tensors: image and label (the box, as stored), matrix, origin, start, shape (where the patch
-    lies), intensity (what to do to it), mean, std, low, high (how to normalise), spacing, case.
+    tensors: image, label and, if wanted, skeleton (the box, as stored), matrix, origin, start,
+    shape (where the patch lies), intensity (what to do to it), mean, std, low, high (how to
+    normalise), spacing, case.
     """
 
     def __init__(
@@ -41,12 +43,13 @@ class PatchDataset:
         draw_spatial,
         draw_intensity,
         place_patch,
+        skeletons=False,
     ):
         self.cases, self.patch, self.seed, self.clip = list(cases), tuple(patch), seed, clip
         self.spacing, self.foreground = spacing, tuple(foreground)
         self.foreground_share, self.jitter = foreground_share, jitter
         self.draw_spatial, self.draw_intensity = draw_spatial, draw_intensity
-        self.place_patch = place_patch
+        self.place_patch, self.skeletons = place_patch, skeletons
         self.files = {}  # opened where they are used: no handle is carried over a spawn
 
     def __getstate__(self):
@@ -88,10 +91,11 @@ class PatchDataset:
             matrix, upright, voxel + matrix @ off_centre, self.patch, case.shape
         )
         box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        names = ("label", "skeleton") if self.skeletons else ("label",)
         return {
             "case": case.id,
             "image": torch.from_numpy(native(file["image"][(slice(None), *box)])),
-            "label": torch.from_numpy(file["label"][box]),
+            **{name: torch.from_numpy(file[name][box]) for name in names},
             "matrix": matrix,
             "origin": origin,
             "start": start,

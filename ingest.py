@@ -33,7 +33,10 @@ class PhantomCase:
 
 @dataclass(frozen=True)
 class Rules:
-    """What holds for every case. crops: (name, z0, z1), an open end being None."""
+    """What holds for every case.
+
+    crops: (name, z0, z1), an open end being None; skeletons: whether labelled cases get one.
+    """
 
     classes: dict[str, int]
     ignore_label: int | None
@@ -41,6 +44,7 @@ class Rules:
     unit: str | None
     spacing_rows: list
     crops: list
+    skeletons: bool
     folder: str
 
 
@@ -103,6 +107,7 @@ def _write(case, piece, spacing, unit, sources, rules):
         ignore_label=rules.ignore_label,
         source_image=sources[0],
         source_label=sources[1],
+        skeleton=rules.skeletons,
     )
     return _summary(name, image, label, spacing, unit, group, rules)
 

@@ -6,7 +6,7 @@ import torch
 from scipy import ndimage
 
 import augment
-import config
+from settings import Augment
 
 OFF = dict.fromkeys(
     ("flip", "turn90", "rotation", "scaling", "blur", "noise", "brightness", "contrast", "gamma"),
@@ -15,7 +15,7 @@ OFF = dict.fromkeys(
 
 
 def settings(**changes):
-    return {**config.Augment().model_dump(), **OFF, **changes}
+    return {**Augment().model_dump(), **OFF, **changes}
 
 
 def volume(shape=(9, 12, 15), seed=0):
@@ -55,7 +55,7 @@ def sampled(source, matrix, origin, patch, order=1):
 
 def test_identity_gives_the_exact_source_voxels():
     image, label = volume(), (volume(seed=1)[0] > 128).astype(np.uint8)
-    (drawn, target, valid), origin = draw(image, label, np.eye(3), (4, 6, 7), (4, 6, 8))
+    (drawn, target, valid, _), origin = draw(image, label, np.eye(3), (4, 6, 7), (4, 6, 8))
     z, y, x = origin.astype(int)
     assert torch.equal(drawn, torch.from_numpy(image[:, z : z + 4, y : y + 6, x : x + 8]).float())
     assert np.array_equal(target[0].numpy(), label[z : z + 4, y : y + 6, x : x + 8])
@@ -65,10 +65,10 @@ def test_identity_gives_the_exact_source_voxels():
 @pytest.mark.parametrize("signs", list(itertools.product((1, -1), repeat=3)))
 def test_every_flip_gives_the_exact_source_voxels(signs):
     image = volume()
-    (drawn, _, valid), _ = draw(
+    (drawn, _, valid, _), _ = draw(
         image, image[0], np.diag(np.array(signs, float)), (4, 6, 7), (4, 6, 8)
     )
-    (straight, _, _), _ = draw(image, image[0], np.eye(3), (4, 6, 7), (4, 6, 8))
+    (straight, *_), _ = draw(image, image[0], np.eye(3), (4, 6, 7), (4, 6, 8))
     axes = [a + 1 for a in range(3) if signs[a] < 0]
     # A centre between voxels is rounded up or down; the voxels must be a flipped box of the source.
     found = drawn.flip(axes).numpy()[0]
@@ -82,7 +82,7 @@ def test_every_flip_gives_the_exact_source_voxels(signs):
 def test_quarter_turns_give_the_exact_source_voxels(plane, quarters):
     image = volume((10, 10, 10))
     turn = np.round(augment._rotate_in(plane, quarters * np.pi / 2))
-    (drawn, _, valid), _ = draw(image, image[0], turn, (4.5, 4.5, 4.5), (10, 10, 10))
+    (drawn, _, valid, _), _ = draw(image, image[0], turn, (4.5, 4.5, 4.5), (10, 10, 10))
     expected = [np.rot90(image[0], k, plane) for k in range(4)]
     assert any(np.array_equal(drawn[0].numpy(), e) for e in expected[1:])
     assert valid.all()
@@ -91,7 +91,7 @@ def test_quarter_turns_give_the_exact_source_voxels(plane, quarters):
 def test_quarter_turn_of_an_uneven_patch_is_a_turned_box_of_the_source():
     image = volume((8, 20, 20))
     turn = np.round(augment._rotate_in((1, 2), np.pi / 2))
-    (drawn, _, valid), origin = draw(image, image[0], turn, (4, 10, 10), (4, 5, 8))
+    (drawn, _, valid, _), origin = draw(image, image[0], turn, (4, 10, 10), (4, 5, 8))
     for p in itertools.product(range(4), range(5), range(8)):
         z, y, x = (origin + turn @ p).astype(int)
         assert drawn[(0, *p)] == image[0, z, y, x]
@@ -105,7 +105,7 @@ def test_rotation_and_scaling_agree_with_scipy(angle):
     matrix = augment._rotate_in((1, 2), np.radians(angle)) @ augment._rotate_in((0, 1), 0.2)
     matrix = matrix @ np.diag([0.8, 1.1, 0.9])
     patch = (7, 8, 9)
-    (drawn, target, valid), origin = draw(image[None], label, matrix, (10, 12, 14), patch)
+    (drawn, target, valid, _), origin = draw(image[None], label, matrix, (10, 12, 14), patch)
     assert np.allclose(drawn[0].numpy(), sampled(image, matrix, origin, patch), atol=2e-3)
     nearest = sampled(label, matrix, origin, patch, order=0)
     assert (target[0].numpy() == nearest).mean() > 0.99  # ties between two voxels may fall apart
@@ -122,7 +122,7 @@ def test_target_spacing_agrees_with_resampling_the_whole_volume_and_cropping():
     )
     patch, corner = (8, 9, 10), np.array([5, 6, 7])
     centre = (corner + (np.array(patch) - 1) / 2) * ratio
-    (drawn, _, _), origin = draw(image[None], (image > 0) * np.uint8(1), matrix, centre, patch)
+    (drawn, *_), origin = draw(image[None], (image > 0) * np.uint8(1), matrix, centre, patch)
     assert np.allclose(origin, corner * ratio) and np.allclose(upright, np.diag(ratio))
     z, y, x = corner
     assert np.allclose(drawn[0].numpy(), whole[z : z + 8, y : y + 9, x : x + 10], atol=2e-3)
@@ -130,7 +130,7 @@ def test_target_spacing_agrees_with_resampling_the_whole_volume_and_cropping():
 
 def test_outside_the_volume_is_invalid_and_repeats_the_border():
     image = volume((5, 8, 8))
-    (drawn, _, valid), _ = draw(image, image[0], np.eye(3), (2, 4, 4), (9, 8, 8))
+    (drawn, _, valid, _), _ = draw(image, image[0], np.eye(3), (2, 4, 4), (9, 8, 8))
     assert valid[0, 2:7].all() and not valid[0, :2].any() and not valid[0, 7:].any()
     assert torch.equal(drawn[0, 0], torch.from_numpy(image[0, 0]).float())
     assert torch.equal(drawn[0, -1], torch.from_numpy(image[0, -1]).float())
@@ -142,7 +142,7 @@ def test_unlabeled_voxels_are_invalid_and_no_target_whatever_the_map():
     label[:, 4:8, :6] = 1
     for angle in (0.0, 0.4):
         matrix = augment._rotate_in((1, 2), angle)
-        (_, target, valid), origin = draw(
+        (_, target, valid, _), origin = draw(
             image, label, matrix, (5.5, 5.5, 5.5), (6, 6, 6), ignore_label=2
         )
         places = origin + np.indices((6, 6, 6)).reshape(3, -1).T @ matrix.T
@@ -168,7 +168,7 @@ def test_box_holds_every_voxel_that_the_interpolation_needs():
         matrix, upright = augment.draw_spatial(
             rng, (1, 1, 1), (1, 1, 1), settings=settings(rotation=1.0, scaling=1.0, flip=0.5)
         )
-        (drawn, _, _), origin = draw(
+        (drawn, *_), origin = draw(
             image[None],
             np.ones_like(image, np.uint8),
             matrix,

@@ -8,8 +8,8 @@ import torch
 
 import augment
 import cases
-import config
 import data
+from settings import Augment
 
 SHAPES = [(10, 24, 24), (14, 20, 30), (6, 24, 24)]
 
@@ -34,7 +34,7 @@ def stored(tmp_path):
 
 
 def patches(stored, **changes):
-    augmentation = config.Augment(rotation=1.0, scaling=1.0).model_dump()
+    augmentation = Augment(rotation=1.0, scaling=1.0).model_dump()
     settings = {
         "patch": (4, 12, 12),
         "spacing": (0, 0, 0),
@@ -150,7 +150,7 @@ def test_target_spacing_reads_a_box_of_the_right_extent(stored):
 
 def test_drawn_batches_have_the_patch_shape_and_hold_the_foreground(stored):
     drawn = patches(stored, foreground_share=1.0)
-    image, target, valid = augment.draw_batch(
+    image, target, valid, _ = augment.draw_batch(
         [drawn[0, i] for i in range(4)],
         (4, 12, 12),
         foreground=[1],
