@@ -1,55 +1,68 @@
-"""The loss terms, and their weighted sum over the scales of deep supervision.
+"""The loss terms.
 
-Every term is `<name>_loss(logits, target, valid=None, **numbers) -> scalar float32`:
+Every term is `<name>_loss(logits, target, valid=None, *, ...) -> scalar float32`:
 
-    logits   (B, 1, D, H, W)   any float dtype; the arithmetic is float32 whatever autocast says
+    logits   (B, 1, D, H, W)   any float dtype; the arithmetic is float32
     target   (B, 1, D, H, W)   float in [0, 1] (soft at coarse scales) or bool
     valid    (B, 1, D, H, W)   bool, True where the voxel is labelled; None: everywhere
 
+One channel of logits is a foreground against the rest, by a sigmoid. K > 1 channels are classes by
+a softmax, 0 the background; target is then (B, 1, ...) class ids or (B, K, ...) shares, and a term
+is the mean over the foreground classes.
+
 An invalid voxel does not exist for a term: its gradient is exactly 0, and neither its logit nor its
 target, whatever they hold, can change the value. Without any valid voxel a term is 0, its gradient
-is 0 and backward still works. Nothing here waits for the device.
+is 0 and backward still works. Only `toploss_loss` and the `scipy` distances wait for the device.
 
-To add a term: write the function below, decorate it, name it in `LOSSES`.
+To add a term: write the function below, name it in `LOSSES`, and its settings in config.py.
 """
 
-import difflib
-import functools
-import inspect
+import itertools
+import math
 
 import torch
 import torch.nn.functional as F
 
-from distance import truncated_edt
+from distance import edt, truncated_edt
+from persistence import topological_losses
+from softskeleton import soft_skeleton
 
-# What composite_loss itself reads of a term's settings; the rest goes to the function.
-_SHARED_KEYS = ("weight", "scales")
 
-
-def _masked_float32(loss):
-    """Hand a term float32 logits and target that are 0 where invalid, and a bool `valid`.
+def _masked(logits, target, valid):
+    """logits and target as float32 (B, K, D, H, W), 0 where invalid; valid as bool (B, 1, D, H, W).
 
     The replacement is a `where` before any arithmetic: a product with a mask would let an infinite
     or NaN content through, in the value and in the gradient.
     """
+    given = [x for x in (logits, target, valid) if x is not None]
+    places = {(len(x), *x.shape[2:]) for x in given if x.ndim == 5}
+    fits = len(places) == 1 and all(x.ndim == 5 for x in given)
+    fits = fits and target.shape[1] in (1, logits.shape[1])
+    if not fits or (valid is not None and valid.shape[1] != 1):
+        raise ValueError(
+            "expected logits, target and valid of one shape (B, 1, D, H, W), or logits (B, K, ...) "
+            f"of K classes, got {', '.join(str(tuple(x.shape)) for x in given)}"
+        )
+    valid = torch.ones_like(logits[:, :1], dtype=torch.bool) if valid is None else valid.bool()
+    if target.shape[1] < logits.shape[1]:
+        classes = torch.arange(logits.shape[1], device=target.device)
+        target = target == classes.view(1, -1, 1, 1, 1)
+    return torch.where(valid, logits.float(), 0.0), torch.where(valid, target.float(), 0.0), valid
 
-    @functools.wraps(loss)
-    def wrapped(logits, target, valid=None, **numbers):
-        shapes = [tuple(x.shape) for x in (logits, target, valid) if x is not None]
-        if logits.ndim != 5 or logits.shape[1] != 1 or len(set(shapes)) != 1:
-            raise ValueError(
-                f"{loss.__name__}: expected logits, target and valid of one shape "
-                f"(B, 1, D, H, W), got {', '.join(map(str, shapes))}"
-            )
-        with torch.autocast(logits.device.type, enabled=False):
-            logits, target = logits.float(), target.float()
-            if valid is None:
-                return loss(logits, target, torch.ones_like(logits, dtype=torch.bool), **numbers)
-            valid = valid.bool()
-            logits = torch.where(valid, logits, 0.0)
-            return loss(logits, torch.where(valid, target, 0.0), valid, **numbers)
 
-    return wrapped
+def _foreground(logits, target, valid):
+    """(probs, target, valid) of the foreground classes, each (B, C, D, H, W), 0 where invalid."""
+    logits, target, valid = _masked(logits, target, valid)
+    if logits.shape[1] == 1:
+        return torch.where(valid, torch.sigmoid(logits), 0.0), target, valid
+    probs = torch.where(valid, torch.softmax(logits, 1)[:, 1:], 0.0)
+    return probs, target[:, 1:], valid.expand_as(probs)
+
+
+def _mean_per_sample(values, valid):
+    """The mean of (B, C) values over the samples that have a valid voxel; 0 if none has."""
+    labelled = valid.flatten(2).any(2)
+    return torch.where(labelled, values, 0.0).sum() / labelled.sum().clamp(min=1)
 
 
 def _positive(name, value):
@@ -57,24 +70,29 @@ def _positive(name, value):
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
-# ---------------------------------------------------------------------------- terms
+# ---------------------------------------------------------------------------- overlap
 
 
-@_masked_float32
 def weighted_bce_loss(logits, target, valid=None, *, positive_weight=1.0):
     """Binary cross-entropy, foreground voxels counted `positive_weight` times.
 
     A mean over valid voxels with the weights 1 + (positive_weight - 1) * target, divided by their
     sum: the weight moves the balance of the classes and leaves the size of the loss alone, and a
-    soft target stays the optimum. In nats, >= 0.
+    soft target stays the optimum. In nats, >= 0. Of K classes: their cross-entropy, every
+    foreground class weighted alike.
     """
     _positive("positive_weight", positive_weight)
-    weights = torch.where(valid, 1.0 + (positive_weight - 1.0) * target, 0.0)
-    entropy = F.binary_cross_entropy_with_logits(logits, target, weight=weights, reduction="sum")
-    return entropy / weights.sum().clamp(min=1e-12)
+    logits, target, valid = _masked(logits, target, valid)
+    if logits.shape[1] == 1:
+        foreground = target
+        entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    else:
+        foreground = target[:, 1:].sum(1, keepdim=True)
+        entropy = -(target * torch.log_softmax(logits, 1)).sum(1, keepdim=True)
+    weights = torch.where(valid, 1.0 + (positive_weight - 1.0) * foreground, 0.0)
+    return (entropy * weights).sum() / weights.sum().clamp(min=1e-12)
 
 
-@_masked_float32
 def soft_dice_loss(logits, target, valid=None, *, smooth=1e-5, batch=False):
     """1 - soft Dice, (2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth), sums over valid voxels.
 
@@ -86,24 +104,101 @@ def soft_dice_loss(logits, target, valid=None, *, smooth=1e-5, batch=False):
     the order of smooth / sum(p)^2): such patches are taught by another term, or by `batch=True`.
     """
     _positive("smooth", smooth)
-    probs = torch.where(valid, torch.sigmoid(logits), 0.0)
-    axes = (0, 1, 2, 3, 4) if batch else (1, 2, 3, 4)
-    overlap = (probs * target).sum(axes)
-    dice = (2.0 * overlap + smooth) / (probs.sum(axes) + target.sum(axes) + smooth)
-    counts = valid.any() if batch else valid.flatten(1).any(1)
-    return torch.where(counts, 1.0 - dice, 0.0).sum() / counts.sum().clamp(min=1)
+    probs, target, valid = _foreground(logits, target, valid)
+    if batch:
+        probs, target, valid = (
+            x.transpose(0, 1).flatten(1, 2)[None] for x in (probs, target, valid)
+        )
+    overlap, p, t = (x.flatten(2).sum(2) for x in (probs * target, probs, target))
+    return _mean_per_sample(1.0 - (2.0 * overlap + smooth) / (p + t + smooth), valid)
 
 
-@_masked_float32
-def surface_distance_loss(logits, target, valid=None, *, tolerance=2.0, spacing=(1.0, 1.0, 1.0)):
+# ---------------------------------------------------------------------------- skeletons
+
+
+def soft_skeletons(logits, target, valid=None, *, iterations=3):
+    """The soft skeletons (of the prediction, of the target) that `cldice_loss` and
+    `morph_skeleton_loss` take, each (B, C, D, H, W); the target's has no gradient."""
+    probs, target, valid = _foreground(logits, target, valid)
+    with torch.no_grad():
+        of_target = soft_skeleton(target, iterations, valid)
+    return soft_skeleton(probs, iterations, valid), of_target
+
+
+def cldice_loss(logits, target, valid=None, *, iterations=3, smooth=1.0, skeletons=None):
+    """1 - soft centreline Dice (clDice, Shit et al. 2021), per sample.
+
+    The harmonic mean of the share of the prediction's skeleton that lies in the target, and of the
+    target's skeleton that lies in the prediction: (sum(s_p t) + smooth) / (sum(s_p) + smooth) and
+    (sum(s_t p) + smooth) / (sum(s_t) + smooth), sums over valid voxels. In [0, 1]; `smooth` is in
+    voxels. `iterations`: at least the radius of the thickest structure, in voxels. skeletons:
+    what `soft_skeletons` gives for these iterations, if it is known already.
+
+    Empty target: 0 if the prediction is empty too, else close to 1 with little gradient.
+    """
+    _positive("smooth", smooth)
+    if skeletons is None:
+        skeletons = soft_skeletons(logits, target, valid, iterations=iterations)
+    probs, target, valid = _foreground(logits, target, valid)
+    of_probs, of_target = skeletons
+
+    def share(skeleton, mask):
+        inside, whole = (skeleton * mask).flatten(2).sum(2), skeleton.flatten(2).sum(2)
+        return (inside + smooth) / (whole + smooth)
+
+    precision, sensitivity = share(of_probs, target), share(of_target, probs)
+    cldice = 2.0 * precision * sensitivity / (precision + sensitivity)
+    return _mean_per_sample(1.0 - cldice, valid)
+
+
+def morph_skeleton_loss(logits, target, valid=None, *, iterations=3, skeletons=None):
+    """Mean over valid voxels of |soft skeleton of the prediction - that of the target|, in [0, 1].
+
+    Of sheets and tubes a few per cent of the voxels are skeleton, so that the value is small.
+    iterations, skeletons: as in `cldice_loss`, which shares them. Empty target: the mean of the
+    prediction's skeleton.
+    """
+    if skeletons is None:
+        skeletons = soft_skeletons(logits, target, valid, iterations=iterations)
+    _, _, valid = _foreground(logits, target, valid)
+    return (skeletons[0] - skeletons[1]).abs().sum() / valid.sum().clamp(min=1)
+
+
+def skeleton_recall_loss(logits, target, valid=None, *, smooth=1.0, skeleton=None):
+    """1 - the share of the target's tubed skeleton that is predicted, per sample, in [0, 1].
+
+    (sum(p k) + smooth) / (sum(k) + smooth) over valid voxels (Kirchhoff et al. 2024). skeleton:
+    k, (B, 1, D, H, W) or one channel per foreground class, made once at preparation
+    (skeletons.tubed_skeleton) and drawn with the patch. None: the target's soft skeleton, dilated
+    by two voxels and cut to the target, in its place. Empty skeleton: 0. It asks for recall alone:
+    give it beside a term that punishes too much foreground.
+    """
+    _positive("smooth", smooth)
+    probs, target, valid = _foreground(logits, target, valid)
+    with torch.no_grad():
+        if skeleton is None:
+            tube = F.max_pool3d(soft_skeleton(target, 3, valid), 5, stride=1, padding=2) * target
+        else:
+            tube = torch.where(valid, skeleton.float(), 0.0)
+    recalled, whole = (probs * tube).flatten(2).sum(2), tube.flatten(2).sum(2)
+    return _mean_per_sample(1.0 - (recalled + smooth) / (whole + smooth), valid)
+
+
+# ---------------------------------------------------------------------------- distance
+
+
+def surface_distance_loss(
+    logits, target, valid=None, *, tolerance=2.0, spacing=(1.0, 1.0, 1.0), backend="native"
+):
     """Probability far from the target, and target far from the prediction, up to a tolerance.
 
     mean(min(d_target / tolerance, 1) * p) + mean(min(d_pred / tolerance, 1) * target * (1 - p)),
     means over valid voxels, in [0, 2]. d_target is the distance to the target's foreground
     (target > 0.5), d_pred that to the prediction's (p > 0.5); both are constants, so the gradient
     lowers p away from the target and raises it on target that the prediction does not reach.
-    tolerance and spacing (z, y, x) share one unit. In the spirit of the boundary loss (Kervadec
-    et al. 2019), bounded so that no far voxel outweighs the rest.
+    tolerance and spacing (z, y, x) share one unit. backend: see distance.edt; native needs no more
+    than the truncated distance. In the spirit of the boundary loss (Kervadec et al. 2019), bounded
+    so that no far voxel outweighs the rest.
 
     An unlabeled voxel is foreground of neither side: a surface that goes on inside the unlabeled
     region attracts nothing, and the labelled voxels beside it are as far as the labelled surface.
@@ -113,127 +208,88 @@ def surface_distance_loss(logits, target, valid=None, *, tolerance=2.0, spacing=
     term act on the finest scales only.
     """
     _positive("tolerance", tolerance)
+    probs, target, valid = _foreground(logits, target, valid)
+
+    def distance(mask):
+        if backend == "native":
+            return truncated_edt(mask, tolerance, spacing).div_(tolerance)
+        return edt(mask, spacing, backend).div_(tolerance).clamp_(max=1.0)
+
     with torch.no_grad():
-        to_target = truncated_edt(target > 0.5, tolerance, spacing).div_(tolerance)
-        # The logit of an invalid voxel is 0, so that it is no foreground here either.
-        to_pred = truncated_edt(logits > 0.0, tolerance, spacing).div_(tolerance)
-        outside = torch.where(valid, to_target, 0.0)
-        missed = to_pred.mul_(target)
-    probs = torch.sigmoid(logits)
+        outside = torch.where(valid, distance(target > 0.5), 0.0)
+        missed = distance(probs > 0.5).mul_(target)
     return (outside * probs + missed * (1.0 - probs)).sum() / valid.sum().clamp(min=1)
 
 
-# ---------------------------------------------------------------------------- deep supervision
+def boundary_loss(logits, target, valid=None, *, smooth=1.0):
+    """How much the boundaries differ: sum |dp - dt| / (sum |dp| + sum |dt| + smooth), in [0, 1].
 
-
-def pool_target(target, valid, shape):
-    """Target and valid of a coarser scale: (B, 1, *shape) float32 in [0, 1], and bool or None.
-
-    A cell's target is the mean over its valid voxels (0 if it has none), so that thin things stay
-    visible as a share and unlabeled content stays out. A cell is valid if at least half of its
-    voxels are: fewer say too little of it, all would widen the unlabeled region at every scale.
-    Cells are equal blocks where `shape` divides the target's, else adaptive pooling's (they
-    overlap by up to one voxel). valid None means all, and stays None.
+    d is the difference of two neighbours along an axis, both of them valid, so that the edge of the
+    unlabeled region is no boundary; sums over the three axes, per sample. Three subtractions: the
+    stand-in for an expensive term on the steps between those on which it acts.
     """
-    fine = tuple(target.shape[2:])
-    if fine == tuple(shape):
-        return target.float(), valid
-    if all(n % m == 0 for n, m in zip(fine, shape, strict=True)):
-        factor = tuple(n // m for n, m in zip(fine, shape, strict=True))
-        pool = functools.partial(F.avg_pool3d, kernel_size=factor)
-    else:
-        pool = functools.partial(F.adaptive_avg_pool3d, output_size=tuple(shape))
-    if valid is None:
-        return pool(target.float()), None
-    share = pool(valid.float())
-    total = pool(torch.where(valid, target.float(), 0.0))
-    coarse = torch.where(share > 0, total / share.clamp(min=1e-12), 0.0).clamp_(max=1.0)
-    return coarse, share > 0.5 - 1e-6  # averaging may round a half down
+    _positive("smooth", smooth)
+    probs, target, valid = _foreground(logits, target, valid)
+    differs = total = 0.0
+    for axis in (2, 3, 4):
+        n = probs.shape[axis] - 1
+        both = valid.narrow(axis, 0, n) & valid.narrow(axis, 1, n)
+        dp, dt = (torch.where(both, x.diff(dim=axis), 0.0) for x in (probs, target))
+        differs = differs + (dp - dt).abs().flatten(2).sum(2)
+        total = total + (dp.abs() + dt.abs()).flatten(2).sum(2)
+    return _mean_per_sample(differs / (total + smooth), valid)
 
 
-def composite_loss(outputs, target, valid, terms, *, scale_weights=None, spacing=(1.0, 1.0, 1.0)):
-    """The weighted sum of terms over scales: (total, parts).
+# ---------------------------------------------------------------------------- topology
 
-    outputs is a list of logits (B, 1, ...), finest first, or one tensor; target and valid are of
-    the finest shape, and are pooled to the others by `pool_target`. terms maps a name of `LOSSES`
-    to {"weight": w, "scales": n, **numbers}: the term acts on the n finest scales (None or absent:
-    all), its numbers go to the function. A term whose function takes `spacing` gets the given one
-    (z, y, x of the finest scale) times the pooling factor of each scale.
 
-    scale_weights, one per output, default 1, 1/2, 1/4, ...; for each term they are divided by
-    their sum over the scales on which it acts. parts holds each term's value, averaged over scales
-    with these weights but without the term's own, and "total" = sum of weight * part: detached
-    tensors on the device, since `.item()` would wait for it. A term of weight 0 is not computed
-    and is not in parts.
+def toploss_loss(logits, target, valid=None, *, window=(48, 48, 48), windows=2):
+    """Persistent homology of the probabilities against the target's Betti numbers, in >= 0.
 
-    ValueError for names and numbers that no term has (the nearest one is offered).
+    The mean of `persistence.topological_loss` (Hu et al. 2019, in 3D and all three dimensions) over
+    windows of the batch. Each volume is covered by windows of `window` voxels (z, y, x; less where
+    the volume is smaller); the `windows` of the whole batch with the largest sum of |p - target|
+    are looked at. Pieces, loops and cavities that the target lacks are closed or filled, those that
+    the prediction lacks are drawn out, through the few critical voxels that decide them.
+
+    Unlabeled voxels are neither: see persistence.py. Without an error in any window: 0. It runs on
+    the CPU, about 0.1 s for 48 voxels cubed, and waits for the device.
     """
-    outputs = [outputs] if torch.is_tensor(outputs) else list(outputs)
-    if scale_weights is None:
-        scale_weights = [0.5**i for i in range(len(outputs))]
-    _check_terms(terms, scale_weights, len(outputs))
-    active = {name: term for name, term in terms.items() if term["weight"] > 0}
-    depth = max(_depth(term, outputs) for term in active.values())
-    with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
-        scales = [pool_target(target, valid, out.shape[2:]) for out in outputs[:depth]]
-
-    total, parts = 0.0, {}
-    for name, term in active.items():
-        shares = scale_weights[: _depth(term, outputs)]
-        part = 0.0
-        for share, logits, scale in zip(shares, outputs, scales, strict=False):  # shares end first
-            if share > 0:
-                value = _at_scale(name, term, logits, *scale, target, spacing)
-                part = part + share / sum(shares) * value
-        total = total + term["weight"] * part
-        parts[name] = part.detach()
-    parts["total"] = total.detach()
-    return total, parts
-
-
-def _depth(term, outputs):
-    scales = term.get("scales")
-    return len(outputs) if scales is None else min(scales, len(outputs))
-
-
-def _at_scale(name, term, logits, target, valid, finest, spacing):
-    numbers = {key: value for key, value in term.items() if key not in _SHARED_KEYS}
-    if "spacing" in inspect.signature(LOSSES[name]).parameters:
-        shapes = zip(spacing, finest.shape[2:], logits.shape[2:], strict=True)
-        numbers.setdefault("spacing", tuple(s * n / m for s, n, m in shapes))
-    return LOSSES[name](logits, target, valid, **numbers)
-
-
-def _nearest(name, known):
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"did you mean {near[0]!r}? (known: {', '.join(known)})"
-
-
-def _check_terms(terms, scale_weights, outputs):
-    if len(scale_weights) != outputs or min(scale_weights) < 0 or not scale_weights[0] > 0:
+    if windows < 1 or len(window) != 3 or min(window) < 1:
         raise ValueError(
-            f"scale_weights: expected {outputs} numbers, one per output, none below 0 and the "
-            f"first above 0, got {list(scale_weights)}"
+            f"toploss: expected windows >= 1 and a window of three sizes >= 1, "
+            f"got {windows} and {window}"
         )
-    for name, term in terms.items():
-        if name not in LOSSES:
-            raise ValueError(f"loss term {name!r} is unknown; {_nearest(name, list(LOSSES))}")
-        known = list(inspect.signature(LOSSES[name]).parameters)[3:] + list(_SHARED_KEYS)
-        for key in term:
-            if key not in known:
-                raise ValueError(f"loss term {name!r} has no {key!r}; {_nearest(key, known)}")
-        if not term.get("weight", -1) >= 0:
-            got = term.get("weight")
-            raise ValueError(f"loss term {name!r}: expected a weight of 0 or more, got {got}")
-        scales = term.get("scales")
-        if scales is not None and scales < 1:
-            raise ValueError(f"loss term {name!r}: expected scales of 1 or more, got {scales}")
-    if not any(term["weight"] > 0 for term in terms.values()):
-        raise ValueError("loss: expected at least one term of a weight above 0, got none")
+    volumes = [x.flatten(0, 1) for x in _foreground(logits, target, valid)]
+    probs, target, _ = volumes
+    with torch.no_grad():
+        places = [(i, *box) for i in range(len(probs)) for box in _boxes(probs.shape[1:], window)]
+        wrong = (probs - target).abs()
+        errors = torch.stack([wrong[place].sum() for place in places]).tolist()
+    worst = sorted(range(len(places)), key=lambda i: -errors[i])[:windows]
+    worst = [places[i] for i in worst if errors[i] > 0]
+    if not worst:
+        return probs.sum() * 0.0
+    return topological_losses([[x[place] for x in volumes] for place in worst]).mean()
+
+
+def _boxes(shape, window):
+    """Slices of windows that cover a volume, evenly spread along each axis."""
+    along = []
+    for n, size in zip(shape, window, strict=True):
+        size = min(size, n)
+        count = math.ceil(n / size)
+        starts = [round(i * (n - size) / max(count - 1, 1)) for i in range(count)]
+        along.append([slice(start, start + size) for start in starts])
+    return list(itertools.product(*along))
 
 
 LOSSES = {
     "weighted_bce": weighted_bce_loss,
     "soft_dice": soft_dice_loss,
+    "cldice": cldice_loss,
+    "morph_skeleton": morph_skeleton_loss,
     "surface_distance": surface_distance_loss,
+    "skeleton_recall": skeleton_recall_loss,
+    "toploss": toploss_loss,
 }

@@ -20,7 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-import h5py
 import torch
 import yaml
 from rich.console import Console
@@ -28,12 +27,12 @@ from rich.console import Console
 import augment
 import cases
 import checkpoint
+import composite
 import config
 import data
-import losses
-import metrics
 import model
 import monitor
+import validation
 import windows
 
 STOPPED = 75
@@ -67,39 +66,15 @@ def update_ema(ema, network, decay, step):
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
 
 
-# ---------------------------------------------------------------------------- evaluation
+def add_parts(sums, parts, share=1.0):
+    """Add to {name: (sum, count)}: a term that acts on some steps only has a count of its own."""
+    for name, value in parts.items():
+        total, count = sums.get(name, (0.0, 0.0))
+        sums[name] = (total + share * value, count + share)
 
 
-def evaluate(network, chosen, settings, *, foreground, device, precision):
-    """Whole-volume scores: (mean scores, {case: scores}, slices of the first case to look at)."""
-    was_training = network.training
-    network.eval()
-    per_case, slices = {}, None
-    for case in chosen[: settings.validation.max_cases]:
-        with h5py.File(case.path, "r") as file:
-            truth = cases.read_truth(file, foreground, case.ignore_label)
-            spacing = data.network_spacing(case.spacing, settings.data.spacing)
-            statistics_ = data.normalisation(case.intensity, settings.data.percentiles)
-            probs = windows.predict_volume(
-                network,
-                file["image"],
-                ratio=[w / s for w, s in zip(spacing, case.spacing, strict=True)],
-                normalize=functools.partial(augment.normalise, **statistics_),
-                device=device,
-                precision=precision,
-                **settings.window_arguments(),
-            )[0]
-            per_case[case.id] = metrics.score(
-                probs >= settings.inference.threshold,
-                truth,
-                case.spacing,
-                case.ignore_label,
-                settings.validation.tolerance,
-            )
-            if slices is None:
-                slices = monitor.middle_slices(file["image"][0], truth, probs, case.ignore_label)
-    network.train(was_training)
-    return metrics.mean_scores(list(per_case.values())), per_case, slices
+def means_of(sums):
+    return {name: float(total) / count for name, (total, count) in sums.items()}
 
 
 # ---------------------------------------------------------------------------- the run
@@ -118,6 +93,11 @@ def main(settings, *, resume=False):
             **settings.data.model_dump(include={"train", "validation", "test", "folds", "fold"}),
         )
         foreground = cases.foreground_ids(dataset.classes, settings.data.foreground)
+        terms = settings.loss.model_dump()
+        composite.check_terms(terms)
+        skeletons = composite.takes_skeleton(terms)
+        if skeletons:
+            cases.check_skeletons(split.train)
         patch = settings.sampling.patch
         spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
         spacing = tuple(map(statistics.median, zip(*spacings, strict=True)))
@@ -171,7 +151,6 @@ def main(settings, *, resume=False):
         dtype=windows.PRECISIONS[precision],
         enabled=precision != "fp32",
     )
-    terms = settings.loss.model_dump()
     loop = {"step": 0, "evaluated_step": None, "best_score": None, "best_step": None}
     loop |= {"seconds": 0.0, "epoch_loss": {}}
     if state is not None:
@@ -243,6 +222,7 @@ def main(settings, *, resume=False):
         jitter=settings.sampling.jitter,
         clip=settings.data.percentiles,
         seed=settings.run.seed,
+        skeletons=skeletons,
         draw_spatial=functools.partial(augment.draw_spatial, settings=augmentation),
         draw_intensity=functools.partial(augment.draw_intensity, settings=augmentation),
         place_patch=augment.place_patch,
@@ -277,7 +257,19 @@ def main(settings, *, resume=False):
     # ------------------------------------------------------------------ loop
     # One pass more than steps: state is looked at and saved at one place, before the step. So
     # step 0 is the untrained network, and the last pass only looks.
-    how = {"foreground": foreground, "device": device, "precision": precision}
+    chosen = split.validation[: settings.validation.max_cases]
+    how = {
+        "foreground": foreground,
+        "spacing": settings.data.spacing,
+        "clip": settings.data.percentiles,
+        "window": settings.window_arguments(),
+        "threshold": settings.inference.threshold,
+        "tolerance": settings.validation.tolerance,
+        "terms": terms,
+        "tile": patch,
+        "device": device,
+        "precision": precision,
+    }
     log_at = (settings.monitor.log_every, iterations, stop_step)
     sums, since_log, started = {}, 0, time.perf_counter()
     data_seconds = 0.0
@@ -288,7 +280,7 @@ def main(settings, *, resume=False):
             done = step >= stop_step
             if done or step % iterations == 0:
                 if step % iterations == 0 and loop["epoch_loss"]:
-                    means = {name: value / iterations for name, value in loop["epoch_loss"].items()}
+                    means = means_of(loop["epoch_loss"])
                     log.write("epoch", step=step, epoch=epoch - 1, loss=means)
                     loop["epoch_loss"] = {}
                 on_schedule = epoch % settings.validation.every == 0
@@ -298,7 +290,7 @@ def main(settings, *, resume=False):
                     save("last.pt")  # before anything that may fail
                     checkpoint.link_last(settings.run.folder, run_folder / "checkpoints/last.pt")
                 if due and loop["evaluated_step"] != step:
-                    scores, per_case, slices = evaluate(ema, split.validation, settings, **how)
+                    scores, per_case, slices = validation.validate(ema, chosen, **how)
                     score = scores.get(settings.validation.score)
                     log.write("evaluation", step=step, epoch=epoch, scores=scores, cases=per_case)
                     if scores:
@@ -324,7 +316,7 @@ def main(settings, *, resume=False):
                 waiting = time.perf_counter()
                 samples = next(batches)
                 data_seconds += time.perf_counter() - waiting
-                image, target, valid = augment.draw_batch(
+                image, target, valid, skeleton = augment.draw_batch(
                     samples,
                     patch,
                     foreground=foreground,
@@ -333,10 +325,11 @@ def main(settings, *, resume=False):
                 )
                 with autocast():
                     logits = network(image)
-                loss, parts = losses.composite_loss(logits, target, valid, terms, spacing=spacing)
+                loss, parts = composite.composite_loss(
+                    logits, target, valid, terms, spacing=spacing, skeleton=skeleton, step=step
+                )
                 scaler.scale(loss / training.accumulate).backward()
-                for name, value in parts.items():
-                    sums[name] = sums.get(name, 0) + value / training.accumulate
+                add_parts(sums, parts, 1 / training.accumulate)
             if optim.clip:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(network.parameters(), optim.clip)
@@ -349,7 +342,7 @@ def main(settings, *, resume=False):
             loop["step"] += 1
             since_log += 1
             if any(loop["step"] % n == 0 for n in log_at):
-                means = {k: float(v) / since_log for k, v in sums.items()}  # waits for the device
+                means = means_of(sums)  # waits for the device
                 step_seconds = (time.perf_counter() - started) / since_log
                 if not all(map(math.isfinite, means.values())):
                     show.say(
@@ -358,9 +351,8 @@ def main(settings, *, resume=False):
                     )
                     return 1
                 loop["seconds"] += step_seconds * since_log
-                for name, value in means.items():
-                    total = loop["epoch_loss"].get(name, 0.0) + value * since_log
-                    loop["epoch_loss"][name] = total
+                for name, (_, count) in sums.items():
+                    add_parts(loop["epoch_loss"], {name: means[name]}, count)
                 log.write(
                     "step",
                     step=loop["step"],

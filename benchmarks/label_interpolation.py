@@ -15,7 +15,7 @@ from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import augment
-import config
+from settings import Augment
 
 SIZE, PATCH = 48, (24, 24, 24)
 
@@ -33,7 +33,7 @@ def shapes():
 
 
 def main():
-    settings = config.Augment(
+    settings = Augment(
         flip=0.0, turn90=0.0, scaling=0.0, rotation=1.0, rotation_degrees=(-30.0, 30.0)
     ).model_dump()
     print(f"{'':12s}{'voxels: nearest':>16s}{'linear':>8s}{'pieces: nearest':>17s}{'linear':>8s}")

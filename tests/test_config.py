@@ -56,11 +56,6 @@ def test_all_faults_are_told_at_once():
     assert len(text.split("\n")) == 3
 
 
-def test_no_term_with_weight_is_impossible():
-    terms = {"weighted_bce": {"weight": 0}, "soft_dice": {"weight": 0}}
-    assert "at least one term" in fault({"loss": terms})
-
-
 def test_overrides_win_over_the_file_and_leave_its_other_keys(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text("training: {max_steps: 3, workers: 0}\noptim: {lr: 1e-4}\n")

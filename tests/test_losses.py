@@ -6,18 +6,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 
 from losses import (
     LOSSES,
-    composite_loss,
-    pool_target,
+    boundary_loss,
+    cldice_loss,
+    morph_skeleton_loss,
+    skeleton_recall_loss,
     soft_dice_loss,
+    soft_skeletons,
     surface_distance_loss,
+    toploss_loss,
     weighted_bce_loss,
 )
 
 SHAPE = (2, 1, 4, 5, 6)
-EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+EVERY = {**LOSSES, "boundary": boundary_loss}
+EVERY_LOSS = pytest.mark.parametrize("loss", EVERY.values(), ids=EVERY)
 
 
 def draw(seed=0):
@@ -111,10 +117,56 @@ def test_large_logits_stay_finite(loss):
 
 @EVERY_LOSS
 def test_shapes_that_differ_are_refused(loss):
-    with pytest.raises(ValueError, match=r"one shape \(B, 1, D, H, W\), got"):
-        loss(torch.zeros(1, 1, 2, 2, 2), torch.zeros(1, 1, 2, 2, 3))
-    with pytest.raises(ValueError, match="one shape"):
-        loss(torch.zeros(1, 2, 2, 2, 2), torch.zeros(1, 2, 2, 2, 2))
+    fits = torch.zeros(1, 1, 2, 2, 2)
+    for target, valid in [
+        (torch.zeros(1, 1, 2, 2, 3), None),
+        (fits[0], None),
+        (torch.zeros(1, 2, 2, 2, 2), None),
+        (fits, torch.zeros(2, 1, 2, 2, 2)),
+    ]:
+        with pytest.raises(ValueError, match=r"one shape .*, got \(1, 1, 2, 2, 2\)"):
+            loss(fits, target, valid)
+
+
+# ---------------------------------------------------------------------------- classes
+
+
+@EVERY_LOSS
+def test_two_classes_by_softmax_are_one_foreground_by_sigmoid(loss):
+    logits, target, valid = draw()
+    target = (target > 0.5).float()
+    two = torch.cat([torch.zeros_like(logits), logits], dim=1)
+    expected = loss(logits, target, valid)
+    torch.testing.assert_close(loss(two, target, valid), expected)  # class ids
+    shares = torch.cat([1 - target, target], dim=1)
+    torch.testing.assert_close(loss(two, shares, valid), expected)
+
+
+@EVERY_LOSS
+def test_classes_in_another_order_give_the_same_loss(loss):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 4, 4, 5, 6, generator=generator)
+    target = torch.randint(0, 4, (1, 1, 4, 5, 6), generator=generator)
+    valid = draw()[2][:1]
+    order = torch.tensor([0, 3, 1, 2])
+    turned = torch.argsort(order)[target]
+    torch.testing.assert_close(loss(logits[:, order], turned, valid), loss(logits, target, valid))
+
+
+@EVERY_LOSS
+def test_ignored_voxels_of_several_classes_get_zero_gradient(loss):
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, 3, (1, 1, 4, 5, 6), generator=generator)
+    valid = draw()[2][:1]
+    values = []
+    for fill in (0.0, math.nan):
+        logits = torch.randn(1, 3, 4, 5, 6, generator=generator.manual_seed(1))
+        logits = torch.where(valid, logits, fill).requires_grad_()
+        value = loss(logits, torch.where(valid, target, 77), valid)
+        value.backward()
+        assert bool((logits.grad * ~valid == 0).all())
+        values.append(value.detach())
+    assert torch.equal(*values)
 
 
 # ---------------------------------------------------------------------------- terms
@@ -216,109 +268,187 @@ def test_unlabeled_foreground_is_foreground_of_neither_side():
     assert value.item() == pytest.approx(1.0, abs=1e-6)  # all six voxels are far
 
 
-# ---------------------------------------------------------------------------- deep supervision
-
-
-def test_pooling_averages_exact_blocks():
-    target = bar(2, length=3, size=8)
-    coarse, valid = pool_target(target, None, (1, 1, 4))
-    assert coarse.flatten().tolist() == [0.0, 1.0, 0.5, 0.0]
-    assert valid is None
-
-
-def test_pooling_counts_valid_voxels_only():
-    target = torch.tensor([1.0, 9.0, 0.0, 1.0, 1.0, 9.0, 9.0, 9.0]).reshape(1, 1, 1, 1, 8)
-    valid = torch.tensor([1, 0, 1, 1, 1, 0, 0, 0]).bool().reshape(1, 1, 1, 1, 8)
-    coarse, coarse_valid = pool_target(target, valid, (1, 1, 4))
-    assert coarse.flatten().tolist() == [1.0, 0.5, 1.0, 0.0]
-    assert coarse_valid.flatten().tolist() == [True, True, True, False]
-
-
-def test_pooling_to_a_shape_that_does_not_divide_is_adaptive():
-    target = torch.rand(1, 1, 3, 5, 7, generator=torch.Generator().manual_seed(0))
-    coarse, valid = pool_target(target, torch.ones(1, 1, 3, 5, 7).bool(), (2, 3, 4))
-    torch.testing.assert_close(coarse, F.adaptive_avg_pool3d(target, (2, 3, 4)))
-    assert bool(valid.all())
-
-
-def test_composite_is_the_weighted_sum_over_scales():
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (5.0, 1.0, 0.7)])
+def test_surface_distance_agrees_with_scipy(spacing):
     logits, target, valid = draw()
-    coarse = torch.randn(2, 1, 2, 5, 3, generator=torch.Generator().manual_seed(1))
-    terms = {
-        "weighted_bce": {"weight": 0.5, "positive_weight": 2.0},
-        "surface_distance": {"weight": 0.25, "scales": 1, "tolerance": 3.0},
-        "soft_dice": {"weight": 0.0},
-    }
-    total, parts = composite_loss([logits, coarse], target, valid, terms)
-    pooled = pool_target(target, valid, (2, 5, 3))
-    bce = 2 / 3 * weighted_bce_loss(logits, target, valid, positive_weight=2.0)
-    bce = bce + 1 / 3 * weighted_bce_loss(coarse, *pooled, positive_weight=2.0)
-    surface = surface_distance_loss(logits, target, valid, tolerance=3.0)
-    assert set(parts) == {"weighted_bce", "surface_distance", "total"}
-    torch.testing.assert_close(parts["weighted_bce"], bce)
-    torch.testing.assert_close(parts["surface_distance"], surface)
-    torch.testing.assert_close(total, 0.5 * bce + 0.25 * surface)
-    torch.testing.assert_close(parts["total"], total)
-
-
-def test_composite_scales_the_spacing_with_the_pooling():
-    coarse = as_logits(bar(3, length=1, size=4))
-    fine, target = as_logits(bar(0, length=2, size=8)), bar(0, length=2, size=8)
-    terms = {"surface_distance": {"weight": 1.0, "tolerance": 12.0}}
-    options = {"scale_weights": [1.0, 1.0], "spacing": (1.0, 1.0, 2.0)}
-    total, _ = composite_loss([fine, coarse], target, None, terms, **options)
-    # Coarse voxels are 4 wide; three of them lie between the two: 12, each way, over 4 voxels.
-    assert total.item() == pytest.approx(0.5 * (1.0 + 1.0) / 4, rel=1e-5)
-
-
-def test_composite_of_one_tensor_is_its_finest_scale():
-    logits, target, valid = draw()
-    total, parts = composite_loss(logits, target, valid, {"soft_dice": {"weight": 2.0}})
-    torch.testing.assert_close(parts["soft_dice"], soft_dice_loss(logits, target, valid))
-    torch.testing.assert_close(total, 2.0 * parts["soft_dice"])
-
-
-def test_composite_gives_ignored_voxels_no_gradient_at_any_scale():
-    logits, target, valid = draw()
-    valid[..., :2] = False  # whole blocks of the coarse scale
-    outputs = [logits, torch.zeros(2, 1, 2, 5, 3)]
-    outputs = [x.clone().requires_grad_() for x in outputs]
-    terms = {name: {"weight": 1.0} for name in LOSSES}
-    total, parts = composite_loss(outputs, torch.where(valid, target, math.nan), valid, terms)
-    total.backward()
-    assert math.isfinite(parts["total"])
-    assert bool((outputs[0].grad[~valid] == 0).all())
-    assert bool((outputs[1].grad[..., 0] == 0).all())
-    assert bool((outputs[1].grad[..., 1:] != 0).any())
-
-
-def test_parts_are_detached_tensors():
-    logits, target, valid = draw()
-    _, parts = composite_loss(logits.requires_grad_(), target, valid, {"soft_dice": {"weight": 1}})
-    assert all(torch.is_tensor(part) and not part.requires_grad for part in parts.values())
-
-
-@pytest.mark.parametrize(
-    ("terms", "message"),
-    [
-        ({"soft_dise": {"weight": 1}}, "'soft_dise' is unknown; did you mean 'soft_dice'"),
-        ({"soft_dice": {"weight": 1, "smoth": 1}}, "no 'smoth'; did you mean 'smooth'"),
-        ({"soft_dice": {"weight": -1}}, "expected a weight of 0 or more, got -1"),
-        ({"soft_dice": {}}, "expected a weight of 0 or more, got None"),
-        ({"soft_dice": {"weight": 1, "scales": 0}}, "expected scales of 1 or more"),
-        ({"soft_dice": {"weight": 0}}, "at least one term of a weight above 0"),
-        ({"soft_dice": {"weight": 1, "smooth": 0}}, "smooth: expected a positive number, got 0"),
-    ],
-)
-def test_wrong_terms_are_refused_by_name(terms, message):
-    logits, target, valid = draw()
-    with pytest.raises(ValueError, match=message):
-        composite_loss(logits, target, valid, terms)
-
-
-def test_scale_weights_must_match_the_outputs():
-    logits, target, valid = draw()
-    with pytest.raises(ValueError, match="scale_weights: expected 1 numbers"):
-        composite_loss(
-            logits, target, valid, {"soft_dice": {"weight": 1}}, scale_weights=[1.0, 0.5]
+    target = (target > 0.8).float()
+    p = torch.sigmoid(logits.double()).numpy()
+    t, v = target.numpy() > 0, valid.numpy()
+    expected = 0.0
+    for b in range(len(p)):
+        masks = [(t[b, 0] & v[b, 0]), (p[b, 0] > 0.5) & v[b, 0]]
+        to_target, to_pred = (
+            np.minimum(ndimage.distance_transform_edt(~m, sampling=spacing) / 2.5, 1) for m in masks
         )
+        away = to_target * p[b, 0] + to_pred * t[b, 0] * (1 - p[b, 0])
+        expected += away[v[b, 0]].sum()
+    for backend in ("native", "scipy"):
+        value = surface_distance_loss(
+            logits, target, valid, tolerance=2.5, spacing=spacing, backend=backend
+        )
+        assert value.item() == pytest.approx(expected / v.sum(), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------- skeletons
+
+
+def plain_skeleton(probs, iterations):
+    """The soft skeleton of one (D, H, W) float64 array, voxel by voxel."""
+    cross = ndimage.generate_binary_structure(3, 1)
+
+    def erode(x):
+        return ndimage.grey_erosion(x, footprint=cross, mode="constant", cval=np.inf)
+
+    def removed(x):
+        opened = ndimage.grey_dilation(erode(x), size=(3, 3, 3), mode="constant", cval=-np.inf)
+        return np.maximum(x - opened, 0)
+
+    skeleton = removed(probs)
+    for _ in range(iterations):
+        probs = erode(probs)
+        skeleton = skeleton + np.maximum(removed(probs) - skeleton * removed(probs), 0)
+    return skeleton
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+def test_cldice_and_morph_skeleton_agree_with_a_plain_loop(iterations):
+    logits, target, _ = draw()
+    dice, difference = [], []
+    for p, t in zip(torch.sigmoid(logits.double()).numpy(), target.double().numpy(), strict=True):
+        s_p, s_t = plain_skeleton(p[0], iterations), plain_skeleton(t[0], iterations)
+        precision = ((s_p * t[0]).sum() + 1) / (s_p.sum() + 1)
+        sensitivity = ((s_t * p[0]).sum() + 1) / (s_t.sum() + 1)
+        dice.append(2 * precision * sensitivity / (precision + sensitivity))
+        difference.append(np.abs(s_p - s_t).mean())
+    value = cldice_loss(logits, target, iterations=iterations)
+    assert value.item() == pytest.approx(1 - np.mean(dice), rel=1e-5)
+    value = morph_skeleton_loss(logits, target, iterations=iterations)
+    assert value.item() == pytest.approx(np.mean(difference), rel=1e-5)
+
+
+def test_skeletons_given_are_the_skeletons_made():
+    logits, target, valid = draw()
+    given = soft_skeletons(logits, target, valid, iterations=2)
+    for loss in (cldice_loss, morph_skeleton_loss):
+        alone = loss(logits, target, valid, iterations=2)
+        assert torch.equal(loss(logits, target, valid, skeletons=given), alone)
+
+
+def test_cldice_of_a_bar_of_half_the_length_is_worked_out_by_hand():
+    # Bars one voxel wide with room around are their own skeletons: precision 1, sensitivity 1/2.
+    thin = F.pad(bar(3, 6, 15), (0, 0, 3, 3, 3, 3))
+    half = F.pad(bar(3, 3, 15), (0, 0, 3, 3, 3, 3))
+    value = cldice_loss(as_logits(half), thin, smooth=1e-6)
+    assert value.item() == pytest.approx(1 - 2 * 0.5 / 1.5, rel=1e-4)
+
+
+def test_cldice_does_not_mind_thickness():
+    thin, thick = torch.zeros(2, 1, 1, 7, 7, 12).unbind()
+    thin[..., 3, 3, :] = 1.0
+    thick[..., 2:5, 2:5, :] = 1.0
+    assert cldice_loss(as_logits(thick), thin) < 0.05
+    assert soft_dice_loss(as_logits(thick), thin) > 0.7
+
+
+def test_cldice_of_empty_sides():
+    empty = torch.zeros(1, 1, 3, 3, 40)
+    assert cldice_loss(torch.full_like(empty, -100.0), empty) == 0.0
+    full_line = torch.zeros_like(empty)
+    full_line[..., 1, 1, :] = 1.0
+    # Of 40 voxels of skeleton none is right: precision (0 + 1) / (40 + 1), sensitivity 1.
+    expected = 1 - 2 / 41 / (1 / 41 + 1)
+    assert cldice_loss(as_logits(full_line), empty).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_skeleton_recall_is_the_share_of_the_tube_that_is_found():
+    skeleton = bar(1, length=4)
+    # Of 4 voxels of skeleton 2 are predicted, and there is one voxel of smoothing.
+    value = skeleton_recall_loss(as_logits(bar(3)), bar(0, length=6), skeleton=skeleton)
+    assert value.item() == pytest.approx(1 - (2 + 1) / (4 + 1), rel=1e-5)
+
+
+def test_skeleton_recall_makes_a_skeleton_where_none_is_given():
+    target = bar(1, length=6)
+    value = skeleton_recall_loss(as_logits(bar(1, length=3)), target)
+    assert value.item() == pytest.approx(1 - (3 + 1) / (6 + 1), rel=1e-5)
+
+
+def test_skeleton_recall_without_a_skeleton_is_zero():
+    empty = torch.zeros(1, 1, 1, 1, 9)
+    assert skeleton_recall_loss(torch.zeros_like(empty), empty) == 0.0
+
+
+def test_ignored_part_of_the_tube_is_not_asked_for():
+    valid = torch.ones(1, 1, 1, 1, 9, dtype=torch.bool)
+    valid[..., 5:] = False
+    skeleton = torch.where(valid, bar(1, length=8), math.nan)
+    value = skeleton_recall_loss(as_logits(bar(3, 2)), bar(1, length=8), valid, skeleton=skeleton)
+    assert value.item() == pytest.approx(1 - (2 + 1) / (4 + 1), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------- boundary, topology
+
+
+def test_boundary_loss_is_the_share_of_differences_that_differ():
+    # Each bar has two ends along x; of four differences one is shared.
+    value = boundary_loss(as_logits(bar(2, 2)), bar(2, 4), smooth=1e-6)
+    assert value.item() == pytest.approx(2 / 4, rel=1e-4)
+
+
+def test_edge_of_the_unlabeled_region_is_no_boundary():
+    valid = torch.ones(1, 1, 1, 1, 9, dtype=torch.bool)
+    valid[..., 4:] = False
+    target = torch.zeros(1, 1, 1, 1, 9)
+    value = boundary_loss(torch.full_like(target, 20.0), target, valid)
+    assert value.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_toploss_looks_at_the_windows_that_are_most_wrong():
+    target = torch.zeros(1, 1, 4, 4, 12)
+    wrong = target.clone()
+    wrong[..., 1:3, 1:3, 9:11] = 1.0  # one blob too many, in the last of three windows
+    logits = as_logits(wrong, sharp=2.0).requires_grad_()
+    value = toploss_loss(logits, target, window=(4, 4, 4), windows=1)
+    value.backward()
+    p_max = torch.sigmoid(torch.tensor(2.0)).item()
+    assert value.item() == pytest.approx(p_max**2 / 2, rel=1e-5)
+    assert bool((logits.grad[..., 8:] > 0).any())
+    assert bool((logits.grad[..., :8] == 0).all())
+
+
+def test_toploss_of_several_windows_is_their_mean():
+    target = torch.zeros(1, 1, 4, 4, 8)
+    wrong = target.clone()
+    wrong[..., 1:3, 1:3, 5:7] = 1.0
+    values = [
+        toploss_loss(as_logits(wrong, 2.0), target, window=(4, 4, 4), windows=n) for n in (1, 2, 9)
+    ]
+    low = torch.sigmoid(torch.tensor(-2.0)).item() ** 2 / 2  # an empty window has its faint maximum
+    assert values[1].item() == pytest.approx((values[0].item() + low) / 2, rel=1e-5)
+    assert torch.equal(values[1], values[2])  # there are only two
+
+
+@pytest.mark.parametrize("numbers", [{"windows": 0}, {"window": (4, 4)}, {"window": (0, 4, 4)}])
+def test_toploss_refuses_windows_that_are_none(numbers):
+    with pytest.raises(ValueError, match="toploss: expected windows >= 1 and a window of three"):
+        toploss_loss(*draw(), **numbers)
+
+
+# ---------------------------------------------------------------------------- peers
+
+
+def test_soft_dice_agrees_with_monai():
+    monai = pytest.importorskip("monai.losses", reason="MONAI is in requirements-bench.txt alone")
+    logits, target, _ = draw()
+    peer = monai.DiceLoss(sigmoid=True, smooth_nr=1e-5, smooth_dr=1e-5)
+    expected = peer(logits, target).item()
+    assert soft_dice_loss(logits, target).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_cldice_agrees_with_monai():
+    monai = pytest.importorskip("monai.losses", reason="MONAI is in requirements-bench.txt alone")
+    logits, target, _ = (x[:1] for x in draw())  # MONAI sums over the batch
+    probs = torch.sigmoid(logits)
+    two = [torch.cat([torch.zeros_like(x), x], dim=1) for x in (target, probs)]  # drops channel 0
+    expected = monai.SoftclDiceLoss(iter_=3, smooth=1.0)(*two).item()
+    assert cldice_loss(logits, target).item() == pytest.approx(expected, rel=1e-5)

@@ -1,7 +1,9 @@
 import json
 import math
 import re
+import shutil
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -96,10 +98,19 @@ def test_four_epochs_straight_equal_two_then_two_resumed_bit_for_bit(root, tmp_p
     ]
 
 
-def test_resuming_in_mid_epoch_equals_going_straight(root, tmp_path):
-    assert train.main(settings(root, tmp_path / "straight")) == 0
-    assert train.main(settings(root, tmp_path / "cut", "training.max_steps=4")) == 0
-    assert train.main(settings(root, tmp_path / "cut"), resume=True) == 0
+EVERY_TERM = [
+    "loss.cldice={weight: 0.1, interval: 2, between: boundary}",
+    "loss.morph_skeleton.weight=0.1",
+    "loss.skeleton_recall.weight=0.1",
+    "loss.toploss={weight: 0.05, interval: 3, window: [8, 8, 8]}",
+]
+
+
+@pytest.mark.parametrize("terms", [[], EVERY_TERM], ids=["plain", "every_term"])
+def test_resuming_in_mid_epoch_equals_going_straight(root, tmp_path, terms):
+    assert train.main(settings(root, tmp_path / "straight", *terms)) == 0
+    assert train.main(settings(root, tmp_path / "cut", *terms, "training.max_steps=4")) == 0
+    assert train.main(settings(root, tmp_path / "cut", *terms), resume=True) == 0
     a, b = (weights_of(tmp_path / name / "runs" / "r") for name in ("straight", "cut"))
     assert same_state(a["model"], b["model"]) and same_state(a["ema"], b["ema"])
 
@@ -128,6 +139,27 @@ def test_a_run_learns_and_leaves_everything_it_promises(root, tmp_path):
     recorded = yaml.safe_load((folder / "config.yaml").read_text())
     assert recorded["training"]["max_epochs"] == 5
     assert best["data"]["test"] == ["bar3", "bar4"] and best["data"]["ignore_label"] == 2
+
+
+def test_terms_of_an_interval_are_logged_by_name_as_means_of_their_own_steps(root, tmp_path):
+    assert train.main(settings(root, tmp_path, *EVERY_TERM, "training.max_epochs=2")) == 0
+    folder = tmp_path / "runs" / "r"
+    steps = [e["loss"] for e in events(folder, "step")]
+    assert ["cldice" in parts for parts in steps] == [True, False] * 3
+    assert ["cldice_boundary" in parts for parts in steps] == [False, True] * 3
+    assert [i for i, parts in enumerate(steps) if "toploss" in parts] == [2, 5]  # phase 1 of 3
+    first = events(folder, "epoch")[0]["loss"]
+    assert first["cldice"] == pytest.approx((steps[0]["cldice"] + steps[2]["cldice"]) / 2)
+    assert first["cldice_boundary"] == pytest.approx(steps[1]["cldice_boundary"])
+    assert first["toploss"] == pytest.approx(steps[2]["toploss"])
+
+
+def test_validation_only_terms_stand_among_the_scores(root, tmp_path):
+    changes = ["loss.cldice.validation_only=true", "training.max_epochs=1"]
+    assert train.main(settings(root, tmp_path, *changes)) == 0
+    folder = tmp_path / "runs" / "r"
+    assert all(0 < e["scores"]["cldice_loss"] < 1 for e in events(folder, "evaluation"))
+    assert all("cldice" not in e["loss"] for e in events(folder, "step"))
 
 
 def test_accumulated_batches_have_the_gradient_of_one_large_batch(root, tmp_path):
@@ -168,6 +200,26 @@ def test_a_second_run_of_one_name_never_writes_over_the_first(root, tmp_path):
 def fault(capsys, settings_, **how):
     assert train.main(settings_, **how) == 2
     return capsys.readouterr().err.strip()
+
+
+def test_cases_without_the_skeleton_that_a_term_needs_are_named(root, tmp_path, capsys):
+    shutil.copytree(root, tmp_path / "old")
+    with h5py.File(tmp_path / "old" / "bar1.h5", "a") as file:
+        del file["skeleton"]
+    wanted = settings(tmp_path / "old", tmp_path, "loss.skeleton_recall.weight=0.1")
+    text = fault(capsys, wanted)
+    assert "loss.skeleton_recall" in text and "bar1" in text and "bar0" not in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_without_a_term_that_always_acts_is_refused(root, tmp_path, capsys):
+    none = [
+        "loss.weighted_bce.weight=0",
+        "loss.soft_dice.interval=2",
+        "loss.surface_distance.weight=0",
+    ]
+    assert "acts on every step" in fault(capsys, settings(root, tmp_path, *none))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_missing_dataset_says_where_data_come_from(tmp_path, capsys):

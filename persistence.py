@@ -1,0 +1,206 @@
+"""Persistent homology of a window: which pieces, loops and hollows it has, and how firmly.
+
+    pieces, loops, hollows = diagrams(probs, valid)        # numpy: born, died, and at which voxels
+    b0, b1, b2 = betti_numbers(mask, valid)                # how many of each a label has
+    loss = topological_loss(probs, target, valid)          # torch: the graph goes through probs
+
+A probability p becomes a level 1 - p, and the window fills from level 0 up: what is most surely
+foreground enters first. A component, loop or hollow is born at the level at which it appears and
+dies at the one at which it is joined or filled. Voxels are the vertices of the cubical complex, so
+that foreground touches by faces (6 neighbours) and background by faces, edges and corners.
+
+Unlabeled voxels enter last, at level 2, and what is born or dies there is dropped: whether it is a
+hole was for them to say. So their content changes nothing. Two consequences. A loop around
+unlabeled voxels that labelled background can close stays a loop, in prediction and label alike. Of
+labelled regions that only unlabeled voxels join, one keeps its most persistent component and each
+of the others loses that one (a second component in it still counts).
+
+The homology is cripser's, on one core of the host and without Python's lock: windows in threads run
+side by side. topological_loss with its backward takes about 0.02 s for 32^3 voxels, 0.08 s for 48^3
+and 0.22 s for 64^3 with smooth probabilities, and about three times that with those of an untrained
+network, which are rough (one core of an AMD EPYC; 40 MB of memory at 64^3).
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+UNLABELED_LEVEL = 2.0
+EMPTY_LEVEL = 1.0  # of an empty prediction: what lives for ever is given this death
+
+FAINT = 0.1  # persistence of what is noise: such classes are pulled, but not counted
+
+
+class Diagram(NamedTuple):
+    """The N classes of one dimension, each of positive persistence but for the endless component.
+
+    The voxels are flat indices into the window (C order) of where the level is that of birth or
+    death: int64, -1 for the death of the component that never dies.
+    """
+
+    births: np.ndarray  # (N,) float64 levels in [0, 1]
+    deaths: np.ndarray  # (N,) float64 levels in [0, 1]
+    birth_voxels: np.ndarray  # (N,) int64
+    death_voxels: np.ndarray  # (N,) int64, -1: none
+
+
+# ---------------------------------------------------------------------------- homology
+
+
+def diagrams(probs, valid=None):
+    """Persistent homology of a probability window: Diagrams of components, loops and hollows.
+
+    probs (D, H, W) in [0, 1], valid (D, H, W) bool (None: everywhere); arrays, or tensors on the
+    CPU. Levels are 1 - probs. The component of the lowest level never dies: its death is set to 1,
+    the level of an empty prediction, so that it is there (from 1 to 1) in an empty window too.
+    Without a valid voxel all three are empty.
+
+    Where many voxels share a level (probabilities that saturated at 0 or 1) more than one choice
+    of critical voxels is right, and this gives one of them.
+
+    ValueError for another shape, an empty window, or a valid probability outside [0, 1].
+    """
+    import cripser  # late: only this loss needs it
+
+    probs = np.asarray(probs)
+    valid = np.ones(probs.shape, bool) if valid is None else np.asarray(valid, dtype=bool)
+    levels = _levels(probs, valid)
+    rows = cripser.computePH(levels, maxdim=2)
+    return tuple(_diagram(rows[rows[:, 0] == d], levels.shape) for d in range(3))
+
+
+def betti_numbers(mask, valid=None):
+    """(b0, b1, b2): the components, loops and hollows of a mask's valid foreground.
+
+    mask and valid (D, H, W) bool, as in `diagrams`. Foreground touches by faces. (0, 0, 0) for an
+    empty mask; what unlabeled voxels decide is not counted.
+    """
+    mask = np.asarray(mask, dtype=bool)
+    # Foreground lies in [0.5, 1), background in [0, 0.5). The ramp breaks the ties inside each,
+    # which changes no class that lives across 0.5 and halves the time (measured at 64^3).
+    ramp = np.linspace(0.0, 0.5, mask.size, endpoint=False).reshape(mask.shape)
+    found = diagrams(0.5 * mask + ramp, valid)
+    return tuple(int(np.count_nonzero((d.births <= 0.5) & (d.deaths > 0.5))) for d in found)
+
+
+def _levels(probs, valid):
+    if probs.ndim != 3 or probs.size == 0 or valid.shape != probs.shape:
+        raise ValueError(
+            f"persistence: expected probabilities and valid of one shape (D, H, W), no axis "
+            f"empty, got {probs.shape} and {valid.shape}"
+        )
+    if not bool(((probs >= 0) & (probs <= 1) | ~valid).all()):
+        raise ValueError(
+            "persistence: expected probabilities in [0, 1], got others or NaN in valid voxels; "
+            "apply the sigmoid to logits first"
+        )
+    return np.where(valid, 1.0 - probs.astype(np.float64), UNLABELED_LEVEL)
+
+
+def _diagram(rows, shape):
+    """The Diagram of one dimension from cripser's rows: dim, birth, death, birth zyx, death zyx."""
+    endless = rows[:, 2] > UNLABELED_LEVEL
+    rows = rows[(rows[:, 1] < UNLABELED_LEVEL) & (endless | (rows[:, 2] < UNLABELED_LEVEL))]
+    endless = rows[:, 2] > UNLABELED_LEVEL
+    strides = np.array([shape[1] * shape[2], shape[2], 1])
+    places = rows[:, 3:9].astype(np.int64)
+    return Diagram(
+        births=rows[:, 1],
+        deaths=np.where(endless, EMPTY_LEVEL, rows[:, 2]),
+        birth_voxels=places[:, :3] @ strides,
+        death_voxels=np.where(endless, -1, places[:, 3:] @ strides),
+    )
+
+
+# ---------------------------------------------------------------------------- loss
+
+
+def topological_loss(probs, target, valid=None):
+    """How far the topology of a probability window is from its label's: scalar in [0, 2].
+
+    probs (D, H, W) float in [0, 1] with graph; target (D, H, W), foreground above 0.5; valid
+    (D, H, W) bool (None: everywhere). The result is float32 (float64 if probs is).
+
+    In each dimension the label's Betti number says how many classes the prediction should have. As
+    many of its most persistent ones are pulled to birth at level 0 and death at 1:
+    birth^2 + (1 - death)^2. All others are pulled to the diagonal, where they vanish:
+    (death - birth)^2 / 2. A class that the prediction lacks costs 1/2, the least that a point of
+    the diagonal could, without gradient. The sum over dimensions is divided by the number of the
+    label's classes and of the others that are more persistent than FAINT, at least 1: a rough
+    prediction has thousands of them, and their sum would outweigh every other term. 0 for a perfect
+    prediction, 1 for an empty one of a single piece.
+
+    Hu, Li, Samaras and Chen 2019, "Topology-Preserving Deep Image Segmentation", who take the sum,
+    here in 3D and all dimensions at once. As there, classes are matched by persistence and not by
+    place: a false handle can take the part of a true one that is fainter.
+
+    The gradient reaches the voxels of births and deaths only; which ones these are is taken as
+    constant. Invalid voxels are none of them, and what they hold does not count. Without a valid
+    voxel: 0, with gradient 0. NaN in a valid probability: NaN. ValueError as for `diagrams`. Waits
+    for the device once.
+    """
+    return topological_losses([(probs, target, valid)])[0]
+
+
+def topological_losses(windows):
+    """`topological_loss` of each (probs, target, valid): (N,); () gives no element.
+
+    Windows are worked out side by side, as many at a time as torch has threads.
+    """
+    windows = [(p if p.dtype == torch.float64 else p.float(), t, v) for p, t, v in windows]
+    arrays = [_to_host(*window) for window in windows]
+    with ThreadPoolExecutor(max(1, min(len(windows), torch.get_num_threads()))) as pool:
+        plans = list(pool.map(_plan, arrays))
+    costs = [_cost(probs, *plan) for (probs, _, _), plan in zip(windows, plans, strict=True)]
+    return torch.stack(costs) if costs else torch.zeros(0)
+
+
+def _cost(probs, classes, constant, count):
+    """The loss of a window as `_plan` found it; the graph goes through probs here."""
+    births, deaths, wanted = torch.from_numpy(classes).to(probs.device)  # (N,) each, in one copy
+    levels = 1.0 - probs.flatten()
+    born = levels.index_select(0, births)
+    died = torch.where(deaths < 0, EMPTY_LEVEL, levels.index_select(0, deaths.clamp(min=0)))
+    kept = born.square() + (1.0 - died).square()
+    cost = torch.where(wanted > 0, kept, (died - born).square() / 2)
+    return (cost.sum() + constant) / count
+
+
+@torch.no_grad()
+def _to_host(probs, target, valid):
+    """probs, target > 0.5 and valid as arrays, in one copy."""
+    shapes = [tuple(x.shape) for x in (probs, target, valid) if x is not None]
+    if probs.ndim != 3 or len(set(shapes)) != 1:
+        raise ValueError(
+            f"topological_loss: expected probs, target and valid of one shape (D, H, W), "
+            f"got {', '.join(map(str, shapes))}"
+        )
+    valid = torch.ones_like(probs, dtype=torch.bool) if valid is None else valid.bool()
+    window, label, labelled = torch.stack([probs, target > 0.5, valid]).cpu().numpy()
+    return window, label > 0, labelled > 0
+
+
+def _plan(arrays):
+    """What `_cost` needs of a window's probs, label and valid.
+
+    (3, N) int64: birth voxel, death voxel, 1 if wanted, of all classes; the cost of those that are
+    missing; by how many to divide. Wanted are the most persistent classes of each dimension, as
+    many as the label has. The endless component is always among the most persistent: nothing is
+    born before it or outlives it.
+    """
+    probs, label, valid = arrays
+    if np.isnan(probs[valid]).any():  # for the loop to see, as with any other term
+        return np.zeros((3, 0), np.int64), np.nan, 1
+    betti = betti_numbers(label, valid)
+    columns, missing, others = [], 0, 0
+    for diagram, count in zip(diagrams(probs, valid), betti, strict=True):
+        persistence = diagram.deaths - diagram.births
+        order = np.argsort(-persistence, kind="stable")
+        wanted = np.zeros(len(order), dtype=np.int64)
+        wanted[order[:count]] = 1
+        columns.append(np.stack([diagram.birth_voxels, diagram.death_voxels, wanted]))
+        missing += max(0, count - len(order))
+        others += int((persistence[order[count:]] > FAINT).sum())
+    return np.concatenate(columns, axis=1), missing / 2, max(1, sum(betti) + others)

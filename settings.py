@@ -1,0 +1,279 @@
+"""The settings: groups, types, units, ranges and defaults.
+
+A config file holds differences from these only. Lists of three are z, y, x. Spacings and distances
+are in the unit of the data (mm, micron, voxel).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Range = tuple[Finite, Finite]  # low, high
+
+
+class Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, value):
+        """YAML knows no tuple, and strict types take none but a tuple."""
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("*")
+    @classmethod
+    def _ranges_rise(cls, value, info):
+        if cls.model_fields[info.field_name].annotation == Range and value[0] > value[1]:
+            raise ValueError(f"a range [low, high] with low <= high, got {list(value)}")
+        return value
+
+
+class Run(Group):
+    name: str = ""  # empty: the config file's name
+    folder: str = "runs"
+    seed: Whole = 0
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    threads: Whole = 0  # of the CPU, 0: all that this process may use
+
+
+class Data(Group):
+    root: str = "data"  # a folder made by prepare.py
+    source: str = ""  # where the data come from: said when root is not there
+    # Case ids, groups, or patterns of either (burgess2014_*).
+    train: tuple[str, ...] | None = None  # null: all labelled cases not named below
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    folds: Whole = 0  # 0: no cross-validation; k: validation is fold number `fold` of k
+    fold: Whole = 0
+    # What the network sees: a target spacing per axis; 0 or null keeps the axis as it is stored.
+    spacing: tuple[NonNegative | None, NonNegative | None, NonNegative | None] = (0, 0, 0)
+    # Names of the classes that the network tells from all others; null: the only one there is.
+    foreground: tuple[str, ...] | None = None
+    clip_percentiles: Literal["none", "0.5-99.5", "1-99", "5-95"] = "0.5-99.5"
+
+    @property
+    def percentiles(self):
+        """(low, high) of clip_percentiles, or None."""
+        if self.clip_percentiles == "none":
+            return None
+        return tuple(float(p) for p in self.clip_percentiles.split("-"))
+
+    @model_validator(mode="after")
+    def _fold_exists(self):
+        if self.folds and self.validation:
+            raise ValueError("either data.folds or data.validation, got both")
+        if self.folds == 1 or (self.folds and self.fold >= self.folds):
+            raise ValueError(
+                f"folds >= 2 and fold from 0 to folds-1, got folds={self.folds} fold={self.fold}"
+            )
+        return self
+
+
+class Sampling(Group):
+    patch: tuple[Count, Count, Count] = (64, 64, 64)
+    foreground_share: Probability = 0.5  # of patches that are drawn around a foreground voxel
+    jitter: Probability = 0.5  # the voxel lies off-centre by up to this share of half the patch
+
+
+class Augment(Group):
+    """A probability and a range each; probability 0 turns it off."""
+
+    flip: Probability = 0.5  # per axis
+    turn90: Probability = 0.5  # a random number of quarter turns in each plane of equal spacing
+    rotation: Probability = 0.3
+    rotation_degrees: Range = (-30.0, 30.0)
+    rotation_axes: Literal["auto", "z", "all"] = "auto"  # auto: about z alone if anisotropic
+    scaling: Probability = 0.3
+    scaling_range: Range = (0.75, 1.33)  # > 1 shows things larger
+    scaling_per_axis: Probability = 0.0  # of those: a factor of its own for every axis
+    brightness: Probability = 0.3
+    brightness_range: Range = (-0.5, 0.5)  # added, in standard deviations of the volume
+    contrast: Probability = 0.3
+    contrast_range: Range = (0.65, 1.5)  # factor about the patch mean
+    gamma: Probability = 0.3
+    gamma_range: Range = (0.7, 1.5)
+    noise: Probability = 0.2
+    noise_range: Range = (0.0, 0.3)  # sigma, in standard deviations of the volume
+    blur: Probability = 0.2
+    blur_range: Range = (0.5, 1.0)  # sigma in voxels of the finest axis
+
+    @model_validator(mode="after")
+    def _factors_are_positive(self):
+        for name in ("scaling_range", "contrast_range", "gamma_range", "blur_range"):
+            if getattr(self, name)[0] <= 0:
+                raise ValueError(f"{name} above 0, got {list(getattr(self, name))}")
+        return self
+
+
+class Model(Group):
+    base: Count = 16
+    multipliers: Annotated[tuple[Count, ...], Field(min_length=2)] = (
+        1,
+        2,
+        4,
+        4,
+    )  # width of each stage, times base
+    blocks: Count = 1  # residual blocks per stage, encoder and decoder
+    dropout: Decay = 0.0
+    deep_supervision: bool = True
+    # Of each stage but the first: [[1, 2, 2], ...]; null derives them from patch and spacing.
+    strides: tuple[tuple[Count, Count, Count], ...] | None = None
+    compile: bool = False
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
+
+    @field_validator("strides", mode="before")
+    @classmethod
+    def _inner_lists_too(cls, value):
+        rows = isinstance(value, list | tuple)
+        return tuple(tuple(r) if isinstance(r, list) else r for r in value) if rows else value
+
+    @model_validator(mode="after")
+    def _one_stride_per_downsampling(self):
+        if self.strides is not None and len(self.strides) != len(self.multipliers) - 1:
+            raise ValueError(
+                f"one row of strides for each stage but the first, {len(self.multipliers) - 1}, "
+                f"got {len(self.strides)}"
+            )
+        return self
+
+
+class Term(Group):
+    """What the weighted sum reads of every term: see composite.py."""
+
+    weight: NonNegative = 0.0
+    scales: Count | None = None  # how many scales, from the finest, it acts on; null: all
+    interval: Count = 1  # acts on one step of this many
+    between: Literal["nothing", "boundary"] = "nothing"  # what stands in on the other steps
+    validation_only: bool = False  # computed at each validation, never trained
+
+
+class WeightedBce(Term):
+    positive_weight: Positive = 1.0
+
+
+class SoftDice(Term):
+    batch: bool = False  # one Dice over the batch instead of one per patch
+
+
+class Skeletons(Term):
+    scales: Count | None = 1
+    iterations: Count = 3  # of the erosion: the largest radius of a structure, in voxels
+
+
+class SurfaceDistance(Term):
+    scales: Count | None = 1  # a thin structure is empty at a coarse one
+    tolerance: Positive = 2.0  # in the unit of the spacing
+    backend: Literal["native", "scipy", "downsampled"] = "native"  # of the distance transform
+
+
+class SkeletonRecall(Term):
+    scales: Count | None = 1  # cases must be prepared with skeletons
+
+
+class Toploss(Term):
+    scales: Count | None = 1
+    window: tuple[Count, Count, Count] = (48, 48, 48)  # voxels
+    windows: Count = 2  # looked at in each step, of the whole batch
+
+
+class Loss(Group):
+    weighted_bce: WeightedBce = WeightedBce(weight=0.5)
+    soft_dice: SoftDice = SoftDice(weight=0.5)
+    cldice: Skeletons = Skeletons()
+    morph_skeleton: Skeletons = Skeletons()
+    surface_distance: SurfaceDistance = SurfaceDistance()
+    skeleton_recall: SkeletonRecall = SkeletonRecall()
+    toploss: Toploss = Toploss()
+
+
+class Optim(Group):
+    """AdamW."""
+
+    lr: Positive = 1e-3
+    schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
+    max_lr: Positive | None = None  # peak of one_cycle, which starts at lr
+    warmup_steps: Whole = 20
+    final_lr_share: Probability = 0.01  # of the peak, at the last step
+    weight_decay: NonNegative = 1e-2
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    clip: NonNegative = 1.0  # norm of the gradient, 0: off
+    ema: Decay = 0.99  # decay of the averaged weights, 0: off
+
+    @model_validator(mode="after")
+    def _one_cycle_has_a_peak(self):
+        if (self.schedule == "one_cycle") != (self.max_lr is not None):
+            raise ValueError(
+                "max_lr with schedule one_cycle and with no other, got "
+                f"schedule={self.schedule} max_lr={self.max_lr}"
+            )
+        return self
+
+
+class Training(Group):
+    max_epochs: Count = 10
+    train_iterations_per_epoch: Count = 100  # optimiser steps
+    train_batch_size: Count = 2
+    accumulate: Count = 1  # batches per optimiser step
+    max_steps: Whole | None = None  # stop after this many; 0: evaluate the untrained network
+    workers: Whole = 1  # processes that read patches, 0: the training process itself
+    prefetch_factor: Count = 4
+    persistent_workers: bool = True
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+
+class Validation(Group):
+    every: Count = 1  # epochs
+    untrained: bool = True  # also before the first step: the baseline
+    score: Literal["dice", "surface_dice", "precision", "recall"] = "surface_dice"  # picks best.pt
+    tolerance: Positive = 2.0  # of surface_dice, in the unit of the spacing
+    max_cases: Count | None = None
+
+
+class Inference(Group):
+    window: tuple[Count, Count, Count] | None = None  # null: the training patch
+    overlap: Decay = 0.5
+    flips: bool = False  # average over the 8 flips
+    batch: Count = 2  # windows; torch convolves a batch of one at half the speed on a CPU
+    threshold: Probability = 0.5
+    save_probabilities: bool = False
+
+
+class Postprocess(Group):
+    min_component_voxels: Whole = 0  # smaller components are removed, 0: none
+
+
+class Monitor(Group):
+    log_every: Count = 10  # steps
+    tensorboard: bool = True
+    picture: bool = True  # progress.png
+
+
+class Settings(Group):
+    run: Run = Run()
+    data: Data = Data()
+    sampling: Sampling = Sampling()
+    augment: Augment = Augment()
+    model: Model = Model()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    training: Training = Training()
+    validation: Validation = Validation()
+    inference: Inference = Inference()
+    postprocess: Postprocess = Postprocess()
+    monitor: Monitor = Monitor()
+
+    def plain(self):
+        """Nested dicts of plain values, as YAML and checkpoints hold them."""
+        return self.model_dump(mode="json")
+
+    def window_arguments(self):
+        """What windows.predict_volume takes from the settings."""
+        chosen = self.inference.model_dump(include={"window", "overlap", "batch", "flips"})
+        return {**chosen, "window": self.inference.window or self.sampling.patch}

@@ -1,0 +1,68 @@
+"""Whole-volume validation of a network in training: windows over each case, then the judge."""
+
+import functools
+
+import h5py
+import torch
+
+import augment
+import cases
+import composite
+import data
+import metrics
+import monitor
+import windows
+
+
+def validate(
+    network,
+    chosen,
+    *,
+    foreground,
+    spacing,
+    clip,
+    window,
+    threshold,
+    tolerance,
+    terms,
+    tile,
+    device,
+    precision,
+):
+    """Scores of a network on labelled cases: (mean scores, {case id: scores}, slices).
+
+    chosen: list of `cases.Case`; foreground: class ids; spacing, clip: as `data.PatchDataset` has
+    them; window: what `windows.predict_volume` takes besides; threshold of the probabilities;
+    tolerance of the surface Dice, in the unit of the spacing. The scores are those of
+    `metrics.score`, and `<name>_loss` for the terms that are for validation only, on tiles of
+    `tile` voxels. slices: of the first case, see `monitor.middle_slices`; None of no case.
+    """
+    was_training = network.training
+    network.eval()
+    per_case, slices = {}, None
+    for case in chosen:
+        with h5py.File(case.path, "r") as file:
+            truth = cases.read_truth(file, foreground, case.ignore_label)
+            seen = data.network_spacing(case.spacing, spacing)
+            probs = windows.predict_volume(
+                network,
+                file["image"],
+                ratio=[w / s for w, s in zip(seen, case.spacing, strict=True)],
+                normalize=functools.partial(
+                    augment.normalise, **data.normalisation(case.intensity, clip)
+                ),
+                device=device,
+                precision=precision,
+                **window,
+            )[0]
+            if slices is None:
+                slices = monitor.middle_slices(file["image"][0], truth, probs, case.ignore_label)
+        mask, ignored = probs >= threshold, case.ignore_label
+        scores = metrics.score(mask, truth, case.spacing, ignored, tolerance)
+        volumes = (probs, truth == 1, truth != (-1 if ignored is None else ignored))
+        scores |= composite.validation_losses(
+            *map(torch.from_numpy, volumes), terms, tile=tile, spacing=case.spacing
+        )
+        per_case[case.id] = scores
+    network.train(was_training)
+    return metrics.mean_scores(list(per_case.values())), per_case, slices
