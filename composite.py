@@ -51,15 +51,15 @@ def composite_loss(
     """The weighted sum of terms over scales: (total, parts).
 
     outputs is a list of logits (B, K, ...), finest first, or one tensor; target, valid and skeleton
-    (the target's tubed skeleton, for `skeleton_recall`, or None) are of the finest shape; target
-    and valid are pooled to the others by `pool_target`. Terms that take `spacing` get the given one
+    (the target's tubed skeleton, for `skeleton_recall`, or None) are of the finest shape, and are
+    pooled to the others by `pool_target`. Terms that take `spacing` get the given one
     (z, y, x of the finest scale) times the pooling factor of each scale; those that take soft
     skeletons share them.
 
     scale_weights, one per output, default 1, 1/2, 1/4, ...; for each term they are divided by
     their sum over the scales on which it acts. A term of interval n acts where (step + phase) is a
-    multiple of n. Each rank and each such term has a phase of its own, so that no two of them act
-    in one step as long as there are no more of them, over all ranks, than the shortest interval.
+    multiple of n. Each rank and each such term has a phase of its own: no two of them act in one
+    step if all intervals are multiples of one number, and that is at least terms times ranks.
 
     parts holds each term's value, averaged over scales with these weights but without the term's
     own, `<name>_boundary` where a boundary stood in, and "total" = sum of weight * part: detached
@@ -70,10 +70,11 @@ def composite_loss(
     outputs = [outputs] if torch.is_tensor(outputs) else list(outputs)
     if scale_weights is None:
         scale_weights = [0.5**i for i in range(len(outputs))]
-    check_terms(terms)
+    check_terms(terms, in_training=True)
     _check_scale_weights(scale_weights, len(outputs))
     now = acting(terms, step, rank)
     depth = max((_depth(terms[name], outputs) for name in now), default=1)
+    valid = None if valid is None else valid.bool()
     scales = _scales(outputs[:depth], target, valid, spacing, skeleton)
 
     total, parts = 0.0, {}
@@ -108,13 +109,14 @@ def acting(terms, step, rank=0):
 
 def _scales(outputs, target, valid, spacing, skeleton):
     scales = []
-    for i, logits in enumerate(outputs):
+    for logits in outputs:
         shape = logits.shape[2:]
         factors = (n / m for n, m in zip(target.shape[2:], shape, strict=True))
         at = tuple(s * factor for s, factor in zip(spacing, factors, strict=True))
         with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
             labels = pool_target(target, valid, shape, logits.shape[1])
-        scales.append(_Scale(logits, *labels, at, skeleton if i == 0 else None))
+            tube = None if skeleton is None else pool_target(skeleton, valid, shape)[0]
+        scales.append(_Scale(logits, *labels, at, tube))
     return scales
 
 
@@ -162,7 +164,8 @@ def validation_losses(probs, target, valid, terms, *, tile, spacing=(1.0, 1.0, 1
 
     probs, target (D, H, W) float in [0, 1], valid (D, H, W) bool. The volume is cut into tiles of
     at most `tile` voxels (z, y, x), as the terms see patches in training; the mean over tiles,
-    each counted by its valid voxels. 0 where no voxel is valid.
+    each counted by its valid voxels. 0 where no voxel is valid. `skeleton_recall` makes its own
+    skeleton here, from the target.
     """
     wanted = {name: term for name, term in terms.items() if term.get("validation_only")}
     if not wanted:
@@ -223,8 +226,11 @@ def _depth(term, outputs):
 # ---------------------------------------------------------------------------- checks
 
 
-def check_terms(terms):
-    """ValueError in one sentence for the first setting that no term or no sum can have."""
+def check_terms(terms, *, in_training=False):
+    """ValueError in one sentence for the first setting that no term or no sum can have.
+
+    in_training: also if some training step would have nothing to learn from.
+    """
     for name, term in terms.items():
         if name not in LOSSES:
             raise ValueError(f"loss term {name!r} is unknown; {_nearest(name, list(LOSSES))}")
@@ -246,7 +252,7 @@ def check_terms(terms):
             raise ValueError(
                 f"loss term {name!r}: expected between to be nothing or boundary, got {got!r}"
             )
-    if not any(term.get("validation_only") or _always_acts(term) for term in terms.values()):
+    if in_training and not any(map(_always_acts, terms.values())):
         raise ValueError(
             "loss: expected at least one term with a weight above 0 that acts on every step "
             "(interval 1, or between: boundary), got none"

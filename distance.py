@@ -24,6 +24,7 @@ import torch.nn.functional as F
 _SLAB_VOXELS = 2**20
 # To look at a bound waits for the device and costs half a pass, so that it pays only now and then.
 _SHIFTS_PER_LOOK = 8
+_MOST_IN_A_BYTE = 127  # two of them are added
 
 _LOCK_NAME = "lamina-edt.lock"
 _LOCK_POLL_SECONDS = 0.01
@@ -48,13 +49,21 @@ def truncated_edt(mask, max_distance, spacing=(1.0, 1.0, 1.0)):
     if not (math.isfinite(max_distance) and max_distance > 0):
         raise ValueError(f"max_distance: expected a positive number, got {max_distance}")
     _check(mask, spacing)
-    squared = _zero_on(mask, max_distance * max_distance)
-    for axis, step in enumerate(spacing):
-        # A shift of max_distance or more can only give what the start value already is.
-        reach = math.ceil(max_distance / step) - 1
+    # A shift of max_distance or more can only give what the start value already is.
+    reaches = [math.ceil(max_distance / step) - 1 for step in spacing]
+    steps = {step for step, reach in zip(spacing, reaches, strict=True) if reach > 0}
+    unit = min(steps, default=max_distance)
+    most = math.ceil((max_distance / unit) ** 2)
+    if len(steps) <= 1 and most <= _MOST_IN_A_BYTE:
+        # Squared distances in units of the only step that counts are whole numbers: a byte each.
+        squared = mask.logical_not().to(torch.uint8).mul_(most)
+        spacing = (1, 1, 1)
+    else:
+        unit, squared = 1.0, _zero_on(mask, max_distance * max_distance)
+    for axis, (step, reach) in enumerate(zip(spacing, reaches, strict=True)):
         for slab in _slabs(squared, axis):
             _lower_along(slab, axis, step, reach)
-    return squared.sqrt_().clamp_(max=max_distance)
+    return squared.float().sqrt_().mul_(unit).clamp_(max=max_distance)
 
 
 def edt(mask, spacing=(1.0, 1.0, 1.0), backend="native", *, timeout=600.0):
@@ -126,8 +135,8 @@ def _native(mask, spacing):
 
 def _zero_on(mask, elsewhere):
     """Float32 of the mask's shape: 0 on the mask, `elsewhere` off it."""
-    start = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return start.masked_fill_(mask == 0, elsewhere)
+    start = torch.where(mask.bool(), 0.0, elsewhere)  # scalars are of torch's default type
+    return start.float().contiguous()
 
 
 def _slabs(field, axis):
@@ -149,8 +158,10 @@ def _count_steps_along(field, axis):
 
 def _lower_along(field, axis, step, reach):
     """Lower `field` in place to the smallest field[x + k] + (k * step)^2 over |k| <= reach."""
-    source, shifted = field.clone(), torch.empty_like(field)
-    for k in range(1, min(reach, field.shape[axis] - 1) + 1):
+    reach = min(reach, field.shape[axis] - 1)
+    # Of a single shift all is read before anything is lowered.
+    source, shifted = field.clone() if reach > 1 else field, torch.empty_like(field)
+    for k in range(1, reach + 1):
         torch.add(source, (k * step) ** 2, out=shifted)
         _lower_by_shift(field, shifted, axis, k)
 

@@ -7,14 +7,15 @@ Every term is `<name>_loss(logits, target, valid=None, *, ...) -> scalar float32
     valid    (B, 1, D, H, W)   bool, True where the voxel is labelled; None: everywhere
 
 One channel of logits is a foreground against the rest, by a sigmoid. K > 1 channels are classes by
-a softmax, 0 the background; target is then (B, 1, ...) class ids or (B, K, ...) shares, and a term
-is the mean over the foreground classes.
+a softmax, 0 the background; target is then (B, 1, ...) class ids (K and above: of no class) or
+(B, K, ...) shares, and a term is the mean over the foreground classes.
 
 An invalid voxel does not exist for a term: its gradient is exactly 0, and neither its logit nor its
 target, whatever they hold, can change the value. Without any valid voxel a term is 0, its gradient
-is 0 and backward still works. Only `toploss_loss` and the `scipy` distances wait for the device.
+is 0 and backward still works. Only `toploss_loss`, and distances by another backend than `native`,
+wait for the device. Nothing is changed in place.
 
-To add a term: write the function below, name it in `LOSSES`, and its settings in config.py.
+To add a term: write the function below, name it in `LOSSES`, and its settings in settings.py.
 """
 
 import itertools
@@ -27,9 +28,11 @@ from distance import edt, truncated_edt
 from persistence import topological_losses
 from softskeleton import soft_skeleton
 
+NEVER = -1e4  # a logit whose sigmoid is 0 in float32, and its slope too
 
-def _masked(logits, target, valid):
-    """logits and target as float32 (B, K, D, H, W), 0 where invalid; valid as bool (B, 1, D, H, W).
+
+def _masked(logits, target, valid, fill=0.0):
+    """logits and target as float32 (B, K, D, H, W), `fill` and 0 where invalid; valid as bool.
 
     The replacement is a `where` before any arithmetic: a product with a mask would let an infinite
     or NaN content through, in the value and in the gradient.
@@ -43,18 +46,22 @@ def _masked(logits, target, valid):
             "expected logits, target and valid of one shape (B, 1, D, H, W), or logits (B, K, ...) "
             f"of K classes, got {', '.join(str(tuple(x.shape)) for x in given)}"
         )
-    valid = torch.ones_like(logits[:, :1], dtype=torch.bool) if valid is None else valid.bool()
     if target.shape[1] < logits.shape[1]:
         classes = torch.arange(logits.shape[1], device=target.device)
         target = target == classes.view(1, -1, 1, 1, 1)
-    return torch.where(valid, logits.float(), 0.0), torch.where(valid, target.float(), 0.0), valid
+    logits, target = logits.float(), target.float()
+    if valid is None:
+        return logits, target, torch.ones_like(logits[:, :1], dtype=torch.bool)
+    valid = valid.bool()
+    return torch.where(valid, logits, fill), torch.where(valid, target, 0.0), valid
 
 
 def _foreground(logits, target, valid):
     """(probs, target, valid) of the foreground classes, each (B, C, D, H, W), 0 where invalid."""
-    logits, target, valid = _masked(logits, target, valid)
     if logits.shape[1] == 1:
-        return torch.where(valid, torch.sigmoid(logits), 0.0), target, valid
+        logits, target, valid = _masked(logits, target, valid, fill=NEVER)
+        return torch.sigmoid(logits), target, valid
+    logits, target, valid = _masked(logits, target, valid)
     probs = torch.where(valid, torch.softmax(logits, 1)[:, 1:], 0.0)
     return probs, target[:, 1:], valid.expand_as(probs)
 
@@ -66,7 +73,7 @@ def _mean_per_sample(values, valid):
 
 
 def _positive(name, value):
-    if not value > 0:
+    if value is None or not value > 0:
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
@@ -134,7 +141,8 @@ def cldice_loss(logits, target, valid=None, *, iterations=3, smooth=1.0, skeleto
     voxels. `iterations`: at least the radius of the thickest structure, in voxels. skeletons:
     what `soft_skeletons` gives for these iterations, if it is known already.
 
-    Empty target: 0 if the prediction is empty too, else close to 1 with little gradient.
+    Empty target: 0 if the prediction has no skeleton (it is empty, or thicker than the iterations
+    can erode), else close to 1 with little gradient.
     """
     _positive("smooth", smooth)
     if skeletons is None:
@@ -168,10 +176,10 @@ def skeleton_recall_loss(logits, target, valid=None, *, smooth=1.0, skeleton=Non
     """1 - the share of the target's tubed skeleton that is predicted, per sample, in [0, 1].
 
     (sum(p k) + smooth) / (sum(k) + smooth) over valid voxels (Kirchhoff et al. 2024). skeleton:
-    k, (B, 1, D, H, W) or one channel per foreground class, made once at preparation
-    (skeletons.tubed_skeleton) and drawn with the patch. None: the target's soft skeleton, dilated
-    by two voxels and cut to the target, in its place. Empty skeleton: 0. It asks for recall alone:
-    give it beside a term that punishes too much foreground.
+    k, (B, 1, D, H, W), of all foreground classes together, made once at preparation
+    (skeletons.tubed_skeleton) and drawn with the patch; each class has the part that lies in its
+    target. None: the target's soft skeleton, dilated by two voxels and cut to the target. Empty
+    skeleton: 0. It asks for recall alone: give it beside a term that punishes too much foreground.
     """
     _positive("smooth", smooth)
     probs, target, valid = _foreground(logits, target, valid)
@@ -179,7 +187,12 @@ def skeleton_recall_loss(logits, target, valid=None, *, smooth=1.0, skeleton=Non
         if skeleton is None:
             tube = F.max_pool3d(soft_skeleton(target, 3, valid), 5, stride=1, padding=2) * target
         else:
-            tube = torch.where(valid, skeleton.float(), 0.0)
+            if skeleton.shape != (len(logits), 1, *logits.shape[2:]):
+                raise ValueError(
+                    f"skeleton: expected (B, 1, D, H, W) as of the logits {tuple(logits.shape)}, "
+                    f"got {tuple(skeleton.shape)}"
+                )
+            tube = torch.minimum(torch.where(valid, skeleton.float(), 0.0), target)
     recalled, whole = (probs * tube).flatten(2).sum(2), tube.flatten(2).sum(2)
     return _mean_per_sample(1.0 - (recalled + smooth) / (whole + smooth), valid)
 
@@ -212,13 +225,15 @@ def surface_distance_loss(
 
     def distance(mask):
         if backend == "native":
-            return truncated_edt(mask, tolerance, spacing).div_(tolerance)
-        return edt(mask, spacing, backend).div_(tolerance).clamp_(max=1.0)
+            return truncated_edt(mask, tolerance, spacing)
+        return edt(mask, spacing, backend).clamp_(max=tolerance)
 
     with torch.no_grad():
-        outside = torch.where(valid, distance(target > 0.5), 0.0)
         missed = distance(probs > 0.5).mul_(target)
-    return (outside * probs + missed * (1.0 - probs)).sum() / valid.sum().clamp(min=1)
+        slope = distance(target > 0.5).sub_(missed)
+    # Where invalid, target and probs are 0, and so is the gradient of probs.
+    total = (slope * probs).sum() + missed.sum()
+    return total / (tolerance * valid.count_nonzero().clamp(min=1))
 
 
 def boundary_loss(logits, target, valid=None, *, smooth=1.0):
@@ -265,7 +280,8 @@ def toploss_loss(logits, target, valid=None, *, window=(48, 48, 48), windows=2):
     with torch.no_grad():
         places = [(i, *box) for i in range(len(probs)) for box in _boxes(probs.shape[1:], window)]
         wrong = (probs - target).abs()
-        errors = torch.stack([wrong[place].sum() for place in places]).tolist()
+        errors = torch.stack([wrong[place].sum() for place in places])
+        errors = errors.nan_to_num(nan=math.inf).tolist()  # NaN must be seen, not passed over
     worst = sorted(range(len(places)), key=lambda i: -errors[i])[:windows]
     worst = [places[i] for i in worst if errors[i] > 0]
     if not worst:

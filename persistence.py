@@ -30,7 +30,7 @@ import torch
 UNLABELED_LEVEL = 2.0
 EMPTY_LEVEL = 1.0  # of an empty prediction: what lives for ever is given this death
 
-FAINT = 0.1  # persistence of what is noise: such classes are pulled, but not counted
+FAINT = 0.2  # persistence below which a class may be noise, and counts for less
 
 
 class Diagram(NamedTuple):
@@ -118,7 +118,7 @@ def _diagram(rows, shape):
 
 
 def topological_loss(probs, target, valid=None):
-    """How far the topology of a probability window is from its label's: scalar in [0, 2].
+    """How far the topology of a probability window is from its label's: scalar in [0, 1.5].
 
     probs (D, H, W) float in [0, 1] with graph; target (D, H, W), foreground above 0.5; valid
     (D, H, W) bool (None: everywhere). The result is float32 (float64 if probs is).
@@ -128,9 +128,10 @@ def topological_loss(probs, target, valid=None):
     birth^2 + (1 - death)^2. All others are pulled to the diagonal, where they vanish:
     (death - birth)^2 / 2. A class that the prediction lacks costs 1/2, the least that a point of
     the diagonal could, without gradient. The sum over dimensions is divided by the number of the
-    label's classes and of the others that are more persistent than FAINT, at least 1: a rough
-    prediction has thousands of them, and their sum would outweigh every other term. 0 for a perfect
-    prediction, 1 for an empty one of a single piece.
+    label's classes and of the others, at least 1, where a class fainter than FAINT counts as
+    (persistence / FAINT)^2 and the total is rounded down: a rough or a fresh prediction has
+    thousands of classes, and their sum would outweigh every other term. 0 for a perfect prediction,
+    1 for an empty one of a single piece.
 
     Hu, Li, Samaras and Chen 2019, "Topology-Preserving Deep Image Segmentation", who take the sum,
     here in 3D and all dimensions at once. As there, classes are matched by persistence and not by
@@ -202,5 +203,5 @@ def _plan(arrays):
         wanted[order[:count]] = 1
         columns.append(np.stack([diagram.birth_voxels, diagram.death_voxels, wanted]))
         missing += max(0, count - len(order))
-        others += int((persistence[order[count:]] > FAINT).sum())
-    return np.concatenate(columns, axis=1), missing / 2, max(1, sum(betti) + others)
+        others += np.minimum(1.0, (persistence[order[count:]] / FAINT) ** 2).sum()
+    return np.concatenate(columns, axis=1), missing / 2, max(1, sum(betti) + int(others))

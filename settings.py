@@ -169,7 +169,7 @@ class Skeletons(Term):
 
 class SurfaceDistance(Term):
     scales: Count | None = 1  # a thin structure is empty at a coarse one
-    tolerance: Positive = 2.0  # in the unit of the spacing
+    tolerance: Positive | None = None  # in the unit of the spacing; null: validation.tolerance
     backend: Literal["native", "scipy", "downsampled"] = "native"  # of the distance transform
 
 
@@ -272,6 +272,13 @@ class Settings(Group):
     def plain(self):
         """Nested dicts of plain values, as YAML and checkpoints hold them."""
         return self.model_dump(mode="json")
+
+    def terms(self):
+        """What composite.composite_loss takes from the settings."""
+        terms = self.loss.model_dump()
+        surface = terms["surface_distance"]
+        surface["tolerance"] = surface["tolerance"] or self.validation.tolerance
+        return terms
 
     def window_arguments(self):
         """What windows.predict_volume takes from the settings."""

@@ -6,8 +6,9 @@ def soft_skeleton(probs, iterations=3, valid=None):
     """The soft skeleton of clDice: what an opening removes, erosion after erosion.
 
     probs (..., D, H, W) float32 in [0, 1]; valid of the same shape, bool, None: everywhere; returns
-    the same shape in [0, 1], 0 where invalid. Each volume of the leading dimensions by itself. Of a
-    structure that is thicker than 2 * iterations + 1 voxels little or nothing is kept.
+    the same shape in [0, 1], 0 where invalid. Each volume of the leading dimensions by itself. A
+    structure of more than 2 * iterations + 2 voxels across is never eroded to its middle: nothing
+    but its corners is kept.
 
     As Shit et al. 2021: erosion by the six neighbours, dilation by the box of 27, iterations + 1
     openings, joined as 1 - prod(1 - removed). The border of the volume and the edge of the

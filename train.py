@@ -93,8 +93,8 @@ def main(settings, *, resume=False):
             **settings.data.model_dump(include={"train", "validation", "test", "folds", "fold"}),
         )
         foreground = cases.foreground_ids(dataset.classes, settings.data.foreground)
-        terms = settings.loss.model_dump()
-        composite.check_terms(terms)
+        terms = settings.terms()
+        composite.check_terms(terms, in_training=True)
         skeletons = composite.takes_skeleton(terms)
         if skeletons:
             cases.check_skeletons(split.train)

@@ -56,6 +56,13 @@ def test_all_faults_are_told_at_once():
     assert len(text.split("\n")) == 3
 
 
+def test_surface_distance_has_the_tolerance_of_the_surface_dice_unless_it_has_its_own():
+    content = {"validation": {"tolerance": 20.0}}
+    assert config.build(content).terms()["surface_distance"]["tolerance"] == 20.0
+    content["loss"] = {"surface_distance": {"tolerance": 5.0}}
+    assert config.build(content).terms()["surface_distance"]["tolerance"] == 5.0
+
+
 def test_overrides_win_over_the_file_and_leave_its_other_keys(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text("training: {max_steps: 3, workers: 0}\noptim: {lr: 1e-4}\n")

@@ -57,7 +57,7 @@ def test_distances_end_at_max_distance():
     assert distance[0, 0].tolist() == [0.0, 1.0, 2.0, 2.5, 2.5, 2.5]
 
 
-@pytest.mark.parametrize("max_distance", [0.6, 1.0, 2.0, 3.7, 50.0])
+@pytest.mark.parametrize("max_distance", [0.6, 1.0, 2.0, 3.7, 11.2, 11.3, 50.0])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_agrees_with_scipy_up_to_the_cut(spacing, max_distance):
     mask = np.random.default_rng(0).random((7, 11, 13)) > 0.985

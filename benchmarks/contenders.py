@@ -1,0 +1,107 @@
+"""What benchmarks/losses.py measures: a patch, our loss terms on it, and their peers.
+
+patch = make_patch((72, 136, 136), device)
+named = {**our_losses(patch), **peer_losses(patch)}     # {name: function of the logits}
+"""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import composite
+import losses
+import phantoms
+import settings
+import skeletons
+
+UNLABELED = 0.4
+NO_MASK = ", no mask"
+BASE, ALL = "weighted_bce + soft_dice", "all seven terms"
+HAUSDORFF, SCIPY = "MONAI HausdorffDTLoss", "the same formula by scipy"
+# This peer drops the first channel of what it sums. Of one channel its value is 0, whatever the
+# input, but the work is done; two are what a user must give it. The bars take the cheaper case.
+CLDICE, CLDICE_TWO = "MONAI SoftclDiceLoss, 1 channel", "MONAI SoftclDiceLoss, 2 channels"
+
+
+class Patch(NamedTuple):
+    """Each (1, 1, D, H, W): logits, target and skeleton float32, valid bool."""
+
+    logits: torch.Tensor
+    target: torch.Tensor
+    valid: torch.Tensor
+    skeleton: torch.Tensor
+
+
+def make_patch(shape, device, seed=0):
+    """Smooth random logits, sheets of 3 voxels, 22 apart, and an unlabeled region."""
+    rng = np.random.default_rng(seed)
+    logits = 3.0 * phantoms.smooth_field(shape, 5, rng) - 2.0
+    height = np.arange(shape[0])[:, None, None] + 6.0 * phantoms.smooth_field(shape, 40, rng)
+    target = height % 22 < 3
+    field = phantoms.smooth_field(shape, 24, rng)
+    valid = field > np.quantile(field, UNLABELED)
+    skeleton = skeletons.tubed_skeleton(target & valid)
+    fields = (torch.from_numpy(x)[None, None] for x in (logits, target, valid, skeleton))
+    logits, target, valid, skeleton = (field.to(device) for field in fields)
+    return Patch(logits.float(), target.float(), valid, skeleton.float())
+
+
+def our_losses(patch):
+    """{name: function of the logits}, each also under its name + NO_MASK."""
+    terms = {n: {**t, "weight": 1.0} for n, t in settings.Settings().terms().items()}
+    base = {name: terms[name] for name in ("weighted_bce", "soft_dice")}
+
+    def term(name, valid):
+        own = {"skeleton": patch.skeleton} if name == "skeleton_recall" else {}
+        return lambda logits: losses.LOSSES[name](logits, patch.target, valid, **own)
+
+    def weighted_sum(terms, valid):
+        return lambda logits: composite.composite_loss(
+            logits, patch.target, valid, terms, skeleton=patch.skeleton
+        )[0]
+
+    found = {}
+    for suffix, valid in (("", patch.valid), (NO_MASK, None)):
+        found |= {name + suffix: term(name, valid) for name in losses.LOSSES}
+        found[BASE + suffix] = weighted_sum(base, valid)
+        found[ALL + suffix] = weighted_sum(terms, valid)
+    return found
+
+
+def peer_losses(patch):
+    """{name: function of the logits} of the peers that can be imported."""
+    found = {SCIPY: lambda logits: surface_distance_by_scipy(logits, patch.target)}
+    try:
+        from monai.losses import HausdorffDTLoss, SoftclDiceLoss
+    except ImportError:
+        return found
+    hausdorff = HausdorffDTLoss(sigmoid=True, include_background=True)
+    cldice = SoftclDiceLoss(iter_=3)
+
+    def two(foreground):
+        return torch.cat([1.0 - foreground, foreground], 1)
+
+    return found | {
+        HAUSDORFF: lambda logits: hausdorff(logits, patch.target),
+        CLDICE: lambda logits: cldice(patch.target, torch.sigmoid(logits)),
+        CLDICE_TWO: lambda logits: cldice(two(patch.target), two(torch.sigmoid(logits))),
+    }
+
+
+def surface_distance_by_scipy(logits, target, tolerance=2.0):
+    """What `losses.surface_distance_loss` computes without a mask, with scipy's transform."""
+
+    def distance(mask):
+        exact = ndimage.distance_transform_edt(~mask.cpu().numpy())
+        cut = np.minimum(exact / tolerance, 1.0).astype(np.float32)
+        return torch.from_numpy(cut).to(target.device)
+
+    probs = torch.sigmoid(logits)
+    with torch.no_grad():
+        outside, missed = distance(target > 0.5), distance(probs > 0.5) * target
+    return (outside * probs + missed * (1.0 - probs)).mean()
