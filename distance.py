@@ -56,7 +56,7 @@ def truncated_edt(mask, max_distance, spacing=(1.0, 1.0, 1.0)):
     most = math.ceil((max_distance / unit) ** 2)
     if len(steps) <= 1 and most <= _MOST_IN_A_BYTE:
         # Squared distances in units of the only step that counts are whole numbers: a byte each.
-        squared = mask.logical_not().to(torch.uint8).mul_(most)
+        squared = mask.logical_not().contiguous().to(torch.uint8).mul_(most)
         spacing = (1, 1, 1)
     else:
         unit, squared = 1.0, _zero_on(mask, max_distance * max_distance)

@@ -222,12 +222,20 @@ class OutputDtypes(TorchDispatchMode):
         return out
 
 
-def test_native_path_makes_no_float64_and_no_integer_volume():
+@pytest.mark.parametrize("spacing", [(2.0, 1.0, 0.7), (1.0, 1.0, 1.0)])
+def test_native_path_makes_nothing_wider_than_float32(spacing):
     mask = single((6, 30, 31), (2, 3, 4))
     with OutputDtypes() as dtypes:
-        edt(mask, (2.0, 1.0, 0.7))
-        truncated_edt(mask, 4.0)
-    assert dtypes.seen == {torch.float32, torch.bool}
+        edt(mask, spacing)
+        truncated_edt(mask, 4.0, spacing)
+    assert dtypes.seen <= {torch.float32, torch.bool, torch.uint8}
+
+
+@pytest.mark.parametrize("max_distance", [2.0, 50.0])
+def test_truncated_distance_of_a_turned_mask_is_that_of_its_copy(max_distance):
+    mask = single((3, 4, 5), (1, 1, 1), (2, 3, 4)).transpose(0, 2)
+    copied = truncated_edt(mask.contiguous(), max_distance)
+    assert torch.equal(truncated_edt(mask, max_distance), copied)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
