@@ -52,14 +52,11 @@ def composite_loss(
 
     outputs is a list of logits (B, K, ...), finest first, or one tensor; target, valid and skeleton
     (the target's tubed skeleton, for `skeleton_recall`, or None) are of the finest shape, and are
-    pooled to the others by `pool_target`. Terms that take `spacing` get the given one
-    (z, y, x of the finest scale) times the pooling factor of each scale; those that take soft
-    skeletons share them.
+    pooled to the others by `pool_target`. Terms that take `spacing` get the given one (z, y, x of
+    the finest scale) times the pooling factor of each scale; soft skeletons are shared.
 
     scale_weights, one per output, default 1, 1/2, 1/4, ...; for each term they are divided by
-    their sum over the scales on which it acts. A term of interval n acts where (step + phase) is a
-    multiple of n. Each rank and each such term has a phase of its own: no two of them act in one
-    step if all intervals are multiples of one number, and that is at least terms times ranks.
+    their sum over the scales on which it acts. step and rank say which terms act: see `acting`.
 
     parts holds each term's value, averaged over scales with these weights but without the term's
     own, `<name>_boundary` where a boundary stood in, and "total" = sum of weight * part: detached
@@ -94,8 +91,10 @@ def composite_loss(
 def acting(terms, step, rank=0):
     """The terms that count in a training step: {name: True if it acts, False if a boundary does}.
 
-    A term of weight 0, a validation-only one, and one between its steps that nothing stands in for,
-    are left out.
+    A term of interval n acts where (step + phase) is a multiple of n. Each rank and each such term
+    has a phase of its own: no two of them act in one step if all intervals are multiples of one
+    number, and that is at least terms times ranks. A term of weight 0, a validation-only one, and
+    one between its steps that nothing stands in for, are left out.
     """
     training = _trained(terms)
     rare = [name for name, term in training.items() if term["interval"] > 1]

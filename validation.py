@@ -31,11 +31,10 @@ def validate(
 ):
     """Scores of a network on labelled cases: (mean scores, {case id: scores}, slices).
 
-    chosen: list of `cases.Case`; foreground: class ids; spacing, clip: as `data.PatchDataset` has
-    them; window: what `windows.predict_volume` takes besides; threshold of the probabilities;
-    tolerance of the surface Dice, in the unit of the spacing. The scores are those of
-    `metrics.score`, and `<name>_loss` for the terms that are for validation only, on tiles of
-    `tile` voxels. slices: of the first case, see `monitor.middle_slices`; None of no case.
+    chosen: `cases.Case` list; spacing, clip: as in `data.PatchDataset`; window: what
+    `windows.predict_volume` takes besides; tolerance: of the surface Dice, in the spacing's unit.
+    The scores are those of `metrics.score`, and `<name>_loss` of the validation-only terms, on
+    tiles of `tile` voxels. slices: of the first case, see `monitor.middle_slices`; None of no case.
     """
     was_training = network.training
     network.eval()
@@ -43,14 +42,13 @@ def validate(
     for case in chosen:
         with h5py.File(case.path, "r") as file:
             truth = cases.read_truth(file, foreground, case.ignore_label)
+            scale = data.normalisation(case.intensity, clip)
             seen = data.network_spacing(case.spacing, spacing)
             probs = windows.predict_volume(
                 network,
                 file["image"],
                 ratio=[w / s for w, s in zip(seen, case.spacing, strict=True)],
-                normalize=functools.partial(
-                    augment.normalise, **data.normalisation(case.intensity, clip)
-                ),
+                normalize=functools.partial(augment.normalise, **scale),
                 device=device,
                 precision=precision,
                 **window,

@@ -277,7 +277,7 @@ def displaced_sheet():
 )
 def test_term_repairs_the_topology_where_bce_and_dice_take_longer(shape, term, steps):
     fault, target = shape()
-    with_term = {**BASE, term: {"weight": 0.5}}
+    with_term = {name: {"weight": 0.25} for name in BASE} | {term: {"weight": 0.5}}
 
     def done(mask):
         return betti_numbers(mask) == betti_numbers(target)
@@ -287,7 +287,7 @@ def test_term_repairs_the_topology_where_bce_and_dice_take_longer(shape, term, s
     assert not repaired_within(2 * steps, fault, target, BASE, done, rate=50.0)
 
 
-def test_surface_distance_pulls_a_displaced_sheet_back_sooner():
+def test_surface_distance_added_to_bce_and_dice_pulls_a_displaced_sheet_back_sooner():
     fault, target = displaced_sheet()
     with_term = {**BASE, "surface_distance": {"weight": 1.0}}
 
@@ -380,6 +380,9 @@ def test_parts_are_detached_tensors():
         ({"soft_dice": {"weight": 1, "between": "all"}}, "nothing or boundary, got 'all'"),
         ({"soft_dice": {"weight": 1, "spacing": (1, 1, 1)}}, "has no 'spacing'"),
         ({"soft_dice": {"weight": 1, "interval": 2}}, "acts on every step"),
+        ({"soft_dice": {"weight": 1, "validation_only": True}}, "acts on every step"),
+        ({"surface_distance": {"weight": 1, "tolerance": None}}, "positive number, got None"),
+        ({"toploss": {"weight": 1, "windows": 0}}, "toploss: expected windows >= 1"),
         ({"soft_dice": {"weight": 0}}, "at least one term with a weight above 0"),
         ({"soft_dice": {"weight": 1, "smooth": 0}}, "smooth: expected a positive number, got 0"),
     ],
