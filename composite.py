@@ -127,9 +127,14 @@ def _trained(terms):
     }
 
 
-def takes_skeleton(terms):
-    """Whether training with these terms needs the target's tubed skeleton."""
-    return any("skeleton" in inspect.signature(LOSSES[name]).parameters for name in _trained(terms))
+def _validated(terms):
+    return {name: {**OF_THE_SUM, **t} for name, t in terms.items() if t.get("validation_only")}
+
+
+def takes_skeleton(terms, *, validation_only=False):
+    """Whether training with these terms, or validation alone, needs the target's tubed skeleton."""
+    names = _validated(terms) if validation_only else _trained(terms)
+    return any("skeleton" in inspect.signature(LOSSES[name]).parameters for name in names)
 
 
 class _Scale:
@@ -138,7 +143,7 @@ class _Scale:
     def __init__(self, logits, target, valid, spacing, skeleton):
         self.arguments = (logits, target, valid)
         self.shared = {"spacing": spacing, "skeleton": skeleton}
-        self.skeletons = {}
+        self.skeletons, self.boundary_value = {}, None
 
     def term(self, name, term):
         takes = inspect.signature(LOSSES[name]).parameters
@@ -153,20 +158,20 @@ class _Scale:
         return LOSSES[name](*self.arguments, **numbers)
 
     def boundary(self):
-        if "boundary" not in self.skeletons:
-            self.skeletons["boundary"] = boundary_loss(*self.arguments)
-        return self.skeletons["boundary"]
+        if self.boundary_value is None:
+            self.boundary_value = boundary_loss(*self.arguments)
+        return self.boundary_value
 
 
-def validation_losses(probs, target, valid, terms, *, tile, spacing=(1.0, 1.0, 1.0)):
+def validation_losses(probs, target, valid, terms, *, tile, spacing=(1.0, 1.0, 1.0), skeleton=None):
     """The validation-only terms of one whole volume, {"<name>_loss": value}; {} if there are none.
 
-    probs, target (D, H, W) float in [0, 1], valid (D, H, W) bool. The volume is cut into tiles of
-    at most `tile` voxels (z, y, x), as the terms see patches in training; the mean over tiles,
-    each counted by its valid voxels. 0 where no voxel is valid. `skeleton_recall` makes its own
-    skeleton here, from the target.
+    probs, target (D, H, W) float in [0, 1], valid (D, H, W) bool, skeleton (D, H, W) or None: as in
+    `composite_loss`. The terms see tiles of at most `tile` voxels (z, y, x) of the volume as it is
+    stored, whatever the spacing of patches is; the mean over tiles, each counted by its valid
+    voxels. 0 where no voxel is valid.
     """
-    wanted = {name: term for name, term in terms.items() if term.get("validation_only")}
+    wanted = _validated(terms)
     if not wanted:
         return {}
     check_terms(wanted)
@@ -177,8 +182,9 @@ def validation_losses(probs, target, valid, terms, *, tile, spacing=(1.0, 1.0, 1
         count = int(valid[box].sum())
         if count:
             logits = torch.logit(probs[box].float(), eps=1e-6)
+            tube = None if skeleton is None else skeleton[box][None, None]
             arguments = (x[None, None] for x in (logits, target[box], valid[box]))
-            scale = _Scale(*arguments, spacing, None)
+            scale = _Scale(*arguments, spacing, tube)
             for name, term in wanted.items():
                 sums[name] += count * float(scale.term(name, term))
             weight += count
@@ -238,30 +244,32 @@ def check_terms(terms, *, in_training=False):
             if key not in [*own, *OF_THE_SUM]:
                 near = _nearest(key, [*own, *OF_THE_SUM])
                 raise ValueError(f"loss term {name!r} has no {key!r}; {near}")
-        if not term.get("weight", -1) >= 0:
-            got = term.get("weight")
-            raise ValueError(f"loss term {name!r}: expected a weight of 0 or more, got {got}")
-        for key in ("scales", "interval"):
-            if term.get(key) is not None and term[key] < 1:
-                raise ValueError(
-                    f"loss term {name!r}: expected {key} of 1 or more, got {term[key]}"
-                )
-        if term.get("between", "nothing") not in ("nothing", "boundary"):
-            got = term["between"]
-            raise ValueError(
-                f"loss term {name!r}: expected between to be nothing or boundary, got {got!r}"
-            )
-    if in_training and not any(map(_always_acts, terms.values())):
+        fault = _fault({**OF_THE_SUM, **term})
+        if fault:
+            raise ValueError(f"loss term {name!r}: expected {fault}")
+    if in_training and not any(
+        term["interval"] == 1 or term["between"] == "boundary" for term in _trained(terms).values()
+    ):
         raise ValueError(
             "loss: expected at least one term with a weight above 0 that acts on every step "
             "(interval 1, or between: boundary), got none"
         )
 
 
-def _always_acts(term):
-    interval, between = term.get("interval", 1), term.get("between", "nothing")
-    in_training = term["weight"] > 0 and not term.get("validation_only")
-    return in_training and (interval == 1 or between == "boundary")
+def _fault(term):
+    """What was expected of a term's settings and what is there, or None."""
+    if term["weight"] is None or not term["weight"] >= 0:
+        return f"a weight of 0 or more, got {term['weight']}"
+    for key in ("scales", "interval"):
+        if term[key] is not None and term[key] < 1:
+            return f"{key} of 1 or more, got {term[key]}"
+    if term["between"] not in ("nothing", "boundary"):
+        return f"between to be nothing or boundary, got {term['between']!r}"
+    if term["between"] == "boundary" and term["interval"] == 1:
+        return "an interval above 1 with between: boundary, got 1, and then no step lies between"
+    if term["validation_only"] and term["interval"] > 1:
+        return f"no interval with validation_only, which is never trained, got {term['interval']}"
+    return None
 
 
 def _nearest(name, known):

@@ -167,7 +167,9 @@ def draw_progress(folder, title, slices=None, threshold=0.5):
 
 
 def _shares(scores):
-    return {k: v for k, v in scores.items() if v is not None and 0 <= v <= 1}
+    """Scores of which more is better, and which share an axis from 0 to 1."""
+    shares = {k: v for k, v in scores.items() if v is not None and 0 <= v <= 1}
+    return {k: v for k, v in shares.items() if not k.endswith("_loss")}
 
 
 def _curves(axis, events, values, ylabel, title):
@@ -177,7 +179,9 @@ def _curves(axis, events, values, ylabel, title):
     names = sorted({name for e in events for name in values(e)})
     for name in names:
         points = [(e["step"], values(e)[name]) for e in events if name in values(e)]
-        axis.plot(*zip(*points, strict=True), label=name, lw=2 if name == "total" else 1)
+        marker = "." if len(points) == 1 else None  # a line of one point would not be seen
+        width = 2 if name == "total" else 1
+        axis.plot(*zip(*points, strict=True), label=name, lw=width, marker=marker)
     if names:
         axis.legend(fontsize=8)
     axis.grid(alpha=0.3)

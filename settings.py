@@ -155,10 +155,12 @@ class Term(Group):
 
 
 class WeightedBce(Term):
+    weight: NonNegative = 0.5
     positive_weight: Positive = 1.0
 
 
 class SoftDice(Term):
+    weight: NonNegative = 0.5
     batch: bool = False  # one Dice over the batch instead of one per patch
 
 
@@ -174,7 +176,9 @@ class SurfaceDistance(Term):
 
 
 class SkeletonRecall(Term):
-    scales: Count | None = 1  # cases must be prepared with skeletons
+    """Needs cases that were prepared with skeletons."""
+
+    scales: Count | None = 1
 
 
 class Toploss(Term):
@@ -184,8 +188,8 @@ class Toploss(Term):
 
 
 class Loss(Group):
-    weighted_bce: WeightedBce = WeightedBce(weight=0.5)
-    soft_dice: SoftDice = SoftDice(weight=0.5)
+    weighted_bce: WeightedBce = WeightedBce()
+    soft_dice: SoftDice = SoftDice()
     cldice: Skeletons = Skeletons()
     morph_skeleton: Skeletons = Skeletons()
     surface_distance: SurfaceDistance = SurfaceDistance()

@@ -74,7 +74,9 @@ def add_parts(sums, parts, share=1.0):
 
 
 def means_of(sums):
-    return {name: float(total) / count for name, (total, count) in sums.items()}
+    """{name: mean} of what `add_parts` gathered, in the order of names, the total last."""
+    names = sorted(sums, key=lambda name: (name == "total", name))
+    return {name: float(sums[name][0]) / sums[name][1] for name in names}
 
 
 # ---------------------------------------------------------------------------- the run
@@ -96,8 +98,8 @@ def main(settings, *, resume=False):
         terms = settings.terms()
         composite.check_terms(terms, in_training=True)
         skeletons = composite.takes_skeleton(terms)
-        if skeletons:
-            cases.check_skeletons(split.train)
+        in_validation = composite.takes_skeleton(terms, validation_only=True)
+        cases.check_skeletons(split.train * skeletons + split.validation * in_validation)
         patch = settings.sampling.patch
         spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
         spacing = tuple(map(statistics.median, zip(*spacings, strict=True)))
@@ -152,7 +154,7 @@ def main(settings, *, resume=False):
         enabled=precision != "fp32",
     )
     loop = {"step": 0, "evaluated_step": None, "best_score": None, "best_step": None}
-    loop |= {"seconds": 0.0, "epoch_loss": {}}
+    loop |= {"seconds": 0.0, "epoch_parts": {}}
     if state is not None:
         try:
             network.load_state_dict(state["model"])
@@ -165,7 +167,7 @@ def main(settings, *, resume=False):
             return 2
         if state["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
-        loop = state["loop"]
+        loop |= state["loop"]
         checkpoint.set_rng_state(state["rng"])
     first_step = None if state is None else loop["step"]
     del state
@@ -279,10 +281,10 @@ def main(settings, *, resume=False):
             step, epoch = loop["step"], loop["step"] // iterations
             done = step >= stop_step
             if done or step % iterations == 0:
-                if step % iterations == 0 and loop["epoch_loss"]:
-                    means = means_of(loop["epoch_loss"])
+                if step % iterations == 0 and loop["epoch_parts"]:
+                    means = means_of(loop["epoch_parts"])
                     log.write("epoch", step=step, epoch=epoch - 1, loss=means)
-                    loop["epoch_loss"] = {}
+                    loop["epoch_parts"] = {}
                 on_schedule = epoch % settings.validation.every == 0
                 due = done or (on_schedule if step else settings.validation.untrained)
 
@@ -352,7 +354,7 @@ def main(settings, *, resume=False):
                     return 1
                 loop["seconds"] += step_seconds * since_log
                 for name, (_, count) in sums.items():
-                    add_parts(loop["epoch_loss"], {name: means[name]}, count)
+                    add_parts(loop["epoch_parts"], {name: means[name]}, count)
                 log.write(
                     "step",
                     step=loop["step"],

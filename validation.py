@@ -53,14 +53,21 @@ def validate(
                 precision=precision,
                 **window,
             )[0]
+            tube = _skeleton(file, terms)
             if slices is None:
                 slices = monitor.middle_slices(file["image"][0], truth, probs, case.ignore_label)
         mask, ignored = probs >= threshold, case.ignore_label
         scores = metrics.score(mask, truth, case.spacing, ignored, tolerance)
         volumes = (probs, truth == 1, truth != (-1 if ignored is None else ignored))
         scores |= composite.validation_losses(
-            *map(torch.from_numpy, volumes), terms, tile=tile, spacing=case.spacing
+            *map(torch.from_numpy, volumes), terms, tile=tile, spacing=case.spacing, skeleton=tube
         )
         per_case[case.id] = scores
     network.train(was_training)
     return metrics.mean_scores(list(per_case.values())), per_case, slices
+
+
+def _skeleton(file, terms):
+    """The tubed skeleton of a case file, if a validation-only term takes it, else None."""
+    wanted = composite.takes_skeleton(terms, validation_only=True)
+    return torch.from_numpy(file["skeleton"][:]) if wanted else None

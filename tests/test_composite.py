@@ -192,6 +192,17 @@ def test_tubed_skeleton_goes_to_the_term_that_asks_for_it():
     assert not takes_skeleton({"cldice": {"weight": 1.0}, "skeleton_recall": {"weight": 0.0}})
 
 
+def test_tubed_skeleton_is_pooled_to_the_coarse_scale():
+    logits, coarse = as_logits(bar(0, 4, 8)), as_logits(bar(0, 2, 4))
+    target, skeleton = bar(0, 8, 8), bar(2, 6, 8)
+    terms = {"skeleton_recall": {"weight": 1.0}}
+    options = {"skeleton": skeleton, "scale_weights": [1.0, 1.0]}
+    _, parts = composite_loss([logits, coarse], target, None, terms, **options)
+    # Of 6 voxels 2 are found, of 3 coarse cells 1; one of smoothing each.
+    expected = (1 - (2 + 1) / (6 + 1) + 1 - (1 + 1) / (3 + 1)) / 2
+    assert parts["skeleton_recall"].item() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("step", range(4))
 def test_content_of_ignored_voxels_changes_no_step(step):
     terms = {name: {"weight": 1.0, "interval": 2, "between": "boundary"} for name in LOSSES}
@@ -349,6 +360,17 @@ def test_validation_losses_are_means_over_tiles():
     assert found["surface_distance_loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_validation_recalls_the_skeleton_that_is_given():
+    target = bar(0, 9)[0, 0]
+    probs, everywhere = torch.where(bar(0, 3)[0, 0] > 0, 1.0, 0.0), torch.ones_like(target) > 0
+    terms = {"skeleton_recall": {"weight": 0.0, "validation_only": True}}
+    options = {"tile": (9, 9, 9), "skeleton": bar(2, 3)[0, 0]}
+    found = validation_losses(probs, target, everywhere, terms, **options)
+    assert found["skeleton_recall_loss"] == pytest.approx(1 - (1 + 1) / (3 + 1), rel=1e-4)
+    assert takes_skeleton(terms, validation_only=True)
+    assert not takes_skeleton(terms)
+
+
 def test_validation_without_a_term_or_a_valid_voxel():
     probs, target = torch.rand(4, 5, 6), torch.ones(4, 5, 6)
     none = torch.zeros(4, 5, 6, dtype=torch.bool)
@@ -377,6 +399,11 @@ def test_parts_are_detached_tensors():
         ({"soft_dice": {}}, "expected a weight of 0 or more, got None"),
         ({"soft_dice": {"weight": 1, "scales": 0}}, "expected scales of 1 or more"),
         ({"soft_dice": {"weight": 1, "interval": 0}}, "expected interval of 1 or more, got 0"),
+        ({"soft_dice": {"weight": 1, "between": "boundary"}}, "no step lies between"),
+        (
+            {"soft_dice": {"weight": 1, "interval": 2, "validation_only": True}},
+            "no interval with validation_only",
+        ),
         ({"soft_dice": {"weight": 1, "between": "all"}}, "nothing or boundary, got 'all'"),
         ({"soft_dice": {"weight": 1, "spacing": (1, 1, 1)}}, "has no 'spacing'"),
         ({"soft_dice": {"weight": 1, "interval": 2}}, "acts on every step"),

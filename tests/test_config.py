@@ -56,6 +56,12 @@ def test_all_faults_are_told_at_once():
     assert len(text.split("\n")) == 3
 
 
+def test_changing_a_number_of_a_term_leaves_its_weight():
+    content = {"loss": {"weighted_bce": {"positive_weight": 2.0}, "soft_dice": {"batch": True}}}
+    terms = config.build(content).terms()
+    assert terms["weighted_bce"]["weight"] == terms["soft_dice"]["weight"] == 0.5
+
+
 def test_surface_distance_has_the_tolerance_of_the_surface_dice_unless_it_has_its_own():
     content = {"validation": {"tolerance": 20.0}}
     assert config.build(content).terms()["surface_distance"]["tolerance"] == 20.0

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 
+from distance import edt
 from losses import (
     LOSSES,
     boundary_loss,
@@ -205,6 +207,29 @@ def test_soft_dice_leaves_samples_without_valid_voxels_out_of_the_mean():
     assert torch.equal(soft_dice_loss(logits, target, valid), alone)
 
 
+def test_batch_dice_keeps_the_classes_apart():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, 6, generator=generator)
+    target = torch.randint(0, 3, (2, 1, 4, 5, 6), generator=generator)
+    probs = torch.softmax(logits, 1)
+    dice = []
+    for k in (1, 2):
+        p, t = probs[:, k], (target[:, 0] == k).float()
+        dice.append(2 * (p * t).sum() / (p.sum() + t.sum()))
+    value = soft_dice_loss(logits, target, batch=True)
+    assert value.item() == pytest.approx(1 - sum(dice).item() / 2, rel=1e-4)
+
+
+def test_positive_weight_counts_every_foreground_class():
+    logits = torch.zeros(1, 3, 1, 1, 4)
+    logits[:, 0, ..., :2] = 5.0  # background and class 1 are called background, surely
+    target = torch.tensor([0, 1, 2, 2]).reshape(1, 1, 1, 1, 4)
+    entropy = F.cross_entropy(logits[0, :, 0, 0].T, target.flatten(), reduction="none")
+    expected = np.average(entropy.numpy(), weights=[1.0, 3.0, 3.0, 3.0])
+    value = weighted_bce_loss(logits, target, positive_weight=3.0)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_soft_dice_of_an_empty_target_is_zero_or_close_to_one():
     empty = torch.zeros(1, 1, 1, 1, 9)
     assert soft_dice_loss(torch.full_like(empty, -100.0), empty) == 0.0
@@ -289,3 +314,16 @@ def test_surface_distance_agrees_with_scipy(spacing):
             logits, target, valid, tolerance=2.5, spacing=spacing, backend=backend
         )
         assert value.item() == pytest.approx(expected / v.sum(), rel=1e-5)
+
+
+def test_surface_distance_takes_the_downsampled_distance():
+    logits = as_logits(bar(4, 1))
+    value = surface_distance_loss(logits, bar(2, 1), tolerance=9.0, backend="downsampled")
+    downsampled = edt(bar(2, 1) > 0, backend="downsampled")[..., 4].item()
+    back = edt(bar(4, 1) > 0, backend="downsampled")[..., 2].item()
+    assert value.item() == pytest.approx((downsampled + back) / 9 / 9, rel=1e-4)
+    exact = surface_distance_loss(as_logits(bar(5, 1)), bar(2, 1), tolerance=9.0)
+    coarse = surface_distance_loss(
+        as_logits(bar(5, 1)), bar(2, 1), tolerance=9.0, backend="downsampled"
+    )
+    assert abs(exact - coarse) > 0.01

@@ -72,6 +72,14 @@ def test_cldice_of_a_bar_of_half_the_length_is_worked_out_by_hand():
     assert value.item() == pytest.approx(1 - 2 * 0.5 / 1.5, rel=1e-4)
 
 
+def test_samples_without_valid_voxels_are_left_out_of_the_mean():
+    logits, target, valid = draw()
+    valid[1] = False
+    for loss in (cldice_loss, skeleton_recall_loss, boundary_loss):
+        alone = loss(logits[:1], target[:1], valid[:1])
+        assert torch.equal(loss(logits, target, valid), alone)
+
+
 def test_cldice_does_not_mind_thickness():
     thin, thick = torch.zeros(2, 1, 1, 7, 7, 12).unbind()
     thin[..., 3, 3, :] = 1.0
@@ -177,6 +185,28 @@ def test_toploss_of_several_windows_is_their_mean():
     low = torch.sigmoid(torch.tensor(-2.0)).item() ** 2 / 2  # an empty window has its faint maximum
     assert values[1].item() == pytest.approx((values[0].item() + low) / 2, rel=1e-5)
     assert torch.equal(values[1], values[2])  # there are only two
+
+
+def test_windows_of_the_whole_batch_are_counted_and_right_ones_left_out():
+    target = torch.zeros(2, 1, 4, 4, 4)
+    logits = torch.full_like(target, -200.0)  # exactly 0 as a probability
+    logits[0, 0, 1, 1, 1] = 2.0
+    logits[1, 0, 1, 1, 1] = 1.0
+    cost = [torch.sigmoid(torch.tensor(x)).item() ** 2 / 2 for x in (2.0, 1.0)]
+    one = toploss_loss(logits, target, window=(4, 4, 4), windows=1)
+    assert one.item() == pytest.approx(cost[0], rel=1e-5)
+    logits[1] = -200.0
+    both = toploss_loss(logits, target, window=(4, 4, 4), windows=2)
+    assert both.item() == pytest.approx(cost[0], rel=1e-5)
+
+
+def test_windows_reach_the_end_of_a_volume_that_they_do_not_divide():
+    target = torch.zeros(1, 1, 4, 4, 10)
+    logits = torch.full_like(target, -200.0)
+    logits[0, 0, 1, 1, 9] = 2.0
+    cost = torch.sigmoid(torch.tensor(2.0)).item() ** 2 / 2
+    value = toploss_loss(logits, target, window=(4, 4, 4), windows=1)
+    assert value.item() == pytest.approx(cost, rel=1e-5)
 
 
 @pytest.mark.parametrize("numbers", [{"windows": 0}, {"window": (4, 4)}, {"window": (0, 4, 4)}])

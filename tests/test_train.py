@@ -154,6 +154,43 @@ def test_terms_of_an_interval_are_logged_by_name_as_means_of_their_own_steps(roo
     assert first["toploss"] == pytest.approx(steps[2]["toploss"])
 
 
+def test_skeleton_spacing_and_step_reach_the_sum(root, tmp_path, monkeypatch):
+    seen, real = [], train.composite.composite_loss
+
+    def watched(logits, target, valid, terms, **options):
+        seen.append({**options, "target": target})
+        return real(logits, target, valid, terms, **options)
+
+    monkeypatch.setattr(train.composite, "composite_loss", watched)
+    changes = ["loss.skeleton_recall.weight=0.1", "training.max_epochs=1"]
+    assert train.main(settings(root, tmp_path, *changes)) == 0
+    assert [options["step"] for options in seen] == [0, 1, 2]
+    for options in seen:
+        assert options["spacing"] == (2.0, 1.0, 1.0)
+        skeleton = options["skeleton"]
+        assert skeleton.sum() > 0
+        assert bool((skeleton <= options["target"]).all())
+
+
+def test_validation_terms_see_labelled_voxels_and_the_stored_skeleton(root, tmp_path, monkeypatch):
+    seen, real = [], train.validation.composite.validation_losses
+
+    def watched(probs, target, valid, terms, **options):
+        seen.append((target, valid, options))
+        return real(probs, target, valid, terms, **options)
+
+    monkeypatch.setattr(train.validation.composite, "validation_losses", watched)
+    changes = ["loss.skeleton_recall.validation_only=true", "training.max_steps=0"]
+    assert train.main(settings(root, tmp_path, *changes)) == 0
+    ((target, valid, options),) = seen
+    with h5py.File(root / "bar2.h5") as file:
+        label, skeleton = file["label"][:], file["skeleton"][:]
+    assert np.array_equal(target.numpy(), label == 1)
+    assert np.array_equal(valid.numpy(), label != 2)
+    assert np.array_equal(options["skeleton"].numpy(), skeleton)
+    assert options["spacing"] == (2.0, 1.0, 1.0)
+
+
 def test_validation_only_terms_stand_among_the_scores(root, tmp_path):
     changes = ["loss.cldice.validation_only=true", "training.max_epochs=1"]
     assert train.main(settings(root, tmp_path, *changes)) == 0
