@@ -59,10 +59,9 @@ def validate(
         mask, ignored = probs >= threshold, case.ignore_label
         scores = metrics.score(mask, truth, case.spacing, ignored, tolerance)
         volumes = (probs, truth == 1, truth != (-1 if ignored is None else ignored))
-        scores |= composite.validation_losses(
+        per_case[case.id] = scores | composite.validation_losses(
             *map(torch.from_numpy, volumes), terms, tile=tile, spacing=case.spacing, skeleton=tube
         )
-        per_case[case.id] = scores
     network.train(was_training)
     return metrics.mean_scores(list(per_case.values())), per_case, slices
 
