@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_losses import as_logits, bar, draw
 
 from composite import acting, composite_loss, pool_target, takes_skeleton, validation_losses
 from losses import (
@@ -16,28 +17,6 @@ from losses import (
     weighted_bce_loss,
 )
 from persistence import betti_numbers
-
-SHAPE = (2, 1, 4, 5, 6)
-
-
-def draw(seed=0):
-    """Random logits, soft target and valid mask of SHAPE."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(SHAPE, generator=generator) * 2
-    target = torch.rand(SHAPE, generator=generator)
-    return logits, target, torch.rand(SHAPE, generator=generator) > 0.4
-
-
-def bar(start, length=3, size=9):
-    """A bar along x in an otherwise empty volume: (1, 1, 1, 1, size) float."""
-    target = torch.zeros(1, 1, 1, 1, size)
-    target[..., start : start + length] = 1.0
-    return target
-
-
-def as_logits(mask, sharp=20.0):
-    return (mask * 2 - 1) * sharp
-
 
 # ---------------------------------------------------------------------------- scales
 

@@ -163,7 +163,8 @@ def test_a_child_forked_inside_does_not_keep_the_lock_of_a_holder_that_has_left(
         grandchild = inside(holder)
         try:
             holder.wait(30)
-            edt(torch.eye(4)[None], backend="scipy", timeout=0.05)
+            result = edt(torch.eye(4)[None], backend="scipy", timeout=0.05)
+            assert torch.equal(result, edt(torch.eye(4)[None]))
         finally:
             os.kill(grandchild, signal.SIGKILL)
 
