@@ -259,7 +259,7 @@ def boundary_loss(logits, target, valid=None, *, smooth=1.0):
 
 
 def toploss_loss(logits, target, valid=None, *, window=(48, 48, 48), windows=2):
-    """Persistent homology of the probabilities against the target's Betti numbers, in >= 0.
+    """Persistent homology of the probabilities against the target's Betti numbers, in [0, 1.5].
 
     The mean of `persistence.topological_loss` (Hu et al. 2019, in 3D and all three dimensions) over
     windows of the batch. Each volume is covered by windows of `window` voxels (z, y, x; less where

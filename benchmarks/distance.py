@@ -6,7 +6,7 @@
 The first table is of one mask of 72 x 136 x 136 voxels of each kind, medians of seven rounds in
 which all backends take a turn; error is the largest difference from scipy's distances. The second
 says how much memory one process and four together took above what they had before, and how many
-were ever inside the transform at one time.
+were ever inside the transform at one time. Needs psutil: requirements-bench.txt.
 """
 
 import argparse
