@@ -1,4 +1,4 @@
-"""Case files, and which of them train, validate and test.
+"""Case files: what prepare.py writes and training reads.
 
 One HDF5 file per case holds everything that training needs, in the source's own dtype:
 
@@ -15,7 +15,6 @@ One HDF5 file per case holds everything that training needs, in the source's own
 `dataset.json` beside them lists cases, groups and classes.
 """
 
-import fnmatch
 import json
 import os
 from dataclasses import dataclass
@@ -31,6 +30,8 @@ MAX_COORDINATES = 20_000
 PERCENTILES = (0.5, 1.0, 5.0, 50.0, 95.0, 99.0, 99.5)
 IGNORE_NONE = -1  # HDF5 attributes know no None
 SKELETON_CHUNK = (16, 32, 32)
+COMPRESSED_CHUNK = (16, 64, 64)
+VOLUMES = ("image", "label", "skeleton")
 
 
 # ---------------------------------------------------------------------------- case files
@@ -45,11 +46,17 @@ class Case:
     group: str
     shape: tuple[int, int, int]
     channels: int
+    dtype: str  # of the stored image
     spacing: tuple[float, float, float]
     unit: str
     labelled: bool
     ignore_label: int | None
     intensity: dict
+    # Where each dataset lies, so that it can be read without HDF5: {name: (offset in the file,
+    # shape, dtype)}, or {name: None} if it is stored in chunks or empty.
+    layout: dict
+    counts: dict  # {class id: number of stored coordinates, "background": the same}
+    stamp: tuple[int, int]  # bytes and time (ns) of the file: its layout holds for these only
     skeleton: bool = False
 
 
@@ -116,22 +123,26 @@ def write_case(
     source_label="",
     seed=0,
     skeleton=True,
+    compression=None,
 ):
     """Write one case file whole: under a temporary name first, then renamed.
 
     image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x;
     affine (4, 4) voxel x, y, z to world as NIfTI has it, or None; skeleton: whether a labelled case
-    gets one, which takes 3 s and 250 MB of memory for 320 x 320 x 320 voxels.
+    gets one, which takes 3 s and 250 MB of memory for 320 x 320 x 320 voxels; compression: None,
+    "lzf" or "gzip", of image and label.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
         with h5py.File(partial, "w") as file:
-            # Contiguous and uncompressed: a box is then a strided read from the page cache.
-            file.create_dataset("image", data=image)
+            # As it is, a box is a strided read from the page cache, which all workers share. What
+            # compression saves of the file and costs in reading: benchmarks/store.py.
+            file.create_dataset("image", data=image, **_stored(image.shape, compression))
             if label is not None:
                 label = np.ascontiguousarray(label, dtype=np.uint8)
-                _write_label(file, label, ignore_label, np.random.default_rng(seed))
+                stored = _stored(label.shape, compression)
+                _write_label(file, label, ignore_label, np.random.default_rng(seed), stored)
                 if skeleton:
                     _write_skeleton(file, label, ignore_label, spacing)
             file.attrs["spacing"] = np.asarray(spacing, np.float64)
@@ -148,8 +159,16 @@ def write_case(
         partial.unlink(missing_ok=True)
 
 
-def _write_label(file, label, ignore_label, rng):
-    file.create_dataset("label", data=label)
+def _stored(shape, compression, chunk=COMPRESSED_CHUNK):
+    """How h5py stores a volume: as it is, or in chunks, each compressed."""
+    if compression is None:
+        return {}
+    chunk = tuple(min(most, n) for most, n in zip(chunk, shape[-3:], strict=True))
+    return {"chunks": (*(1,) * (len(shape) - 3), *chunk), "compression": compression}
+
+
+def _write_label(file, label, ignore_label, rng, stored):
+    file.create_dataset("label", data=label, **stored)
     present = np.flatnonzero(np.bincount(label.reshape(-1), minlength=256))
     for class_id in (c for c in present if c not in (0, ignore_label)):
         coordinates = sample_coordinates(label, class_id, rng)
@@ -163,9 +182,8 @@ def _write_skeleton(file, label, ignore_label, spacing):
         foreground &= label != ignore_label
     # Compressed, unlike the rest: a twelfth of the bytes in the file and in the page cache, for
     # 4 ms more per box of 72 x 136 x 136.
-    chunk = tuple(min(most, n) for most, n in zip(SKELETON_CHUNK, label.shape, strict=True))
     tube = tubed_skeleton(foreground, spacing=spacing).view(np.uint8)
-    file.create_dataset("skeleton", data=tube, chunks=chunk, compression="lzf")
+    file.create_dataset("skeleton", data=tube, **_stored(tube.shape, "lzf", SKELETON_CHUNK))
 
 
 def read_case(path):
@@ -175,17 +193,26 @@ def read_case(path):
         with h5py.File(path, "r") as file:
             channels, *shape = file["image"].shape
             ignore = int(file.attrs["ignore_label"])
+            classes = list(file["foreground"]) if "foreground" in file else []
+            coordinates = {"background": "background"} if "background" in file else {}
+            coordinates |= {int(c): f"foreground/{c}" for c in classes}
+            names = [name for name in VOLUMES if name in file] + list(coordinates.values())
+            status = path.stat()
             return Case(
                 id=path.stem,
                 path=str(path),
                 group=str(file.attrs["group"]),
                 shape=tuple(shape),
                 channels=channels,
+                dtype=file["image"].dtype.str,
                 spacing=tuple(float(s) for s in file.attrs["spacing"]),
                 unit=str(file.attrs["unit"]),
                 labelled="label" in file,
                 ignore_label=None if ignore == IGNORE_NONE else ignore,
                 intensity=json.loads(file.attrs["intensity"]),
+                layout={name: _place(file[name]) for name in names},
+                counts={key: len(file[name]) for key, name in coordinates.items()},
+                stamp=(status.st_size, status.st_mtime_ns),
                 skeleton="skeleton" in file,
             )
     except (OSError, KeyError, ValueError) as error:
@@ -193,6 +220,11 @@ def read_case(path):
             f"{path}: expected a case file written by prepare.py, got one that cannot be read as "
             f"such ({error}); prepare this case again"
         ) from error
+
+
+def _place(dataset):
+    offset = dataset.id.get_offset()  # None: stored in chunks, or nothing is stored
+    return None if offset is None else (offset, dataset.shape, dataset.dtype.str)
 
 
 def check_skeletons(cases):
@@ -269,103 +301,3 @@ def read_dataset(root, source=""):
         raise ValueError(f"{path}: expected what prepare.py writes, got {error}") from error
     cases = {i: read_case(file) for i, file in zip(ids, files, strict=True)}
     return Dataset(str(root), classes, ignore, unit, cases)
-
-
-# ---------------------------------------------------------------------------- which cases
-
-
-@dataclass(frozen=True)
-class Split:
-    train: list
-    validation: list
-    test: list
-
-
-def choose_cases(dataset, *, train, validation, test, folds, fold):
-    """The `Split` of a dataset, and notes to print. ValueError names every fault, a line each.
-
-    train, validation, test: ids, groups or patterns of either; train None: all labelled cases not
-    named elsewhere. folds > 0: whole groups go to folds, the largest first to the emptiest fold,
-    and validation is fold number `fold`.
-    """
-    faults, notes = [], []
-
-    def named(key, patterns):
-        found = {}
-        for pattern in patterns or ():
-            hits = [
-                c
-                for c in dataset.cases.values()
-                if fnmatch.fnmatch(c.id, pattern) or fnmatch.fnmatch(c.group, pattern)
-            ]
-            if not hits:
-                known = ", ".join(list(dataset.cases)[:8])
-                faults.append(
-                    f"data.{key}: no case or group is named {pattern!r}; there are {known}"
-                )
-            found |= {c.id: c for c in hits}
-        return found
-
-    chosen_test, chosen_validation = named("test", test), named("validation", validation)
-    chosen_train = named("train", train)
-    if train is None:
-        taken = chosen_test | chosen_validation
-        chosen_train = {i: c for i, c in dataset.cases.items() if i not in taken and c.labelled}
-    if folds:
-        chosen_validation, note = _fold(chosen_train, folds, fold)
-        chosen_train = {i: c for i, c in chosen_train.items() if i not in chosen_validation}
-        notes += note
-    split = Split(*(list(d.values()) for d in (chosen_train, chosen_validation, chosen_test)))
-    faults += _split_faults(split)
-    if faults:
-        raise ValueError("\n".join(faults))
-    if not split.validation:
-        notes.append("validation: no cases are set aside for it, so best.pt is the last state")
-    return split, notes
-
-
-def _fold(cases, folds, fold):
-    groups = {}
-    for case in cases.values():
-        groups.setdefault(case.group, []).append(case.id)
-    notes = []
-    if len(groups) < folds:
-        notes.append(f"data.folds: {folds} asked for, only {len(groups)} groups are there")
-    if len(groups) < 2:
-        return {}, notes
-    parts = [[] for _ in range(min(folds, len(groups)))]
-    for group in sorted(groups, key=lambda g: (-len(groups[g]), g)):
-        min(parts, key=len).extend(groups[group])
-    return {i: cases[i] for i in parts[fold % len(parts)]}, notes
-
-
-def _split_faults(split):
-    if not split.train:
-        yield "data.train: expected at least one labelled case, got none"
-    for key in ("train", "validation"):
-        for case in getattr(split, key):
-            if not case.labelled:
-                yield f"data.{key}: case {case.id} has no label; prepare it with --labels"
-    for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        shared = {c.group for c in getattr(split, a)} & {c.group for c in getattr(split, b)}
-        if shared:
-            yield (
-                f"data.{a} and data.{b}: expected no group in both, got "
-                f"{', '.join(sorted(shared))}; name whole groups on one side"
-            )
-    channels = {c.channels for c in split.train + split.validation}
-    if len(channels) > 1:
-        yield f"data.root: expected one number of channels in all cases, got {sorted(channels)}"
-
-
-def foreground_ids(classes, wanted):
-    """Ids of the classes that are foreground; ValueError if there are several and none is named."""
-    named = {name: number for name, number in classes.items() if number != 0}
-    unknown = [name for name in wanted or () if name not in named]
-    if unknown or (not wanted and len(named) > 1):
-        got = f"got {', '.join(unknown)}" if unknown else "got none"
-        raise ValueError(
-            f"data.foreground: expected names among {', '.join(named)} ({got}); the network tells "
-            "one foreground from the background, name the classes that belong to it"
-        )
-    return [named[name] for name in wanted] if wanted else list(named.values())

@@ -35,7 +35,8 @@ class PhantomCase:
 class Rules:
     """What holds for every case.
 
-    crops: (name, z0, z1), an open end being None; skeletons: whether labelled cases get one.
+    crops: (name, z0, z1), an open end being None; store: how case files are written, the skeleton
+    and compression of cases.write_case.
     """
 
     classes: dict[str, int]
@@ -44,7 +45,7 @@ class Rules:
     unit: str | None
     spacing_rows: list
     crops: list
-    skeletons: bool
+    store: dict
     folder: str
 
 
@@ -107,7 +108,7 @@ def _write(case, piece, spacing, unit, sources, rules):
         ignore_label=rules.ignore_label,
         source_image=sources[0],
         source_label=sources[1],
-        skeleton=rules.skeletons,
+        **rules.store,
     )
     return _summary(name, image, label, spacing, unit, group, rules)
 

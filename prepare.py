@@ -192,6 +192,7 @@ def parse(argv):
     add("--group-from", metavar="RULE", help="csv:COLUMN, csv:FILE:COLUMN or regex:PATTERN")
     add("--crop", nargs="+", default=[], metavar="NAME=Z0:Z1", help="cut every case in z")
     add("--no-skeletons", action="store_true", help="leave out what skeleton_recall trains on")
+    add("--compression", choices=("lzf", "gzip"), help="smaller files, slower to read")
     add("--test-images", action="store_true", help="add imagesTs of an nnU-Net root, unlabeled")
     add("--workers", type=int, default=_cores(), help="processes; default: all cores")
     options = parser.parse_args(argv)
@@ -226,8 +227,8 @@ def make_rules(options, layout):
     if faults:
         raise Faults(*faults)
     unit = options.unit and UNITS[options.unit]
-    skeletons = not options.no_skeletons
-    return Rules(classes, ignore, options.spacing, unit, rows, crops, skeletons, "")
+    store = {"skeleton": not options.no_skeletons, "compression": options.compression}
+    return Rules(classes, ignore, options.spacing, unit, rows, crops, store, "")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,345 @@
+"""Boxes of voxels from case files, for several workers, within one budget of memory for all.
+
+What is kept is kept once, whatever the number of workers:
+
+- A volume that lies in its file as it is (`Case.layout`) is read through a memory map. Its pages
+  are those of the operating system's file cache, which all processes share; there is no second
+  copy. To keep it means to leave it mapped.
+- A volume that must be decoded (chunks, compression) is decoded once, into memory that all
+  processes share. That is anonymous memory and not /dev/shm, of which a container has 64 MB.
+
+First come stays: every case is drawn equally often, so that no rule of replacement finds more of
+them in memory, and the least recently used one, where cases take turns, finds next to none
+(benchmarks/cache.py). What does not fit is read from its file, each time.
+"""
+
+import contextlib
+import fcntl
+import mmap
+import os
+import tempfile
+import threading
+import weakref
+from dataclasses import dataclass
+from multiprocessing import context, reduction
+
+import numpy as np
+
+import boxes
+
+ABSENT, FILLING, PRESENT = range(3)  # state of a volume in the cache
+BUDGET, HITS, MISSES, EVICTIONS = range(4)  # places in the shared header
+MAX_MAPS = 256  # per process: each takes a file descriptor, of which a process may have 1024
+MUTEX = 0  # byte of the shared file that is locked to change the header; byte 1 + n: to fill n
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of one volume in the cache."""
+
+    number: int  # its row in the shared table
+    volume: boxes.Volume
+    start: int  # in the shared memory, if it must be decoded
+
+
+class VolumeCache:
+    """Reads boxes from case files and keeps cases in memory, up to `budget` bytes in all.
+
+    cases: list of `Case`; budget: bytes for all processes together, 0 keeps nothing.
+    It may be handed to processes that are spawned: they share what is kept and what is counted.
+    Pickled in any other way, the copy starts empty, with the same budget and on its own.
+    Threads may share one. Raises ValueError where a file is missing, or not the one that
+    `cases.read_case` saw.
+    """
+
+    def __init__(self, cases, budget):
+        self._places, self._arena_bytes = _lay_out(cases)
+        self._create(_checked(budget))
+
+    # ------------------------------------------------------------------------ reading
+
+    def read(self, case, box, names):
+        """{name: array} of a box: image (C, d, h, w), label and skeleton (d, h, w).
+
+        box: three slices z, y, x, inside the volume; names: of `image`, `label`, `skeleton`.
+        The arrays are copies, C-contiguous, of the stored dtype in this machine's byte order.
+        """
+        places = [self._place(case, name) for name in names]
+        box = boxes.checked_box(case, box)
+        boxes.check_unchanged(case)
+        with self._locked():
+            self._unmap_evicted()
+            kept = self._generations(places)
+            hit = len(kept) == len(places)
+            mine = [] if hit else self._claim([p for p in places if p.number not in kept])
+        if mine:
+            kept |= self._fill(case, mine)
+        arrays = {
+            place.volume.name: self._copy(case, place, box)
+            if place.number in kept
+            else boxes.read_box(case, place.volume, box)
+            for place in places
+        }
+        with self._locked():
+            self._header[HITS if hit else MISSES] += 1
+            unchanged = self._generations(places)
+        for place in places:
+            # Given back while it was copied: the copy may hold zeros, or what came after.
+            if place.number in kept and unchanged.get(place.number) != kept[place.number]:
+                arrays[place.volume.name] = boxes.read_box(case, place.volume, box)
+        return arrays
+
+    def row(self, case, name, i):
+        """Row i of a list of coordinates, `background` or `foreground/<class>`: (3,) int32.
+
+        A few bytes of the file; nothing is kept.
+        """
+        boxes.check_unchanged(case)
+        return boxes.read_row(case, name, i)
+
+    def counts(self):
+        """What all processes did together: cases and bytes kept, budget, hits, misses, evictions.
+
+        A hit is a read that found all it wanted in memory; evictions counts cases given back.
+        """
+        with self._locked():
+            states = self._state
+            kept = sum(
+                any(states[place.number] == PRESENT for place in places.values())
+                for places in self._places.values()
+            )
+            return {
+                "cases": kept,
+                "bytes": self._used(),
+                "budget": int(self._header[BUDGET]),
+                "hits": int(self._header[HITS]),
+                "misses": int(self._header[MISSES]),
+                "evictions": int(self._header[EVICTIONS]),
+            }
+
+    def give_back(self, keep_bytes):
+        """Lower the budget to keep_bytes, for good; returns how many bytes were given back.
+
+        Decoded volumes leave memory at once, mapped ones when each process next reads; a volume
+        that is being filled goes at the end of that, and is not in the number returned.
+        """
+        with self._locked():
+            before = self._used()
+            self._header[BUDGET] = min(int(self._header[BUDGET]), _checked(keep_bytes))
+            for places in reversed(self._places.values()):
+                if self._used() <= self._header[BUDGET]:
+                    break
+                kept = [p for p in places.values() if self._state[p.number] == PRESENT]
+                for place in kept + [p for p in places.values() if self._abandoned(p)]:
+                    self._release(place)
+                self._header[EVICTIONS] += bool(kept)
+            self._unmap_evicted()
+            return before - self._used()
+
+    # ------------------------------------------------------------------------ filling
+
+    def _place(self, case, name):
+        volumes = self._places.get(case.path)
+        if volumes is None:
+            raise ValueError(
+                f"case {case.id}: expected one of the {len(self._places)} cases of this cache, got "
+                f"{case.path}; make the cache with all cases that it shall read"
+            )
+        if name not in volumes:
+            raise ValueError(
+                f"case {case.id}: expected {name!r} in {case.path}, got a file with "
+                f"{', '.join(volumes)} only; prepare this case again with it"
+            )
+        return volumes[name]
+
+    def _generations(self, places):
+        """{number: generation} of those that are kept; a place gets a new one when it changes."""
+        numbers = [p.number for p in places if self._state[p.number] == PRESENT]
+        return {number: int(self._generation[number]) for number in numbers}
+
+    def _used(self):
+        return int(self._sizes[self._state != ABSENT].sum())
+
+    def _claim(self, places):
+        """Those of the places that this process shall fill: none if they do not all fit."""
+        for place in places:
+            if self._abandoned(place):
+                self._release(place)
+        absent = [p for p in places if self._state[p.number] == ABSENT]
+        if self._used() + sum(p.volume.memory for p in absent) > self._header[BUDGET]:
+            return []
+        mine = [place for place in absent if self._lock_to_fill(place)]
+        for place in mine:
+            self._state[place.number] = FILLING
+        return mine
+
+    def _release(self, place):
+        """Take a place out of the cache, and give its memory back where the system has a way."""
+        self._generation[place.number] += 1  # before the bytes go, or a reader would trust them
+        self._state[place.number] = ABSENT
+        if place.volume.offset is None and hasattr(mmap, "MADV_REMOVE"):
+            self._arena().madvise(mmap.MADV_REMOVE, place.start, place.volume.memory)
+
+    def _lock_to_fill(self, place):
+        """Whether this process got the lock of a place; that of one that was killed is free."""
+        if place.number in self._filling:  # by another thread: file locks are one process's
+            return False
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1 + place.number)
+        except (BlockingIOError, PermissionError):
+            return False
+        self._filling.add(place.number)
+        return True
+
+    def _abandoned(self, place):
+        """Whether a place is being filled by a process that is no more."""
+        if self._state[place.number] != FILLING or not self._lock_to_fill(place):
+            return False
+        self._unlock(place)
+        return True
+
+    def _unlock(self, place):
+        self._filling.discard(place.number)
+        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, 1 + place.number)
+
+    def _fill(self, case, places):
+        """Map or decode the places that were claimed; {number: generation} of those kept."""
+        maps, done = {}, False
+        try:
+            for place in places:
+                if place.volume.offset is None:
+                    boxes.decode(case, place.volume, self._arena(), place.start)
+                else:
+                    maps[place.number] = boxes.map_volume(case, place.volume, whole=True)
+            done = True
+        finally:
+            with self._locked():
+                # The budget may have been lowered meanwhile.
+                done = done and self._used() <= self._header[BUDGET]
+                for place in places:
+                    if done:
+                        self._state[place.number] = PRESENT
+                    else:
+                        self._release(place)
+                    self._unlock(place)
+                kept = self._generations(places)
+        for number in maps.keys() & kept.keys():
+            self._keep_map(number, maps[number])
+        return kept
+
+    def _copy(self, case, place, box):
+        """The box of a volume that is kept."""
+        if place.volume.offset is None:
+            return boxes.copy_box(self._arena(), place.volume, place.start, box)
+        source = self._maps.get(place.number) or boxes.map_volume(case, place.volume)
+        self._keep_map(place.number, source)
+        return boxes.copy_box(source, place.volume, place.volume.offset % boxes.PAGE, box)
+
+    def _keep_map(self, number, source):
+        if len(self._maps) < MAX_MAPS:
+            self._maps[number] = source
+
+    def _unmap_evicted(self):
+        if self._seen_evictions != self._header[EVICTIONS]:
+            self._seen_evictions = int(self._header[EVICTIONS])
+            maps = list(self._maps.items())  # at once: another thread may add one meanwhile
+            self._maps = {n: source for n, source in maps if self._state[n] == PRESENT}
+
+    def _arena(self):
+        if self._arena_map is None:
+            self._arena_map = mmap.mmap(self._arena_fd, self._arena_bytes)
+        return self._arena_map
+
+    # ------------------------------------------------------------------------ what is shared
+
+    def _create(self, budget):
+        count = sum(map(len, self._places.values()))
+        self._fd = _anonymous_file(8 * (4 + 2 * count))
+        # Sparse: it takes the memory of what is decoded into it, never more than the budget.
+        self._arena_fd = _anonymous_file(self._arena_bytes) if self._arena_bytes else None
+        self._attach()
+        self._header[BUDGET] = budget
+
+    def _attach(self):
+        for fd in (self._fd, self._arena_fd):
+            if fd is not None:
+                os.set_inheritable(fd, False)  # as it came from a spawn: programs run here get none
+                weakref.finalize(self, os.close, fd)
+        rows = [place for places in self._places.values() for place in places.values()]
+        # Never closed while the cache lives: closing any descriptor of a file drops all of a
+        # process's locks on it, and a map has one.
+        numbers = np.frombuffer(mmap.mmap(self._fd, 0), np.int64)
+        self._header, self._state, self._generation = np.split(numbers, [4, 4 + len(rows)])
+        self._sizes = np.array([place.volume.memory for place in rows], np.int64)
+        self._thread_lock, self._filling = threading.Lock(), set()
+        self._maps, self._seen_evictions, self._arena_map = {}, 0, None
+
+    def __getstate__(self):
+        spawning = context.get_spawning_popen() is not None
+        fds = [fd for fd in (self._fd, self._arena_fd) if fd is not None]
+        return {
+            "places": (self._places, self._arena_bytes),
+            "budget": int(self._header[BUDGET]),
+            "files": [reduction.DupFd(fd) for fd in fds] if spawning else [],
+        }
+
+    def __setstate__(self, state):
+        self._places, self._arena_bytes = state["places"]
+        if not state["files"]:
+            self._create(state["budget"])
+            return
+        self._fd, *arena = (file.detach() for file in state["files"])
+        self._arena_fd = arena[0] if arena else None
+        self._attach()
+
+    @contextlib.contextmanager
+    def _locked(self):
+        """Alone with the header. The file's lock ends with its process, even one that is killed.
+
+        It is the process's, so that threads need one of their own.
+        """
+        with self._thread_lock:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, MUTEX)
+            try:
+                yield
+            finally:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, MUTEX)
+
+
+def _checked(budget):
+    if budget < 0:
+        raise ValueError(f"expected a cache of 0 bytes or more, got {budget}; 0 keeps nothing")
+    return int(budget)
+
+
+def _lay_out(cases):
+    """({path: {name: Place}}, bytes of shared memory that would hold all that must be decoded)."""
+    places, number, arena = {}, 0, 0
+    for case in cases:
+        places[case.path] = {}
+        for name, volume in boxes.volumes(case).items():
+            places[case.path][name] = Place(number, volume, arena)
+            number += 1
+            arena += volume.memory if volume.offset is None else 0
+    return places, arena
+
+
+def _anonymous_file(size):
+    """Descriptor of a file in memory without a name, of zeros, there while any process has it."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("lamina-cache")
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, size)
+    return fd
+
+
+def default_budget(cases, available_bytes):
+    """Bytes to keep: half of what is available, at most what the cases hold.
+
+    The other half is for what grows with the workers and not with the data, boxes on their way
+    above all, and for the file cache of what is not kept.
+    """
+    held = sum(volume.memory for case in cases for volume in boxes.volumes(case).values())
+    return min(int(available_bytes) // 2, held)

@@ -1,0 +1,115 @@
+"""Which cases train, validate and test, and which classes are foreground."""
+
+import fnmatch
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Split:
+    train: list
+    validation: list
+    test: list
+
+
+def choose_cases(dataset, *, train, validation, test, folds, fold):
+    """The `Split` of a dataset, and notes to print. ValueError names every fault, a line each.
+
+    train, validation, test: ids, groups or patterns of either; train None: all labelled cases not
+    named elsewhere. folds > 0: whole groups go to folds, the largest first to the emptiest fold,
+    and validation is fold number `fold`.
+    """
+    faults, notes = [], []
+
+    def named(key, patterns):
+        found = {}
+        for pattern in patterns or ():
+            hits = [
+                c
+                for c in dataset.cases.values()
+                if fnmatch.fnmatch(c.id, pattern) or fnmatch.fnmatch(c.group, pattern)
+            ]
+            if not hits:
+                known = ", ".join(list(dataset.cases)[:8])
+                faults.append(
+                    f"data.{key}: no case or group is named {pattern!r}; there are {known}"
+                )
+            found |= {c.id: c for c in hits}
+        return found
+
+    chosen_test, chosen_validation = named("test", test), named("validation", validation)
+    chosen_train = named("train", train)
+    if train is None:
+        taken = chosen_test | chosen_validation
+        chosen_train = {i: c for i, c in dataset.cases.items() if i not in taken and c.labelled}
+    if folds:
+        chosen_validation, note = _fold(chosen_train, folds, fold)
+        chosen_train = {i: c for i, c in chosen_train.items() if i not in chosen_validation}
+        notes += note
+    split = Split(*(list(d.values()) for d in (chosen_train, chosen_validation, chosen_test)))
+    faults += _split_faults(split)
+    if faults:
+        raise ValueError("\n".join(faults))
+    if not split.validation:
+        notes.append("validation: no cases are set aside for it, so best.pt is the last state")
+    return split, notes
+
+
+def facts(dataset, split, foreground):
+    """What a checkpoint says of the data it was trained on: plain values."""
+    return {
+        "root": str(Path(dataset.root).resolve()),
+        **{key: [c.id for c in members] for key, members in vars(split).items()},
+        "channels": split.train[0].channels,
+        "classes": dict(dataset.classes),
+        "foreground": list(foreground),
+        "ignore_label": dataset.ignore_label,
+        "unit": dataset.unit,
+    }
+
+
+def _fold(cases, folds, fold):
+    groups = {}
+    for case in cases.values():
+        groups.setdefault(case.group, []).append(case.id)
+    notes = []
+    if len(groups) < folds:
+        notes.append(f"data.folds: {folds} asked for, only {len(groups)} groups are there")
+    if len(groups) < 2:
+        return {}, notes
+    parts = [[] for _ in range(min(folds, len(groups)))]
+    for group in sorted(groups, key=lambda g: (-len(groups[g]), g)):
+        min(parts, key=len).extend(groups[group])
+    return {i: cases[i] for i in parts[fold % len(parts)]}, notes
+
+
+def _split_faults(split):
+    if not split.train:
+        yield "data.train: expected at least one labelled case, got none"
+    for key in ("train", "validation"):
+        for case in getattr(split, key):
+            if not case.labelled:
+                yield f"data.{key}: case {case.id} has no label; prepare it with --labels"
+    for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        shared = {c.group for c in getattr(split, a)} & {c.group for c in getattr(split, b)}
+        if shared:
+            yield (
+                f"data.{a} and data.{b}: expected no group in both, got "
+                f"{', '.join(sorted(shared))}; name whole groups on one side"
+            )
+    channels = {c.channels for c in split.train + split.validation}
+    if len(channels) > 1:
+        yield f"data.root: expected one number of channels in all cases, got {sorted(channels)}"
+
+
+def foreground_ids(classes, wanted):
+    """Ids of the classes that are foreground; ValueError if there are several and none is named."""
+    named = {name: number for name, number in classes.items() if number != 0}
+    unknown = [name for name in wanted or () if name not in named]
+    if unknown or (not wanted and len(named) > 1):
+        got = f"got {', '.join(unknown)}" if unknown else "got none"
+        raise ValueError(
+            f"data.foreground: expected names among {', '.join(named)} ({got}); the network tells "
+            "one foreground from the background, name the classes that belong to it"
+        )
+    return [named[name] for name in wanted] if wanted else list(named.values())
