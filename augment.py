@@ -1,46 +1,53 @@
-"""Drawing a patch from a region: one grid, one interpolation, then the intensity part.
+"""Augmentation: what is drawn for a patch, and the batch drawn from it on the device.
 
-Crop, spacing, flip, quarter turn, rotation and scaling are one affine map from patch voxels to
-source voxels,
+    python augment.py configs/vessels.yaml            # runs/augment_vessels.png
+    python augment.py configs/vessels.yaml --case ID --out sheet.png augment.gamma=0.5
 
-    source = origin + matrix @ patch_index        (z, y, x, voxel centres at whole numbers)
-
-`draw_spatial` and `draw_intensity` draw their parameters with a numpy generator (in a worker, on
-the CPU, a few numbers); `place_patch` says which source box a patch needs; `draw_patch` and
-`change_intensity` do the work on the tensors' own device.
+As a script it draws a contact sheet: one case under each transformation, with label and valid laid
+over it. As a module, `draw_spatial` draws the parameters of the map from patch to source
+(grid.py) with a numpy generator, in a worker, on the CPU, a few numbers; intensity.py those of what
+happens to grey values; `draw_batch` does the work on the device.
 """
 
+import argparse
+import functools
 import itertools
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+
+import grid
+import intensity
 
 ISOTROPY = 2.0  # axes whose voxels are more than this many times the shortest are not rotated into
-WHOLE = 1e-6  # a matrix or origin this close to whole numbers is taken as such, and is then exact
+ELASTIC_SPACING = 24.0  # voxels of the finest axis, where the settings give no distance
+ELASTIC_AMPLITUDE = (0.5, 1.5)  # the same
+CANDIDATES = 16  # places that the contact sheet chooses from
 
 
-# ---------------------------------------------------------------------------- parameters
-
-
-def draw_spatial(rng, source_spacing, spacing, *, settings):
-    """Draw one map from patch voxels to source voxels, without its place.
+def draw_spatial(rng, source_spacing, spacing, *, patch, settings):
+    """Draw the `grid.Map` of one patch.
 
     rng: numpy Generator; source_spacing: of the stored voxels, spacing: of the patch's, z, y, x in
-    one unit; settings: plain dict of the `augment` settings, or None for no augmentation.
-    Returns (matrix, upright): (3, 3) float64 each; upright lacks the rotation, so that it tells
-    how much room the patch takes along the axes.
+    one unit; patch: voxels; settings: plain dict of the `augment` settings, or None for none.
     """
     source_spacing, spacing = np.asarray(source_spacing, float), np.asarray(spacing, float)
-    turn, rotation, zoom = np.eye(3), np.eye(3), np.ones(3)
-    if settings is not None:
-        turn = _turn(rng, spacing, settings)
-        rotation = _rotation(rng, spacing, settings)
-        zoom = _zoom(rng, settings)
-    upright = turn @ np.diag(spacing / zoom)  # patch voxels to physical distances
     to_source = np.diag(1 / source_spacing)
-    return to_source @ rotation @ upright, to_source @ upright
+    if settings is None:
+        matrix = to_source @ np.diag(spacing)
+        return grid.Map(matrix, matrix)
+    turn = _turn(rng, spacing, settings)
+    rotation = _rotation(rng, spacing, settings)
+    upright = turn @ np.diag(spacing / _zoom(rng, settings))  # patch voxels to physical distances
+    matrix = to_source @ rotation @ upright
+    rolled, roll = rng.random() < settings["roll"], int(rng.integers(patch[0]))
+    control, step = _elastic(rng, spacing, patch, settings)
+    if control is not None:  # from the patch's own axes to the source's
+        control = np.einsum("ab,bzyx->azyx", matrix, control).astype(np.float32)
+    return grid.Map(matrix, to_source @ upright, control, step, roll if rolled else 0)
 
 
 def _turn(rng, spacing, settings):
@@ -50,12 +57,13 @@ def _turn(rng, spacing, settings):
         quarters = rng.integers(0, 4)
         wanted = rng.random() < settings["turn90"]
         if wanted and math.isclose(spacing[plane[0]], spacing[plane[1]], rel_tol=1e-3):
-            turn = turn @ np.round(_rotate_in(plane, quarters * math.pi / 2))
+            turn = turn @ np.round(rotate_in(plane, quarters * math.pi / 2))
     signs = np.where(rng.random(3) < settings["flip"], -1.0, 1.0)
     return turn @ np.diag(signs)
 
 
-def _rotate_in(plane, angle):
+def rotate_in(plane, angle):
+    """The (3, 3) rotation by `angle` (radians) from the first axis of a plane to the second."""
     a, b = plane
     matrix = np.eye(3)
     matrix[a, a] = matrix[b, b] = math.cos(angle)
@@ -73,7 +81,7 @@ def _rotation(rng, spacing, settings):
         allowed = axes == "all" or (axes == "z" and axis == 0)
         allowed = allowed or (axes == "auto" and ratio <= ISOTROPY)
         if allowed and wanted < settings["rotation"]:
-            matrix = matrix @ _rotate_in(plane, angle)
+            matrix = matrix @ rotate_in(plane, angle)
     return matrix
 
 
@@ -87,181 +95,38 @@ def _zoom(rng, settings):
     return factors if per_axis < settings["scaling_per_axis"] else np.full(3, factors[0])
 
 
-def draw_intensity(rng, *, settings):
-    """Draw what `change_intensity` does to one patch: a dict of plain numbers."""
-    chosen = {}
-    if settings is not None:
-        for name in ("blur", "noise", "brightness", "contrast", "gamma"):
-            wanted, value = rng.random(), rng.uniform(*settings[f"{name}_range"])
-            if wanted < settings[name]:
-                chosen[name] = float(value)
-        chosen["noise_seed"] = int(rng.integers(2**62))
-    return chosen
+def _elastic(rng, spacing, patch, settings):
+    """Control points in patch voxels, (3, nz, ny, nx), and their distance in voxels, per axis.
 
-
-# ---------------------------------------------------------------------------- the place
-
-
-def place_patch(matrix, upright, centre, patch, shape):
-    """Origin of a patch around a source voxel, moved inside the volume, and the box it needs.
-
-    centre: source coordinates that the patch centre should have; patch, shape: voxels, z, y, x.
-    Along an axis that is shorter than the patch, the patch is centred and hangs over both ends.
-    Returns (origin (3,), start (3,), stop (3,)): the box is source[start:stop], inside the volume.
+    Control points are uniform in a cube and independent, which bounds them: with an amplitude of
+    at most 0.075 of their distance, a B-spline of them maps one to one (Choi & Lee 2000). They are
+    scaled so that the mean square of the field over the patch, along each axis, is the amplitude's.
     """
-    patch, shape = np.asarray(patch), np.asarray(shape)
-    half = np.abs(upright) @ (patch / 2)
-    low, high = half - 0.5, shape - 0.5 - half
-    centre = np.where(low <= high, np.clip(centre, low, high), (shape - 1) / 2)
-    origin = centre - matrix @ ((patch - 1) / 2)
-    if is_whole(matrix):
-        origin = np.round(origin)
-    corners = np.array(list(itertools.product(*((0, n - 1) for n in patch))))
-    reached = origin + corners @ matrix.T
-    start = np.clip(np.floor(reached.min(0) + WHOLE), 0, shape - 1).astype(int)
-    stop = np.clip(np.ceil(reached.max(0) - WHOLE), 0, shape - 1).astype(int) + 1
-    return origin, start, stop
-
-
-def is_whole(matrix):
-    """Whether a matrix is a signed permutation: then a patch is a copy, not an interpolation."""
-    rounded = np.round(np.asarray(matrix))
-    is_permutation = (np.abs(rounded).sum(0) == 1).all() and (np.abs(rounded).sum(1) == 1).all()
-    return bool(is_permutation and np.abs(matrix - rounded).max() < WHOLE)
-
-
-# ---------------------------------------------------------------------------- on the device
-
-
-def draw_patch(
-    image, label, *, matrix, origin, start, shape, patch, foreground, ignore_label, skeleton=None
-):
-    """Draw one patch from its box, on the box's device.
-
-    image (C, d, h, w) any dtype, label (d, h, w) uint8 or None: the box source[start:start+dhw] of
-    a volume of `shape`; matrix, origin: see the module; foreground: class ids that are foreground;
-    skeleton (d, h, w) uint8 or None: of all classes, as a case file holds it.
-    Returns image (C, D, H, W) float32, target (1, D, H, W) float32 of 0 and 1, valid
-    (1, D, H, W) bool: inside the volume and labelled, and skeleton (1, D, H, W) float32 of 0 and 1,
-    within the target, or None without one. Outside, the image repeats its border.
-    The image is interpolated linearly; label and skeleton take the nearest voxel. Interpolating
-    each class and taking the heaviest breaks thin tubes: benchmarks/label_interpolation.py.
-    """
-    matrix, origin = np.asarray(matrix, float), np.asarray(origin, float) - start
-    faces = -np.asarray(start) - 0.5, np.asarray(shape) - start - 0.5  # of the volume
-    exact = is_whole(matrix) and np.abs(origin - np.round(origin)).max() < WHOLE
-    draw = _copy if exact else _interpolate
-    stored = [box for box in (label, skeleton) if box is not None]
-    image, drawn, valid = draw(image, stored, matrix, origin, faces, patch)
-    if label is None:
-        return image, torch.zeros_like(image[:1]), torch.zeros_like(valid), None
-    label = drawn[0]
-    if ignore_label is not None:
-        valid = valid & (label != ignore_label)
-    target = torch.zeros_like(valid)
-    for class_id in foreground:
-        target |= label == class_id
-    target &= valid
-    tube = None if skeleton is None else (target & (drawn[1] != 0)).float()
-    return image, target.float(), valid, tube
-
-
-# Numbers of the map go into the arithmetic as Python scalars: a small tensor made on the host
-# would be a copy that the device must be waited for, for every patch.
-
-
-def _copy(image, stored, matrix, origin, faces, patch):
-    """Exact voxels: one index per source axis, then the axes in the patch's order."""
-    drawn = [image, *(box[None] for box in stored)]
-    along = np.abs(matrix).argmax(axis=1)  # the patch axis that runs along each source axis
-    order = [0] + [1 + int(axis) for axis in np.argsort(along)]
-    valid = torch.ones((1, 1, 1), dtype=torch.bool, device=image.device)
-    for axis in range(3):
-        sign, first = round(matrix[axis, along[axis]]), round(origin[axis])
-        index = first + sign * torch.arange(patch[along[axis]], device=image.device)
-        inside = (index > faces[0][axis]) & (index < faces[1][axis])
-        valid = valid & inside.view([-1 if a == axis else 1 for a in range(3)])
-        index = index.clamp(0, image.shape[axis + 1] - 1)
-        drawn = [box.index_select(axis + 1, index) for box in drawn]
-    image, *drawn = (box.permute(order).contiguous() for box in (*drawn, valid[None]))
-    return image.float(), drawn[:-1], drawn[-1]
-
-
-def _interpolate(image, stored, matrix, origin, faces, patch):
-    device = image.device
-    z, y, x = (
-        torch.arange(n, device=device, dtype=torch.float32).view(
-            [-1 if a == axis else 1 for a in range(3)]
-        )
-        for axis, n in enumerate(patch)
+    finest = float(min(spacing))
+    distance = settings["elastic_spacing"] or ELASTIC_SPACING * finest
+    low, high = settings["elastic_amplitude_range"] or np.multiply(ELASTIC_AMPLITUDE, finest)
+    wanted, amplitude, seed = rng.random(), rng.uniform(low, high), rng.integers(2**62)
+    if wanted >= settings["elastic"]:
+        return None, None
+    step = tuple(float(distance / s) for s in spacing)
+    size = grid.lattice_size(patch, step)
+    share = math.prod(  # of the variance of the control points that the field has
+        np.square(grid.spline_weights(np.arange(n), s, count)).sum(axis=1).mean()
+        for n, s, count in zip(patch, step, size, strict=True)
     )
-    valid = torch.ones(patch, dtype=torch.bool, device=device)
-    grid, nearest = [], []
-    for axis, n in enumerate(image.shape[1:]):
-        a, b, c = (float(m) for m in matrix[axis])
-        place = a * z + b * y + c * x + float(origin[axis])  # (D, H, W), in voxels of the box
-        valid &= (place > float(faces[0][axis])) & (place < float(faces[1][axis]))
-        nearest.append((place + 0.5).floor().long().clamp(0, n - 1))
-        grid.insert(0, 2 * place / max(n - 1, 1) - 1)  # grid_sample wants x, y, z from -1 to 1
-    drawn = F.grid_sample(
-        image.float()[None],
-        torch.stack(grid, -1)[None],
-        mode="bilinear",
-        padding_mode="border",
-        align_corners=True,
-    )
-    return drawn[0], [box[tuple(nearest)][None] for box in stored], valid[None]
+    # A generator of its own: how many numbers a lattice takes must not shift what is drawn next.
+    control = np.random.default_rng(int(seed)).uniform(-1, 1, (3, *size))
+    control *= amplitude * math.sqrt(3 / share)
+    return control / spacing[:, None, None, None], step
 
 
-def normalise(image, *, mean, std, low=None, high=None):
-    """Clip to [low, high] and standardise. image (C, ...) float32; one value per channel each."""
-    channels = []
-    for i, channel in enumerate(image):
-        if low is not None:
-            channel = channel.clamp(low[i], high[i])
-        channels.append((channel - mean[i]) / max(std[i], 1e-6))
-    return torch.stack(channels)
-
-
-def change_intensity(image, chosen, spacing):
-    """What `draw_intensity` chose, on a normalised patch (C, D, H, W); spacing of its voxels.
-
-    Contrast and gamma act about the patch's own mean and range, so that their strength does not
-    depend on where the volume's zero lies; gamma keeps mean and deviation.
-    """
-    if "blur" in chosen:
-        sigmas = [chosen["blur"] * min(spacing) / s for s in spacing]
-        image = gaussian_blur(image, sigmas)
-    if "noise" in chosen:
-        generator = torch.Generator(image.device).manual_seed(chosen["noise_seed"])
-        noise = torch.randn(image.shape, generator=generator, device=image.device)
-        image = image + chosen["noise"] * noise
-    mean = image.mean(dim=(1, 2, 3), keepdim=True)
-    if "gamma" in chosen:
-        low, high = image.amin(dim=(1, 2, 3), keepdim=True), image.amax(dim=(1, 2, 3), keepdim=True)
-        bent = ((image - low) / (high - low).clamp_min(1e-6)).pow(chosen["gamma"])
-        bent_std = bent.std(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
-        std = image.std(dim=(1, 2, 3), keepdim=True)
-        image = (bent - bent.mean(dim=(1, 2, 3), keepdim=True)) / bent_std * std + mean
-    if "contrast" in chosen:
-        image = (image - mean) * chosen["contrast"] + mean
-    return image + chosen.get("brightness", 0.0)
-
-
-def gaussian_blur(image, sigmas):
-    """Gaussian blur of (C, D, H, W), sigmas in voxels z, y, x; borders repeated."""
-    for axis, sigma in enumerate(sigmas):
-        reach = math.ceil(3 * sigma)
-        if sigma < 0.2:  # the neighbour's weight would be under 1e-5
-            continue
-        offsets = torch.arange(-reach, reach + 1, device=image.device, dtype=torch.float32)
-        weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
-        weights = (weights / weights.sum()).view([-1 if a == axis else 1 for a in range(3)])
-        padding = [0] * 6
-        padding[2 * (2 - axis)] = padding[2 * (2 - axis) + 1] = reach
-        padded = F.pad(image[:, None], padding, mode="replicate")
-        image = F.conv3d(padded, weights[None, None])[:, 0]
-    return image
+def functions(settings):
+    """What data.PatchDataset takes of augmentation; settings: as in `draw_spatial`."""
+    return {
+        "draw_spatial": functools.partial(draw_spatial, settings=settings),
+        "draw_intensity": functools.partial(intensity.draw_intensity, settings=settings),
+        "place_patch": grid.place_patch,
+    }
 
 
 def draw_batch(samples, patch, *, foreground, ignore_label, device):
@@ -269,22 +134,181 @@ def draw_batch(samples, patch, *, foreground, ignore_label, device):
 
     Each (B, C or 1, D, H, W); the skeleton is None if the samples carry none.
     """
-    batch = []
+    drawn = []
     for sample in samples:
         boxes = {
             name: sample[name].to(device, non_blocking=True)
             for name in ("image", "label", "skeleton")
             if name in sample
         }
-        image, *masks = draw_patch(
-            **boxes,
-            **{key: sample[key] for key in ("matrix", "origin", "start", "shape")},
-            patch=patch,
-            foreground=foreground,
-            ignore_label=ignore_label,
+        patch_image, *masks = grid.draw_patch(
+            **boxes, about=sample, patch=patch, foreground=foreground, ignore_label=ignore_label
         )
-        image = normalise(image, **{key: sample[key] for key in ("mean", "std", "low", "high")})
-        batch.append((change_intensity(image, sample["intensity"], sample["spacing"]), *masks))
-    *drawn, skeletons = zip(*batch, strict=True)
+        scale = {key: sample[key] for key in ("mean", "std", "low", "high")}
+        drawn.append((intensity.normalise(patch_image, **scale), *masks))
+    images, targets, valids, skeletons = zip(*drawn, strict=True)
+    image = intensity.change_intensity(
+        torch.stack(images),
+        [sample["intensity"] for sample in samples],
+        [sample["spacing"] for sample in samples],
+    )
     carried = None if skeletons[0] is None else torch.stack(skeletons)
-    return *(torch.stack(patches) for patches in drawn), carried
+    return image, torch.stack(targets), torch.stack(valids), carried
+
+
+# ---------------------------------------------------------------------------- the contact sheet
+
+
+def main(settings, *, case_id=None, out=None, seed=None):
+    """Draw the contact sheet of a config. Returns the exit status.
+
+    The patch lies at the same place of the volume in all pictures and is drawn on the CPU, so that
+    the sheet is a function of config, case and seed.
+    """
+    # Here and below: as a module this file needs no config, no cases, no pictures.
+    import cache
+    import cases
+    import contact_sheet
+    import splits
+
+    seed = settings.run.seed if seed is None else seed
+    out = out or Path(settings.run.folder) / f"augment_{settings.run.name}.png"
+    try:
+        dataset = cases.read_dataset(settings.data.root, settings.data.source)
+        foreground = splits.foreground_ids(dataset.classes, settings.data.foreground)
+        case = _chosen_case(dataset, settings.data, case_id)
+        draw = functools.partial(
+            _draw_alone,
+            case,
+            cache.VolumeCache([case], 0),
+            settings,
+            seed=seed,
+            about={"foreground": foreground, "ignore_label": dataset.ignore_label},
+        )
+        heading, blocks = _blocks(case, draw, settings, seed)
+        contact_sheet.write_sheet(out, blocks, heading=heading)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"wrote {out}")
+    return 0
+
+
+def _chosen_case(dataset, data_settings, case_id):
+    """The case of that id, or the first that trains; ValueError if it cannot be drawn from."""
+    import splits
+
+    if case_id is None:
+        names = {"train", "validation", "test", "folds", "fold"}
+        split, _ = splits.choose_cases(dataset, **data_settings.model_dump(include=names))
+        return split.train[0]
+    if case_id not in dataset.cases:
+        known = ", ".join(list(dataset.cases)[:8])
+        raise ValueError(f"--case: expected a case of {dataset.root}, {known}; got {case_id}")
+    if not dataset.cases[case_id].labelled:
+        raise ValueError(f"--case: case {case_id} has no label; prepare it with --labels")
+    return dataset.cases[case_id]
+
+
+def _draw_alone(case, kept, settings, index, chosen, *, seed, about, centre=None):
+    """(sample, (image, target, valid)): a sample of data.PatchDataset, and the patch as arrays.
+
+    chosen: the `augment` settings that hold for this patch; centre: source voxel that it is placed
+    around, or None for where the run would draw. image is the first channel, (D, H, W).
+    """
+    import data
+
+    def place(drawn, around, patch, shape):
+        return grid.place_patch(drawn, around if centre is None else centre, patch, shape)
+
+    patches = data.PatchDataset(
+        [case],
+        cache=kept,
+        foreground=dict.fromkeys(about["foreground"], 1.0),
+        **{**settings.patch_arguments(), "seed": seed},
+        **{**functions(chosen), "place_patch": place},
+    )
+    sample = patches[0, index]
+    image, target, valid, _ = draw_batch(
+        [sample], settings.sampling.patch, device=torch.device("cpu"), **about
+    )
+    return sample, (image[0, 0].numpy(), target[0, 0].numpy() > 0, valid[0, 0].numpy())
+
+
+def _blocks(case, draw, settings, seed):
+    """What contact_sheet.write_sheet takes: the heading and all blocks."""
+    import contact_sheet
+
+    trials = [draw(index, None) for index in range(CANDIDATES)]
+    first, original = max(trials, key=lambda t: contact_sheet.middle_border(t[1][1]))
+    patch, spacing = settings.sampling.patch, first["spacing"]
+    centre = first["origin"] + first["matrix"] @ ((np.asarray(patch) - 1) / 2)
+    grey = contact_sheet.grey_range(original[0])
+    paint = functools.partial(contact_sheet.picture, spacing=spacing, grey=grey)
+    plain = [(paint(*original, outline=False), ""), (paint(*original), "label outlined")]
+    configured = settings.augment.model_dump()
+    finest = min(spacing)
+    configured["elastic_spacing"] = configured["elastic_spacing"] or ELASTIC_SPACING * finest
+    configured["elastic_amplitude_range"] = configured["elastic_amplitude_range"] or tuple(
+        amplitude * finest for amplitude in ELASTIC_AMPLITUDE
+    )
+    shown = contact_sheet.variants(configured)
+    shown += [("all as configured", [configured] * contact_sheet.DRAWS)]
+    blocks = [("original", plain)]
+    index = itertools.count()
+    for title, variants in shown:
+        drawn = [draw(next(index), chosen, centre=centre) for chosen in variants]
+        blocks.append((title, [(paint(*b), _caption(s, first["matrix"])) for s, b in drawn]))
+    size = f"{_times(spacing)} {case.unit}".rstrip()
+    heading = [
+        f"{settings.run.name}, case {case.id}, seed {seed}: patch of {_times(patch)} voxels, "
+        f"{size} each, middle at voxel {_times(np.round(centre))} (z, y, x)",
+        "Each picture: the patch's middle z slice (y down, x right), below it its middle y slice "
+        "(z down, x right). Orange: border of the label. Hatched: not valid, that is unlabelled or "
+        "outside the volume.",
+        f"Black to white is {grey[0]:.1f} to {grey[1]:.1f} standard deviations of the volume in "
+        "all. Each transformation alone, its range from the lowest part to the highest.",
+    ]
+    return heading, blocks
+
+
+def _times(numbers):
+    return " x ".join(f"{n:g}" for n in numbers)
+
+
+def _caption(sample, unchanged):
+    """What was drawn that is a number; unchanged: the matrix of the patch that nothing moved."""
+    chosen = sample["intensity"]
+    values = [
+        f"{name}\N{NO-BREAK SPACE}{chosen[name]:.2f}" for name in intensity.NAMES if name in chosen
+    ]
+    values += [f"roll {sample['roll']}"] * bool(sample["roll"])
+    if not values and sample["control"] is None and np.array_equal(sample["matrix"], unchanged):
+        return "nothing changed"
+    return ", ".join(values)
+
+
+def cli(argv=None):
+    import config
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a YAML file with differences from the defaults")
+    parser.add_argument("--case", metavar="ID", help="default: the first that trains")
+    parser.add_argument("--out", metavar="FILE", help="default: augment_<name>.png in run.folder")
+    parser.add_argument("--seed", type=int, metavar="N", help="default: run.seed")
+    parser.add_argument("overrides", nargs="*", metavar="group.key=value")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        settings = config.load(arguments.config, arguments.overrides)
+    except config.ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if arguments.seed is not None and arguments.seed < 0:
+        parser.error(f"--seed: expected 0 or more, got {arguments.seed}")
+    return main(settings, case_id=arguments.case, out=arguments.out, seed=arguments.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

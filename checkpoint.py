@@ -249,6 +249,23 @@ def newest_run_folder(folder, name):
     return found[max(found)] if found else None
 
 
+def open_run(folder, name, *, resume):
+    """Where a run writes, and what it goes on from: (run folder, file, state, notes).
+
+    resume: take the newest run of this name that has saved state; file and state are None where
+    there is none, or without resume. notes: lines that say what was found. Makes nothing.
+    CheckpointError if there is state and none of it can be read.
+    """
+    newest = newest_run_folder(folder, name)
+    if not resume or newest is None:
+        notes = ["resume: no state is there to go on from, this is a new run"] * resume
+        return new_run_folder(folder, name), None, None, notes
+    found, why = find_newest(newest / "checkpoints")
+    state = load(found)
+    notes = [f"resume: {found} at step {state['loop']['step']}"] + [why] * (why is not None)
+    return newest, found, state, notes
+
+
 def record_run(folder, settings_text):
     """Make a run folder that explains itself: the resolved settings, and the source that runs."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

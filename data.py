@@ -1,38 +1,48 @@
-"""Patches drawn from case files: what a worker reads and ships.
+"""Patches drawn from case files: where they lie, and what a worker reads and ships.
 
 A worker draws the parameters of a patch, reads the box of source voxels that it covers, in the
-file's own dtype, and ships both. The device does the rest (augment.py).
+file's own dtype, and ships both. The device does the rest (augment.py, grid.py).
 """
 
-import itertools
+import math
 
-import h5py
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-MAX_OPEN_FILES = 64  # per worker; a system allows a process some 1000
+GOLDEN = (math.sqrt(5) - 1) / 2
+NEAR_BORDER = 0.9  # of half the patch: how far from its middle the voxel drawn around may come
+BACKGROUND = 0
+TURNED = 1.5  # a box turned and zoomed is about this much longer than its patch, along each axis
 
 
 class PatchDataset:
     """Patches as boxes of source voxels, each a function of (seed, epoch, index) alone.
 
-    cases: list of `Case`, all labelled; patch: voxels z, y, x; spacing: target spacing per axis,
-    0 or None keeps the case's own; draw_spatial, draw_intensity, place_patch: see augment.py
-    (picklable: they travel to the workers); foreground: class ids; clip: percentiles to clip
-    intensities to, or None; skeletons: whether to ship the box of the stored skeleton too,
+    cases: list of `Case`, all labelled; cache: a `cache.VolumeCache` of them; patch: voxels z, y,
+    x; spacing: target spacing per axis, 0 or None keeps the case's own; draw_spatial,
+    draw_intensity, place_patch: see augment.py, intensity.py, grid.py (picklable: they travel to
+    the workers); foreground: {class id: weight}, of foreground draws each class gets its share of
+    the weights, if any case has it; foreground_share: of draws that are around a foreground voxel;
+    jitter: how far off-centre that voxel lies, as a share of half the patch; clip: percentiles to
+    clip intensities to, or None; skeletons: whether to ship the box of the stored skeleton too,
     which every case file must hold then (cases.check_skeletons).
 
     dataset[epoch, index] reads only the box that the patch covers and returns plain values and
-    tensors: image, label and, if wanted, skeleton (the box, as stored), matrix, origin, start,
-    shape (where the patch lies), intensity (what to do to it), mean, std, low, high (how to
-    normalise), spacing, case.
+    tensors: image, label and, if wanted, skeleton (the box, as stored); matrix, control, step,
+    roll, origin, start, inside, shape (grid.draw_patch); intensity (what to do to it), mean, std,
+    low, high (how to normalise), spacing, case, around (the class drawn around, 0: background) and
+    voxel (where).
+
+    Foreground and background draws alternate as the share says, and within each the cases that
+    have such voxels take turns, so that the share and the turns hold in every stretch of an epoch.
+    ValueError if no case has a voxel to draw around.
     """
 
     def __init__(
         self,
         cases,
         *,
+        cache,
         patch,
         spacing,
         foreground,
@@ -45,65 +55,120 @@ class PatchDataset:
         place_patch,
         skeletons=False,
     ):
-        self.cases, self.patch, self.seed, self.clip = list(cases), tuple(patch), seed, clip
-        self.spacing, self.foreground = spacing, tuple(foreground)
-        self.foreground_share, self.jitter = foreground_share, jitter
+        self.cases, self.cache = list(cases), cache
+        self.patch, self.seed, self.clip = tuple(patch), seed, clip
+        self.spacing, self.jitter = spacing, jitter
         self.draw_spatial, self.draw_intensity = draw_spatial, draw_intensity
-        self.place_patch, self.skeletons = place_patch, skeletons
-        self.files = {}  # opened where they are used: no handle is carried over a spawn
+        self.place_patch = place_patch
+        self.names = ("image", "label", "skeleton") if skeletons else ("image", "label")
+        self.holders = {  # the cases in which a voxel of a class can be drawn around
+            class_id: [case for case in self.cases if case.counts.get(key, 0)]
+            for class_id, key in {**{c: c for c in foreground}, BACKGROUND: "background"}.items()
+        }
+        weights = {c: w for c, w in foreground.items() if self.holders[c] and w > 0}
+        self.classes, shares = list(weights), np.cumsum(list(weights.values()))
+        self.class_edges = shares / shares[-1] if weights else shares
+        if not weights and not self.holders[BACKGROUND]:
+            raise ValueError(
+                "data.train: expected cases with labelled voxels to draw patches around, got none; "
+                "look at the labels that prepare.py was given"
+            )
+        self.foreground_share = foreground_share if weights else 0.0
+        if not self.holders[BACKGROUND]:
+            self.foreground_share = 1.0
 
-    def __getstate__(self):
-        return {**self.__dict__, "files": {}}
-
-    def _file(self, case):
-        if case.path not in self.files:
-            if len(self.files) >= MAX_OPEN_FILES:
-                self.files.pop(next(iter(self.files))).close()
-            self.files[case.path] = h5py.File(case.path, "r")
-        return self.files[case.path]
-
-    def _centre(self, rng, file, case):
-        """A voxel to draw around: foreground or labelled background, from the stored lists."""
-        present = [c for c in self.foreground if f"foreground/{c}" in file]
-        wanted = rng.random() < self.foreground_share
-        if wanted and present:
-            coordinates = file[f"foreground/{present[rng.integers(len(present))]}"]
+    def _around(self, epoch, index):
+        """(class id, case) of a draw: the class by the shares, the case by its turn."""
+        phases = np.random.default_rng((self.seed, epoch, 0)).random(2)
+        before, after = (
+            math.floor(self.foreground_share * i + phases[0]) for i in (index, index + 1)
+        )
+        if after == before:
+            class_id, number = BACKGROUND, index - before
         else:
-            coordinates = file["background"]
-        if len(coordinates) == 0:
-            return np.array([rng.integers(n) for n in case.shape], float)
-        return coordinates[int(rng.integers(len(coordinates)))].astype(float)
+            # Multiples of the golden ratio fill the unit interval evenly, at whatever count.
+            point = (phases[1] + before * GOLDEN) % 1.0
+            class_id = self.classes[int(np.searchsorted(self.class_edges, point, side="right"))]
+            number = before
+        holders = self.holders[class_id]
+        turn, position = divmod(number, len(holders))
+        order = np.random.default_rng((self.seed, epoch, 1, class_id, turn))
+        return class_id, holders[int(order.permutation(len(holders))[position])]
+
+    def box_bytes(self):
+        """Bytes of the largest box of a sample, about: the patch, turned and zoomed."""
+        largest = 0
+        for case in self.cases:
+            spacing = network_spacing(case.spacing, self.spacing)
+            ratios = zip(self.patch, spacing, case.spacing, case.shape, strict=True)
+            voxels = math.prod(min(TURNED * n * a / b + 2, most) for n, a, b, most in ratios)
+            itemsize = np.dtype(case.dtype).itemsize
+            largest = max(largest, voxels * (case.channels * itemsize + len(self.names) - 1))
+        return int(largest)
 
     def __getitem__(self, place):
         epoch, index = place
-        # Cases take turns: each comes once before any comes twice, in an order of its own.
-        turn, position = divmod(index, len(self.cases))
-        order = np.random.default_rng((self.seed, epoch, turn, 0)).permutation(len(self.cases))
-        case = self.cases[order[position]]
-        rng = np.random.default_rng((self.seed, epoch, index, 1))
-        file = self._file(case)
-
+        class_id, case = self._around(epoch, index)
+        rng = np.random.default_rng((self.seed, epoch, 2, index))
         spacing = network_spacing(case.spacing, self.spacing)
-        matrix, upright = self.draw_spatial(rng, case.spacing, spacing)
-        voxel = self._centre(rng, file, case)
-        off_centre = rng.uniform(-self.jitter, self.jitter, size=3) * np.asarray(self.patch) / 2
-        origin, start, stop = self.place_patch(
-            matrix, upright, voxel + matrix @ off_centre, self.patch, case.shape
-        )
-        box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-        names = ("label", "skeleton") if self.skeletons else ("label",)
+        drawn = self.draw_spatial(rng, case.spacing, spacing, patch=self.patch)
+        rows = "background" if class_id == BACKGROUND else f"foreground/{class_id}"
+        count = case.counts["background" if class_id == BACKGROUND else class_id]
+        voxel = self.cache.row(case, rows, int(rng.integers(count)))
+        half = np.abs(drawn.upright) @ (np.asarray(self.patch) / 2)
+        centre = off_centre(rng, voxel, half, case.shape, jitter=self.jitter)
+        where = self.place_patch(drawn, centre, self.patch, case.shape)
+        box = tuple(slice(int(a), int(b)) for a, b in zip(where.start, where.stop, strict=True))
+        boxes = self.cache.read(case, box, self.names)
+        control = None if drawn.control is None else torch.from_numpy(drawn.control)
         return {
+            **{name: torch.from_numpy(native(array)) for name, array in boxes.items()},
             "case": case.id,
-            "image": torch.from_numpy(native(file["image"][(slice(None), *box)])),
-            **{name: torch.from_numpy(file[name][box]) for name in names},
-            "matrix": matrix,
-            "origin": origin,
-            "start": start,
+            "around": class_id,
+            "voxel": voxel,
+            "matrix": drawn.matrix,
+            "control": control,
+            "step": drawn.step,
+            "roll": drawn.roll,
+            "origin": where.origin,
+            "start": where.start,
+            "inside": where.inside,
             "shape": case.shape,
             "spacing": spacing,
             "intensity": self.draw_intensity(rng),
             **normalisation(case.intensity, self.clip),
         }
+
+
+def shares(samples, target, classes):
+    """What a batch drew, as shares of its patches: {name: number or tensor on target's device}.
+
+    around_foreground: drawn around a foreground voxel, which is what the settings ask for;
+    around_<id>: around that class, if there are several in classes; with_foreground: target
+    (B, 1, D, H, W) holds any.
+    """
+    drawn = [sample["around"] for sample in samples]
+    found = {"around_foreground": sum(c != BACKGROUND for c in drawn) / len(drawn)}
+    if len(classes) > 1:
+        found |= {f"around_{c}": drawn.count(c) / len(drawn) for c in classes}
+    return found | {"with_foreground": target.flatten(1).any(dim=1).float().mean()}
+
+
+def off_centre(rng, voxel, half, shape, *, jitter):
+    """Where the centre of a patch goes that is drawn around a voxel: (3,) source coordinates.
+
+    half: half the room that the patch takes along the source axes; jitter: share of it by which the
+    centre may leave the voxel. Centres are then moved away from the volume's middle, in proportion,
+    by up to half a patch: where the patch is pushed back into the volume, its border gets as many
+    patches as its inside, and half as many otherwise. The voxel stays within the patch.
+    """
+    voxel, shape = np.asarray(voxel, float), np.asarray(shape)
+    centre = voxel + rng.uniform(-jitter, jitter, size=3) * half
+    middle = (shape - 1) / 2
+    centre = middle + (centre - middle) * (shape + 2 * half) / shape
+    # At the very face of the patch, rounding to whole voxels might leave the voxel outside.
+    most = min(max(jitter, NEAR_BORDER), 1 - 1e-6) * half
+    return np.clip(centre, voxel - most, voxel + most)
 
 
 def native(array):
@@ -118,47 +183,24 @@ def network_spacing(stored, wanted):
 
 
 def normalisation(intensity, clip):
-    """What augment.normalise needs, from a case's intensity statistics: lists per channel."""
+    """What intensity.normalise needs, from a case's statistics: lists per channel."""
     low, high = (intensity["percentiles"][str(float(p))] for p in clip) if clip else (None, None)
     return {"mean": intensity["mean"], "std": intensity["std"], "low": low, "high": high}
 
 
-class PatchPlan:
-    """Batches of (epoch, index) from batch number `first` up to `last`, over all epochs."""
+def class_weights(classes, foreground, ratio):
+    """{class id: weight} of foreground draws, from {class name: weight} or None (all alike).
 
-    def __init__(self, first, last, *, batches_per_epoch, batch_size):
-        self.first, self.last = first, last
-        self.batches_per_epoch, self.batch_size = batches_per_epoch, batch_size
-
-    def __len__(self):
-        return self.last - self.first
-
-    def __iter__(self):
-        for number in range(self.first, self.last):
-            epoch, batch = divmod(number, self.batches_per_epoch)
-            yield [(epoch, batch * self.batch_size + i) for i in range(self.batch_size)]
-
-
-def patch_batches(
-    dataset, first, last, *, batches_per_epoch, batch_size, workers, prefetch, persistent, pin
-):
-    """Yield lists of samples for the batches first..last, read by `workers` processes.
-
-    persistent: the workers live through all epochs and read on during validation; otherwise they
-    are started anew for each epoch.
+    classes: {name: id} of the data; foreground: ids of the classes that are foreground.
+    ValueError names those in ratio that are none of them.
     """
-    ends = range((first // batches_per_epoch + 1) * batches_per_epoch, last, batches_per_epoch)
-    edges = [first, last] if persistent else [first, *ends, last]
-    for a, b in itertools.pairwise(edges):
-        yield from DataLoader(
-            dataset,
-            batch_sampler=PatchPlan(
-                a, b, batches_per_epoch=batches_per_epoch, batch_size=batch_size
-            ),
-            collate_fn=list,  # boxes differ in size: they become a batch once they are patches
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            multiprocessing_context="spawn" if workers else None,
-            generator=torch.Generator(),  # or the loader draws from the network's generator
-            pin_memory=pin,
+    names = {name: number for name, number in classes.items() if number in foreground}
+    unknown = [name for name in ratio or () if name not in names]
+    if unknown:
+        raise ValueError(
+            f"sampling.class_ratio: expected foreground classes among {', '.join(names)}, got "
+            f"{', '.join(unknown)}"
         )
+    if ratio is None:
+        return dict.fromkeys(names.values(), 1.0)
+    return {number: float(ratio.get(name, 0.0)) for name, number in names.items()}

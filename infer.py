@@ -28,11 +28,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-import augment
 import cases
 import checkpoint
 import config
 import data
+import intensity
 import model
 import volumes
 import windows
@@ -263,13 +263,13 @@ def predict(network, job, settings, spacing, **how):
     if job.spacing is not None:
         wanted = data.network_spacing(job.spacing, spacing)
         ratio = [w / s if w != s else 1.0 for w, s in zip(wanted, job.spacing, strict=True)]
-    intensity = data.normalisation(job.intensity, settings.data.percentiles)
+    scale = data.normalisation(job.intensity, settings.data.percentiles)
     with voxels(job) as image:
         for z0, planes in windows.predict_slabs(
             network,
             image,
             ratio=ratio,
-            normalize=functools.partial(augment.normalise, **intensity),
+            normalize=functools.partial(intensity.normalise, **scale),
             **settings.window_arguments(),
             **how,
         ):

@@ -73,6 +73,17 @@ def derive_kernels(patch, spacing, strides):
     return kernels[1:]
 
 
+def fit(patch, spacing, *, stages, strides=None, window=None):
+    """(strides, kernels) of a network for a patch and its spacing; strides: derived if None.
+
+    window: of prediction, None: the patch. ValueError if patch or window do not divide.
+    """
+    strides = [(1, 1, 1), *strides] if strides else derive_strides(patch, spacing, stages)
+    check_divides("sampling.patch", patch, strides, at_least=SMALLEST_AXIS)
+    check_divides("inference.window", window or patch, strides)
+    return strides, derive_kernels(patch, spacing, strides)
+
+
 def check_divides(name, size, strides, at_least=1):
     """ValueError unless the product of the strides divides a size (z, y, x) that has this name."""
     for axis, n, factor in zip("zyx", size, np.prod(strides, axis=0), strict=True):

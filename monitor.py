@@ -65,6 +65,19 @@ def _numbers(fields, prefix=""):
             yield prefix + key, value
 
 
+def add_parts(sums, parts, share=1.0):
+    """Add to {name: (sum, count)}: a term that acts on some steps only has a count of its own."""
+    for name, value in parts.items():
+        total, count = sums.get(name, (0.0, 0.0))
+        sums[name] = (total + share * value, count + share)
+
+
+def means_of(sums):
+    """{name: mean} of what `add_parts` gathered, in the order of names, the total last."""
+    names = sorted(sums, key=lambda name: (name == "total", name))
+    return {name: float(sums[name][0]) / sums[name][1] for name in names}
+
+
 class ProgressLine:
     """A progress bar on a terminal, plain lines elsewhere; as a context. `say` prints above it."""
 

@@ -16,6 +16,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Range = tuple[Finite, Finite]  # low, high
+UNFOLDED = 0.075  # elastic amplitude, as a share of the control points' distance: see augment.py
 
 
 class Group(BaseModel):
@@ -56,6 +57,9 @@ class Data(Group):
     spacing: tuple[NonNegative | None, NonNegative | None, NonNegative | None] = (0, 0, 0)
     # Names of the classes that the network tells from all others; null: the only one there is.
     foreground: tuple[str, ...] | None = None
+    # What all processes together may keep of the case files, in 10^9 bytes; 0: nothing, null: half
+    # of the memory that is free at the start, at most what the training cases hold.
+    cache_gb: NonNegative | None = None
     clip_percentiles: Literal["none", "0.5-99.5", "1-99", "5-95"] = "0.5-99.5"
 
     @property
@@ -79,6 +83,8 @@ class Data(Group):
 class Sampling(Group):
     patch: tuple[Count, Count, Count] = (64, 64, 64)
     foreground_share: Probability = 0.5  # of patches that are drawn around a foreground voxel
+    # Of those, how many around each foreground class, {name: weight}; null: all alike.
+    class_ratio: dict[str, NonNegative] | None = None
     jitter: Probability = 0.5  # the voxel lies off-centre by up to this share of half the patch
 
 
@@ -87,12 +93,18 @@ class Augment(Group):
 
     flip: Probability = 0.5  # per axis
     turn90: Probability = 0.5  # a random number of quarter turns in each plane of equal spacing
-    rotation: Probability = 0.3
+    rotation: Probability = 0.3  # about each axis that is allowed
     rotation_degrees: Range = (-30.0, 30.0)
     rotation_axes: Literal["auto", "z", "all"] = "auto"  # auto: about z alone if anisotropic
     scaling: Probability = 0.3
     scaling_range: Range = (0.75, 1.33)  # > 1 shows things larger
     scaling_per_axis: Probability = 0.0  # of those: a factor of its own for every axis
+    elastic: Probability = 0.0
+    # Distance of control points and, per axis, root mean square of the displacement, in the unit
+    # of the spacing; null: 24 voxels, and 0.5 to 1.5 voxels, of the finest axis.
+    elastic_spacing: Positive | None = None
+    elastic_amplitude_range: Range | None = None
+    roll: Probability = 0.0  # the patch is rolled along z by a random number of slices
     brightness: Probability = 0.3
     brightness_range: Range = (-0.5, 0.5)  # added, in standard deviations of the volume
     contrast: Probability = 0.3
@@ -101,14 +113,47 @@ class Augment(Group):
     gamma_range: Range = (0.7, 1.5)
     noise: Probability = 0.2
     noise_range: Range = (0.0, 0.3)  # sigma, in standard deviations of the volume
+    rician: Probability = 0.0
+    rician_range: Range = (0.0, 0.3)  # the same, of the noise of magnitude images (MRI)
     blur: Probability = 0.2
     blur_range: Range = (0.5, 1.0)  # sigma in voxels of the finest axis
+    low_resolution: Probability = 0.0
+    low_resolution_range: Range = (1.0, 2.0)  # how many times larger voxels are made
+    illumination: Probability = 0.0
+    illumination_range: Range = (0.0, 0.3)  # log of the largest gain of a smooth field
+    dropout: Probability = 0.0
+    dropout_range: Range = (0.01, 0.1)  # share of the patch that is blanked, in boxes
+    dropout_boxes: tuple[Count, Count] = (1, 8)  # how many
 
     @model_validator(mode="after")
     def _factors_are_positive(self):
         for name in ("scaling_range", "contrast_range", "gamma_range", "blur_range"):
             if getattr(self, name)[0] <= 0:
                 raise ValueError(f"{name} above 0, got {list(getattr(self, name))}")
+        for name in ("noise_range", "rician_range", "illumination_range", "dropout_range"):
+            if getattr(self, name)[0] < 0:
+                raise ValueError(f"{name} of 0 or more, got {list(getattr(self, name))}")
+        if self.dropout_range[1] >= 1:
+            raise ValueError(f"dropout_range below 1, got {list(self.dropout_range)}")
+        amplitude = self.elastic_amplitude_range
+        if (amplitude is None) != (self.elastic_spacing is None):
+            raise ValueError(
+                "elastic_spacing and elastic_amplitude_range, both or neither, got "
+                f"{self.elastic_spacing} and {amplitude}"
+            )
+        if amplitude and not 0 <= amplitude[0] <= amplitude[1] <= UNFOLDED * self.elastic_spacing:
+            raise ValueError(
+                f"elastic_amplitude_range from 0 to {UNFOLDED} of elastic_spacing, above which the "
+                f"field may fold, got {list(amplitude)} and {self.elastic_spacing}"
+            )
+        if self.low_resolution_range[0] < 1:
+            raise ValueError(
+                f"low_resolution_range of 1 or more, got {list(self.low_resolution_range)}"
+            )
+        if self.dropout_boxes[0] > self.dropout_boxes[1]:
+            raise ValueError(
+                f"dropout_boxes [low, high] with low <= high, got {list(self.dropout_boxes)}"
+            )
         return self
 
 
@@ -283,6 +328,12 @@ class Settings(Group):
         surface = terms["surface_distance"]
         surface["tolerance"] = surface["tolerance"] or self.validation.tolerance
         return terms
+
+    def patch_arguments(self):
+        """What data.PatchDataset takes from the settings, but for the augmentation."""
+        chosen = self.sampling.model_dump(include={"patch", "foreground_share", "jitter"})
+        clip = self.data.percentiles
+        return {**chosen, "spacing": self.data.spacing, "clip": clip, "seed": self.run.seed}
 
     def window_arguments(self):
         """What windows.predict_volume takes from the settings."""

@@ -17,7 +17,6 @@ import functools
 import math
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -25,13 +24,18 @@ import yaml
 from rich.console import Console
 
 import augment
+import cache
 import cases
 import checkpoint
+import clock
 import composite
 import config
 import data
+import loader
+import memory
 import model
 import monitor
+import splits
 import validation
 import windows
 
@@ -66,19 +70,6 @@ def update_ema(ema, network, decay, step):
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
 
 
-def add_parts(sums, parts, share=1.0):
-    """Add to {name: (sum, count)}: a term that acts on some steps only has a count of its own."""
-    for name, value in parts.items():
-        total, count = sums.get(name, (0.0, 0.0))
-        sums[name] = (total + share * value, count + share)
-
-
-def means_of(sums):
-    """{name: mean} of what `add_parts` gathered, in the order of names, the total last."""
-    names = sorted(sums, key=lambda name: (name == "total", name))
-    return {name: float(sums[name][0]) / sums[name][1] for name in names}
-
-
 # ---------------------------------------------------------------------------- the run
 
 
@@ -90,11 +81,12 @@ def main(settings, *, resume=False):
     try:
         device, device_reason = windows.resolve_device(settings.run.device)
         dataset = cases.read_dataset(settings.data.root, settings.data.source)
-        split, notes = cases.choose_cases(
+        split, notes = splits.choose_cases(
             dataset,
             **settings.data.model_dump(include={"train", "validation", "test", "folds", "fold"}),
         )
-        foreground = cases.foreground_ids(dataset.classes, settings.data.foreground)
+        foreground = splits.foreground_ids(dataset.classes, settings.data.foreground)
+        weights = data.class_weights(dataset.classes, foreground, settings.sampling.class_ratio)
         terms = settings.terms()
         composite.check_terms(terms, in_training=True)
         skeletons = composite.takes_skeleton(terms)
@@ -103,23 +95,30 @@ def main(settings, *, resume=False):
         patch = settings.sampling.patch
         spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
         spacing = tuple(map(statistics.median, zip(*spacings, strict=True)))
-        if settings.model.strides is None:
-            strides = model.derive_strides(patch, spacing, len(settings.model.multipliers))
-        else:
-            strides = [(1, 1, 1), *settings.model.strides]
-        kernels = model.derive_kernels(patch, spacing, strides)
-        model.check_divides("sampling.patch", patch, strides, at_least=model.SMALLEST_AXIS)
-        model.check_divides("inference.window", settings.inference.window or patch, strides)
-        state = None
-        run_folder = checkpoint.newest_run_folder(settings.run.folder, settings.run.name)
-        if resume and run_folder is not None:
-            found, why = checkpoint.find_newest(run_folder / "checkpoints")
-            state = checkpoint.load(found)
-            notes.append(f"resume: {found} at step {state['loop']['step']}")
-            notes += [why] * bool(why) + config.changes(state["config"], settings.plain())
-        else:
-            run_folder = checkpoint.new_run_folder(settings.run.folder, settings.run.name)
-            notes += ["resume: no state is there to go on from, this is a new run"] * resume
+        strides, kernels = model.fit(
+            patch,
+            spacing,
+            stages=len(settings.model.multipliers),
+            strides=settings.model.strides,
+            window=settings.inference.window,
+        )
+        free, limit = memory.available(), settings.data.cache_gb
+        limit = cache.default_budget(split.train, free.bytes) if limit is None else limit * 1e9
+        kept = cache.VolumeCache(split.train, int(limit))
+        patches = data.PatchDataset(
+            split.train,
+            cache=kept,
+            foreground=weights,
+            skeletons=skeletons,
+            **settings.patch_arguments(),
+            **augment.functions(settings.augment.model_dump()),
+        )
+        run_folder, found, state, why = checkpoint.open_run(
+            settings.run.folder, settings.run.name, resume=resume
+        )
+        notes += why
+        if state is not None:
+            notes += config.changes(state["config"], settings.plain())
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -154,7 +153,7 @@ def main(settings, *, resume=False):
         enabled=precision != "fp32",
     )
     loop = {"step": 0, "evaluated_step": None, "best_score": None, "best_step": None}
-    loop |= {"seconds": 0.0, "epoch_parts": {}}
+    loop |= {"seconds": 0.0, "epoch_parts": {}, "epoch_draws": {}}
     if state is not None:
         try:
             network.load_state_dict(state["model"])
@@ -185,17 +184,18 @@ def main(settings, *, resume=False):
     )
     versions = checkpoint.versions()
     data_facts = {  # all that infer.py must know of the data
-        "root": str(Path(settings.data.root).resolve()),
-        **{key: [c.id for c in members] for key, members in vars(split).items()},
-        "channels": split.train[0].channels,
-        "classes": dict(dataset.classes),
-        "foreground": list(foreground),
-        "ignore_label": dataset.ignore_label,
+        **splits.facts(dataset, split, foreground),
         "spacing": list(settings.data.spacing),  # 0 or None: an axis is taken as it is stored
-        "unit": dataset.unit,
         "strides": [list(s) for s in strides],
         "kernels": [list(k) for k in kernels],
     }
+    workers, prefetch, note = loader.fit_shared_memory(
+        training.workers,
+        training.prefetch_factor,
+        batch_bytes=training.train_batch_size * patches.box_bytes(),
+        free=memory.shared_memory_free(),
+    )
+    notes += [note] * bool(note)
     for line in [
         f"run        {run_folder}, seed {settings.run.seed}, lamina {versions['lamina']}",
         f"device     {device} ({device_reason}), {torch.get_num_threads()} CPU threads",
@@ -205,7 +205,8 @@ def main(settings, *, resume=False):
         f"network    {model.parameter_count(network) / 1e6:.2f} M parameters, strides "
         f"{strides[1:]} for patch {patch}",
         f"training   {total_steps} steps in {training.max_epochs} epochs, batch "
-        f"{training.train_batch_size} x {training.accumulate}, {training.workers} workers",
+        f"{training.train_batch_size} x {training.accumulate}, {workers} workers",
+        f"cache      {limit / 1e9:.2f} GB at most, over all workers ({free.reason})",
         *notes,
     ]:
         console.print(line)
@@ -214,32 +215,18 @@ def main(settings, *, resume=False):
     )
 
     # ------------------------------------------------------------------ data
-    augmentation = settings.augment.model_dump()
-    patches = data.PatchDataset(
-        split.train,
-        patch=patch,
-        spacing=settings.data.spacing,
-        foreground=foreground,
-        foreground_share=settings.sampling.foreground_share,
-        jitter=settings.sampling.jitter,
-        clip=settings.data.percentiles,
-        seed=settings.run.seed,
-        skeletons=skeletons,
-        draw_spatial=functools.partial(augment.draw_spatial, settings=augmentation),
-        draw_intensity=functools.partial(augment.draw_intensity, settings=augmentation),
-        place_patch=augment.place_patch,
-    )
-    batches = data.patch_batches(
+    batches = loader.patch_batches(
         patches,
         loop["step"] * training.accumulate,
         stop_step * training.accumulate,
         batches_per_epoch=iterations * training.accumulate,
         batch_size=training.train_batch_size,
-        workers=training.workers,
-        prefetch=training.prefetch_factor,
+        workers=workers,
+        prefetch=prefetch,
         persistent=training.persistent_workers,
         pin=device.type == "cuda",
     )
+    copying = loader.copy_stream(device)
 
     # ------------------------------------------------------------------ what a checkpoint holds
     constant = {
@@ -273,8 +260,8 @@ def main(settings, *, resume=False):
         "precision": precision,
     }
     log_at = (settings.monitor.log_every, iterations, stop_step)
-    sums, since_log, started = {}, 0, time.perf_counter()
-    data_seconds = 0.0
+    sums, draws, since_log = {}, {}, 0
+    ticks = clock.StepClock(device)
     network.train()
     with monitor.ProgressLine(console, stop_step, loop["step"]) as show:
         while True:
@@ -282,9 +269,17 @@ def main(settings, *, resume=False):
             done = step >= stop_step
             if done or step % iterations == 0:
                 if step % iterations == 0 and loop["epoch_parts"]:
-                    means = means_of(loop["epoch_parts"])
-                    log.write("epoch", step=step, epoch=epoch - 1, loss=means)
-                    loop["epoch_parts"] = {}
+                    reached = monitor.means_of(loop["epoch_draws"])
+                    log.write(
+                        "epoch",
+                        step=step,
+                        epoch=epoch - 1,
+                        loss=monitor.means_of(loop["epoch_parts"]),
+                        draws=reached,
+                        cache=kept.counts(),
+                    )
+                    show.say(f"epoch {epoch - 1}: shares of patches: " + _numbers(reached))
+                    loop |= {"epoch_parts": {}, "epoch_draws": {}}
                 on_schedule = epoch % settings.validation.every == 0
                 due = done or (on_schedule if step else settings.validation.untrained)
 
@@ -306,7 +301,6 @@ def main(settings, *, resume=False):
                         monitor.draw_progress(
                             run_folder, run_folder.name, slices, settings.inference.threshold
                         )
-                started = time.perf_counter()
             if done:
                 break
             lr = rate_at(step)
@@ -314,10 +308,12 @@ def main(settings, *, resume=False):
                 group["lr"] = lr
 
             # -------------------------------------------------------------- the learning step
+            ticks.start()
             for _ in range(training.accumulate):
-                waiting = time.perf_counter()
                 samples = next(batches)
-                data_seconds += time.perf_counter() - waiting
+                ticks.mark("wait")
+                samples = loader.to_device(samples, device, copying)
+                ticks.mark("transfer")
                 image, target, valid, skeleton = augment.draw_batch(
                     samples,
                     patch,
@@ -325,13 +321,18 @@ def main(settings, *, resume=False):
                     ignore_label=dataset.ignore_label,
                     device=device,
                 )
+                ticks.mark("draw")
                 with autocast():
                     logits = network(image)
+                ticks.mark("forward")
                 loss, parts = composite.composite_loss(
                     logits, target, valid, terms, spacing=spacing, skeleton=skeleton, step=step
                 )
+                ticks.mark("loss")
                 scaler.scale(loss / training.accumulate).backward()
-                add_parts(sums, parts, 1 / training.accumulate)
+                ticks.mark("backward")
+                monitor.add_parts(sums, parts, 1 / training.accumulate)
+                monitor.add_parts(draws, data.shares(samples, target, patches.classes))
             if optim.clip:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(network.parameters(), optim.clip)
@@ -339,13 +340,15 @@ def main(settings, *, resume=False):
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             update_ema(ema, network, optim.ema, step)
+            ticks.mark("optimiser")
             # -------------------------------------------------------------- learnt
 
             loop["step"] += 1
             since_log += 1
             if any(loop["step"] % n == 0 for n in log_at):
-                means = means_of(sums)  # waits for the device
-                step_seconds = (time.perf_counter() - started) / since_log
+                means = monitor.means_of(sums)  # waits for the device
+                seconds = ticks.means(since_log)
+                step_seconds = sum(seconds.values())
                 if not all(map(math.isfinite, means.values())):
                     show.say(
                         f"step {loop['step']}: the loss is not finite ({_numbers(means)}); "
@@ -354,7 +357,9 @@ def main(settings, *, resume=False):
                     return 1
                 loop["seconds"] += step_seconds * since_log
                 for name, (_, count) in sums.items():
-                    add_parts(loop["epoch_parts"], {name: means[name]}, count)
+                    monitor.add_parts(loop["epoch_parts"], {name: means[name]}, count)
+                for name, share in monitor.means_of(draws).items():
+                    monitor.add_parts(loop["epoch_draws"], {name: share}, draws[name][1])
                 log.write(
                     "step",
                     step=loop["step"],
@@ -362,15 +367,14 @@ def main(settings, *, resume=False):
                     loss=means,
                     lr=lr,
                     step_seconds=round(step_seconds, 4),
-                    data_seconds=round(data_seconds / since_log, 4),
+                    seconds={name: round(value, 6) for name, value in seconds.items()},
                 )
                 show.advance(
                     loop["step"],
-                    f"epoch {epoch} loss {_numbers(means)} lr {lr:.1e} {step_seconds:.2f} s/step, "
-                    f"of which {data_seconds / since_log:.2f} s waiting for data",
+                    f"epoch {epoch} loss {_numbers(means)} lr {lr:.1e} {step_seconds:.2f} s/step: "
+                    + clock.shares(seconds),
                 )
-                sums, since_log, data_seconds = {}, 0, 0.0
-                started = time.perf_counter()
+                sums, draws, since_log = {}, {}, 0
 
     log.write("end", step=loop["step"], epoch=loop["step"] // iterations)
     log.close()

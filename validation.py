@@ -5,10 +5,10 @@ import functools
 import h5py
 import torch
 
-import augment
 import cases
 import composite
 import data
+import intensity
 import metrics
 import monitor
 import windows
@@ -48,7 +48,7 @@ def validate(
                 network,
                 file["image"],
                 ratio=[w / s for w, s in zip(seen, case.spacing, strict=True)],
-                normalize=functools.partial(augment.normalise, **scale),
+                normalize=functools.partial(intensity.normalise, **scale),
                 device=device,
                 precision=precision,
                 **window,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import augment
+import intensity
 import cases
 import checkpoint
 import config
@@ -51,7 +51,7 @@ def main():
     for name, change in CHANGES.items():
         changed = np.round(change(image)).astype(np.float32)
         about = data.normalisation(cases.intensity_statistics(changed), settings.data.percentiles)
-        normalize = functools.partial(augment.normalise, **about)
+        normalize = functools.partial(intensity.normalise, **about)
         window = settings.window_arguments()
         probs = windows.predict_volume(network, changed, normalize=normalize, **window)[0]
         mask = probs >= settings.inference.threshold

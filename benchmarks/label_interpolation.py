@@ -40,7 +40,9 @@ def main():
     for name, label in shapes():
         rng, rows = np.random.default_rng(0), []
         for _ in range(30):
-            matrix, _ = augment.draw_spatial(rng, (1, 1, 1), (1, 1, 1), settings=settings)
+            matrix = augment.draw_spatial(
+                rng, (1, 1, 1), (1, 1, 1), patch=PATCH, settings=settings
+            ).matrix
             centre = SIZE / 2 + rng.uniform(-0.5, 0.5, 3)
             place = {"offset": centre - matrix @ ((np.array(PATCH) - 1) / 2), "output_shape": PATCH}
             fine = ndimage.affine_transform(  # supersampled: the volume that is really there

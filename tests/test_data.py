@@ -1,22 +1,30 @@
-import functools
+"""What a worker ships of a patch, and what that costs; the case files that it comes from."""
+
 import json
+import os
+from pathlib import Path
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 import torch
+from scipy import ndimage
 
 import augment
 import cases
 import data
+from cache import VolumeCache
 from settings import Augment
 
 SHAPES = [(10, 24, 24), (14, 20, 30), (6, 24, 24)]
+HUGE = 2**40
 
 
-def write(folder, number, shape, label=None, spacing=(2.0, 1.0, 1.0), **changes):
+def write(folder, number, shape, label=None, spacing=(2.0, 1.0, 1.0), image=None, **changes):
     rng = np.random.default_rng(number)
-    image = rng.integers(1, 255, (1, *shape)).astype(np.uint8)
+    if image is None:
+        image = rng.integers(1, 255, (1, *shape)).astype(np.uint8)
     if label is None:
         label = np.zeros(shape, np.uint8)
         label[2:4, 3:9, 3:9] = 1
@@ -33,21 +41,33 @@ def stored(tmp_path):
     return [write(tmp_path, i, shape) for i, shape in enumerate(SHAPES)]
 
 
-def patches(stored, **changes):
-    augmentation = Augment(rotation=1.0, scaling=1.0).model_dump()
+TURNED = Augment(rotation=1.0, scaling=1.0, elastic=0.5).model_dump()
+
+
+def patches(stored, *, budget=HUGE, augmentation=TURNED, **changes):
     settings = {
+        "cache": VolumeCache(stored, budget),
         "patch": (4, 12, 12),
         "spacing": (0, 0, 0),
-        "foreground": [1],
+        "foreground": {1: 1.0},
         "foreground_share": 0.5,
         "jitter": 0.5,
         "clip": (0.5, 99.5),
         "seed": 0,
-        "draw_spatial": functools.partial(augment.draw_spatial, settings=augmentation),
-        "draw_intensity": functools.partial(augment.draw_intensity, settings=augmentation),
-        "place_patch": augment.place_patch,
+        **augment.functions(augmentation),
     }
     return data.PatchDataset(stored, **{**settings, **changes})
+
+
+def still(stored, **changes):
+    """Patches without augmentation: boxes of the volume."""
+    return patches(stored, augmentation=None, **changes)
+
+
+def draw_batch(samples, patch=(4, 12, 12), foreground=(1,)):
+    return augment.draw_batch(
+        samples, patch, foreground=foreground, ignore_label=2, device=torch.device("cpu")
+    )
 
 
 def same(a, b):
@@ -56,107 +76,46 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_batches_are_the_same_with_any_number_of_workers(stored, workers):
-    def batches(count):
-        plan = {"batches_per_epoch": 2, "batch_size": 2, "prefetch": 2, "pin": False}
-        stream = data.patch_batches(patches(stored), 1, 5, **plan, workers=count, persistent=True)
-        return list(stream)
+def same_sample(a, b):
+    return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
 
-    alone, many = batches(0), batches(workers)
-    assert len(alone) == len(many) == 4
-    for a, b in zip(alone, many, strict=True):
-        for x, y in zip(a, b, strict=True):
-            assert all(same(x[key], y[key]) for key in x)
+
+# ---------------------------------------------------------------------------- a draw
 
 
 def test_a_draw_depends_on_seed_epoch_and_index_only(stored):
     first = patches(stored)[1, 5]
     other = patches(stored)
     other[0, 0], other[1, 4]  # what was drawn before does not matter
-    assert all(same(first[key], other[1, 5][key]) for key in first)
+    assert same_sample(first, other[1, 5])
     for place, seed in (((2, 5), 0), ((1, 6), 0), ((1, 5), 1)):
         changed = patches(stored, seed=seed)[place]
-        assert not all(same(first[key], changed[key]) for key in first)
-
-
-def test_a_stream_that_starts_later_gives_what_the_whole_one_gives_there(stored):
-    plan = {"batches_per_epoch": 3, "batch_size": 1, "prefetch": 2, "pin": False, "workers": 0}
-    for persistent in (True, False):
-        whole = list(data.patch_batches(patches(stored), 0, 7, **plan, persistent=persistent))
-        tail = list(data.patch_batches(patches(stored), 4, 7, **plan, persistent=persistent))
-        assert len(whole) == 7
-        assert all(
-            same(a[0]["origin"], b[0]["origin"]) for a, b in zip(whole[4:], tail, strict=True)
-        )
-
-
-def test_cases_take_turns(stored):
-    seen = [patches(stored)[0, i]["case"] for i in range(6)]
-    assert set(seen[:3]) == set(seen[3:]) == {"case0", "case1", "case2"}
+        assert not same(first["origin"], changed["origin"])
+        assert first["intensity"] != changed["intensity"]
 
 
 def test_a_sample_ships_only_the_box_in_the_source_dtype(stored):
-    sample = patches(stored, draw_spatial=functools.partial(augment.draw_spatial, settings=None))[
-        0, 0
-    ]
+    sample = still(stored)[0, 0]
     assert sample["image"].dtype == torch.uint8 and sample["label"].dtype == torch.uint8
     assert sample["image"].shape[1:] == sample["label"].shape == (4, 12, 12)
     with h5py.File(next(c.path for c in stored if c.id == sample["case"])) as file:
         z, y, x = sample["start"]
-        box = file["image"][:, z : z + 4, y : y + 12, x : x + 12]
-    assert np.array_equal(sample["image"].numpy(), box)
+        box = (slice(z, z + 4), slice(y, y + 12), slice(x, x + 12))
+        assert np.array_equal(sample["image"].numpy(), file["image"][(slice(None), *box)])
+        assert np.array_equal(sample["label"].numpy(), file["label"][box])
 
 
-def test_foreground_share_is_kept(stored):
-    still = functools.partial(augment.draw_spatial, settings=None)
-    for share in (0.0, 1.0):
-        drawn = patches(stored, foreground_share=share, jitter=0.0, draw_spatial=still)
-        hits = []
-        for i in range(60):
-            sample = drawn[0, i]
-            centre = np.array(sample["origin"]) + (np.array([4, 12, 12]) - 1) / 2 - sample["start"]
-            near = sample["label"].numpy()[tuple(np.clip(centre, 0, None).round().astype(int))]
-            hits.append(near == 1)
-        assert (np.mean(hits) > 0.5) == (share == 1.0)
-
-
-def test_patches_reach_the_corners_of_the_volume(tmp_path):
-    corner = np.zeros((12, 24, 24), np.uint8)
-    corner[0, 0, 0] = corner[-1, -1, -1] = 1
-    stored = [write(tmp_path, 0, corner.shape, corner)]
-    still = functools.partial(augment.draw_spatial, settings=None)
-    drawn = patches(stored, foreground_share=1.0, draw_spatial=still)
-    starts = {tuple(drawn[0, i]["start"]) for i in range(20)}
-    assert (0, 0, 0) in starts and (8, 12, 12) in starts
-
-
-def test_unlabeled_voxels_are_never_the_centre(tmp_path):
-    label = np.full((8, 16, 32), 2, np.uint8)
-    label[:, :, :4] = 0
-    stored = [write(tmp_path, 0, label.shape, label)]
-    with h5py.File(stored[0].path) as file:
-        assert file["background"][:, 2].max() < 4
-        assert "foreground" not in file
-
-
-def test_target_spacing_reads_a_box_of_the_right_extent(stored):
-    still = functools.partial(augment.draw_spatial, settings=None)
-    sample = patches(stored, spacing=(0, 1.5, None), draw_spatial=still)[0, 0]
-    assert sample["spacing"] == (2.0, 1.5, 1.0)
-    assert np.allclose(np.diag(sample["matrix"]), (1, 1.5, 1))
-    assert sample["image"].shape[2] in (17, 18) and sample["image"].shape[3] == 12
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.float32])
+def test_every_source_dtype_is_drawn_as_what_was_stored(tmp_path, dtype):
+    image = np.random.default_rng(0).integers(0, 60_000, (1, 6, 14, 14)).astype(dtype)
+    case = write(tmp_path, 0, (6, 14, 14), image=image)
+    sample = still([case], patch=(6, 14, 14))[0, 0]
+    assert torch.equal(sample["image"].double(), torch.from_numpy(image.astype(np.float64)))
 
 
 def test_drawn_batches_have_the_patch_shape_and_hold_the_foreground(stored):
     drawn = patches(stored, foreground_share=1.0)
-    image, target, valid, _ = augment.draw_batch(
-        [drawn[0, i] for i in range(4)],
-        (4, 12, 12),
-        foreground=[1],
-        ignore_label=2,
-        device=torch.device("cpu"),
-    )
+    image, target, valid, _ = draw_batch([drawn[0, i] for i in range(4)])
     assert image.shape == target.shape == valid.shape == (4, 1, 4, 12, 12)
     assert torch.isfinite(image).all() and target.sum() > 0
     assert not (target.bool() & ~valid).any()
@@ -166,6 +125,84 @@ def test_unsigned_and_big_endian_integers_become_what_torch_has():
     for dtype in ("<u2", ">u2", ">i2", "<f4", ">f4", "u1"):
         array = np.array([0, 1, 200], dtype=dtype)
         assert torch.from_numpy(data.native(array)).tolist() == [0, 1, 200]
+
+
+def test_box_bytes_are_those_of_the_largest_box_within_its_volume(stored):
+    # 1.5 times the patch and 2, at most the volume: 8 x 20 x 20 voxels of image and label.
+    assert still(stored).box_bytes() == 8 * 20 * 20 * 2
+    assert still(stored, skeletons=True).box_bytes() == 8 * 20 * 20 * 3
+    # At half the spacing half the voxels along x; of 14 x 20 x 30 no more than there are.
+    assert still(stored, spacing=(0, 0, 0.5)).box_bytes() == 8 * 20 * 11 * 2
+    assert still(stored[:1], patch=(40, 40, 4)).box_bytes() == 10 * 24 * 8 * 2
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_no_sample_that_is_neither_turned_nor_zoomed_takes_more_than_box_bytes(tmp_path, dtype):
+    image = np.ones((2, 10, 24, 24), dtype)
+    dataset = still([write(tmp_path, 0, (10, 24, 24), image=image)], spacing=(0, 1.3, 0.8))
+    for i in range(20):
+        sample = dataset[0, i]
+        assert sample["image"].nbytes + sample["label"].nbytes <= dataset.box_bytes()
+
+
+# ---------------------------------------------------------------------------- spacing
+
+
+def test_target_spacing_reads_a_box_of_the_right_extent(stored):
+    sample = still(stored, spacing=(0, 1.5, None))[0, 0]
+    assert sample["spacing"] == (2.0, 1.5, 1.0)
+    assert np.allclose(np.diag(sample["matrix"]), (1, 1.5, 1))
+    assert sample["image"].shape[2] in (17, 18) and sample["image"].shape[3] in (12, 13)
+
+
+@pytest.fixture(scope="module")
+def outlier(tmp_path_factory):
+    """512 x 512 x 61 voxels of 4.97 um: drawn whole at 1 um they would be 2 billion."""
+    image, label = np.zeros((1, 61, 512, 512), np.uint8), np.zeros((61, 512, 512), np.uint8)
+    block = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(30, 80, 80)), 2)
+    image[0, 15:45, 200:280, 200:280] = 120 + 100 * block / np.abs(block).max()
+    label[28:32, 238:242, 238:242] = 1
+    folder = tmp_path_factory.mktemp("outlier")
+    return image[0], write(
+        folder, 0, label.shape, label, (4.97,) * 3, image, ignore_label=None, skeleton=False
+    )
+
+
+def test_an_outlier_of_large_voxels_costs_what_its_patch_needs(outlier):
+    image, case = outlier
+    drawn = still(
+        [case], budget=0, patch=(24, 96, 96), spacing=(1, 1, 1), foreground_share=1.0, clip=None
+    )
+    for i in range(5):
+        sample = drawn[0, i]
+        assert (np.array(sample["image"].shape[1:]) <= (8, 25, 25)).all()
+        patch, target, valid, _ = draw_batch([sample], (24, 96, 96))
+        assert patch.shape == (1, 1, 24, 96, 96) and valid.all() and target.any()
+        places = sample["origin"][:, None] + np.array([[0, 5, 23], [0, 50, 95], [0, 7, 95]]) / 4.97
+        expected = ndimage.map_coordinates(image.astype(float), places, order=1)
+        expected = (expected - sample["mean"][0]) / sample["std"][0]
+        seen = patch[0, 0, [0, 5, 23], [0, 50, 95], [0, 7, 95]]
+        assert np.allclose(seen.numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [0, HUGE])
+def test_drawing_an_outlier_takes_less_than_50_mb(outlier, budget):
+    peak = Path("/proc/self/clear_refs")
+    if not os.access(peak, os.W_OK):
+        pytest.skip(f"the peak of memory is read by way of {peak}, which is not here")
+    turned = Augment(rotation=1.0, elastic=1.0, scaling=1.0).model_dump()
+    about = {"patch": (24, 96, 96), "spacing": (1, 1, 1), "augmentation": turned}
+    drawn = patches([outlier[1]], budget=budget, **about)
+    draw_batch([drawn[0, 0]], (24, 96, 96))  # what torch loads once
+    before = psutil.Process().memory_info().rss
+    peak.write_text("5")  # forget the highest resident size so far
+    for i in range(10):
+        draw_batch([drawn[0, i]], (24, 96, 96))
+    status = dict(s.split(":") for s in Path("/proc/self/status").read_text().splitlines())
+    assert int(status["VmHWM"].split()[0]) * 1024 - before < 50e6
+
+
+# ---------------------------------------------------------------------------- case files
 
 
 def test_case_file_holds_coordinates_statistics_and_attributes(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import tifffile
 import torch
 
-import augment
+import intensity
 import cases
 import checkpoint
 import config
@@ -106,7 +106,7 @@ def make_cases(root, **images):
 def expected_probs(image, ratio=(1, 1, 1), seed=1):
     """What the untrained network says of an image (D, H, W), put together from the modules."""
     about = data.normalisation(cases.intensity_statistics(image[None]), (0.5, 99.5))
-    normalize = functools.partial(augment.normalise, **about)
+    normalize = functools.partial(intensity.normalise, **about)
     network = network_of(seed)[0]
     return windows.predict_volume(network, image[None], PATCH, normalize=normalize, ratio=ratio)[0]
 

@@ -1,7 +1,5 @@
 """The tubed skeleton of a target: its shape, its place in the case file, its way to the patch."""
 
-import functools
-
 import h5py
 import numpy as np
 import pytest
@@ -11,9 +9,12 @@ from scipy import ndimage
 import augment
 import cases
 import data
+import grid
+import loader
 import phantoms
 import prepare
 import skeletons
+from cache import VolumeCache
 from settings import Augment
 
 EVERYWHERE = np.ones((3, 3, 3))
@@ -210,18 +211,17 @@ def test_prepare_writes_skeletons_unless_told_not_to(tmp_path):
 # ---------------------------------------------------------------------------- the patch
 
 
-def patches(case, **changes):
+def patches(case, *, augmentation=None, **changes):
     settings = {
+        "cache": VolumeCache([case], 2**30),
         "patch": (8, 12, 12),
         "spacing": (0, 0, 0),
-        "foreground": [1],
+        "foreground": {1: 1.0},
         "foreground_share": 1.0,
         "jitter": 0.5,
         "clip": None,
         "seed": 0,
-        "draw_spatial": functools.partial(augment.draw_spatial, settings=None),
-        "draw_intensity": functools.partial(augment.draw_intensity, settings=None),
-        "place_patch": augment.place_patch,
+        **augment.functions(augmentation),
     }
     return data.PatchDataset([case], **{**settings, **changes})
 
@@ -278,18 +278,20 @@ def test_the_skeleton_is_drawn_for_the_foreground_that_is_trained_alone(tmp_path
 def draw_whole(label, matrix, skeleton):
     """A patch of the label's own shape (a cube's), drawn around its centre."""
     n = label.shape[0]
-    origin = (n - 1) / 2 - matrix @ np.full(3, (n - 1) / 2)
-    return augment.draw_patch(
+    return grid.draw_patch(
         torch.zeros(1, *label.shape),
         torch.from_numpy(label),
-        matrix=matrix,
-        origin=origin,
-        start=np.zeros(3),
-        shape=label.shape,
+        torch.from_numpy(skeleton),
+        about={
+            **grid.Map(matrix, matrix)._asdict(),
+            "origin": (n - 1) / 2 - matrix @ np.full(3, (n - 1) / 2),
+            "start": np.zeros(3, int),
+            "inside": False,
+            "shape": label.shape,
+        },
         patch=label.shape,
         foreground=[1],
         ignore_label=2,
-        skeleton=torch.from_numpy(skeleton),
     )
 
 
@@ -308,7 +310,7 @@ def crooked():
 def test_flips_and_quarter_turns_bring_the_skeleton_exactly_where_it_was(quarters, mirrored):
     label, tube = crooked()
     signs = [-1.0 if axis in mirrored else 1.0 for axis in range(3)]
-    turn = np.round(augment._rotate_in((1, 2), quarters * np.pi / 2)) @ np.diag(signs)
+    turn = np.round(augment.rotate_in((1, 2), quarters * np.pi / 2)) @ np.diag(signs)
     _, _, valid, skeleton = draw_whole(label, turn, tube)
     places = np.moveaxis(np.indices(label.shape), 0, -1) - 9.5
     source = tuple(np.moveaxis(np.round(places @ turn.T + 9.5).astype(int), -1, 0))
@@ -318,7 +320,7 @@ def test_flips_and_quarter_turns_bring_the_skeleton_exactly_where_it_was(quarter
 
 def test_a_rotated_skeleton_stays_in_the_target_and_takes_the_voxels_of_the_same_places():
     label, tube = crooked()
-    matrix = augment._rotate_in((1, 2), 0.5) @ augment._rotate_in((0, 1), 0.3)
+    matrix = augment.rotate_in((1, 2), 0.5) @ augment.rotate_in((0, 1), 0.3)
     _, target, valid, skeleton = draw_whole(label, matrix, tube)
     assert skeleton.any() and not (skeleton > target).any()
     assert not (skeleton.bool() & ~valid).any()
@@ -336,11 +338,10 @@ def test_a_skeleton_beside_a_wider_label_never_leaves_the_target():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_augmented_batches_carry_the_skeleton_through_the_loader(tmp_path, workers):
     case = write(tmp_path, two_classes())
-    turned = Augment(rotation=1.0, scaling=1.0).model_dump()
-    spatial = functools.partial(augment.draw_spatial, settings=turned)
-    dataset = patches(case, skeletons=True, draw_spatial=spatial)
+    turned = Augment(rotation=1.0, scaling=1.0, elastic=1.0, roll=0.5).model_dump()
+    dataset = patches(case, skeletons=True, augmentation=turned)
     plan = {"batches_per_epoch": 2, "batch_size": 2, "prefetch": 2, "pin": False}
-    stream = data.patch_batches(dataset, 0, 2, **plan, workers=workers, persistent=True)
+    stream = loader.patch_batches(dataset, 0, 2, **plan, workers=workers, persistent=True)
     for samples in stream:
         _, target, valid, skeleton = drawn(samples)
         assert skeleton.any() and not (skeleton > target).any()

@@ -11,6 +11,7 @@ import yaml
 
 import cases
 import checkpoint
+import clock
 import config
 import train
 
@@ -305,39 +306,6 @@ def test_resume_of_another_network_is_refused(root, tmp_path, capsys):
     assert "does not fit these settings" in text and "config.yaml" in text
 
 
-def test_folds_keep_groups_whole_and_cover_every_case(root):
-    dataset = cases.read_dataset(root)
-    held_out = []
-    for fold in range(3):
-        split, _ = cases.choose_cases(
-            dataset, train=None, validation=(), test=(), folds=3, fold=fold
-        )
-        groups = [{c.group for c in part} for part in (split.train, split.validation)]
-        assert not groups[0] & groups[1]
-        held_out += [c.id for c in split.validation]
-    assert sorted(held_out) == ["bar0", "bar1", "bar2", "bar3"]
-
-
-def test_fewer_groups_than_folds_is_said_and_one_group_trains_without(root):
-    dataset = cases.read_dataset(root)
-    several = {"validation": (), "test": (), "folds": 5, "fold": 4}
-    split, notes = cases.choose_cases(dataset, train=None, **several)
-    assert split.validation and "only 3 groups" in notes[0]
-    split, notes = cases.choose_cases(dataset, train=("a",), **several)
-    assert len(split.train) == 2 and not split.validation
-
-
-def test_several_classes_need_a_named_foreground():
-    classes = {"background": 0, "artery": 1, "vein": 2}
-    assert cases.foreground_ids({"background": 0, "sheet": 1}, None) == [1]
-    assert cases.foreground_ids(classes, ("vein",)) == [2]
-    for wanted in (None, ("nerve",)):
-        with pytest.raises(
-            ValueError, match=r"data\.foreground: expected names among artery, vein"
-        ):
-            cases.foreground_ids(classes, wanted)
-
-
 def test_schedules_start_peak_and_end_where_they_should():
     plain = {"lr": 1e-3, "max_lr": None, "warmup_steps": 10, "final_lr_share": 0.01}
     cosine = [train.learning_rate(s, 100, schedule="cosine", **plain) for s in range(101)]
@@ -429,6 +397,41 @@ def test_a_dataset_json_of_another_tool_is_told_apart(tmp_path):
         cases.read_dataset(tmp_path)
 
 
-def test_an_empty_list_of_foreground_classes_is_none(root):
-    with pytest.raises(ValueError, match=r"data\.foreground"):
-        cases.foreground_ids({"background": 0, "a": 1, "b": 2}, ())
+def test_every_step_says_where_its_time_went(root, tmp_path):
+    assert train.main(settings(root, tmp_path, "training.accumulate=2")) == 0
+    for event in events(tmp_path / "runs" / "r", "step"):
+        assert list(event["seconds"]) == list(clock.PARTS)
+        assert sum(event["seconds"].values()) == pytest.approx(event["step_seconds"], abs=1e-4)
+        assert event["seconds"]["backward"] > 0
+
+
+def test_each_epoch_logs_the_share_drawn_and_what_the_cache_did(root, tmp_path):
+    changes = ("sampling.foreground_share=0.75", "training.train_iterations_per_epoch=4")
+    assert train.main(settings(root, tmp_path, *changes)) == 0
+    for number, event in enumerate(events(tmp_path / "runs" / "r", "epoch")):
+        assert event["draws"]["around_foreground"] == pytest.approx(0.75, abs=1 / 8)
+        assert event["draws"]["with_foreground"] >= event["draws"]["around_foreground"]
+        assert event["cache"]["hits"] + event["cache"]["misses"] == 8 * (number + 1)
+        assert event["cache"]["cases"] == 2 and event["cache"]["misses"] == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_size_of_the_cache_changes_no_weight(root, tmp_path, workers):
+    for number, size in enumerate((0, 1)):
+        changes = [f"data.cache_gb={size}", f"run.name=c{number}", f"training.workers={workers}"]
+        assert train.main(settings(root, tmp_path, *changes, "training.max_steps=3")) == 0
+    first, second = (weights_of(tmp_path / "runs" / f"c{n}") for n in (0, 1))
+    assert same_state(first["model"], second["model"])
+    assert events(tmp_path / "runs" / "c0", "step")[0]["loss"] != {}
+
+
+def test_training_cases_without_a_labelled_voxel_are_refused(tmp_path, capsys):
+    blank = np.full(SHAPE, 2, np.uint8)
+    about = {"spacing": (1, 1, 1), "unit": "", "affine": None, "group": "a", "ignore_label": 2}
+    cases.write_case(tmp_path / "x.h5", blank[None], blank, skeleton=False, **about)
+    cases.write_dataset(
+        tmp_path, classes={"background": 0, "bar": 1}, ignore_label=2, unit="", case_ids=["x"]
+    )
+    text = fault(capsys, settings(tmp_path, tmp_path, "data.validation=[]", "data.test=[]"))
+    assert "data.train: expected cases with labelled voxels" in text
+    assert not (tmp_path / "runs").exists()

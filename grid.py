@@ -1,0 +1,262 @@
+"""One grid per patch: where the voxels of a patch lie in the source, and drawing them there.
+
+Crop, spacing, flip, quarter turn, rotation, scaling and elastic field are one map from patch voxels
+to source voxels (z, y, x, voxel centres at whole numbers):
+
+    source = origin + matrix @ patch_index + field(patch_index)
+
+`field` is a cubic B-spline of a coarse lattice of displacements. `place_patch` says which box of
+source voxels a patch needs, on the host, in a few numbers; `draw_patch` draws it on the device of
+the box, with one interpolation.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+WHOLE = 1e-6  # a matrix or origin this close to whole numbers is taken as such, and is then exact
+SAMPLES = 4  # points per lattice cell and axis at which place_patch looks at the field
+
+
+class Map(NamedTuple):
+    """How a patch is drawn, wherever it lies.
+
+    matrix: (3, 3) float64, patch voxels to source voxels. upright: the same without the rotation,
+    so that it tells how much room the patch takes along the axes. control: displacements in source
+    voxels, (3, nz, ny, nx) float32, or None; control point i of an axis stands at patch voxel
+    (i - 1) * step. roll: slices by which the drawn patch is rolled along z.
+    """
+
+    matrix: np.ndarray
+    upright: np.ndarray
+    control: np.ndarray | None = None
+    step: tuple[float, float, float] | None = None
+    roll: int = 0
+
+
+class Place(NamedTuple):
+    """Where a patch lies: origin (3,) in source voxels, the box [start, stop) that it needs, and
+    whether all of it is inside the volume."""
+
+    origin: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    inside: bool
+
+
+# ---------------------------------------------------------------------------- on the host
+
+
+def place_patch(drawn, centre, patch, shape):
+    """The `Place` of a patch around a source voxel, moved inside the volume where it fits.
+
+    drawn: a `Map`; centre: source coordinates that the patch centre should have; patch, shape:
+    voxels, z, y, x. Along an axis that is shorter than the patch, the patch is centred and hangs
+    over both ends. The box has a voxel on either side of all that the interpolation needs, and is
+    cut to the volume.
+    """
+    patch, shape = np.asarray(patch), np.asarray(shape)
+    half = half_extent(drawn, patch)
+    low, high = half - 0.5, shape - 0.5 - half
+    centre = np.where(low <= high, np.clip(centre, low, high), (shape - 1) / 2)
+    origin = centre - drawn.matrix @ ((patch - 1) / 2)
+    if is_whole(drawn.matrix):
+        origin = np.round(origin)
+    lowest, highest = _reach(drawn, origin, patch)
+    start = np.clip(np.floor(lowest + WHOLE), 0, shape - 1).astype(int)
+    stop = np.clip(np.ceil(highest - WHOLE), 0, shape - 1).astype(int) + 1
+    inside = bool((lowest > -0.5 + WHOLE).all() and (highest < shape - 0.5 - WHOLE).all())
+    return Place(origin, start, stop, inside)
+
+
+def half_extent(drawn, patch):
+    """Half the room that a patch takes along the source axes, in voxels: (3,)."""
+    return np.abs(drawn.upright) @ (np.asarray(patch) / 2)
+
+
+def _reach(drawn, origin, patch):
+    """Bounds of the source coordinates of a patch, (3,) each: exact without a field."""
+    if drawn.control is None:
+        corners = np.array(list(itertools.product(*((0, n - 1) for n in patch))))
+        reached = origin + corners @ drawn.matrix.T
+        return reached.min(0), reached.max(0)
+    # The map is looked at on a grid of its own, ends included. Between neighbours h apart it leaves
+    # their hull by h^2 / 8 times its second derivative, which is at most that of the lattice:
+    # a second difference over step^2. That is a fraction of a voxel; the hull of the lattice itself
+    # would make the box half again as large.
+    places, slack = [], np.zeros(3)
+    for axis, (n, step) in enumerate(zip(patch, drawn.step, strict=True)):
+        count = int(np.ceil(SAMPLES * (n - 1) / step)) + 1
+        places.append(np.linspace(0, n - 1, count) if n > 1 else np.zeros(1))
+        gap = (n - 1) / max(count - 1, 1) / step
+        bend = np.abs(np.diff(drawn.control, n=2, axis=axis + 1)).max(axis=(1, 2, 3))
+        slack += gap**2 / 8 * bend
+    z, y, x = (
+        spline_weights(p, step, n)
+        for p, step, n in zip(places, drawn.step, drawn.control.shape[1:], strict=True)
+    )
+    reached = np.einsum("aijk,zi,yj,xk->azyx", drawn.control, z, y, x, optimize=True)
+    for axis, p in enumerate(places):
+        along = np.multiply.outer(drawn.matrix[:, axis], p)
+        reached += np.expand_dims(along, [b + 1 for b in range(3) if b != axis])
+    reached = origin + reached.reshape(3, -1).T
+    return reached.min(0) - slack, reached.max(0) + slack
+
+
+def is_whole(matrix):
+    """Whether a matrix is a signed permutation: then a patch is a copy, not an interpolation."""
+    rounded = np.round(np.asarray(matrix))
+    is_permutation = (np.abs(rounded).sum(0) == 1).all() and (np.abs(rounded).sum(1) == 1).all()
+    return bool(is_permutation and np.abs(matrix - rounded).max() < WHOLE)
+
+
+def lattice_size(patch, step):
+    """Control points per axis that a patch needs, one before it and two after: (nz, ny, nx)."""
+    return tuple(int((n - 1) / s) + 4 for n, s in zip(patch, step, strict=True))
+
+
+def spline_weights(positions, step, count):
+    """Uniform cubic B-spline weights of `count` control points: (len(positions), count) float64.
+
+    positions: in patch voxels, from 0; control point i stands at (i - 1) * step. Rows sum to one.
+    """
+    t = np.asarray(positions, float)[:, None] / step
+    distance = np.abs(t + 1 - np.arange(count))
+    near = 2 / 3 - distance**2 + distance**3 / 2
+    far = np.clip(2 - distance, 0, None) ** 3 / 6
+    return np.where(distance < 1, near, far)
+
+
+# ---------------------------------------------------------------------------- on the device
+
+
+def draw_patch(image, label, skeleton=None, *, about, patch, foreground, ignore_label):
+    """Draw one patch from its box, on the box's device.
+
+    image (C, d, h, w) any dtype, label (d, h, w) uint8 or None: the box source[start:start+dhw] of
+    a volume; skeleton (d, h, w) uint8 or None: of all classes, as a case file holds it. about: a
+    dict with the matrix, control, step and roll of a `Map`, the origin, start and inside of a
+    `Place`, and the volume's shape; foreground: class ids that are foreground.
+    Returns image (C, D, H, W) float32, target (1, D, H, W) float32 of 0 and 1, valid
+    (1, D, H, W) bool: inside the volume and labelled, and skeleton (1, D, H, W) float32 of 0 and 1,
+    within the target, or None without one. Outside, the image repeats its border.
+    The image is interpolated linearly; label and skeleton take the nearest voxel. Interpolating
+    each class and taking the heaviest breaks thin tubes: benchmarks/label_interpolation.py.
+    """
+    stored = [box for box in (label, skeleton) if box is not None]
+    origin = np.asarray(about["origin"], float) - about["start"]
+    whole = is_whole(about["matrix"]) and np.abs(origin - np.round(origin)).max() < WHOLE
+    draw = _copy if whole and about["control"] is None else _interpolate
+    image, drawn, valid = draw(image, stored, origin, about, patch)
+    if about["roll"]:
+        image, valid, *drawn = (box.roll(about["roll"], 1) for box in (image, valid, *drawn))
+    if label is None:
+        return image, torch.zeros_like(image[:1]), torch.zeros_like(valid), None
+    label = drawn[0]
+    if ignore_label is not None:
+        valid = valid & (label != ignore_label)
+    target = torch.zeros_like(valid)
+    for class_id in foreground:
+        target |= label == class_id
+    target &= valid
+    tube = None if skeleton is None else (target & (drawn[1] != 0)).float()
+    return image, target.float(), valid, tube
+
+
+# Numbers of the map go into the arithmetic as Python scalars: a small tensor made on the host
+# would be a copy that the device must be waited for, for every patch.
+
+
+def _faces(about):
+    """Where the volume begins and ends, in voxels of the box: a pair of numbers per axis."""
+    return [
+        (-float(start) - 0.5, float(n - start) - 0.5)
+        for start, n in zip(about["start"], about["shape"], strict=True)
+    ]
+
+
+def _copy(image, stored, origin, about, patch):
+    """Exact voxels: one index per source axis, then the axes in the patch's order."""
+    matrix, faces = np.asarray(about["matrix"]), _faces(about)
+    drawn = [image, *(box[None] for box in stored)]
+    along = np.abs(matrix).argmax(axis=1)  # the patch axis that runs along each source axis
+    order = [0] + [1 + int(axis) for axis in np.argsort(along)]
+    valid = torch.ones((1, 1, 1), dtype=torch.bool, device=image.device)
+    for axis in range(3):
+        sign, first = round(matrix[axis, along[axis]]), round(origin[axis])
+        index = first + sign * torch.arange(patch[along[axis]], device=image.device)
+        inside = (index > faces[axis][0]) & (index < faces[axis][1])
+        valid = valid & inside.view([-1 if a == axis else 1 for a in range(3)])
+        index = index.clamp(0, image.shape[axis + 1] - 1)
+        drawn = [box.index_select(axis + 1, index) for box in drawn]
+    image, *drawn = (box.permute(order).contiguous() for box in (*drawn, valid[None]))
+    return image.float(), drawn[:-1], drawn[-1]
+
+
+def _interpolate(image, stored, origin, about, patch):
+    shape = image.shape[1:]
+    places = _places(patch, about, origin, image.device)
+    valid = torch.ones((1, *patch), dtype=torch.bool, device=image.device)
+    if not about["inside"]:
+        for axis, (low, high) in enumerate(_faces(about)):
+            valid &= (places[2 - axis] > low) & (places[2 - axis] < high)
+            places[2 - axis].clamp_(0, shape[axis] - 1)
+    if stored:
+        index = _flat_index(places, shape)
+        stored = [box.reshape(-1).index_select(0, index).view(1, *patch) for box in stored]
+    for axis, n in enumerate(shape):  # grid_sample wants -1 to 1
+        places[2 - axis].mul_(2 / max(n - 1, 1)).sub_(1)
+    drawn = F.grid_sample(
+        image.float()[None],
+        places.permute(1, 2, 3, 0)[None],
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=True,
+    )
+    return drawn[0], stored, valid
+
+
+def _places(patch, about, origin, device):
+    """Places of the patch voxels in voxels of the box: (3, D, H, W) float32, in the order x, y, z.
+
+    The affine part is added in float32 and the field alone goes through matrix products: where
+    these run in TF32, a thousandth of a displacement is lost, not of a coordinate.
+    """
+    if about["control"] is None:
+        places = torch.empty((3, *patch), device=device)
+    else:
+        control = torch.as_tensor(about["control"]).to(device, non_blocking=True).flip(0)
+        z, y, x = (
+            _weights_on(n, step, count, device)
+            for n, step, count in zip(patch, about["step"], control.shape[1:], strict=True)
+        )
+        rows = torch.matmul(y, control @ x.T)  # (3, nz, H, W)
+        places = torch.matmul(z, rows.flatten(2)).view(3, *patch)
+    steps = [torch.arange(n, device=device, dtype=torch.float32) for n in patch]
+    for axis in range(3):
+        a, b, c = (float(m) for m in about["matrix"][axis])
+        column = (a * steps[0] + float(origin[axis])).view(-1, 1, 1)
+        plane = (b * steps[1]).view(-1, 1) + c * steps[2]
+        if about["control"] is None:
+            torch.add(column, plane, out=places[2 - axis])
+        else:
+            places[2 - axis].add_(plane).add_(column)
+    return places
+
+
+@functools.lru_cache(maxsize=256)
+def _weights_on(n, step, count, device):
+    return torch.from_numpy(spline_weights(np.arange(n), step, count)).float().to(device)
+
+
+def _flat_index(places, shape):
+    """Index of the voxel nearest to each place, in a flattened box."""
+    number = torch.int32 if shape.numel() < 2**31 else torch.int64
+    index = (places[2] + 0.5).to(number)  # places are not below -0.5: cutting is rounding down
+    for axis in (1, 2):
+        index.mul_(shape[axis]).add_((places[2 - axis] + 0.5).to(number))
+    return index.view(-1)

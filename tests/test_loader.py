@@ -1,0 +1,193 @@
+"""The same batches however they are loaded: workers, ranks, caches, stores, resumed runs."""
+
+import functools
+
+import h5py
+import pytest
+import torch
+from test_data import HUGE, SHAPES, draw_batch, patches, same_sample, still, write
+
+import cases
+import loader
+from settings import Augment
+
+EVERYTHING = Augment(
+    rotation=0.5, scaling=0.5, elastic=0.5, roll=0.5, illumination=0.5, low_resolution=0.5
+).model_dump()
+
+
+@pytest.fixture
+def stored(tmp_path):
+    return [write(tmp_path, i, shape) for i, shape in enumerate(SHAPES)]
+
+
+def batches(stored, first=0, last=3, *, budget=HUGE, workers=0, epoch=3, size=2, **plan):
+    """Batches of samples with everything in them, as a list."""
+    dataset = patches(stored, budget=budget, augmentation=EVERYTHING, skeletons=True)
+    how = {"prefetch": 2, "pin": False, "persistent": True, "workers": workers, **plan}
+    return list(
+        loader.patch_batches(dataset, first, last, batches_per_epoch=epoch, batch_size=size, **how)
+    )
+
+
+def check_same(some, others):
+    """Every field of every sample, and every voxel of what is drawn from them."""
+    assert len(some) == len(others) > 0
+    for a, b in zip(some, others, strict=True):
+        assert len(a) == len(b) and all(map(same_sample, a, b))
+        assert all(map(torch.equal, draw_batch(a), draw_batch(b)))
+
+
+# ---------------------------------------------------------------------------- the same batches
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
+@pytest.mark.parametrize("workers", [1, 4])
+def test_batches_are_the_same_with_any_number_of_workers(stored, workers):
+    check_same(batches(stored, 1, 6), batches(stored, 1, 6, workers=workers))
+
+
+def test_batches_are_different_from_each_other(stored):
+    samples = [sample for batch in batches(stored, 0, 6) for sample in batch]
+    for i, a in enumerate(samples):
+        assert not any(same_sample(a, b) for b in samples[:i])
+
+
+def test_the_batches_of_two_ranks_are_those_of_one_with_twice_the_size(stored):
+    one = batches(stored, 1, 5, size=4)
+    ranks = [batches(stored, 1, 5, rank=rank, ranks=2) for rank in (0, 1)]
+    check_same(one, [a + b for a, b in zip(*ranks, strict=True)])
+
+
+@pytest.mark.parametrize("budget", [0, 20_000])
+def test_batches_are_the_same_with_any_budget_of_the_cache(stored, budget):
+    check_same(batches(stored, 0, 6), batches(stored, 0, 6, budget=budget))
+
+
+@pytest.mark.parametrize("budget", [0, 20_000, HUGE])
+def test_batches_are_the_same_from_a_compressed_store(stored, tmp_path, budget):
+    packed = []
+    for case in stored:
+        path = tmp_path / "packed" / f"{case.id}.h5"
+        path.parent.mkdir(exist_ok=True)
+        with h5py.File(case.path) as plain, h5py.File(path, "w") as file:
+            file.attrs.update(plain.attrs)
+            for name in plain:
+                plain.copy(name, file)
+            for name in ("image", "label"):
+                del file[name]
+                chunks = tuple(min(8, n) for n in plain[name].shape)
+                file.create_dataset(name, data=plain[name], chunks=chunks, compression="lzf")
+        packed.append(cases.read_case(path))
+    check_same(batches(stored, 0, 6), batches(packed, 0, 6, budget=budget))
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_run_that_starts_in_mid_epoch_gets_what_an_uninterrupted_one_gets(stored, persistent):
+    whole = batches(stored, 0, 8, persistent=persistent)
+    check_same(whole[4:], batches(stored, 4, 8, persistent=persistent))
+
+
+def test_epochs_draw_other_patches_and_do_not_depend_on_their_length(stored):
+    short, long = batches(stored, 0, 6, epoch=3), batches(stored, 0, 6, epoch=6)
+    check_same(short[:3], long[:3])
+    assert not any(map(same_sample, short[0], short[3]))
+
+
+def test_the_generator_of_the_network_is_left_alone(stored):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    batches(stored)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------------------- the plan
+
+
+def test_the_plan_counts_draws_within_each_epoch():
+    plan = loader.PatchPlan(1, 4, batches_per_epoch=2, batch_size=3)
+    assert len(plan) == 3
+    assert list(plan) == [
+        [(0, 3), (0, 4), (0, 5)],
+        [(1, 0), (1, 1), (1, 2)],
+        [(1, 3), (1, 4), (1, 5)],
+    ]
+
+
+def test_each_rank_takes_its_part_of_every_batch():
+    ranks = [
+        list(loader.PatchPlan(0, 2, batches_per_epoch=2, batch_size=2, rank=r, ranks=3))
+        for r in range(3)
+    ]
+    assert ranks[0] == [[(0, 0), (0, 1)], [(0, 6), (0, 7)]]
+    assert ranks[2] == [[(0, 4), (0, 5)], [(0, 10), (0, 11)]]
+    drawn = [place for rank in ranks for batch in rank for place in batch]
+    assert sorted(drawn) == [(0, i) for i in range(12)]
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_no_batches_left_is_an_empty_stream(stored, persistent):
+    assert batches(stored, 3, 3, persistent=persistent) == []
+
+
+# ---------------------------------------------------------------------------- shared memory
+
+# Of `free` bytes, 0.8 are for batches of 60. One batch is with the training step, and each worker
+# holds up to `prefetch`.
+fit = functools.partial(loader.fit_shared_memory, batch_bytes=60)
+
+
+@pytest.mark.parametrize(
+    ("free", "fits"),
+    [
+        (2000, (3, 4)),  # 26 batches
+        (980, (3, 4)),  # 13: one with the step, 3 x 4 waiting
+        (900, (3, 3)),  # 12
+        (550, (3, 2)),  # 7
+        (310, (3, 1)),  # 4
+        (250, (2, 1)),  # 3
+        (160, (1, 1)),  # 2
+        (80, (0, 4)),  # 1: none could be read ahead
+        (10, (0, 4)),
+        (0, (0, 4)),
+    ],
+)
+def test_workers_and_prefetch_fit_into_shared_memory(free, fits):
+    *fitting, note = fit(3, 4, free=free)
+    assert tuple(fitting) == fits
+    assert bool(note) == (fits != (3, 4))
+
+
+def test_what_is_lowered_for_shared_memory_is_said_with_its_reason():
+    workers, prefetch, note = loader.fit_shared_memory(
+        4, 4, batch_bytes=12_000_000, free=67_000_000
+    )
+    assert (workers, prefetch) == (3, 1)  # 53.6 MB: 4 batches
+    assert "3 with prefetch 1 instead of 4 with 4" in note
+    assert "67 MB" in note and "12 MB" in note and "--shm-size" in note
+
+
+def test_without_workers_or_where_shared_memory_is_unknown_nothing_changes():
+    assert fit(0, 4, free=0) == (0, 4, "")
+    assert fit(3, 4, free=None) == (3, 4, "")
+
+
+# ---------------------------------------------------------------------------- to the device
+
+
+def test_on_a_cpu_the_samples_pass_as_they_are(stored):
+    dataset, cpu = still(stored), torch.device("cpu")
+    batch = [dataset[0, 0], dataset[0, 1]]
+    assert loader.copy_stream(cpu) is None
+    assert loader.to_device(batch, cpu, None) is batch
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_the_samples_arrive_whole(stored):
+    device = torch.device("cuda")
+    stream = loader.copy_stream(device)
+    for batch in batches(stored, pin=True):
+        for sample, there in zip(batch, loader.to_device(batch, device, stream), strict=True):
+            assert there["image"].is_cuda and there["label"].is_cuda
+            back = {k: v.cpu() if torch.is_tensor(v) else v for k, v in there.items()}
+            assert same_sample(sample, back)
