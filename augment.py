@@ -3,8 +3,9 @@
     python augment.py configs/vessels.yaml            # runs/augment_vessels.png
     python augment.py configs/vessels.yaml --case ID --out sheet.png augment.gamma=0.5
 
-As a script it draws a contact sheet: one case under each transformation, with label and valid laid
-over it. As a module, `draw_spatial` draws the parameters of the map from patch to source
+As a script it draws a contact sheet: one case under each transformation alone, with label and valid
+laid over it (contact_sheet.py). It leaves one PNG; exit status 2: the input is wrong (one sentence,
+nothing written). As a module, `draw_spatial` draws the parameters of the map from patch to source
 (grid.py) with a numpy generator, in a worker, on the CPU, a few numbers; intensity.py those of what
 happens to grey values; `draw_batch` does the work on the device.
 """
@@ -218,8 +219,10 @@ def _draw_alone(case, kept, settings, index, chosen, *, seed, about, centre=None
     """
     import data
 
-    def place(drawn, around, patch, shape):
-        return grid.place_patch(drawn, around if centre is None else centre, patch, shape)
+    def place(drawn, around, patch, shape, voxel):
+        if centre is None:
+            return grid.place_patch(drawn, around, patch, shape, voxel)
+        return grid.place_patch(drawn, centre, patch, shape)
 
     patches = data.PatchDataset(
         [case],

@@ -31,7 +31,9 @@ class StepClock:
         self.mark(None)
 
     def mark(self, name):
-        """What happened since the last mark, or the start, belongs to `name`."""
+        """What happened since the last mark, or the start, belongs to `name`, one of PARTS."""
+        if name is not None and name not in PARTS:
+            raise ValueError(f"expected a part among {', '.join(PARTS)}, got {name}")
         if self.on_cuda:
             event = self.spare.pop() if self.spare else torch.cuda.Event(enable_timing=True)
             event.record()
@@ -48,9 +50,8 @@ class StepClock:
             self.marks[-1][1].synchronize()
         sums = {}
         for (_, before), (name, after) in zip(self.marks, self.marks[1:], strict=False):
-            if name is not None:
-                seconds = before.elapsed_time(after) / 1e3 if self.on_cuda else after - before
-                sums[name] = sums.get(name, 0.0) + seconds
+            seconds = before.elapsed_time(after) / 1e3 if self.on_cuda else after - before
+            sums[name] = sums.get(name, 0.0) + seconds  # None: between the steps
         if self.on_cuda:
             self.spare += [event for _, event in self.marks[:-1]]
         del self.marks[:-1]  # the next part begins at the last mark

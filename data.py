@@ -12,7 +12,6 @@ import torch
 GOLDEN = (math.sqrt(5) - 1) / 2
 NEAR_BORDER = 0.9  # of half the patch: how far from its middle the voxel drawn around may come
 BACKGROUND = 0
-TURNED = 1.5  # a box turned and zoomed is about this much longer than its patch, along each axis
 
 
 class PatchDataset:
@@ -95,29 +94,32 @@ class PatchDataset:
         order = np.random.default_rng((self.seed, epoch, 1, class_id, turn))
         return class_id, holders[int(order.permutation(len(holders))[position])]
 
-    def box_bytes(self):
-        """Bytes of the largest box of a sample, about: the patch, turned and zoomed."""
-        largest = 0
-        for case in self.cases:
-            spacing = network_spacing(case.spacing, self.spacing)
-            ratios = zip(self.patch, spacing, case.spacing, case.shape, strict=True)
-            voxels = math.prod(min(TURNED * n * a / b + 2, most) for n, a, b, most in ratios)
-            itemsize = np.dtype(case.dtype).itemsize
-            largest = max(largest, voxels * (case.channels * itemsize + len(self.names) - 1))
-        return int(largest)
-
-    def __getitem__(self, place):
-        epoch, index = place
+    def _placed(self, epoch, index):
+        """All of a draw but its voxels: (generator, class id, case, voxel, spacing, map, place)."""
         class_id, case = self._around(epoch, index)
         rng = np.random.default_rng((self.seed, epoch, 2, index))
         spacing = network_spacing(case.spacing, self.spacing)
         drawn = self.draw_spatial(rng, case.spacing, spacing, patch=self.patch)
+        key = "background" if class_id == BACKGROUND else class_id
         rows = "background" if class_id == BACKGROUND else f"foreground/{class_id}"
-        count = case.counts["background" if class_id == BACKGROUND else class_id]
-        voxel = self.cache.row(case, rows, int(rng.integers(count)))
+        voxel = self.cache.row(case, rows, int(rng.integers(case.counts[key])))
         half = np.abs(drawn.upright) @ (np.asarray(self.patch) / 2)
         centre = off_centre(rng, voxel, half, case.shape, jitter=self.jitter)
-        where = self.place_patch(drawn, centre, self.patch, case.shape)
+        where = self.place_patch(drawn, centre, self.patch, case.shape, voxel)
+        return rng, class_id, case, voxel, spacing, drawn, where
+
+    def box_bytes(self, draws=64):
+        """Bytes of the largest sample of the first draws, as it is shipped."""
+        largest = 0
+        for index in range(draws):
+            *_, case, _, _, _, where = self._placed(0, index)
+            image = case.channels * native(np.empty(0, case.dtype)).itemsize
+            voxels = math.prod(int(n) for n in where.stop - where.start)
+            largest = max(largest, voxels * (image + len(self.names) - 1))
+        return largest
+
+    def __getitem__(self, place):
+        rng, class_id, case, voxel, spacing, drawn, where = self._placed(*place)
         box = tuple(slice(int(a), int(b)) for a, b in zip(where.start, where.stop, strict=True))
         boxes = self.cache.read(case, box, self.names)
         control = None if drawn.control is None else torch.from_numpy(drawn.control)

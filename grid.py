@@ -51,21 +51,29 @@ class Place(NamedTuple):
 # ---------------------------------------------------------------------------- on the host
 
 
-def place_patch(drawn, centre, patch, shape):
+def place_patch(drawn, centre, patch, shape, voxel=None):
     """The `Place` of a patch around a source voxel, moved inside the volume where it fits.
 
     drawn: a `Map`; centre: source coordinates that the patch centre should have; patch, shape:
     voxels, z, y, x. Along an axis that is shorter than the patch, the patch is centred and hangs
-    over both ends. The box has a voxel on either side of all that the interpolation needs, and is
-    cut to the volume.
+    over both ends. voxel: one that must lie in the patch, but for an elastic field: a turned patch
+    is moved back over the border for it. The box is cut to the volume; it is exact without a field,
+    and with one up to three voxels larger on a side than what is needed.
     """
     patch, shape = np.asarray(patch), np.asarray(shape)
     half = half_extent(drawn, patch)
     low, high = half - 0.5, shape - 0.5 - half
     centre = np.where(low <= high, np.clip(centre, low, high), (shape - 1) / 2)
+    if voxel is not None:
+        within = np.linalg.solve(drawn.matrix, voxel - centre)
+        centre = centre + drawn.matrix @ (
+            within - np.clip(within, (1 - patch) / 2, (patch - 1) / 2)
+        )
     origin = centre - drawn.matrix @ ((patch - 1) / 2)
-    if is_whole(drawn.matrix):
-        origin = np.round(origin)
+    if drawn.control is None:
+        # Slices that are neither turned nor zoomed are copied, not blended with their neighbours.
+        whole = _whole_rows(drawn.matrix)
+        origin[whole] = np.round(origin[whole])
     lowest, highest = _reach(drawn, origin, patch)
     start = np.clip(np.floor(lowest + WHOLE), 0, shape - 1).astype(int)
     stop = np.clip(np.ceil(highest - WHOLE), 0, shape - 1).astype(int) + 1
@@ -109,9 +117,14 @@ def _reach(drawn, origin, patch):
 
 def is_whole(matrix):
     """Whether a matrix is a signed permutation: then a patch is a copy, not an interpolation."""
-    rounded = np.round(np.asarray(matrix))
-    is_permutation = (np.abs(rounded).sum(0) == 1).all() and (np.abs(rounded).sum(1) == 1).all()
-    return bool(is_permutation and np.abs(matrix - rounded).max() < WHOLE)
+    return bool(_whole_rows(matrix).all() and np.abs(np.linalg.det(matrix)) > 0.5)
+
+
+def _whole_rows(matrix):
+    """The source axes along which patch voxels fall on voxels: bool (3,)."""
+    matrix = np.asarray(matrix, float)
+    rounded = np.round(matrix)
+    return (np.abs(rounded).sum(axis=1) == 1) & (np.abs(matrix - rounded).max(axis=1) < WHOLE)
 
 
 def lattice_size(patch, step):

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import intensity
 import cases
 import checkpoint
 import config
 import data
 import infer
+import intensity
 import metrics
 import windows
 

@@ -10,12 +10,12 @@ import pytest
 import tifffile
 import torch
 
-import intensity
 import cases
 import checkpoint
 import config
 import data
 import infer
+import intensity
 import model
 import volumes
 import windows
