@@ -44,7 +44,7 @@ def draw_spatial(rng, source_spacing, spacing, *, patch, settings):
     rotation = _rotation(rng, spacing, settings)
     upright = turn @ np.diag(spacing / _zoom(rng, settings))  # patch voxels to physical distances
     matrix = to_source @ rotation @ upright
-    rolled, roll = rng.random() < settings["roll"], int(rng.integers(patch[0]))
+    rolled, roll = rng.random() < settings["roll"], 1 + int(rng.integers(max(patch[0] - 1, 1)))
     control, step = _elastic(rng, spacing, patch, settings)
     if control is not None:  # from the patch's own axes to the source's
         control = np.einsum("ab,bzyx->azyx", matrix, control).astype(np.float32)
@@ -96,6 +96,14 @@ def _zoom(rng, settings):
     return factors if per_axis < settings["scaling_per_axis"] else np.full(3, factors[0])
 
 
+def elastic_range(spacing, settings):
+    """(distance of control points, (least, largest) amplitude) in the unit of the spacing."""
+    finest = float(min(spacing))
+    if settings["elastic_spacing"] is not None:
+        return settings["elastic_spacing"], settings["elastic_amplitude_range"]
+    return ELASTIC_SPACING * finest, tuple(finest * a for a in ELASTIC_AMPLITUDE)
+
+
 def _elastic(rng, spacing, patch, settings):
     """Control points in patch voxels, (3, nz, ny, nx), and their distance in voxels, per axis.
 
@@ -103,10 +111,8 @@ def _elastic(rng, spacing, patch, settings):
     at most 0.075 of their distance, a B-spline of them maps one to one (Choi & Lee 2000). They are
     scaled so that the mean square of the field over the patch, along each axis, is the amplitude's.
     """
-    finest = float(min(spacing))
-    distance = settings["elastic_spacing"] or ELASTIC_SPACING * finest
-    low, high = settings["elastic_amplitude_range"] or np.multiply(ELASTIC_AMPLITUDE, finest)
-    wanted, amplitude, seed = rng.random(), rng.uniform(low, high), rng.integers(2**62)
+    distance, amplitudes = elastic_range(spacing, settings)
+    wanted, amplitude, seed = rng.random(), rng.uniform(*amplitudes), rng.integers(2**62)
     if wanted >= settings["elastic"]:
         return None, None
     step = tuple(float(distance / s) for s in spacing)
@@ -250,11 +256,8 @@ def _blocks(case, draw, settings, seed):
     paint = functools.partial(contact_sheet.picture, spacing=spacing, grey=grey)
     plain = [(paint(*original, outline=False), ""), (paint(*original), "label outlined")]
     configured = settings.augment.model_dump()
-    finest = min(spacing)
-    configured["elastic_spacing"] = configured["elastic_spacing"] or ELASTIC_SPACING * finest
-    configured["elastic_amplitude_range"] = configured["elastic_amplitude_range"] or tuple(
-        amplitude * finest for amplitude in ELASTIC_AMPLITUDE
-    )
+    distance, amplitudes = elastic_range(spacing, configured)
+    configured |= {"elastic_spacing": distance, "elastic_amplitude_range": amplitudes}
     shown = contact_sheet.variants(configured)
     shown += [("all as configured", [configured] * contact_sheet.DRAWS)]
     blocks = [("original", plain)]

@@ -120,7 +120,7 @@ class Augment(Group):
     low_resolution: Probability = 0.0
     low_resolution_range: Range = (1.0, 2.0)  # how many times larger voxels are made
     illumination: Probability = 0.0
-    illumination_range: Range = (0.0, 0.3)  # log of the largest gain of a smooth field
+    illumination_range: Range = (0.0, 0.7)  # log of the largest gain of a smooth field
     dropout: Probability = 0.0
     dropout_range: Range = (0.01, 0.1)  # share of the patch that is blanked, in boxes
     dropout_boxes: tuple[Count, Count] = (1, 8)  # how many
