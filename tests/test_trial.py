@@ -1,0 +1,183 @@
+"""The training step outside of a run, and how its time and memory are taken."""
+
+import contextlib
+import copy
+import functools
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import cases
+import checkpoint
+import clock
+import config
+import train
+import trial
+
+CPU = torch.device("cpu")
+SHAPE = (12, 24, 24)
+
+
+def make_root(folder, count=4):
+    """Cases of a slab of foreground in noise, each in a group of its own."""
+    ids = [f"slab{i}" for i in range(count)]
+    label = np.zeros(SHAPE, np.uint8)
+    label[4:7] = 1
+    about = {"spacing": (2, 1, 1), "unit": "micron", "affine": None}
+    for i, case_id in enumerate(ids):
+        noise = np.random.default_rng(i).integers(1, 99, (1, *SHAPE))
+        image = (noise + 100 * label).astype(np.uint8)
+        cases.write_case(folder / f"{case_id}.h5", image, label, group=case_id, **about)
+    classes = {"background": 0, "slab": 1}
+    cases.write_dataset(folder, classes=classes, ignore_label=None, unit="micron", case_ids=ids)
+    return folder
+
+
+def make_settings(root, *overrides):
+    content = {
+        "run": {"name": "r", "folder": str(root / "runs"), "device": "cpu", "threads": 1},
+        "data": {"root": str(root)},
+        "sampling": {"patch": [8, 16, 16]},
+        "model": {"base": 4, "multipliers": [1, 2]},
+        "optim": {"lr": 1e-2, "warmup_steps": 0, "schedule": "constant"},
+        "training": {"max_epochs": 1, "train_iterations_per_epoch": 3, "workers": 0},
+        "validation": {"untrained": False},
+        "monitor": {"tensorboard": False, "picture": False},
+    }
+    return config.build(config.apply_overrides(content, overrides))
+
+
+@pytest.fixture
+def root(tmp_path):
+    return make_root(tmp_path)
+
+
+# ---------------------------------------------------------------------------- the step
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [[], ["training.accumulate=2", "optim.clip=0", "loss.toploss={weight: 0.1, interval: 2}"]],
+    ids=["plain", "accumulated"],
+)
+def test_the_weights_after_some_steps_are_those_of_the_run(root, changes):
+    settings = make_settings(root, "loss.toploss.window=[8,8,8]", *changes)
+    assert train.main(settings) == 0
+    trained = checkpoint.load(root / "runs" / "r" / "checkpoints" / "last.pt")["model"]
+
+    torch.manual_seed(settings.run.seed)
+    setup = trial.settle(settings)
+    trainer = trial.Trainer(setup)
+    source = trial.batches(setup, trial.make_patches(setup), 3 * settings.training.accumulate)
+    step = functools.partial(trainer.step, trial.from_loader(setup, source))
+    trial.run_steps(step, range(3), CPU)
+    assert all(torch.equal(w, trained[n]) for n, w in trainer.network.state_dict().items())
+
+
+def test_a_step_marks_its_parts_and_one_without_data_has_no_data_parts(root):
+    setup = trial.settle(make_settings(root))
+    patches, trainer = trial.make_patches(setup), trial.Trainer(setup)
+    with contextlib.closing(trial.batches(setup, patches, 2)) as source:
+        step = functools.partial(trainer.step, trial.from_loader(setup, source))
+        real = trial.run_steps(step, range(2), CPU)
+    drawn = trial.draw(setup, [patches[0, 0]])
+    synthetic = trial.run_steps(functools.partial(trainer.step, lambda ticks: drawn), [0], CPU)
+    assert [tuple(step) for step in real] == [clock.PARTS] * 2
+    assert [tuple(step) for step in synthetic] == [clock.PARTS[3:]]
+
+
+def test_averaged_weights_move_with_the_network(root):
+    setup = trial.settle(make_settings(root, "optim.ema=0.5"))
+    trainer = trial.Trainer(setup)
+    before = copy.deepcopy(trainer.ema.state_dict())
+    drawn = trial.draw(setup, [trial.make_patches(setup)[0, 0]])
+    trial.run_steps(functools.partial(trainer.step, lambda ticks: drawn), [0], CPU)
+    after = trainer.network.state_dict()
+    for name, average in trainer.ema.state_dict().items():
+        torch.testing.assert_close(average, (before[name] + after[name]) / 2)
+
+
+def test_draws_around_background_take_each_case_once(root):
+    setup = trial.settle(make_settings(root))
+    patches = trial.make_patches(setup, foreground_share=0.0)
+    assert sorted(patches[0, i]["case"] for i in range(4)) == [f"slab{i}" for i in range(4)]
+
+
+# ---------------------------------------------------------------------------- what is settled
+
+
+def test_what_shared_memory_has_no_room_for_is_settled_with_fewer_workers(root, monkeypatch):
+    monkeypatch.setattr(trial.memory, "shared_memory_free", lambda: 0)
+    setup = trial.settle(make_settings(root, "training.workers=3"))
+    assert setup.workers == 0 and "/dev/shm" in setup.notes[-1]
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ("data.root=nowhere", "data.root"),
+        ("run.device=tpu", "run.device"),
+        ("sampling.patch=[7,7,7]", "sampling.patch"),
+        ("data.train=[none]", "data.train"),
+        ("loss.skeleton_recall.weight=1", "prepare these cases again"),
+    ],
+)
+def test_settings_that_cannot_train_are_refused_by_name(tmp_path, change, named):
+    make_root(tmp_path)
+    if "skeleton" in change:
+        for path in tmp_path.glob("*.h5"):
+            with trial.cases.h5py.File(path, "a") as file:
+                del file["skeleton"]
+    with pytest.raises((ValueError, FileNotFoundError), match=named.replace(".", r"\.")):
+        trial.settle(make_settings(tmp_path, change))
+
+
+# ---------------------------------------------------------------------------- time and memory
+
+
+def test_medians_are_of_each_part_and_of_whole_steps():
+    steps = [
+        {"wait": 1.0, "forward": 9.0},
+        {"wait": 2.0, "forward": 2.0},
+        {"wait": 6, "forward": 1},
+    ]
+    assert trial.medians(steps) == {"wait": 2.0, "forward": 2.0, "step": 7.0}
+    assert trial.medians([]) == {}
+
+
+def test_the_share_of_waiting_is_of_all_steps_together():
+    assert trial.wait_share([{"wait": 1.0, "forward": 3.0}, {"forward": 4.0}]) == 1 / 8
+    assert trial.wait_share([]) == 0.0
+
+
+def test_every_step_gets_its_number_and_a_time_of_its_own():
+    seen = []
+
+    def step(number, ticks):
+        seen.append(number)
+        time.sleep(0.05 if number == 4 else 0)
+        ticks.mark("forward")
+
+    taken = [step["forward"] for step in trial.run_steps(step, range(3, 6), CPU)]
+    assert seen == [3, 4, 5] and taken[1] >= 0.05 > max(taken[0], taken[2])
+
+
+def test_a_sampler_looks_at_the_start_in_between_and_at_the_end():
+    looks = iter(range(10**6))
+    with trial.Sampler(lambda: next(looks), 0.001) as sampler:
+        while len(sampler.values) < 4:
+            time.sleep(0.001)
+    count = len(sampler.values)
+    time.sleep(0.02)
+    assert sampler.values == list(range(count)) and count >= 5
+
+
+def test_peak_memory_sees_what_was_held_only_for_a_while():
+    with trial.PeakMemory(CPU) as peak:
+        held = torch.ones(16, 2**20)
+        time.sleep(3 * trial.SAMPLED_EVERY)
+        del held
+    assert 60e6 < peak.ram < 100e6
+    assert peak.gpu is None and peak.reserved is None

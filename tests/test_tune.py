@@ -1,0 +1,180 @@
+"""The benchmark before the long run: what it measures, and what it says of it."""
+
+import json
+import math
+import multiprocessing
+
+import pytest
+import torch
+from test_trial import make_root, make_settings
+
+import clock
+import costs
+import trial
+import tune
+from costs import Measured
+
+GPU_ONLY = {"transfer", "gpu_training", "gpu_inference"}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """(status, report) of the benchmark on a tiny data set."""
+    folder = tmp_path_factory.mktemp("tune")
+    out = folder / "figures.json"
+    before = {*make_root(folder).iterdir(), out}
+    status = tune.main(make_settings(folder), steps=4, out=out)
+    assert set(folder.iterdir()) == before  # no run folder, no partial file
+    return status, json.loads(out.read_text())
+
+
+# ---------------------------------------------------------------------------- measuring
+
+
+def test_every_figure_is_measured_or_wants_a_gpu(measured):
+    figures = measured[1]["figures"]
+    assert figures.keys() == tune.FIGURES.keys()
+    wanting = {name for name, f in figures.items() if f["verdict"] == "not measured: no GPU"}
+    assert wanting == GPU_ONLY
+    assert all((f["value"] is None) == (name in GPU_ONLY) for name, f in figures.items())
+
+
+def test_the_figures_are_of_this_data_set(measured):
+    figures = measured[1]["figures"]
+    assert figures["fill"]["note"].endswith("4 of 4 cases kept")
+    assert figures["pass"]["note"] == "4 cases, 0 workers"
+    assert figures["folds"]["value"] < 200
+    assert 0.1 < figures["tree"]["value"] < 3  # this process, with torch in it
+
+
+def test_the_step_has_all_its_parts_and_without_data_those_of_the_device(measured):
+    seconds, figures = measured[1]["seconds"], measured[1]["figures"]
+    assert tuple(seconds["real"]) == (*clock.PARTS, "step")
+    assert tuple(seconds["synthetic"]) == (*clock.PARTS[3:], "step")
+    real, synthetic = (figures[name]["value"] for name in ("step", "synthetic"))
+    assert figures["ratio"]["value"] == pytest.approx(real / synthetic)
+    assert figures["draw"]["value"] == pytest.approx(1e3 * seconds["real"]["draw"])
+
+
+def test_the_status_says_whether_something_is_over(measured):
+    over = [name for name, f in measured[1]["figures"].items() if f["verdict"] == "over"]
+    assert measured[0] == (1 if over else 0)
+
+
+def test_an_epoch_pass_reads_with_the_workers_and_stops_them(tmp_path):
+    setup = trial.settle(make_settings(make_root(tmp_path), "training.workers=1"))
+    patches = trial.make_patches(setup)
+    found = costs.measure_pass(setup, patches)["pass"]
+    # Two batches in the pass, and four before it that are not timed: two epochs of two.
+    assert patches.cache.counts()["hits"] + patches.cache.counts()["misses"] == 12
+    assert found.note == "4 cases, 1 workers" and found.value < 30
+    assert multiprocessing.active_children() == []
+
+
+def test_a_cache_that_holds_half_says_so(tmp_path):
+    setup = trial.settle(make_settings(make_root(tmp_path), "data.cache_gb=0.00005"))
+    fill = costs.measure_fill(setup, trial.make_patches(setup))["fill"]
+    assert "2 of 4 cases kept" in fill.note
+
+
+def test_a_network_that_finds_no_memory_is_over_and_the_rest_is_not_measured(
+    tmp_path, monkeypatch, capsys
+):
+    def no_memory(setup):
+        raise torch.OutOfMemoryError("made up")
+
+    monkeypatch.setattr(trial, "make_network", no_memory)
+    settings, out = make_settings(make_root(tmp_path)), tmp_path / "figures.json"
+    assert tune.main(settings, steps=1, out=out) == 1
+    figures = json.loads(out.read_text())["figures"]
+    for name in ("gpu_training", "gpu_inference"):
+        assert (figures[name]["verdict"], figures[name]["value"]) == ("over", None)
+    for name in ("step", "wait", "transfer", "folds", "ram_training"):
+        assert figures[name]["verdict"] == "not measured: out of memory"
+    assert "GPU memory in training is over: set model.checkpointing=true" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- judging
+
+
+@pytest.mark.parametrize(
+    "measured, limit, expected",
+    [
+        (Measured(4.99), 5, "ok"),
+        (Measured(5.0), 5, "over"),
+        (Measured(0.0), 5, "ok"),
+        (Measured(math.inf), 6, "over"),
+        (Measured(7.0), None, ""),
+        (Measured(None, "no GPU"), 5, "not measured: no GPU"),
+        (Measured(None, "no GPU"), None, "not measured: no GPU"),
+    ],
+)
+def test_a_verdict_follows_from_the_value_and_the_figure(measured, limit, expected):
+    assert tune.verdict(measured, limit) == expected
+
+
+def test_folds_are_held_against_the_first_in_both_directions():
+    figure = costs.fold_figure([500e6, 620e6, 250e6])
+    assert figure == Measured(250.0, "after each: 500, 620, 250")
+    assert tune.verdict(figure, tune.FIGURES["folds"].limit) == "over"
+
+
+def test_drawing_is_told_per_batch_and_the_step_whole():
+    figures = costs.step_figures(
+        {"draw": 0.01, "forward": 0.03, "step": 0.044}, {"forward": 0.03, "step": 0.04}, 2
+    )
+    values = {name: figure.value for name, figure in figures.items()}
+    assert values == pytest.approx({"draw": 5, "step": 44, "synthetic": 40, "ratio": 1.1})
+    assert figures["step"].note == "forward 30.0"
+
+
+def made_up(**values):
+    names = {name: Measured(0.0) for name in tune.FIGURES}
+    return names | {name: Measured(value) for name, value in values.items()}, {}
+
+
+@pytest.mark.parametrize("wait, status", [(4.9, 0), (5.1, 1)])
+def test_what_is_over_comes_with_the_setting_to_turn(tmp_path, monkeypatch, capsys, wait, status):
+    monkeypatch.setattr(tune, "measure", lambda setup, steps: made_up(wait=wait))
+    assert tune.main(make_settings(make_root(tmp_path))) == status
+    advice = [line for line in capsys.readouterr().out.splitlines() if " is over: " in line]
+    assert len(advice) == status and all("training.workers" in line for line in advice)
+
+
+# ---------------------------------------------------------------------------- wrong input
+
+
+def test_a_wrong_data_root_is_one_sentence_and_nothing_is_written(tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    assert tune.main(make_settings(tmp_path), out=out) == 2
+    assert capsys.readouterr().err.startswith("data.root: expected")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["none/figures.json", "."])
+def test_a_place_that_cannot_be_written_is_refused_before_measuring(
+    tmp_path, monkeypatch, capsys, name
+):
+    monkeypatch.setattr(tune, "measure", None)
+    assert tune.main(make_settings(make_root(tmp_path)), out=tmp_path / name) == 2
+    assert capsys.readouterr().err.startswith("--out: expected a file")
+
+
+def test_figures_that_json_cannot_hold_leave_no_file(tmp_path):
+    with pytest.raises(ValueError):
+        tune.write_json(tmp_path / "figures.json", {"value": math.nan})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["training.workers=2"], "--benchmark"),
+        (["--benchmark", "c.yaml", "--steps", "0"], "--steps"),
+        (["--benchmark", "none.yaml"], "none.yaml"),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2(arguments, named, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        tune.cli(arguments)
+    assert exit_.value.code == 2 and named in capsys.readouterr().err
