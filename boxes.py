@@ -81,6 +81,14 @@ def map_volume(case, volume, *, whole=False):
         return mmap.mmap(file.fileno(), length, flags, mmap.PROT_READ, offset=start)
 
 
+def drop_pages(case, volume):
+    """Tell the system that it need not keep the pages of a volume, where it can be told."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError), open(case.path, "rb", buffering=0) as file:
+            advice = os.POSIX_FADV_DONTNEED
+            os.posix_fadvise(file.fileno(), volume.offset, volume.size, advice)
+
+
 def copy_box(source, volume, start, box):
     """A box of a volume that begins at byte `start` of a map: a copy, in native byte order."""
     view = np.ndarray(volume.shape, volume.dtype, source, start)

@@ -1,0 +1,172 @@
+"""How a case file should store its volumes: chunk shapes and compression beside none of either.
+
+    python benchmarks/store.py                   # 40 s on one core; prints a markdown table
+    python benchmarks/store.py --side 64 --repeats 1
+
+One scroll phantom of 160 x 320 x 320 voxels, image and label, is stored in every way. From each
+file the box of a turned and zoomed patch of 72 x 136 x 136 is read, 100 x 190 x 190 voxels of both,
+at eight places: medians of processor time on one thread, all of the file in memory. "unkept" goes
+through VolumeCache with a budget of 0, "HDF5" through a file that is open already, "kept" through
+VolumeCache once it holds the case. "touched" is what a box needs of the file: pages, or whole
+chunks as they are stored. Leaves nothing on disk.
+
+Found on two cores of an AMD EPYC: contiguous it is. Its box takes 2 ms, of chunks without
+compression 5 to 12 ms, with lzf 18 to 35 ms, with gzip 43 to 72 ms, though it touches more of the
+file than small compressed chunks do (12.5 MB, 5.5 with lzf). Of the chunks, 16 x 32 x 32 are the
+best to compress: the least to decode for a box. lzf makes the file 1.8 times smaller and gzip 2.3
+times; they save time only where nothing stays in memory and the disk gives each worker less than
+some 400 MB/s (lzf) or 200 MB/s (gzip). What the cache keeps is read in 1 ms however it was stored.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import boxes
+import cases
+import phantoms
+from cache import VolumeCache
+
+SHAPE = (160, 320, 320)
+BOX = (100, 190, 190)
+PLACES = 8
+NAMES = ("image", "label")
+CHUNKS = ((16, 32, 32), (32, 64, 64), (64, 64, 64), (1, None, None))  # None: the whole axis
+COMPRESSIONS = (None, "lzf", "gzip")
+MB = 2**20
+
+
+def ways(shape):
+    """(name, chunk z, y, x or None, compression) of every way to store a volume."""
+    yield "contiguous", None, None
+    for chunk, compression in itertools.product(CHUNKS, COMPRESSIONS):
+        whole = tuple(min(c or n, n) for c, n in zip(chunk, shape, strict=True))
+        yield f"{' x '.join(map(str, whole))}, {compression or 'none'}", whole, compression
+
+
+def store(path, source, chunk, compression):
+    """A copy of a case file with its volumes stored another way."""
+    with h5py.File(source) as old, h5py.File(path, "w") as new:
+        new.attrs.update(old.attrs)
+        for name in old:
+            if name not in NAMES or chunk is None:
+                old.copy(name, new)
+                continue
+            per_channel = (1,) * (old[name].ndim - 3)
+            options = {"chunks": (*per_channel, *chunk), "compression": compression}
+            new.create_dataset(name, data=old[name][:], **options)
+    return cases.read_case(path)
+
+
+def places(shape, seed=0):
+    """Boxes at random places of a volume, as slices z, y, x."""
+    rng = np.random.default_rng(seed)
+    sizes = [min(n, most) for n, most in zip(BOX, shape, strict=True)]
+    for _ in range(PLACES):
+        starts = [int(rng.integers(0, n - s + 1)) for n, s in zip(shape, sizes, strict=True)]
+        yield tuple(slice(a, a + s) for a, s in zip(starts, sizes, strict=True))
+
+
+def touched(case, box):
+    """Bytes of the file that a box needs."""
+    volumes = boxes.volumes(case)
+    with h5py.File(case.path) as file:
+        return sum(
+            pages_of(volumes[name], box)
+            if volumes[name].offset is not None
+            else chunks_of(file[name], box)
+            for name in NAMES
+        )
+
+
+def pages_of(volume, box):
+    first = np.ravel_multi_index(
+        np.ix_(*(range(s.start, s.stop) for s in box[:2]), [box[2].start]), volume.shape[-3:]
+    )
+    starts = volume.offset + volume.dtype.itemsize * first.ravel()
+    ends = starts + volume.dtype.itemsize * (box[2].stop - box[2].start) - 1
+    pages = np.concatenate([starts // boxes.PAGE, ends // boxes.PAGE])
+    return len(np.unique(pages)) * boxes.PAGE * math.prod(volume.shape[:-3])
+
+
+def chunks_of(dataset, box):
+    stored = (dataset.id.get_chunk_info(i) for i in range(dataset.id.get_num_chunks()))
+    return sum(
+        chunk.size
+        for chunk in stored
+        if all(
+            start < s.stop and start + length > s.start
+            for start, length, s in zip(
+                chunk.chunk_offset[-3:], dataset.chunks[-3:], box, strict=True
+            )
+        )
+    )
+
+
+def median_ms(read, boxes_read, repeats):
+    """Median of processor time of read(box); each box once before, to have it in memory."""
+    taken = []
+    for number in range(repeats + 1):
+        for box in boxes_read:
+            started = time.process_time()
+            read(box)
+            if number:
+                taken.append(1000 * (time.process_time() - started))
+    return statistics.median(taken)
+
+
+def measure(case, repeats):
+    """The row of a table for one file: MB, MB touched, and milliseconds of the three ways."""
+    boxes_read = list(places(case.shape))
+    unkept, kept = VolumeCache([case], 0), VolumeCache([case], 2**62)
+    with h5py.File(case.path) as file:
+        yield os.path.getsize(case.path) / MB
+        yield statistics.mean(touched(case, box) for box in boxes_read) / MB
+        yield median_ms(lambda box: unkept.read(case, box, NAMES), boxes_read, repeats)
+        yield median_ms(lambda box: read_open(file, box), boxes_read, repeats)
+        yield median_ms(lambda box: kept.read(case, box, NAMES), boxes_read, repeats)
+
+
+def read_open(file, box):
+    return file["image"][(slice(None), *box)], file["label"][box]
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--side", type=int, default=SHAPE[1], help="voxels in plane; half in z")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    shape = (options.side // 2, options.side, options.side)
+    phantom = phantoms.scroll(shape)
+    print(
+        f"{' x '.join(map(str, shape))} uint8, box {' x '.join(map(str, BOX))}; "
+        f"{platform.machine()}, {os.cpu_count()} cores, h5py {h5py.__version__}, "
+        f"HDF5 {h5py.version.hdf5_version}, numpy {np.__version__}\n"
+    )
+    print("| stored | file, MB | touched, MB | unkept, ms | HDF5, ms | kept, ms |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source.h5"
+        settings = {"spacing": phantom.spacing, "unit": phantom.unit, "affine": None, "group": "g"}
+        cases.write_case(source, phantom.image[None], phantom.label, skeleton=False, **settings)
+        for name, chunk, compression in ways(shape):
+            path = Path(folder) / "case.h5"
+            row = measure(store(path, source, chunk, compression), options.repeats)
+            print(f"| {name} | " + " | ".join(f"{value:.1f}" for value in row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
