@@ -327,11 +327,15 @@ def _anonymous_file(size):
     return fd
 
 
+def bytes_of(cases):
+    """Bytes of memory that all volumes of these cases take, decoded."""
+    return sum(volume.memory for case in cases for volume in boxes.volumes(case).values())
+
+
 def default_budget(cases, available_bytes):
     """Bytes to keep: half of what is available, at most what the cases hold.
 
     The other half is for what grows with the workers and not with the data, boxes on their way
     above all, and for the file cache of what is not kept.
     """
-    held = sum(volume.memory for case in cases for volume in boxes.volumes(case).values())
-    return min(int(available_bytes) // 2, held)
+    return min(int(available_bytes) // 2, bytes_of(cases))

@@ -59,9 +59,9 @@ class StepClock:
 
 
 def shares(means):
-    """The parts as text for a progress line: percent of the step, the small ones left out."""
+    """The parts as text for a progress line: percent of the step; of the small ones only wait."""
     total = sum(means.values())
     if not total:
         return ""
-    named = [f"{name} {100 * t / total:.0f}%" for name, t in means.items() if t >= 0.01 * total]
-    return " ".join(named)
+    shown = {n: t for n, t in means.items() if n == "wait" or t >= 0.01 * total}
+    return " ".join(f"{name} {100 * t / total:.0f}%" for name, t in shown.items())

@@ -11,7 +11,8 @@ patch, or the whole volume as float32. In each round all take a turn; the median
 told.
 
 The second table is a volume of 61 x 512 x 512 voxels of 4.97 micron, drawn at 1 micron beside one
-that is stored at 1 micron: memory that the process gains, and time per patch of 24 x 96 x 96.
+that is stored at 1 micron: memory that the process gains, and time per patch of 24 x 96 x 96. The
+last line is what the clock of train.py costs, which tells where the time of a step went.
 
 Exit status 1 if a bar is missed, else 0. The peers are in requirements-bench.txt; where they are
 not installed their rows say so. Leaves nothing on disk.
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import augment
 import cache
 import cases
+import clock
 import data
 import grid
 import phantoms
@@ -274,6 +276,19 @@ def outlier(folder, repeats):
     return ["memory of the outlier"] * (gained >= 50) + ["time of the outlier"] * (ratio >= 3)
 
 
+def clock_cost(steps=20_000):
+    """Seconds that the marks of one step take, and their share of the log."""
+    ticks = clock.StepClock(torch.device("cpu"))
+    started = time.perf_counter()
+    for number in range(steps):
+        ticks.start()
+        for part in clock.PARTS:
+            ticks.mark(part)
+        if number % 10 == 9:
+            ticks.means(10)
+    return (time.perf_counter() - started) / steps
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -292,6 +307,7 @@ def main():
           f"Python {platform.python_version()}, {', '.join(versions)}\n")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         missed = compare(Path(folder), repeats) + outlier(Path(folder), repeats)
+    print(f"\nThe clock of a step takes {1e6 * clock_cost():.1f} microseconds.")
     if missed:
         print(f"\nmissed: {', '.join(missed)}")
     return bool(missed)

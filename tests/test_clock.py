@@ -84,7 +84,7 @@ def test_the_parts_of_a_real_step_sum_to_the_time_that_passed():
     assert sum(means.values()) <= passed and sum(means.values()) > 0.9 * passed
 
 
-def test_shares_are_percent_of_the_step_without_the_small_ones():
+def test_shares_are_percent_of_the_step_and_of_the_small_ones_only_wait_is_told():
     means = {"wait": 0.004, "draw": 0.001, "forward": 0.3, "backward": 0.695}
-    assert clock.shares(means) == "forward 30% backward 70%"
+    assert clock.shares(means) == "wait 0% forward 30% backward 70%"
     assert clock.shares({}) == "" and clock.shares({"wait": 0.0}) == ""
