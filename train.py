@@ -206,8 +206,8 @@ def main(settings, *, resume=False):
         f"{strides[1:]} for patch {patch}",
         f"training   {total_steps} steps in {training.max_epochs} epochs, batch "
         f"{training.train_batch_size} x {training.accumulate}, {workers} workers",
-        f"cache      at most {limit / 1e9:.2f} GB of the {cache.bytes_of(split.train) / 1e9:.2f} GB "
-        f"of the training cases, over all workers ({free.reason})",
+        f"cache      {limit / 1e9:.2f} GB at most over all workers, of training cases of "
+        f"{cache.bytes_of(split.train) / 1e9:.2f} GB ({free.reason})",
         *notes,
     ]:
         console.print(line)

@@ -2,6 +2,7 @@ import json
 import math
 import re
 import shutil
+import time
 
 import h5py
 import numpy as np
@@ -9,11 +10,16 @@ import pytest
 import torch
 import yaml
 
+import augment
 import cases
 import checkpoint
 import clock
+import composite
 import config
+import data
+import loader
 import train
+import validation
 
 SHAPE = (12, 24, 24)
 
@@ -403,6 +409,29 @@ def test_every_step_says_where_its_time_went(root, tmp_path):
         assert list(event["seconds"]) == list(clock.PARTS)
         assert sum(event["seconds"].values()) == pytest.approx(event["step_seconds"], abs=1e-4)
         assert event["seconds"]["backward"] > 0
+
+
+def test_what_is_slow_is_named_and_validation_is_no_part_of_a_step(root, tmp_path, monkeypatch):
+    def slower(owner, name, seconds):
+        function = getattr(owner, name)
+
+        def slow(*arguments, **named):
+            time.sleep(seconds)
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    slower(data.PatchDataset, "__getitem__", 0.04)  # two patches, in this process
+    slower(loader, "to_device", 0.10)
+    slower(augment, "draw_batch", 0.12)
+    slower(composite, "composite_loss", 0.14)
+    slower(train, "update_ema", 0.16)
+    slower(validation, "validate", 5.0)
+    assert train.main(settings(root, tmp_path, "training.max_steps=1")) == 0
+    (event,) = events(tmp_path / "runs" / "r", "step")
+    least = {"wait": 0.08, "transfer": 0.10, "draw": 0.12, "loss": 0.14, "optimiser": 0.16}
+    assert all(event["seconds"][name] >= seconds for name, seconds in least.items())
+    assert event["step_seconds"] < 5
 
 
 def test_each_epoch_logs_the_share_drawn_and_what_the_cache_did(root, tmp_path):
