@@ -97,11 +97,19 @@ def _zoom(rng, settings):
 
 
 def elastic_range(spacing, settings):
-    """(distance of control points, (least, largest) amplitude) in the unit of the spacing."""
+    """(distance of control points, (least, largest) amplitude) in the unit of the spacing.
+
+    ValueError if the points are closer than the finest voxels.
+    """
     finest = float(min(spacing))
-    if settings["elastic_spacing"] is not None:
-        return settings["elastic_spacing"], settings["elastic_amplitude_range"]
-    return ELASTIC_SPACING * finest, tuple(finest * a for a in ELASTIC_AMPLITUDE)
+    if settings["elastic_spacing"] is None or settings["elastic_amplitude_range"] is None:
+        return ELASTIC_SPACING * finest, tuple(finest * a for a in ELASTIC_AMPLITUDE)
+    if settings["elastic_spacing"] < finest:
+        raise ValueError(
+            f"augment.elastic_spacing: expected at least a voxel, {finest:g} in the unit of the "
+            f"spacing, got {settings['elastic_spacing']:g}; is it in another unit?"
+        )
+    return settings["elastic_spacing"], settings["elastic_amplitude_range"]
 
 
 def _elastic(rng, spacing, patch, settings):
@@ -110,6 +118,8 @@ def _elastic(rng, spacing, patch, settings):
     Control points are uniform in a cube and independent, which bounds them: with an amplitude of
     at most 0.075 of their distance, a B-spline of them maps one to one (Choi & Lee 2000). They are
     scaled so that the mean square of the field over the patch, along each axis, is the amplitude's.
+    Of points further apart than the patch is long most of it moves the patch as a whole, and
+    grid.place_patch takes that back: they bend it less than the amplitude says.
     """
     distance, amplitudes = elastic_range(spacing, settings)
     wanted, amplitude, seed = rng.random(), rng.uniform(*amplitudes), rng.integers(2**62)
@@ -125,6 +135,12 @@ def _elastic(rng, spacing, patch, settings):
     control = np.random.default_rng(int(seed)).uniform(-1, 1, (3, *size))
     control *= amplitude * math.sqrt(3 / share)
     return control / spacing[:, None, None, None], step
+
+
+def check(settings, spacings):
+    """ValueError if the settings cannot be drawn for patches of one of these spacings."""
+    for spacing in spacings:
+        elastic_range(spacing, settings)
 
 
 def functions(settings):

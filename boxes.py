@@ -16,6 +16,7 @@ import numpy as np
 from cases import VOLUMES
 
 PAGE = mmap.ALLOCATIONGRANULARITY
+AHEAD = 2**20  # bytes that are read at once
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,29 @@ def opened(case):
 # ---------------------------------------------------------------------------- reading
 
 
-def map_volume(case, volume, *, whole=False):
+def map_volume(case, volume):
     """Map the pages of a volume that lies in its file as it is; for `copy_box`.
 
-    whole: read all of them now, in order, where the system can do that. ValueError if the file
-    ends before the volume does.
+    ValueError if the file ends before the volume does.
     """
-    flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if whole else 0)
     before = volume.offset % PAGE
     with open(case.path, "rb", buffering=0) as file:
         _check_size(case, file, volume.offset + volume.size)
         length, start = before + volume.size, volume.offset - before
-        return mmap.mmap(file.fileno(), length, flags, mmap.PROT_READ, offset=start)
+        return mmap.mmap(file.fileno(), length, mmap.MAP_SHARED, mmap.PROT_READ, offset=start)
+
+
+def read_ahead(case, volume):
+    """Read a volume once, in order, so that the system has its pages. Takes a buffer, no more."""
+    buffer, done = bytearray(min(AHEAD, volume.size)), 0
+    with open(case.path, "rb", buffering=0) as file:
+        _check_size(case, file, volume.offset + volume.size)
+        file.seek(volume.offset)
+        while done < volume.size:
+            count = file.readinto(memoryview(buffer)[: volume.size - done])
+            if not count:
+                break
+            done += count
 
 
 def drop_pages(case, volume):

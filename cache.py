@@ -35,7 +35,7 @@ MUTEX = 0  # byte of the shared file that is locked to change the header; byte 1
 
 
 @dataclass(frozen=True)
-class Place:
+class Slot:
     """The place of one volume in the cache."""
 
     number: int  # its row in the shared table
@@ -54,13 +54,13 @@ class VolumeCache:
     cases: list of `Case`; budget: bytes for all processes together, 0 keeps nothing.
     It may be handed to processes that are spawned: they share what is kept and what is counted.
     Pickled in any other way, the copy starts empty, with the same budget and on its own.
-    Threads may share one. Raises ValueError where a file is missing, or not the one that
+    Threads may share one. Reading raises ValueError where a file is missing, or not the one that
     `cases.read_case` saw.
     """
 
     def __init__(self, cases, budget):
         self._places, self._arena_bytes = _lay_out(cases)
-        self._create(_checked(budget))
+        self._create(min(_checked(budget), bytes_of(cases)))
 
     # ------------------------------------------------------------------------ reading
 
@@ -103,6 +103,14 @@ class VolumeCache:
         boxes.check_unchanged(case)
         return boxes.read_row(case, name, i)
 
+    def announce(self):
+        """For people: what may be kept, of how much."""
+        budget, held = (
+            f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+            for n in (int(self._header[BUDGET]), int(self._sizes.sum()))
+        )
+        return f"{budget} at most over all workers, of cases of {held}"
+
     def counts(self):
         """What all processes did together: cases and bytes kept, budget, hits, misses, evictions.
 
@@ -132,7 +140,7 @@ class VolumeCache:
         """
         with self._locked():
             before = self._used()
-            self._header[BUDGET] = min(int(self._header[BUDGET]), _checked(keep_bytes))
+            self._header[BUDGET] = int(min(self._header[BUDGET], _checked(keep_bytes)))
             for places in reversed(self._places.values()):
                 if self._used() <= self._header[BUDGET]:
                     break
@@ -218,7 +226,7 @@ class VolumeCache:
                 if place.decoded:
                     boxes.decode(case, place.volume, self._arena(), place.start)
                 else:
-                    boxes.map_volume(case, place.volume, whole=True).close()
+                    boxes.read_ahead(case, place.volume)
             done = True
         finally:
             with self._locked():
@@ -250,7 +258,7 @@ class VolumeCache:
         # Sparse: it takes the memory of what is decoded into it, never more than the budget.
         self._arena_fd = _anonymous_file(self._arena_bytes) if self._arena_bytes else None
         self._attach()
-        self._header[BUDGET] = budget
+        self._header[BUDGET] = int(budget)
 
     def _attach(self):
         for fd in (self._fd, self._arena_fd):
@@ -299,18 +307,18 @@ class VolumeCache:
 
 
 def _checked(budget):
-    if budget < 0:
+    if not budget >= 0:  # NaN neither
         raise ValueError(f"expected a cache of 0 bytes or more, got {budget}; 0 keeps nothing")
-    return int(budget)
+    return budget
 
 
 def _lay_out(cases):
-    """({path: {name: Place}}, bytes of shared memory that would hold all that must be decoded)."""
+    """({path: {name: Slot}}, bytes of shared memory that would hold all that must be decoded)."""
     places, number, arena = {}, 0, 0
     for case in cases:
         places[case.path] = {}
         for name, volume in boxes.volumes(case).items():
-            places[case.path][name] = Place(number, case, volume, arena)
+            places[case.path][name] = Slot(number, case, volume, arena)
             number += 1
             arena += volume.memory if places[case.path][name].decoded else 0
     return places, arena

@@ -99,6 +99,8 @@ def intensity_statistics(image):
     out = {"mean": [], "std": [], "percentiles": {str(p): [] for p in PERCENTILES}}
     for channel in image:
         values = channel[channel != 0]
+        if np.issubdtype(values.dtype, np.floating):
+            values = values[np.isfinite(values)]
         empty = values.size == 0
         out["mean"].append(0.0 if empty else float(values.mean(dtype=np.float64)))
         out["std"].append(1.0 if empty else float(values.std(dtype=np.float64)))

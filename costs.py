@@ -1,7 +1,6 @@
 """What a run costs, measured before it: the time and the memory of each of its parts.
 
-Each function takes a `trial.Setup` and returns {name: Measured}; the names and units are those of
-`tune.FIGURES`.
+Each measure_ function returns Measured, by the names and in the units of `tune.FIGURES`.
 """
 
 import contextlib

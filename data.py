@@ -34,7 +34,8 @@ class PatchDataset:
 
     Foreground and background draws alternate as the share says, and within each the cases that
     have such voxels take turns, so that the share and the turns hold in every stretch of an epoch.
-    ValueError if no case has a voxel to draw around.
+    ValueError if no case has a voxel to draw around. missing: classes that were asked for and that
+    no case holds; the others take their share.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class PatchDataset:
             for class_id, key in {**{c: c for c in foreground}, BACKGROUND: "background"}.items()
         }
         weights = {c: w for c, w in foreground.items() if self.holders[c] and w > 0}
+        self.missing = [c for c, w in foreground.items() if w > 0 and not self.holders[c]]
         self.classes, shares = list(weights), np.cumsum(list(weights.values()))
         self.class_edges = shares / shares[-1] if weights else shares
         if not weights and not self.holders[BACKGROUND]:
@@ -103,7 +105,7 @@ class PatchDataset:
         key = "background" if class_id == BACKGROUND else class_id
         rows = "background" if class_id == BACKGROUND else f"foreground/{class_id}"
         voxel = self.cache.row(case, rows, int(rng.integers(case.counts[key])))
-        half = np.abs(drawn.upright) @ (np.asarray(self.patch) / 2)
+        half = drawn.half_extent(self.patch)
         centre = off_centre(rng, voxel, half, case.shape, jitter=self.jitter)
         where = self.place_patch(drawn, centre, self.patch, case.shape, voxel)
         return rng, class_id, case, voxel, spacing, drawn, where
@@ -142,17 +144,17 @@ class PatchDataset:
         }
 
 
-def shares(samples, target, classes):
+def shares(samples, target, names):
     """What a batch drew, as shares of its patches: {name: number or tensor on target's device}.
 
     around_foreground: drawn around a foreground voxel, which is what the settings ask for;
-    around_<id>: around that class, if there are several in classes; with_foreground: target
-    (B, 1, D, H, W) holds any.
+    around_<class>: around that class, if names {class id: name} has several; with_foreground:
+    target (B, 1, D, H, W) holds any.
     """
     drawn = [sample["around"] for sample in samples]
     found = {"around_foreground": sum(c != BACKGROUND for c in drawn) / len(drawn)}
-    if len(classes) > 1:
-        found |= {f"around_{c}": drawn.count(c) / len(drawn) for c in classes}
+    if len(names) > 1:
+        found |= {f"around_{name}": drawn.count(c) / len(drawn) for c, name in names.items()}
     return found | {"with_foreground": target.flatten(1).any(dim=1).float().mean()}
 
 
@@ -161,8 +163,9 @@ def off_centre(rng, voxel, half, shape, *, jitter):
 
     half: half the room that the patch takes along the source axes; jitter: share of it by which the
     centre may leave the voxel. Centres are then moved away from the volume's middle, in proportion,
-    by up to half a patch: where the patch is pushed back into the volume, its border gets as many
-    patches as its inside, and half as many otherwise. The voxel stays within the patch.
+    by up to half a patch: where patches are pushed back into the volume, its faces would get half
+    as many as its inside, and so get 0.6 to 0.9 of that, the more the more patches the volume has
+    room for (2 to 8 along an axis). The voxel stays within the patch.
     """
     voxel, shape = np.asarray(voxel, float), np.asarray(shape)
     centre = voxel + rng.uniform(-jitter, jitter, size=3) * half
@@ -194,7 +197,7 @@ def class_weights(classes, foreground, ratio):
     """{class id: weight} of foreground draws, from {class name: weight} or None (all alike).
 
     classes: {name: id} of the data; foreground: ids of the classes that are foreground.
-    ValueError names those in ratio that are none of them.
+    ValueError names those in ratio that are none of them, and a ratio of nothing but 0.
     """
     names = {name: number for name, number in classes.items() if number in foreground}
     unknown = [name for name in ratio or () if name not in names]
@@ -205,4 +208,10 @@ def class_weights(classes, foreground, ratio):
         )
     if ratio is None:
         return dict.fromkeys(names.values(), 1.0)
-    return {number: float(ratio.get(name, 0.0)) for name, number in names.items()}
+    weights = {number: float(ratio.get(name, 0.0)) for name, number in names.items()}
+    if not any(weights.values()):
+        raise ValueError(
+            f"sampling.class_ratio: expected a weight above 0 for one of {', '.join(names)}, got "
+            f"{ratio}; sampling.foreground_share=0 draws around the background alone"
+        )
+    return weights

@@ -19,6 +19,10 @@ import torch
 import torch.nn.functional as F
 
 WHOLE = 1e-6  # a matrix or origin this close to whole numbers is taken as such, and is then exact
+# A patch is called inside if it keeps this far from the faces: on the device places are float32,
+# and one that rounding takes over a face has no voxel that is nearest to it in the box.
+FACE_MARGIN = 1e-3
+FIXED_POINT = 8  # steps, each of which leaves half of the error or less: the field never folds
 SAMPLES = 4  # points per lattice cell and axis at which place_patch looks at the field
 
 
@@ -36,6 +40,10 @@ class Map(NamedTuple):
     control: np.ndarray | None = None
     step: tuple[float, float, float] | None = None
     roll: int = 0
+
+    def half_extent(self, patch):
+        """Half the room that a patch takes along the source axes, in voxels: (3,)."""
+        return np.abs(self.upright) @ (np.asarray(patch) / 2)
 
 
 class Place(NamedTuple):
@@ -56,20 +64,18 @@ def place_patch(drawn, centre, patch, shape, voxel=None):
 
     drawn: a `Map`; centre: source coordinates that the patch centre should have; patch, shape:
     voxels, z, y, x. Along an axis that is shorter than the patch, the patch is centred and hangs
-    over both ends. voxel: one that must lie in the patch, but for an elastic field: a turned patch
-    is moved back over the border for it. The box is cut to the volume; it is exact without a field,
-    and with one up to three voxels larger on a side than what is needed.
+    over both ends. voxel: one that must lie in the patch: a turned patch is moved back over the
+    border for it. The box is cut to the volume; it is exact without a field, and with one up to
+    three voxels larger on a side than what is needed.
     """
     patch, shape = np.asarray(patch), np.asarray(shape)
-    half = half_extent(drawn, patch)
+    half = drawn.half_extent(patch)
     low, high = half - 0.5, shape - 0.5 - half
     centre = np.where(low <= high, np.clip(centre, low, high), (shape - 1) / 2)
+    origin = centre - drawn.matrix @ ((patch - 1) / 2) - _mean_field(drawn, patch)
     if voxel is not None:
-        within = np.linalg.solve(drawn.matrix, voxel - centre)
-        centre = centre + drawn.matrix @ (
-            within - np.clip(within, (1 - patch) / 2, (patch - 1) / 2)
-        )
-    origin = centre - drawn.matrix @ ((patch - 1) / 2)
+        place = _place_in_patch(drawn, origin, patch, voxel)
+        origin = origin + drawn.matrix @ (place - np.clip(place, 0, patch - 1))
     if drawn.control is None:
         # Slices that are neither turned nor zoomed are copied, not blended with their neighbours.
         whole = _whole_rows(drawn.matrix)
@@ -77,13 +83,38 @@ def place_patch(drawn, centre, patch, shape, voxel=None):
     lowest, highest = _reach(drawn, origin, patch)
     start = np.clip(np.floor(lowest + WHOLE), 0, shape - 1).astype(int)
     stop = np.clip(np.ceil(highest - WHOLE), 0, shape - 1).astype(int) + 1
-    inside = bool((lowest > -0.5 + WHOLE).all() and (highest < shape - 0.5 - WHOLE).all())
+    margin = 0.5 - FACE_MARGIN
+    inside = bool((lowest > -margin).all() and (highest < shape - 1 + margin).all())
     return Place(origin, start, stop, inside)
 
 
-def half_extent(drawn, patch):
-    """Half the room that a patch takes along the source axes, in voxels: (3,)."""
-    return np.abs(drawn.upright) @ (np.asarray(patch) / 2)
+def _place_in_patch(drawn, origin, patch, voxel):
+    """The patch voxel, not rounded, that shows a source voxel; beyond the patch, where it would."""
+    place = np.linalg.solve(drawn.matrix, voxel - origin)
+    for _ in range(0 if drawn.control is None else FIXED_POINT):
+        shift = _field(drawn, [[p] for p in np.clip(place, 0, patch - 1)]).reshape(3)
+        place = np.linalg.solve(drawn.matrix, voxel - origin - shift)
+    return place
+
+
+def _field(drawn, places):
+    """The field at a grid of patch voxels, in source voxels: (3, Z, Y, X); places: z, y, x."""
+    z, y, x = (
+        spline_weights(p, step, n)
+        for p, step, n in zip(places, drawn.step, drawn.control.shape[1:], strict=True)
+    )
+    return np.einsum("aijk,zi,yj,xk->azyx", drawn.control, z, y, x, optimize=True)
+
+
+def _mean_field(drawn, patch):
+    """Mean of the field over the patch, in source voxels: (3,). It moves the patch as a whole."""
+    if drawn.control is None:
+        return 0.0
+    z, y, x = (
+        spline_weights(np.arange(n), step, count).mean(axis=0)
+        for n, step, count in zip(patch, drawn.step, drawn.control.shape[1:], strict=True)
+    )
+    return np.einsum("aijk,i,j,k->a", drawn.control, z, y, x, optimize=True)
 
 
 def _reach(drawn, origin, patch):
@@ -103,11 +134,7 @@ def _reach(drawn, origin, patch):
         gap = (n - 1) / max(count - 1, 1) / step
         bend = np.abs(np.diff(drawn.control, n=2, axis=axis + 1)).max(axis=(1, 2, 3))
         slack += gap**2 / 8 * bend
-    z, y, x = (
-        spline_weights(p, step, n)
-        for p, step, n in zip(places, drawn.step, drawn.control.shape[1:], strict=True)
-    )
-    reached = np.einsum("aijk,zi,yj,xk->azyx", drawn.control, z, y, x, optimize=True)
+    reached = _field(drawn, places)
     for axis, p in enumerate(places):
         along = np.multiply.outer(drawn.matrix[:, axis], p)
         reached += np.expand_dims(along, [b + 1 for b in range(3) if b != axis])

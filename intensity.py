@@ -7,7 +7,8 @@ numbers; `normalise` and `change_intensity` do the work.
 Each transform runs on the samples that chose it, one after the other, in place, and takes its
 numbers as Python scalars: nothing is copied from the host, the device is never waited for, a sample
 that chose nothing keeps its bits, and a sample comes out the same alone and in any batch, bit for
-bit on a CPU. Whoever calls it under autocast or with TF32 allowed loses digits in the blur.
+bit on a CPU, but for the last bits of a blur of a patch of a few voxels. Whoever calls it under
+autocast or with TF32 allowed loses digits in the blur.
 
 None depends on where the volume's zero lies: what is above the patch minimum stands for the signal.
 """

@@ -44,6 +44,8 @@ def _cgroups(proc, root):
     except OSError:
         return
     for line in lines:
+        if line.count(":") < 2:
+            continue
         number, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
             mount, read = root / "memory", _v1_free
@@ -100,7 +102,8 @@ def _statistics(path, names):
         lines = [line.split() for line in path.read_text().splitlines()]
     except OSError:
         return 0
-    return sum(int(words[1]) for words in lines if len(words) == 2 and words[0] in names)
+    found = [words[1] for words in lines if len(words) == 2 and words[0] in names]
+    return sum(int(number) for number in found if number.isdecimal())
 
 
 def tree_memory(pid=None, proc="/proc"):

@@ -219,3 +219,10 @@ def _initialise(module):
 
 def parameter_count(network):
     return sum(p.numel() for p in network.parameters())
+
+
+@torch.no_grad()
+def update_ema(ema, network, decay, step):
+    """Move the averaged weights towards the network's; the decay grows over the first steps."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)

@@ -4,8 +4,9 @@
     runs/<name>/tensorboard/    the same numbers as scalars
     runs/<name>/progress.png    loss parts, learning rate, scores, and a slice of a validation case
 
-Events: "start", "step" (loss parts, lr, seconds: means since the line before), "epoch" (loss parts:
-means over the epoch), "evaluation" (scores, per case too), "end".
+Events: "start"; "step": loss parts, lr, seconds of each part of a step, means since the line before;
+"epoch": means of the loss parts over the epoch, draws (shares of its patches), cache (what it holds,
+and how often it was hit since the start); "evaluation": scores, per case too; "end".
 """
 
 import json
@@ -103,8 +104,9 @@ class ProgressLine:
     def say(self, text):
         self.console.print(text)
 
-    def advance(self, step, text):
-        self.bar.update(self.task, completed=step, description=text)
+    def advance(self, step, text, short):
+        """text: a plain line of its own; short: what a bar has room for."""
+        self.bar.update(self.task, completed=step, description=short)
         if not self.console.is_terminal:
             self.console.print(f"step {step}/{self.total} {text}")
 

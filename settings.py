@@ -16,7 +16,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Range = tuple[Finite, Finite]  # low, high
-UNFOLDED = 0.075  # elastic amplitude, as a share of the control points' distance: see augment.py
+UNFOLDED = 0.075  # elastic amplitude, as a share of the control points' distance: augment.py
 
 
 class Group(BaseModel):
@@ -83,7 +83,8 @@ class Data(Group):
 class Sampling(Group):
     patch: tuple[Count, Count, Count] = (64, 64, 64)
     foreground_share: Probability = 0.5  # of patches that are drawn around a foreground voxel
-    # Of those, how many around each foreground class, {name: weight}; null: all alike.
+    # Of those, how many around each foreground class, {name: weight}: null, all alike; a class that
+    # is not named, none.
     class_ratio: dict[str, NonNegative] | None = None
     jitter: Probability = 0.5  # the voxel lies off-centre by up to this share of half the patch
 
@@ -141,7 +142,8 @@ class Augment(Group):
                 "elastic_spacing and elastic_amplitude_range, both or neither, got "
                 f"{self.elastic_spacing} and {amplitude}"
             )
-        if amplitude and not 0 <= amplitude[0] <= amplitude[1] <= UNFOLDED * self.elastic_spacing:
+        most = UNFOLDED * (self.elastic_spacing or 0) * (1 + 1e-9)
+        if amplitude and not 0 <= amplitude[0] <= amplitude[1] <= most:
             raise ValueError(
                 f"elastic_amplitude_range from 0 to {UNFOLDED} of elastic_spacing, above which the "
                 f"field may fold, got {list(amplitude)} and {self.elastic_spacing}"

@@ -63,13 +63,6 @@ def learning_rate(step, total, *, lr, schedule, max_lr, warmup_steps, final_lr_s
     return ramp * peak * (final_lr_share + (1 - final_lr_share) * fall)
 
 
-@torch.no_grad()
-def update_ema(ema, network, decay, step):
-    """Move the averaged weights towards the network's; the decay grows over the first steps."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
-
-
 # ---------------------------------------------------------------------------- the run
 
 
@@ -95,6 +88,8 @@ def main(settings, *, resume=False):
         patch = settings.sampling.patch
         spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
         spacing = tuple(map(statistics.median, zip(*spacings, strict=True)))
+        augmentation = settings.augment.model_dump()
+        augment.check(augmentation, spacings)
         strides, kernels = model.fit(
             patch,
             spacing,
@@ -111,8 +106,10 @@ def main(settings, *, resume=False):
             foreground=weights,
             skeletons=skeletons,
             **settings.patch_arguments(),
-            **augment.functions(settings.augment.model_dump()),
+            **augment.functions(augmentation),
         )
+        if patches.missing:
+            notes.append(f"sampling: no training case holds a voxel of class {patches.missing}")
         run_folder, found, state, why = checkpoint.open_run(
             settings.run.folder, settings.run.name, resume=resume
         )
@@ -206,8 +203,7 @@ def main(settings, *, resume=False):
         f"{strides[1:]} for patch {patch}",
         f"training   {total_steps} steps in {training.max_epochs} epochs, batch "
         f"{training.train_batch_size} x {training.accumulate}, {workers} workers",
-        f"cache      {limit / 1e9:.2f} GB at most over all workers, of training cases of "
-        f"{cache.bytes_of(split.train) / 1e9:.2f} GB ({free.reason})",
+        f"cache      {kept.announce()} ({free.reason})",
         *notes,
     ]:
         console.print(line)
@@ -263,6 +259,7 @@ def main(settings, *, resume=False):
     log_at = (settings.monitor.log_every, iterations, stop_step)
     sums, draws, since_log = {}, {}, 0
     ticks = clock.StepClock(device)
+    drawn_classes = {c: name for name, c in dataset.classes.items() if c in patches.classes}
     network.train()
     with monitor.ProgressLine(console, stop_step, loop["step"]) as show:
         while True:
@@ -333,14 +330,14 @@ def main(settings, *, resume=False):
                 scaler.scale(loss / training.accumulate).backward()
                 ticks.mark("backward")
                 monitor.add_parts(sums, parts, 1 / training.accumulate)
-                monitor.add_parts(draws, data.shares(samples, target, patches.classes))
+                monitor.add_parts(draws, data.shares(samples, target, drawn_classes))
             if optim.clip:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(network.parameters(), optim.clip)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            update_ema(ema, network, optim.ema, step)
+            model.update_ema(ema, network, optim.ema, step)
             ticks.mark("optimiser")
             # -------------------------------------------------------------- learnt
 
@@ -374,6 +371,8 @@ def main(settings, *, resume=False):
                     loop["step"],
                     f"epoch {epoch} loss {_numbers(means)} lr {lr:.1e} {step_seconds:.2f} s/step: "
                     + clock.shares(seconds),
+                    short=f"loss {means['total']:.3f} {step_seconds:.2f} s/step, "
+                    f"wait {seconds['wait'] / step_seconds:.0%}",
                 )
                 sums, draws, since_log = {}, {}, 0
 

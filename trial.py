@@ -70,9 +70,12 @@ def settle(settings):
     split, notes = splits.choose_cases(dataset, **which)
     terms = settings.terms()
     composite.check_terms(terms, in_training=True)
-    if composite.takes_skeleton(terms):
-        cases.check_skeletons(split.train)
-    spacing = _median_spacing(split.train, settings.data.spacing)
+    skeletons = composite.takes_skeleton(terms)
+    in_validation = composite.takes_skeleton(terms, validation_only=True)
+    cases.check_skeletons(split.train * skeletons + split.validation * in_validation)
+    spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
+    augment.check(settings.augment.model_dump(), spacings)
+    spacing = tuple(statistics.median(axis) for axis in zip(*spacings, strict=True))
     strides, kernels = _fit(settings, spacing)
     setup = Setup(
         settings=settings,
@@ -91,11 +94,6 @@ def settle(settings):
         notes=notes,
     )
     return _with_fitting_workers(setup)
-
-
-def _median_spacing(chosen, wanted):
-    seen = [data.network_spacing(case.spacing, wanted) for case in chosen]
-    return tuple(statistics.median(axis) for axis in zip(*seen, strict=True))
 
 
 def _fit(settings, spacing):

@@ -421,3 +421,26 @@ def test_slices_that_are_not_turned_are_not_blended_with_their_neighbours():
             ignore_label=None,
         )
         assert np.isin(found.numpy().round(3), (0, 100)).all()
+
+
+@pytest.mark.parametrize("below", [1e-6, 2e-6, 1e-5, 1e-4, 1e-3])
+def test_a_patch_that_ends_at_a_face_is_drawn_without_leaving_the_box(below):
+    shape, patch = (80, 100, 100), (4, 6, 6)
+    label = torch.ones(shape, dtype=torch.uint8)
+    turn = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
+    reach = np.abs(turn) @ ((np.array(patch) - 1) / 2)
+    for axis in range(3):
+        centre = np.array(shape) / 2
+        centre[axis] = shape[axis] - 0.5 - below - reach[axis]
+        drawn = grid.Map(turn, np.eye(3) * 1e-9)  # takes no room: it is not moved inside
+        place = grid.place_patch(drawn, centre, patch, shape)
+        box = tuple(slice(a, b) for a, b in zip(place.start, place.stop, strict=True))
+        image, _, valid, _ = grid.draw_patch(
+            label[box][None],
+            label[box],
+            about={**drawn._asdict(), **place._asdict(), "shape": shape},
+            patch=patch,
+            foreground=[1],
+            ignore_label=None,
+        )
+        assert torch.allclose(image, torch.ones(())) and valid.float().mean() > 0.5

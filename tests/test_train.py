@@ -18,6 +18,8 @@ import composite
 import config
 import data
 import loader
+import memory
+import model
 import train
 import validation
 
@@ -425,7 +427,7 @@ def test_what_is_slow_is_named_and_validation_is_no_part_of_a_step(root, tmp_pat
     slower(loader, "to_device", 0.10)
     slower(augment, "draw_batch", 0.12)
     slower(composite, "composite_loss", 0.14)
-    slower(train, "update_ema", 0.16)
+    slower(model, "update_ema", 0.16)
     slower(validation, "validate", 5.0)
     assert train.main(settings(root, tmp_path, "training.max_steps=1")) == 0
     (event,) = events(tmp_path / "runs" / "r", "step")
@@ -463,4 +465,72 @@ def test_training_cases_without_a_labelled_voxel_are_refused(tmp_path, capsys):
     )
     text = fault(capsys, settings(tmp_path, tmp_path, "data.validation=[]", "data.test=[]"))
     assert "data.train: expected cases with labelled voxels" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_classes_are_drawn_by_the_ratio_and_logged_by_name(tmp_path):
+    label = np.zeros(SHAPE, np.uint8)
+    label[3:6, 4:8, 2:22], label[3:6, 14:18, 2:22] = 1, 2
+    about = {"spacing": (2, 1, 1), "unit": "", "affine": None, "group": "a", "ignore_label": None}
+    cases.write_case(tmp_path / "x.h5", label[None] * 50, label, skeleton=False, **about)
+    cases.write_dataset(
+        tmp_path,
+        classes={"background": 0, "artery": 1, "vein": 2, "nerve": 3},
+        ignore_label=None,
+        unit="",
+        case_ids=["x"],
+    )
+    changes = (
+        *("data.validation=[]", "data.test=[]", "data.foreground=[artery, vein, nerve]"),
+        *("sampling.class_ratio={artery: 3, vein: 1}", "sampling.foreground_share=1.0"),
+        *("training.train_iterations_per_epoch=8", "training.max_epochs=1"),
+        "monitor.log_every=3",  # lines of 3, 3 and 2 steps: the epoch is the mean of its batches
+    )
+    assert train.main(settings(tmp_path, tmp_path, *changes)) == 0
+    (epoch,) = events(tmp_path / "runs" / "r", "epoch")
+    assert epoch["draws"]["around_foreground"] == 1
+    assert epoch["draws"]["around_artery"] == pytest.approx(0.75, abs=1 / 16)
+    assert epoch["draws"]["around_vein"] == pytest.approx(0.25, abs=1 / 16)
+
+
+def test_a_class_that_no_case_holds_is_said(root, tmp_path, capsys):
+    content = json.loads((root / "dataset.json").read_text())
+    for file in root.glob("*.h5"):
+        shutil.copy(file, tmp_path)
+    content["classes"]["vein"] = 5
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    named = settings(tmp_path, tmp_path, "data.foreground=[bar, vein]", "training.max_steps=0")
+    assert train.main(named) == 0
+    assert "no training case holds a voxel of class [5]" in capsys.readouterr().out
+
+
+def test_the_cache_keeps_what_the_setting_says(root, tmp_path):
+    for number, (size, kept) in enumerate(((0, 0), (1, 2))):
+        changes = (f"data.cache_gb={size}", f"run.name=k{number}", "training.max_epochs=1")
+        assert train.main(settings(root, tmp_path, *changes)) == 0
+        (epoch,) = events(tmp_path / "runs" / f"k{number}", "epoch")
+        assert epoch["cache"]["cases"] == kept and (epoch["cache"]["budget"] > 0) == bool(kept)
+
+
+def test_as_many_workers_are_started_as_shared_memory_has_room_for(root, tmp_path, monkeypatch):
+    started = []
+    batches = loader.patch_batches
+
+    def recorded(*arguments, **named):
+        started.append((named["workers"], named["prefetch"]))
+        return batches(*arguments, **named)
+
+    monkeypatch.setattr(loader, "patch_batches", recorded)
+    monkeypatch.setattr(memory, "shared_memory_free", lambda: 0)
+    changes = ("training.workers=2", "training.max_steps=1")
+    assert train.main(settings(root, tmp_path, *changes)) == 0
+    assert started[0][0] == 0
+
+
+def test_elastic_points_closer_than_voxels_are_refused_before_anything_is_written(
+    root, tmp_path, capsys
+):
+    changes = ("augment.elastic_spacing=0.5", "augment.elastic_amplitude_range=[0.01,0.02]")
+    text = fault(capsys, settings(root, tmp_path, *changes))
+    assert "augment.elastic_spacing: expected at least a voxel, 1" in text
     assert not (tmp_path / "runs").exists()
