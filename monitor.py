@@ -4,9 +4,9 @@
     runs/<name>/tensorboard/    the same numbers as scalars
     runs/<name>/progress.png    loss parts, learning rate, scores, and a slice of a validation case
 
-Events: "start"; "step": loss parts, lr, seconds of each part of a step, means since the line before;
-"epoch": means of the loss parts over the epoch, draws (shares of its patches), cache (what it holds,
-and how often it was hit since the start); "evaluation": scores, per case too; "end".
+Events: "start"; "step": loss parts, lr, seconds of each part of a step, means since the line
+before; "epoch": means of the loss parts over the epoch, draws (shares of its patches), cache (what
+it holds, and how often it was hit since the start); "evaluation": scores, per case too; "end".
 """
 
 import json
