@@ -1,6 +1,7 @@
 import copy
 import functools
 import gc
+import math
 import multiprocessing
 import os
 import pickle
@@ -109,9 +110,44 @@ def test_the_default_is_half_of_what_is_available_and_at_most_all_cases(tmp_path
     assert default_budget([case], 10_001) == 5000
 
 
-def test_a_budget_below_zero_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="got -1"):
-        VolumeCache([], -1)
+@pytest.mark.parametrize("budget", [-1, math.nan])
+def test_a_budget_that_is_not_0_or_more_is_refused(tmp_path, budget):
+    with pytest.raises(ValueError, match=f"got {budget}"):
+        VolumeCache([], budget)
+    with pytest.raises(ValueError, match=f"got {budget}"):
+        VolumeCache([], 0).give_back(budget)
+
+
+@pytest.mark.parametrize("budget", [1e30, math.inf])
+def test_a_budget_of_any_size_is_at_most_what_the_cases_hold(tmp_path, budget):
+    stored = [write(tmp_path, i, stored=s) for i, s in enumerate(["contiguous", "lzf"])]
+    cache = VolumeCache([case for case, _ in stored], budget)
+    read_all(cache, stored, 1)
+    counts = cache.counts()
+    assert counts["budget"] == counts["bytes"] == sum(held(case) for case, _ in stored)
+
+
+def test_the_system_is_told_to_drop_the_pages_of_mapped_volumes(tmp_path, monkeypatch):
+    stored, told = [write(tmp_path, i) for i in range(2)], []
+    monkeypatch.setattr(boxes, "drop_pages", lambda case, v: told.append((case.id, v.name)))
+    cache = VolumeCache([case for case, _ in stored], HUGE)
+    read_all(cache, stored, 1)
+    assert told == []
+    cache.give_back(held(stored[0][0]))
+    assert sorted(told) == [("case1", "image"), ("case1", "label")]  # the skeleton is decoded
+
+
+def test_a_file_that_is_cut_off_is_read_ahead_no_more_than_it_is_mapped(tmp_path):
+    case, _ = write(tmp_path)
+    volume = max(boxes.volumes(case).values(), key=lambda volume: volume.offset or 0)
+    faults = []
+    for size in (volume.offset + volume.size - 1, volume.offset):
+        os.truncate(case.path, size)
+        for read in (boxes.map_volume, boxes.read_ahead):
+            with pytest.raises(ValueError, match=f"got {size}; the file is cut off") as fault:
+                read(case, volume)
+            faults.append(str(fault.value))
+    assert faults[0] == faults[1] and faults[2] == faults[3]
 
 
 def test_reading_leaves_no_file_open_and_none_mapped(tmp_path):
@@ -167,6 +203,16 @@ def test_spawned_processes_share_what_is_kept_and_what_is_counted(tmp_path):
     counts = cache.counts()
     assert (counts["hits"], counts["misses"]) == (3 * 5 * 2, 2)
     assert counts["bytes"] == sum(held(case) for case, _ in stored)
+
+
+def check_not_inheritable(cache):
+    assert not any(map(os.get_inheritable, (cache._fd, cache._arena_fd)))
+
+
+def test_descriptors_are_not_inherited_by_what_a_process_runs(tmp_path):
+    cache = VolumeCache([write(tmp_path, stored="lzf")[0]], HUGE)
+    check_not_inheritable(cache)
+    finish([work(check_not_inheritable, cache)])
 
 
 def test_what_a_worker_kept_is_there_when_it_has_ended(tmp_path):

@@ -26,7 +26,7 @@ def test_an_unknown_key_is_named_with_the_nearest_one():
 
 
 @pytest.mark.parametrize(
-    "override, named",
+    "overrides, named",
     [
         ("training.workers=four", "training.workers: expected a valid integer, got 'four'"),
         ("training.max_steps=1.5", "training.max_steps"),
@@ -37,6 +37,20 @@ def test_an_unknown_key_is_named_with_the_nearest_one():
         ("data.spacing=[1,-1,1]", "data.spacing"),
         ("augment.gamma_range=[2,1]", "low <= high"),
         ("augment.scaling_range=[0,1]", "scaling_range above 0"),
+        ("augment.blur_range=[0,1]", "blur_range above 0, got [0.0, 1.0]"),
+        ("augment.dropout_range=[0,1]", "dropout_range below 1, got [0.0, 1.0]"),
+        ("augment.dropout_boxes=[5,2]", "dropout_boxes [low, high] with low <= high, got [5, 2]"),
+        ("augment.low_resolution_range=[0.5,1]", "low_resolution_range of 1 or more"),
+        ("augment.elastic_spacing=12", "both or neither, got 12.0 and None"),
+        ("augment.elastic_amplitude_range=[0,0.5]", "both or neither, got None and (0.0, 0.5)"),
+        (
+            "augment.elastic_spacing=12; augment.elastic_amplitude_range=[0.5,0.91]",
+            "elastic_amplitude_range from 0 to 0.075 of elastic_spacing",
+        ),
+        (
+            "augment.elastic_spacing=12; augment.elastic_amplitude_range=[-0.5,0.5]",
+            "elastic_amplitude_range from 0 to 0.075 of elastic_spacing",
+        ),
         ("loss={weighted_bce: {weight: 0}, soft_dice: {weight: 0}}", "expected group.key"),
         ("model.strides=[[1,2,2]]", "one row of strides"),
         ("data.folds=1", "folds >= 2"),
@@ -46,9 +60,15 @@ def test_an_unknown_key_is_named_with_the_nearest_one():
         ("run.seed=true", "run.seed"),
     ],
 )
-def test_a_wrong_value_is_one_sentence_that_names_the_key(override, named):
-    text = fault(overrides=[override])
+def test_a_wrong_value_is_one_sentence_that_names_the_key(overrides, named):
+    text = fault(overrides=overrides.split("; "))
     assert named in text and "\n" not in text
+
+
+def test_the_largest_elastic_amplitude_that_does_not_fold_is_taken():
+    # 0.075 x 12 is a little below 0.9 in floating point.
+    content = {"augment": {"elastic_spacing": 12.0, "elastic_amplitude_range": [0.5, 0.9]}}
+    assert config.build(content).augment.elastic_amplitude_range == (0.5, 0.9)
 
 
 def test_all_faults_are_told_at_once():

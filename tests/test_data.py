@@ -196,6 +196,23 @@ def test_drawing_an_outlier_takes_less_than_50_mb(outlier, budget):
     assert int(status["VmHWM"].split()[0]) * 1024 - before < 50e6
 
 
+# ---------------------------------------------------------------------------- classes
+
+
+@pytest.mark.parametrize("ratio", [{}, {"artery": 0.0}, {"artery": 0.0, "vein": 0.0}])
+def test_a_ratio_that_weighs_no_class_is_refused(ratio):
+    classes = {"background": 0, "vein": 1, "artery": 4, "nerve": 5}
+    with pytest.raises(ValueError, match="a weight above 0 for one of vein, artery"):
+        data.class_weights(classes, [1, 4], ratio)
+
+
+@pytest.mark.parametrize("name", ["background", "nerve", "arteri"])
+def test_a_ratio_for_what_is_no_foreground_class_is_refused(name):
+    classes = {"background": 0, "vein": 1, "artery": 4, "nerve": 5}
+    with pytest.raises(ValueError, match=f"among vein, artery, got {name}"):
+        data.class_weights(classes, [1, 4], {"artery": 1.0, name: 1.0})
+
+
 # ---------------------------------------------------------------------------- case files
 
 

@@ -95,6 +95,12 @@ def test_a_path_of_the_host_falls_back_to_the_root_of_the_container(tmp_path, li
     assert memory.available(proc, cgroup).bytes == 2 * memory.GB
 
 
+def test_more_file_cache_than_usage_leaves_at_most_the_limit(tmp_path):
+    proc, cgroup = tree(tmp_path, ["0::/"])
+    write(cgroup, **v2(4 * memory.GB, memory.GB, cache=2 * memory.GB))
+    assert memory.available(proc, cgroup).bytes == 4 * memory.GB
+
+
 def test_usage_above_the_limit_leaves_nothing(tmp_path):
     proc, cgroup = tree(tmp_path, ["0::/"])
     write(cgroup, **v2(memory.GB, 2 * memory.GB))
@@ -106,6 +112,13 @@ def test_files_that_cannot_be_read_set_no_limit(tmp_path):
     (cgroup / "job" / "memory.max").mkdir(parents=True)
     write(cgroup / "job", memory__current="?", memory__stat="inactive_file")
     assert memory.available(proc, cgroup).bytes == 8 * memory.GB
+
+
+def test_lines_that_say_nothing_are_skipped(tmp_path):
+    proc, cgroup = tree(tmp_path, ["", "memory", "0:memory", "0::/job"])
+    statistics = "inactive_file\n\ninactive_file many\nactive_file 1000"
+    write(cgroup / "job", memory__max=4000, memory__current=3000, memory__stat=statistics)
+    assert memory.available(proc, cgroup).bytes == 2000
 
 
 def test_a_limit_without_statistics_takes_the_cache_as_used(tmp_path):
@@ -139,6 +152,12 @@ def test_children_are_counted_by_what_they_hold(child):
     assert set(sizes) >= {os.getpid(), child.pid}
     assert 40 * MB < sizes[child.pid] < 400 * MB
     assert set(memory.tree_memory(child.pid)) == {child.pid}
+
+
+def test_shared_pages_count_by_their_proportion(tmp_path):
+    content = "0-1 ---p 0 00:00 0 [rollup]\nRss: 9 kB\nPss: 4 kB\nPss_Anon: 3 kB\n"
+    write(tmp_path / str(os.getpid()), smaps_rollup=content)
+    assert memory.tree_memory(proc=tmp_path)[os.getpid()] == 4 * 1024
 
 
 def test_without_proportional_size_the_resident_one_is_told(child, tmp_path):

@@ -199,6 +199,19 @@ def test_a_dataset_with_other_classes_is_left_as_it_was(raw, out, capsys):
     assert (out / "dataset.json").read_text() == before
 
 
+@pytest.mark.parametrize("compression", ["lzf", "gzip"])
+def test_compressed_cases_hold_the_same_voxels(raw, tmp_path, compression):
+    tiff(raw / "a_img.tif", voxels())
+    tiff(raw / "a_lbl.tif", mask())
+    pairs = ("--images", raw, "--labels", raw)
+    assert run(*pairs, "--out", tmp_path / "plain") == 0
+    assert run(*pairs, "--out", tmp_path / "small", "--compression", compression) == 0
+    with h5py.File(tmp_path / "plain/a.h5") as a, h5py.File(tmp_path / "small/a.h5") as b:
+        for name in ("image", "label"):
+            assert (a[name].compression, b[name].compression) == (None, compression)
+            assert np.array_equal(a[name], b[name])
+
+
 def test_two_workers_write_what_one_writes(tmp_path):
     arguments = ["--phantom", "scroll", "--cases", "2", "--shape", "8", "24", "24", "--out"]
     assert prepare.main([*arguments, str(tmp_path / "one"), "--workers", "1"]) == 0

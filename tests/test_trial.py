@@ -20,17 +20,21 @@ CPU = torch.device("cpu")
 SHAPE = (12, 24, 24)
 
 
-def make_root(folder, count=4):
-    """Cases of a slab of foreground in noise, each in a group of its own."""
-    ids = [f"slab{i}" for i in range(count)]
-    label = np.zeros(SHAPE, np.uint8)
-    label[4:7] = 1
+def make_root(folder, shapes=(SHAPE,) * 4, rim=False):
+    """Cases of a slab of foreground in noise, each in a group of its own.
+
+    rim: whether one end of the slab is of a second class.
+    """
+    ids = [f"slab{i}" for i in range(len(shapes))]
     about = {"spacing": (2, 1, 1), "unit": "micron", "affine": None}
-    for i, case_id in enumerate(ids):
-        noise = np.random.default_rng(i).integers(1, 99, (1, *SHAPE))
+    for i, (case_id, shape) in enumerate(zip(ids, shapes, strict=True)):
+        label = np.zeros(shape, np.uint8)
+        label[4:7] = 1
+        label[4:7, :, 20:] += rim
+        noise = np.random.default_rng(i).integers(1, 99, (1, *shape))
         image = (noise + 100 * label).astype(np.uint8)
         cases.write_case(folder / f"{case_id}.h5", image, label, group=case_id, **about)
-    classes = {"background": 0, "slab": 1}
+    classes = {"background": 0, "slab": 1} | ({"rim": 2} if rim else {})
     cases.write_dataset(folder, classes=classes, ignore_label=None, unit="micron", case_ids=ids)
     return folder
 
@@ -59,10 +63,20 @@ def root(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [[], ["training.accumulate=2", "optim.clip=0", "loss.toploss={weight: 0.1, interval: 2}"]],
-    ids=["plain", "accumulated"],
+    [
+        [],
+        ["training.accumulate=2", "optim.clip=0", "loss.toploss={weight: 0.1, interval: 2}"],
+        ["data.spacing=[1,1,1]", "loss.surface_distance.weight=0.5"],
+        ["loss.skeleton_recall.weight=0.5"],
+        ["data.foreground=[slab,rim]", "sampling.class_ratio={rim: 1}"],
+    ],
+    ids=["plain", "accumulated", "resampled", "skeletons", "classes"],
 )
-def test_the_weights_after_some_steps_are_those_of_the_run(root, changes):
+def test_the_weights_after_some_steps_are_those_of_the_run(tmp_path, changes):
+    root = make_root(tmp_path, rim="data.foreground=[slab,rim]" in changes)
+    for path in root.glob("*.h5"):
+        with cases.h5py.File(path, "a") as file:
+            file["skeleton"][:, :12] = 0  # unlike the one that the loss would make of the target
     settings = make_settings(root, "loss.toploss.window=[8,8,8]", *changes)
     assert train.main(settings) == 0
     trained = checkpoint.load(root / "runs" / "r" / "checkpoints" / "last.pt")["model"]

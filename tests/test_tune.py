@@ -1,15 +1,17 @@
 """The benchmark before the long run: what it measures, and what it says of it."""
 
+import functools
 import json
 import math
 import multiprocessing
 
 import pytest
 import torch
-from test_trial import make_root, make_settings
+from test_trial import SHAPE, make_root, make_settings
 
 import clock
 import costs
+import data
 import trial
 import tune
 from costs import Measured
@@ -69,6 +71,103 @@ def test_an_epoch_pass_reads_with_the_workers_and_stops_them(tmp_path):
     assert patches.cache.counts()["hits"] + patches.cache.counts()["misses"] == 12
     assert found.note == "4 cases, 1 workers" and found.value < 30
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_a_pass_draws_each_case(tmp_path, monkeypatch, count):
+    setup, drawn = trial.settle(make_settings(make_root(tmp_path, (SHAPE,) * count))), []
+    draw = data.PatchDataset.__getitem__
+
+    def watched(patches, place):
+        drawn.append(draw(patches, place)["case"])
+        return draw(patches, place)
+
+    monkeypatch.setattr(data.PatchDataset, "__getitem__", watched)
+    costs.measure_pass(setup, trial.make_patches(setup))
+    # Three batches of two, of which one case of five is drawn twice; and before them, three that
+    # are not timed.
+    assert len(drawn) == 12
+    assert set(drawn[:6]) == set(drawn[6:]) == {f"slab{i}" for i in range(count)}
+
+
+def test_the_file_cache_forgets_each_case_before_it_is_read(tmp_path, monkeypatch):
+    setup = trial.settle(make_settings(make_root(tmp_path)))
+    patches, forgotten, read = trial.make_patches(setup), [], []
+    fill = patches.cache.read
+
+    def watched(case, *arguments):
+        assert forgotten.count(case.path) == 1
+        read.append(case.path)
+        return fill(case, *arguments)
+
+    monkeypatch.setattr(costs, "_forget_pages", forgotten.append)
+    monkeypatch.setattr(patches.cache, "read", watched)
+    costs.measure_fill(setup, patches)
+    assert sorted(forgotten) == sorted(read) == sorted(case.path for case in setup.split.train)
+
+
+def test_steps_of_the_warm_up_are_not_counted(tmp_path, monkeypatch):
+    setup = trial.settle(make_settings(make_root(tmp_path)))
+
+    def slow_at_first(step, numbers, device):
+        return [
+            dict.fromkeys(clock.PARTS, 1.0) | {"wait": 99.0 if i < costs.WARM_UP else 1.0}
+            for i, _ in enumerate(numbers)
+        ]
+
+    monkeypatch.setattr(trial, "run_steps", slow_at_first)
+    found, details = costs.measure_training(setup, trial.make_patches(setup), steps=2)
+    whole = len(clock.PARTS)
+    assert details["real"]["step"] == details["synthetic"]["step"] == whole
+    assert found["step"].value == 1e3 * whole and found["wait"].value == pytest.approx(100 / whole)
+
+
+@pytest.mark.parametrize("where", ["train", "validation", "test"])
+def test_inference_is_measured_on_the_largest_case_of_all(tmp_path, monkeypatch, where):
+    # The second has the longest side, the third the most voxels.
+    root = make_root(tmp_path, (SHAPE, (8, 24, 40), (20, 30, 30), SHAPE, SHAPE))
+    named = [] if where == "train" else [f"data.{where}=[slab2]"]
+    setup, seen = trial.settle(make_settings(root, *named)), []
+
+    def watched(network, image, **settings):
+        seen.append((image.shape, settings["ratio"]))
+        return iter(())
+
+    monkeypatch.setattr(costs.windows, "predict_slabs", watched)
+    costs.measure_inference(setup)
+    assert seen == [((1, 20, 30, 30), [1, 1, 1])]
+
+
+def test_accumulated_steps_are_measured_with_all_their_batches(tmp_path, monkeypatch):
+    settings = make_settings(make_root(tmp_path), "training.accumulate=2")
+    setup, draw, drawn = trial.settle(settings), trial.draw, []
+
+    def watched(*arguments):
+        drawn.append(arguments)
+        return draw(*arguments)
+
+    monkeypatch.setattr(trial, "draw", watched)
+    found, details = costs.measure_training(setup, trial.make_patches(setup), steps=1)
+    assert len(drawn) == 2 * (costs.WARM_UP + 1) + 1  # and one for the steps without data
+    assert found["draw"].value == pytest.approx(1e3 * details["real"]["draw"] / 2)
+    assert found["ram_training"].value >= 0
+    drawn.clear()
+    costs.measure_folds(setup)
+    assert len(drawn) == 2 * costs.FOLDS * costs.FOLD_STEPS
+
+
+def test_inference_is_measured_before_training_leaves_its_memory_behind(tmp_path, monkeypatch):
+    order = []
+
+    def fake(name, result, *_):
+        order.append(name)
+        return result
+
+    for name in ("fill", "pass", "inference", "training", "folds"):
+        result = ({}, {}) if name == "training" else {}
+        monkeypatch.setattr(costs, f"measure_{name}", functools.partial(fake, name, result))
+    tune.measure(trial.settle(make_settings(make_root(tmp_path))), steps=1)
+    assert order == ["fill", "pass", "inference", "training", "folds"]
 
 
 def test_a_cache_that_holds_half_says_so(tmp_path):
