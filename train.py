@@ -202,7 +202,7 @@ def main(settings, *, resume=False):
         f"network    {model.parameter_count(network) / 1e6:.2f} M parameters, strides "
         f"{strides[1:]} for patch {patch}",
         f"training   {total_steps} steps in {training.max_epochs} epochs, batch "
-        f"{training.train_batch_size} x {training.accumulate}, {workers} workers",
+        f"{training.train_batch_size} x {training.accumulate}, workers: {workers}",
         f"cache      {kept.announce()} ({free.reason})",
         *notes,
     ]:

@@ -196,9 +196,9 @@ def announcements(setup, steps):
         f"device     {_device_name(setup.device)}, {torch.get_num_threads()} CPU threads, "
         f"{setup.precision}",
         f"data       {len(setup.split.train)} training cases of {setup.settings.data.root}, at "
-        f"most {setup.cache_bytes / costs.GB:.3g} GB kept",
+        f"most {setup.cache_bytes / costs.MB:.1f} MB kept",
         f"training   {costs.WARM_UP} + {steps} steps of batch {training.train_batch_size} x "
-        f"{training.accumulate}, patch {patch}, {setup.workers} workers",
+        f"{training.accumulate}, patch {patch}, workers: {setup.workers}",
         *setup.notes,
     ]
 
