@@ -436,6 +436,17 @@ def test_what_is_slow_is_named_and_validation_is_no_part_of_a_step(root, tmp_pat
     assert event["step_seconds"] < 5
 
 
+def test_every_line_tells_the_time_of_its_own_steps(root, tmp_path, monkeypatch):
+    update = model.update_ema
+    monkeypatch.setattr(model, "update_ema", lambda *a: (time.sleep(0.1), update(*a)))
+    assert train.main(settings(root, tmp_path, "training.max_steps=3")) == 0
+    folder = tmp_path / "runs" / "r"
+    lines = [event["seconds"]["optimiser"] for event in events(folder, "step")]
+    assert len(lines) == 3 and min(lines) >= 0.1
+    steps = [event["step_seconds"] for event in events(folder, "step")]
+    assert weights_of(folder)["loop"]["seconds"] == pytest.approx(sum(steps), abs=1e-3)
+
+
 def test_each_epoch_logs_the_share_drawn_and_what_the_cache_did(root, tmp_path):
     changes = ("sampling.foreground_share=0.75", "training.train_iterations_per_epoch=4")
     assert train.main(settings(root, tmp_path, *changes)) == 0
