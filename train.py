@@ -34,7 +34,8 @@ import data
 import loader
 import memory
 import model
-import monitor
+import picture
+import runlog
 import splits
 import validation
 import windows
@@ -150,7 +151,7 @@ def main(settings, *, resume=False):
         enabled=precision != "fp32",
     )
     loop = {"step": 0, "evaluated_step": None, "best_score": None, "best_step": None}
-    loop |= {"seconds": 0.0, "epoch_parts": {}, "epoch_draws": {}}
+    loop |= {"seconds": 0.0, "lines": 0, "epoch_parts": {}, "epoch_draws": {}}
     if state is not None:
         try:
             network.load_state_dict(state["model"])
@@ -176,8 +177,11 @@ def main(settings, *, resume=False):
     except OSError as error:
         print(f"run.folder: expected a folder to write to, got {error}", file=sys.stderr)
         return 2
-    log = monitor.RunLog(
-        run_folder, tensorboard=settings.monitor.tensorboard, resume_step=first_step
+    log = runlog.RunLog(
+        run_folder,
+        tensorboard=settings.monitor.tensorboard,
+        keep=None if first_step is None else loop["lines"],
+        step=loop["step"],
     )
     versions = checkpoint.versions()
     data_facts = {  # all that infer.py must know of the data
@@ -237,7 +241,7 @@ def main(settings, *, resume=False):
 
     def save(name):
         state = {key: part.state_dict() for key, part in stateful.items()}
-        state |= {**constant, "loop": dict(loop), "rng": checkpoint.rng_state()}
+        state |= {**constant, "loop": loop | {"lines": log.lines}, "rng": checkpoint.rng_state()}
         checkpoint.save(state, run_folder / "checkpoints" / name)
 
     # ------------------------------------------------------------------ loop
@@ -261,18 +265,18 @@ def main(settings, *, resume=False):
     ticks = clock.StepClock(device)
     drawn_classes = {c: name for name, c in dataset.classes.items() if c in patches.classes}
     network.train()
-    with monitor.ProgressLine(console, stop_step, loop["step"]) as show:
+    with runlog.ProgressLine(console, stop_step, loop["step"]) as show:
         while True:
             step, epoch = loop["step"], loop["step"] // iterations
             done = step >= stop_step
             if done or step % iterations == 0:
                 if step % iterations == 0 and loop["epoch_parts"]:
-                    reached = monitor.means_of(loop["epoch_draws"])
+                    reached = runlog.means_of(loop["epoch_draws"])
                     log.write(
                         "epoch",
                         step=step,
                         epoch=epoch - 1,
-                        loss=monitor.means_of(loop["epoch_parts"]),
+                        loss=runlog.means_of(loop["epoch_parts"]),
                         draws=reached,
                         cache=kept.counts(),
                     )
@@ -296,7 +300,7 @@ def main(settings, *, resume=False):
                     loop["evaluated_step"] = step
                     save("last.pt")  # which knows of the best only once that is there
                     if settings.monitor.picture:
-                        monitor.draw_progress(
+                        picture.draw_progress(
                             run_folder, run_folder.name, slices, settings.inference.threshold
                         )
             if done:
@@ -329,8 +333,8 @@ def main(settings, *, resume=False):
                 ticks.mark("loss")
                 scaler.scale(loss / training.accumulate).backward()
                 ticks.mark("backward")
-                monitor.add_parts(sums, parts, 1 / training.accumulate)
-                monitor.add_parts(draws, data.shares(samples, target, drawn_classes))
+                runlog.add_parts(sums, parts, 1 / training.accumulate)
+                runlog.add_parts(draws, data.shares(samples, target, drawn_classes))
             if optim.clip:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(network.parameters(), optim.clip)
@@ -344,7 +348,7 @@ def main(settings, *, resume=False):
             loop["step"] += 1
             since_log += 1
             if any(loop["step"] % n == 0 for n in log_at):
-                means = monitor.means_of(sums)  # waits for the device
+                means = runlog.means_of(sums)  # waits for the device
                 seconds = ticks.means(since_log)
                 step_seconds = sum(seconds.values())
                 if not all(map(math.isfinite, means.values())):
@@ -355,9 +359,9 @@ def main(settings, *, resume=False):
                     return 1
                 loop["seconds"] += step_seconds * since_log
                 for name, (_, count) in sums.items():
-                    monitor.add_parts(loop["epoch_parts"], {name: means[name]}, count)
-                for name, share in monitor.means_of(draws).items():
-                    monitor.add_parts(loop["epoch_draws"], {name: share}, draws[name][1])
+                    runlog.add_parts(loop["epoch_parts"], {name: means[name]}, count)
+                for name, share in runlog.means_of(draws).items():
+                    runlog.add_parts(loop["epoch_draws"], {name: share}, draws[name][1])
                 log.write(
                     "step",
                     step=loop["step"],

@@ -10,7 +10,7 @@ import composite
 import data
 import intensity
 import metrics
-import monitor
+import picture
 import windows
 
 
@@ -34,7 +34,7 @@ def validate(
     chosen: `cases.Case` list; spacing, clip: as in `data.PatchDataset`; window: what
     `windows.predict_volume` takes besides; tolerance: of the surface Dice, in the spacing's unit.
     The scores are those of `metrics.score`, and `<name>_loss` of the validation-only terms, on
-    tiles of `tile` voxels. slices: of the first case, see `monitor.middle_slices`; None of no case.
+    tiles of `tile` voxels. slices: of the first case, see `picture.middle_slices`; None of no case.
     """
     was_training = network.training
     network.eval()
@@ -55,7 +55,7 @@ def validate(
             )[0]
             tube = _skeleton(file, terms)
             if slices is None:
-                slices = monitor.middle_slices(file["image"][0], truth, probs, case.ignore_label)
+                slices = picture.middle_slices(file["image"][0], truth, probs, case.ignore_label)
         mask, ignored = probs >= threshold, case.ignore_label
         scores = metrics.score(mask, truth, case.spacing, ignored, tolerance)
         volumes = (probs, truth == 1, truth != (-1 if ignored is None else ignored))

@@ -1,0 +1,213 @@
+"""What a run writes down: log.jsonl, TensorBoard, and lines for the terminal.
+
+    runs/<name>/log.jsonl       one JSON object per line, each with "event", "time" (seconds since
+                                1970), "step" and "epoch"
+    runs/<name>/tensorboard/    the numbers of steps, epochs and evaluations as scalars
+
+Events of training, which a resumed run writes again from where its state was saved:
+
+    step         loss: parts, means since the line before; lr; step_seconds; seconds: of each part
+                 of a step; skipped: steps without an update, if any
+    epoch        loss: means over the epoch; draws: shares of its patches; cache: what it holds,
+                 and how often it was hit since the start
+    evaluation   scores, and those of all cases; unread: cases that could not be read
+
+Events of the run's history, which stay:
+
+    start        pid, host, created (of the process, seconds since 1970), steps, iterations (per
+                 epoch), log_every, resumed, versions, notes
+    saved        file, seconds (of writing), bytes
+    trouble      kind, text, and figures of that kind: see the modules that report it
+    stop         reason, status: left early, with its state saved or the last one kept
+    crash        error, traceback: an exception that nobody expected
+    end          all steps done
+"""
+
+import json
+import math
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+TRAINING = ("step", "epoch", "evaluation")
+
+
+class RunLog:
+    """Appends events to log.jsonl, and those of training to TensorBoard.
+
+    keep: how many lines of training the state knows of that this run goes on from; later ones, of a
+    run that died after its last saved state, are taken out, so that the log tells one story. None
+    starts a new log. step: of that state.
+
+    lines: how many lines of training there are. OSError if the disk does not take it; the log then
+    ends with the last whole line.
+    """
+
+    def __init__(self, folder, *, tensorboard, keep=None, step=0):
+        self.path, self.lines = Path(folder) / "log.jsonl", 0
+        if keep is None:  # what a run left that died before it saved anything
+            self.path.unlink(missing_ok=True)
+            shutil.rmtree(Path(folder) / "tensorboard", ignore_errors=True)
+        elif self.path.exists():
+            self.lines = _cut(self.path, keep)
+        self.file = self.path.open("ab", buffering=0)
+        purge = None if keep is None else step + 1
+        self.scalars = Scalars(Path(folder) / "tensorboard", purge) if tensorboard else None
+
+    def write(self, event, *, step, epoch, **fields):
+        """One line, with the system when this returns. NaN and infinity are written as null."""
+        content = {"event": event, "time": round(time.time(), 3), "step": step, "epoch": epoch}
+        line = json.dumps(_finite({**content, **fields}), allow_nan=False) + "\n"
+        end = self.file.seek(0, os.SEEK_END)
+        try:
+            self._append(line.encode())
+        except OSError:
+            self.file.truncate(end)  # a full disk takes a part of a line
+            raise
+        if event in TRAINING:
+            self.lines += 1
+            if self.scalars is not None:
+                self.scalars.write(event, fields, step)
+
+    def _append(self, line):
+        while line:
+            line = line[self.file.write(line) :]
+
+    def sync(self):
+        """All lines are on disk when this returns, as those must be that a saved state counts."""
+        os.fsync(self.file.fileno())
+
+    def close(self):
+        self.file.close()
+        if self.scalars is not None:
+            self.scalars.close()
+
+
+class Scalars:
+    """A TensorBoard event file, written at once: what was logged is there after a crash.
+
+    torch's SummaryWriter keeps up to two minutes of it on a thread, and takes two seconds to
+    import. purge_step: TensorBoard forgets what earlier files hold from this step on.
+    """
+
+    def __init__(self, folder, purge_step=None):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.event, self.summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
+        self.records = RecordWriter(open(folder / name, "ab", buffering=0))
+        self._add(file_version="brain.Event:2")
+        if purge_step is not None:
+            self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, event, fields, step):
+        """Every number in the fields of an event, as `event/key/inner key`."""
+        values = [
+            self.summary.Value(tag=f"{event}/{key}", simple_value=value)
+            for key, value in _numbers(fields)
+        ]
+        self._add(step=step, summary=self.summary(value=values))
+
+    def _add(self, **content):
+        self.records.write(self.event(wall_time=time.time(), **content).SerializeToString())
+
+    def close(self):
+        self.records.close()
+
+
+def _cut(path, keep):
+    """Take the lines of training after the first `keep` out of a log; how many there are then."""
+    events, lines = [], 0
+    for event in read_log(path):
+        lines += event["event"] in TRAINING
+        if event["event"] not in TRAINING or lines <= keep:
+            events.append(event)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(event) + "\n" for event in events))
+    os.replace(partial, path)
+    return min(lines, keep)
+
+
+def read_log(path):
+    """The events of a log.jsonl; a last line cut short by a crash is left out."""
+    events = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(fields, prefix=""):
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + key, value
+
+
+# ---------------------------------------------------------------------------- means of many steps
+
+
+def add_parts(sums, parts, share=1.0):
+    """Add to {name: (sum, count)}: a term that acts on some steps only has a count of its own."""
+    for name, value in parts.items():
+        total, count = sums.get(name, (0.0, 0.0))
+        sums[name] = (total + share * value, count + share)
+
+
+def means_of(sums):
+    """{name: mean} of what `add_parts` gathered, in the order of names, the total last."""
+    names = sorted(sums, key=lambda name: (name == "total", name))
+    return {name: float(sums[name][0]) / sums[name][1] for name in names}
+
+
+# ---------------------------------------------------------------------------- terminal
+
+
+class ProgressLine:
+    """A progress bar on a terminal, plain lines elsewhere; as a context. `say` prints above it."""
+
+    def __init__(self, console, total, done):
+        self.console = console
+        columns = (BarColumn(30), TextColumn("{task.completed}/{task.total}"))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self.bar = Progress(
+            *columns, *times, TextColumn("{task.description}"), console=self.console
+        )
+        self.total = total
+        self.task = self.bar.add_task("", total=total, completed=done)
+
+    def __enter__(self):
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error):
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def say(self, text):
+        self.console.print(text)
+
+    def advance(self, step, text, short):
+        """text: a plain line of its own; short: what a bar has room for."""
+        self.bar.update(self.task, completed=step, description=short)
+        if not self.console.is_terminal:
+            self.console.print(f"step {step}/{self.total} {text}")
