@@ -18,7 +18,6 @@ import contextlib
 import fcntl
 import mmap
 import os
-import tempfile
 import threading
 import weakref
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import numpy as np
 
 import boxes
 from cases import Case
+from memory import anonymous_file
 
 ABSENT, FILLING, PRESENT = range(3)  # state of a volume in the cache
 BUDGET, HITS, MISSES, EVICTIONS = range(4)  # places in the shared header
@@ -254,9 +254,9 @@ class VolumeCache:
 
     def _create(self, budget):
         count = sum(map(len, self._places.values()))
-        self._fd = _anonymous_file(8 * (4 + 2 * count))
+        self._fd = anonymous_file(8 * (4 + 2 * count))
         # Sparse: it takes the memory of what is decoded into it, never more than the budget.
-        self._arena_fd = _anonymous_file(self._arena_bytes) if self._arena_bytes else None
+        self._arena_fd = anonymous_file(self._arena_bytes) if self._arena_bytes else None
         self._attach()
         self._header[BUDGET] = int(budget)
 
@@ -322,17 +322,6 @@ def _lay_out(cases):
             number += 1
             arena += volume.memory if places[case.path][name].decoded else 0
     return places, arena
-
-
-def _anonymous_file(size):
-    """Descriptor of a file in memory without a name, of zeros, there while any process has it."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("lamina-cache")
-    else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    os.ftruncate(fd, size)
-    return fd
 
 
 def bytes_of(cases):

@@ -1,17 +1,33 @@
 """How much memory a process and its children take, and how much they may still take. Linux.
 
 available().bytes        what may still be taken: of the host, and of every cgroup limit
+rooms()                  the same, one limit after another
+oom_kills()              how many processes of the cgroup the kernel has killed for memory
 tree_memory()            what each process of the tree takes now, shared pages divided
-shared_memory_free()     what is left of /dev/shm, through which workers hand over tensors
+resident_memory()        the same from cheaper numbers
+shared_memory_free()     what is left of /dev/shm
+anonymous_file()         memory that processes share, without /dev/shm
 """
 
 import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
 GB = 10**9
+
+
+class Room(NamedTuple):
+    """One limit: bytes still free, bytes in all, and whose limit it is, for people."""
+
+    free: int
+    total: int
+    what: str
+
+    def __str__(self):
+        return f"{self.free / GB:.1f} GB free of {self.total / GB:.1f} GB, {self.what}"
 
 
 class Available(NamedTuple):
@@ -22,19 +38,38 @@ class Available(NamedTuple):
 
 
 def available(proc="/proc", cgroup="/sys/fs/cgroup"):
-    """The `Available` of this process tree: the least of what the host and its cgroups leave.
+    """The `Available` of this process tree: the least of what the host and its cgroups leave."""
+    least = min(rooms(proc, cgroup))
+    return Available(least.free, str(least))
+
+
+def rooms(proc="/proc", cgroup="/sys/fs/cgroup"):
+    """The `Room` of the host and of each cgroup around this process that has a limit.
 
     A cgroup leaves limit - usage, and its file cache on top: the kernel drops that before it kills.
-    The limits of all cgroups around this one count. One that cannot be read is taken as none.
+    One that cannot be read is taken as none.
     """
     host = psutil.virtual_memory()
-    limits = [(host.available, host.total, "memory of this machine")]
+    found = [Room(host.available, host.total, "memory of this machine")]
     for folder, read in _cgroups(Path(proc), Path(cgroup)):
-        found = read(folder)
-        if found is not None:
-            limits.append((*found, "cgroup limit"))
-    free, total, what = min(limits)
-    return Available(free, f"{free / GB:.1f} GB free of {total / GB:.1f} GB, {what}")
+        limit = read(folder)
+        if limit is not None:
+            found.append(Room(*limit, "cgroup limit"))
+    return found
+
+
+def oom_kills(proc="/proc", cgroup="/sys/fs/cgroup"):
+    """How many processes the kernel has killed since the cgroups of this process were made.
+
+    None where no cgroup tells: outside of any, or by an old kernel.
+    """
+    files = {_v2_free: "memory.events", _v1_free: "memory.oom_control"}
+    found = [
+        count
+        for folder, read in _cgroups(Path(proc), Path(cgroup))
+        if (count := _statistics(folder / files[read], ("oom_kill",), None)) is not None
+    ]
+    return max(found, default=None)
 
 
 def _cgroups(proc, root):
@@ -96,14 +131,15 @@ def _number(path):
         return None
 
 
-def _statistics(path, names):
-    """Sum of some values of a file of lines "name value"; 0 where it cannot be read."""
+def _statistics(path, names, otherwise=0):
+    """Sum of some values of a file of lines "name value"; `otherwise` where there is none."""
     try:
         lines = [line.split() for line in path.read_text().splitlines()]
     except OSError:
-        return 0
+        return otherwise
     found = [words[1] for words in lines if len(words) == 2 and words[0] in names]
-    return sum(int(number) for number in found if number.isdecimal())
+    found = [int(number) for number in found if number.isdecimal()]
+    return sum(found) if found else otherwise
 
 
 def tree_memory(pid=None, proc="/proc"):
@@ -142,6 +178,29 @@ def _memory(process, proc):
         return None
 
 
+def resident_memory(pid=None):
+    """Bytes of a process (default: this one) and all that descend from it, from cheap numbers.
+
+    Each counts what it has for itself; what may be shared (libraries, the cache of `cache.py`,
+    boxes on their way) counts once, as much as the process has that maps most of it. Takes
+    microseconds per process, however large.
+    """
+    own, shared = 0, 0
+    try:
+        parent = psutil.Process(pid)
+        processes = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    for process in processes:
+        try:
+            found = process.memory_info()
+        except psutil.NoSuchProcess:
+            continue
+        mine = getattr(found, "shared", 0)  # Linux alone tells
+        own, shared = own + found.rss - mine, max(shared, mine)
+    return own + shared
+
+
 def shared_memory_free(path="/dev/shm"):
     """Bytes left in the file system of shared memory, None where there is none."""
     try:
@@ -149,3 +208,14 @@ def shared_memory_free(path="/dev/shm"):
     except OSError:
         return None
     return status.f_bavail * status.f_frsize
+
+
+def anonymous_file(size, name="lamina"):
+    """Descriptor of a file in memory without a path, of zeros, there while any process has it."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create(name)
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, size)
+    return fd
