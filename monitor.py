@@ -1,0 +1,227 @@
+"""Watch a run: what it does, what its machine does, and of what it died.
+
+    python monitor.py runs/exp001                   # live, until Ctrl-C
+    python monitor.py runs/exp001 --once            # once, as text
+    python monitor.py runs/exp001 --svg view.svg    # once, as a picture
+
+Reads the files of a run folder and writes nothing there, so that a run on another machine can be
+watched through a shared folder. A path inside a run, or runs/last.pt, names the run as well. Exit
+status: 0, or 2 if there is no run.
+
+As a module: the thread by which a run writes down what its machine does.
+
+    with SystemMonitor(folder, seconds=10, roles=lambda: {pid: "training"}, step=lambda: step):
+        ...                                         # a line in <folder>/system.jsonl every 10 s
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+import history
+import system
+import view
+import vitals
+
+REMEMBERED = 256  # processes whose last figures are kept
+LONGEST_CLOSE = 10.0  # seconds that leaving waits for a file system that does not answer
+
+
+class SystemMonitor:
+    """A thread that appends to <folder>/system.jsonl what the machine does, as a context.
+
+    A line at once, one every `seconds`, and one when the context is left: a JSON object with
+
+        time, host, pid    seconds since 1970; of the process that trains
+        step               what step() gives
+        seconds            from one line to the next: how long silence is normal
+        ...                what `system.System.read` tells of the processes of roles() and of
+                           memory_limit, bytes that the run may take
+
+    roles() gives {pid: "training", "worker 0", ...}. Both are called from the thread. Whatever
+    goes wrong stays in it: a value that cannot be had is null, a line that the disk does not take
+    is left out. ValueError if seconds is not above 0.
+    """
+
+    def __init__(self, folder, *, seconds, roles, step, memory_limit=None):
+        if not seconds > 0:
+            raise ValueError(f"expected seconds between lines above 0, got {seconds}")
+        self.path = Path(folder) / "system.jsonl"
+        self.seconds, self.roles, self.step = seconds, roles, step
+        self.memory_limit = memory_limit
+        self.machine, self.host = system.System(folder), socket.gethostname()
+        self.figures = {}
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="system monitor", daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        """Write the last line, and end the thread."""
+        self.closing.set()
+        self.thread.join(LONGEST_CLOSE)
+
+    def last(self, pid):
+        """The newest figures of a process, also one that has ended; None if it was never seen.
+
+        What `system.Processes.read` tells of it, with the newest pss there was, and "time".
+        """
+        return self.figures.get(pid)
+
+    def _watch(self):
+        while True:
+            closing = self.closing.is_set()  # before the line: it is the last one
+            # roles() and step() are the caller's, and a monitor must not end a training.
+            with contextlib.suppress(Exception):
+                self._write(self._line())
+            if closing:
+                return
+            self.closing.wait(self.seconds)
+
+    def _line(self):
+        now = round(time.time(), 3)
+        head = {"time": now, "host": self.host, "pid": os.getpid()}
+        found = self.machine.read(_call(self.roles) or {}, self.memory_limit)
+        for one in found["processes"]:
+            self._remember(one, now)
+        return {**head, "step": _call(self.step), **found, "seconds": self.seconds}
+
+    def _remember(self, one, now):
+        before = self.figures.pop(one["pid"], {})
+        pss = before.get("pss") if one["pss"] is None else one["pss"]
+        self.figures[one["pid"]] = {**one, "pss": pss, "time": now}  # the newest stand last
+        for pid in list(self.figures)[:-REMEMBERED]:
+            del self.figures[pid]
+
+    def _write(self, content):
+        line = json.dumps(content).encode() + b"\n"
+        # Opened anew: a disk that was full, or a server that was away, may be back.
+        with open(self.path, "a+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            if file.read(1) not in (b"", b"\n"):
+                line = b"\n" + line  # after one that a crash of the machine cut short
+            if file.write(line) != len(line):  # a disk that has become full takes a part
+                file.truncate(end)
+
+
+def _call(function):
+    """What a caller's function gives, None if it fails."""
+    with contextlib.suppress(Exception):
+        return function()
+
+
+# ---------------------------------------------------------------------------- the script
+
+
+def find_run(path):
+    """The run folder that a path names or lies in. ValueError, a sentence, if there is none."""
+    path = Path(path)
+    place = path.resolve()
+    for folder in (place, *place.parents[:3]):
+        if _is_run(folder):
+            return path if folder == place else folder
+    if not place.exists():
+        raise ValueError(
+            f"{path}: expected a run folder such as runs/exp001, got nothing of that name; "
+            "give the folder that train.py announced"
+        )
+    runs = [f for f in place.iterdir() if _is_run(f)] if place.is_dir() else []
+    if not runs:
+        raise ValueError(
+            f"{path}: expected a run folder, got one without log.jsonl; give the folder that "
+            "train.py announced, such as runs/exp001"
+        )
+    runs.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    names = ", ".join(folder.name for folder in runs[:8]) + ", ..." * (len(runs) > 8)
+    raise ValueError(
+        f"{path}: expected one run, got a folder of {len(runs)}, the newest first: {names}; "
+        f"try python monitor.py {path / runs[0].name}"
+    )
+
+
+def _is_run(folder):
+    """Whether a run wrote this folder, if only for a moment."""
+    begun = (folder / "config.yaml").exists() and (folder / "checkpoints").is_dir()
+    return begun or any((folder / name).exists() for name in ("log.jsonl", "system.jsonl"))
+
+
+class Watch:
+    """A run, to be looked at again and again."""
+
+    def __init__(self, folder):
+        self.run = history.History(folder)
+        self.pulse = vitals.Pulse(self.run)
+
+    def look(self):
+        """What its files say at this moment, as a `view.View`."""
+        now = time.time()
+        self.run.refresh(now)
+        verdict = self.pulse.verdict(now)
+        if verdict.state == vitals.DEAD:  # it may have ended well after its files were read
+            self.run.refresh(now)
+            verdict = self.pulse.verdict(now)
+        return view.View(self.run, verdict, vitals.pace(self.run, now), now)
+
+
+def live(watch, console, seconds):
+    """Show a run until Ctrl-C, read anew every so many seconds; its state stays in the terminal."""
+    with contextlib.suppress(KeyboardInterrupt), console.screen() as screen:
+        while True:
+            screen.update(watch.look())
+            time.sleep(seconds)
+    verdict = watch.look().verdict
+    console.print(f"{watch.run.folder}: {verdict.state}, {verdict.text}")
+
+
+def draw(watch, path, width):
+    """Write the view as SVG, `width` characters wide. OSError if the disk does not take it."""
+    with open(os.devnull, "w") as nowhere:
+        console = Console(file=nowhere, record=True, width=width, color_system="truecolor")
+        console.print(watch.look())
+        Path(path).write_text(console.export_svg(title=watch.run.folder.name))
+
+
+def cli(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("As a module")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", help="a run folder, or a file in it")
+    parser.add_argument("--once", action="store_true", help="print it once, and end")
+    parser.add_argument("--svg", metavar="FILE", help="write it as a picture, and end")
+    parser.add_argument("--width", type=int, help="characters of a line (default: the terminal's)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="from one look to the next (2)")
+    arguments = parser.parse_args(argv)
+    try:
+        watch = Watch(find_run(arguments.run))
+        if arguments.svg:
+            draw(watch, arguments.svg, arguments.width or 120)
+            return 0
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    sys.stdout.reconfigure(errors="replace")  # a terminal without these characters
+    console = Console(width=arguments.width, highlight=False)
+    if arguments.once or not console.is_terminal:
+        console.print(watch.look())
+    else:
+        live(watch, console, arguments.seconds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
