@@ -28,6 +28,7 @@ class History:
     """What a run folder says, as of the last `refresh`; its files are only ever read.
 
     events    events of log.jsonl but steps, oldest first; evaluations without their "cases"
+    start     the last "start" among them, {} without one
     steps     every n-th step event, n so that they are at most 800, and the newest
     recent    the last 100 of them since the run was started, or resumed
     lines     the last 100 lines of system.jsonl
@@ -43,9 +44,12 @@ class History:
         self.log = Growing(self.folder / "log.jsonl")
         self.system = Growing(self.folder / "system.jsonl", tail=TAIL)
         self.noticed, self.complete = None, False
-        self.events, self._steps, self._recent = [], Thinned(SAMPLE), deque(maxlen=RECENT)
-        self.lines, self.samples, self.config = deque(maxlen=RECENT), [], {}
-        self.recent = []
+        self.lines, self.samples = deque(maxlen=RECENT), []
+        self._forget()
+
+    def _forget(self):
+        self.events, self.start, self._begin, self.config = [], {}, 0, {}
+        self._steps, self._recent, self.recent = Thinned(SAMPLE), deque(maxlen=RECENT), []
 
     def refresh(self, now):
         """Read what has come since the last time; now: seconds since 1970."""
@@ -62,19 +66,9 @@ class History:
         kept, newest = self._steps.kept, self.recent[-1:]
         return kept if kept[-1:] == newest else kept + newest
 
-    @property
-    def start(self):
-        """The event of the last start of the run, {} if the log holds none."""
-        return next((e for e in reversed(self.events) if e["event"] == "start"), {})
-
     def since_start(self, *kinds):
         """The events of these kinds that came after the last start, oldest first."""
-        found = []
-        for event in reversed(self.events):
-            if event["event"] == "start":
-                break
-            found += [event] * (event["event"] in kinds)
-        return found[::-1]
+        return [event for event in self.events[self._begin :] if event["event"] in kinds]
 
     def first_line(self):
         """The first line of system.jsonl that the process of the last start wrote, or None."""
@@ -85,8 +79,7 @@ class History:
     def _read_log(self):
         """How many lines there were to read."""
         if self.log.replaced():  # a resumed run writes its log anew
-            self.events, self._steps, self.config = [], Thinned(SAMPLE), {}
-            self._recent.clear()
+            self._forget()
         count = 0
         for line in self.log.lines():
             count += 1
@@ -102,10 +95,11 @@ class History:
             self._steps.add(line)
             self._recent.append(line)
             return
-        if event["event"] == "start":
-            self._recent.clear()
         event.pop("cases", None)  # many, and nobody looks at them here
         self.events.append(event)
+        if event["event"] == "start":
+            self.start, self._begin = event, len(self.events)
+            self._recent.clear()
 
     def _read_system(self):
         if fresh := self.system.replaced():

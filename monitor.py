@@ -32,6 +32,7 @@ import view
 import vitals
 
 REMEMBERED = 256  # processes whose last figures are kept
+NARROWEST = 20  # characters of a line
 LONGEST_CLOSE = 10.0  # seconds that leaving waits for a file system that does not answer
 
 
@@ -206,6 +207,8 @@ def cli(argv=None):
     parser.add_argument("--width", type=int, help="characters of a line (default: the terminal's)")
     parser.add_argument("--seconds", type=float, default=2.0, help="from one look to the next (2)")
     arguments = parser.parse_args(argv)
+    if not arguments.seconds > 0 or (arguments.width is not None and arguments.width < NARROWEST):
+        parser.error(f"expected --seconds above 0 and --width of {NARROWEST} or more")
     try:
         watch = Watch(find_run(arguments.run))
         if arguments.svg:

@@ -272,6 +272,14 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
     assert str(target) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [("--seconds", "0"), ("--seconds", "nan"), ("--width", "3")])
+def test_numbers_that_make_no_sense_are_refused(tmp_path, capsys, option):
+    with pytest.raises(SystemExit) as left:
+        monitor.cli([str(make_run(tmp_path / "exp001")), *option])
+    assert left.value.code == 2
+    assert "expected --seconds above 0 and --width of 20 or more" in capsys.readouterr().err
+
+
 def test_ctrl_c_leaves_the_terminal_as_it_was_and_the_state_in_it(tmp_path, monkeypatch):
     def interrupted(seconds):
         raise KeyboardInterrupt
