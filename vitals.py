@@ -241,7 +241,9 @@ def pace(run, now):
         in_epoch = step - (epoch - 1) * iterations
     if steps and epochs and seconds and moment:
         ends = epochs - logged // iterations + at_end
-        gone = now - moment
+        gone = max(0.0, now - moment)
+        if run.start.get("log_every"):  # what should have come by now and has not is still ahead
+            gone = min(gone, run.start["log_every"] * seconds + at_end * (between or 0.0))
         run_left = max(0.0, (steps - logged) * seconds + ends * (between or 0.0) - gone)
         epoch_left = max(0.0, (min(epoch * iterations, steps) - logged) * seconds - gone)
     return Pace(

@@ -288,6 +288,13 @@ def test_while_an_evaluation_runs_it_is_counted_as_ahead(tmp_path):
     assert (found.epoch, found.in_epoch) == (3, 0)
 
 
+def test_a_run_that_stands_still_comes_no_nearer_to_its_end(tmp_path):
+    run = run_of(tmp_path, [start(**PLAN, log_every=10), *steady(10, 50)])
+    late = [vitals.pace(run, NOW + 100 + seconds) for seconds in (10, 20, 30, 3000)]
+    assert [found.run_left for found in late] == [490.0, 480.0, 480.0, 480.0]
+    assert [found.epoch_left for found in late] == [90.0, 80.0, 80.0, 80.0]
+
+
 def test_the_last_epoch_is_full_and_not_the_next_one_begun(tmp_path):
     found = vitals.pace(run_of(tmp_path, [start(**PLAN), *steady(10, 300)]), NOW + 600)
     assert (found.epoch, found.epochs, found.in_epoch, found.run_left) == (3, 3, 100, 0.0)
