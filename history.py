@@ -57,7 +57,7 @@ class History:
         if came and self.complete:
             self.noticed = now
         self.complete = True
-        self.recent = [event for line in self._recent if (event := parse(line)) is not None]
+        self.recent = [event for line in self._recent if (event := event_of(line)) is not None]
         self.config = self.config or _settings(self.folder / "config.yaml")
         self.fault, self.fault_time = _text(self.folder / "fault.txt")
 
@@ -86,7 +86,7 @@ class History:
             if line.startswith(STEP):
                 self._steps.add(line)
                 self._recent.append(line)
-            elif (event := parse(line)) is not None and "event" in event:
+            elif (event := event_of(line)) is not None:
                 self._note(event, line)
         return count
 
@@ -108,7 +108,7 @@ class History:
         count = 0
         for line in self.system.lines():
             count += 1
-            if (content := parse(line)) is None:
+            if (content := line_of(line)) is None:
                 continue
             self.lines.append(content)
             if not fresh:
@@ -160,13 +160,13 @@ class Growing:
 
 
 class Thinned:
-    """Every n-th of many lines, parsed: the first, and n as small as `most` of them allow."""
+    """Every n-th event of many lines: the first, and n as small as `most` of them allow."""
 
     def __init__(self, most):
         self.most, self.every, self.seen, self.kept = most, 1, 0, []
 
     def add(self, line):
-        if self.seen % self.every == 0 and (event := parse(line)) is not None:
+        if self.seen % self.every == 0 and (event := event_of(line)) is not None:
             self.kept.append(event)
             if len(self.kept) > self.most:
                 self.kept, self.every = self.kept[::2], 2 * self.every
@@ -182,8 +182,21 @@ def parse(line):
     return content if isinstance(content, dict) else None
 
 
+def event_of(line):
+    """The event of a line of log.jsonl, None if it is broken; only its "time" may be missing."""
+    event = parse(line) or {}
+    known = isinstance(event.get("event"), str) and isinstance(event.get("step"), int)
+    return event if known and isinstance(event.get("time", 0), int | float) else None
+
+
+def line_of(line):
+    """The object of a line of system.jsonl, None if it is broken."""
+    content = parse(line) or {}
+    return content if isinstance(content.get("time"), int | float) else None
+
+
 def sample(path, count):
-    """Up to `count` objects from lines that lie evenly over a file, the first one included."""
+    """Up to `count` objects of lines that lie evenly over a system.jsonl, the first included."""
     found, reached = [], -1
     try:
         with open(path, "rb") as file:
@@ -195,7 +208,7 @@ def sample(path, count):
                     file.readline()
                 if file.tell() > reached:
                     reached = file.tell()
-                    found.append(parse(file.readline()))
+                    found.append(line_of(file.readline()))
     except OSError:
         pass
     return [content for content in found if content is not None]
@@ -225,10 +238,9 @@ def first_since(path, moment):
 
 
 def _next_object(file, end):
-    """(offset, object) of the next line before offset `end` that has a "time"; (end, None)."""
+    """(offset, object) of the next whole line before offset `end`; (end, None) without one."""
     while (start := file.tell()) < end and (line := file.readline()):
-        content = parse(line) or {}
-        if content.get("time") is not None:
+        if (content := line_of(line)) is not None:
             return start, content
     return end, None
 

@@ -57,7 +57,9 @@ def test_the_lines_that_runlog_writes_are_known_as_steps_by_their_beginning(tmp_
 
 def test_lines_that_are_broken_are_left_out_and_one_that_is_not_whole_waits(tmp_path):
     log = tmp_path / "log.jsonl"
-    write_lines(log, [start(), "{broken\n", "\n", "[1]\n", "\0\0\n", '{"no": "event"}\n', step(1)])
+    broken = ["{broken\n", "\n", "[1]\n", "\0\0\n", '{"no": "event"}\n', {"event": "end"}]
+    broken += [{"event": "end", "step": 1, "time": None}, {"event": "step", "step": None}]
+    write_lines(log, [start(), *broken, step(1)])
     write_lines(log, ['{"event": "step", "step": 2, "ep'], mode="a")
     run = read(tmp_path)
     assert (run.events, run.steps) == ([start()], [step(1)])
