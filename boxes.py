@@ -19,6 +19,10 @@ PAGE = mmap.ALLOCATIONGRANULARITY
 AHEAD = 2**20  # bytes that are read at once
 
 
+class Unreadable(ValueError):
+    """A case file that cannot be read, or not the one it was; one sentence for people."""
+
+
 @dataclass(frozen=True)
 class Volume:
     """One volume of a case file."""
@@ -55,14 +59,23 @@ def _volume(case, name):
 
 @contextlib.contextmanager
 def opened(case):
-    """The case file, open for HDF5. ValueError where that cannot be read."""
+    """The case file, open for HDF5. Unreadable where that cannot be read."""
     try:
         with h5py.File(case.path, "r") as file:
             yield file
-    except (OSError, KeyError) as error:
-        raise ValueError(
+    except OSError as error:
+        raise Unreadable(
             f"case {case.id}: expected to read {case.path}, got {error}; prepare this case again"
         ) from error
+
+
+def _stored(case, file, name):
+    if name not in file:
+        raise Unreadable(
+            f"case {case.id}: expected {name!r} in {case.path}, got {', '.join(file)}; prepare "
+            "this case again"
+        )
+    return file[name]
 
 
 # ---------------------------------------------------------------------------- reading
@@ -71,7 +84,7 @@ def opened(case):
 def map_volume(case, volume):
     """Map the pages of a volume that lies in its file as it is; for `copy_box`.
 
-    ValueError if the file ends before the volume does.
+    Unreadable if the file ends before the volume does.
     """
     before = volume.offset % PAGE
     with open(case.path, "rb", buffering=0) as file:
@@ -112,13 +125,14 @@ def read_box(case, volume, box):
     if volume.offset is not None:
         return copy_box(map_volume(case, volume), volume, volume.offset % PAGE, box)
     with opened(case) as file:
-        return _native(file[volume.name][_all_channels(volume, box)])
+        return _native(_stored(case, file, volume.name)[_all_channels(volume, box)])
 
 
 def decode(case, volume, memory, start):
     """Decode a whole volume into memory, from byte `start` on."""
     with opened(case) as file:
-        file[volume.name].read_direct(np.ndarray(volume.shape, volume.dtype, memory, start))
+        room = np.ndarray(volume.shape, volume.dtype, memory, start)
+        _stored(case, file, volume.name).read_direct(room)
 
 
 def read_row(case, name, i):
@@ -131,8 +145,9 @@ def read_row(case, name, i):
         )
     if case.layout[name] is None:
         with opened(case) as file:
-            _check_row(case, name, i, len(file[name]))
-            return np.asarray(file[name][i], np.int32)
+            stored = _stored(case, file, name)
+            _check_row(case, name, i, len(stored))
+            return np.asarray(stored[i], np.int32)
     offset, shape, dtype = case.layout[name]
     _check_row(case, name, i, shape[0])
     size = shape[1] * np.dtype(dtype).itemsize
@@ -170,16 +185,16 @@ def _check_row(case, name, i, count):
 
 
 def check_unchanged(case):
-    """ValueError if the file of a case is missing, or not the one that was read at the start."""
+    """Unreadable if the file of a case is missing, or not the one that was read at the start."""
     try:
         status = os.stat(case.path)
     except OSError as error:
-        raise ValueError(
+        raise Unreadable(
             f"case {case.id}: expected the file {case.path}, got {error.strerror}; put it back, or "
             "prepare this case again"
         ) from error
     if (status.st_size, status.st_mtime_ns) != case.stamp:
-        raise ValueError(
+        raise Unreadable(
             f"case {case.id}: expected {case.path} as it was when this run began, got a file that "
             "was changed since; start the run again, and prepare no data while one is running"
         )
@@ -189,7 +204,7 @@ def _check_size(case, file, end):
     """Reading a map beyond the end of its file would kill the process with SIGBUS."""
     size = os.fstat(file.fileno()).st_size
     if size < end:
-        raise ValueError(
+        raise Unreadable(
             f"case {case.id}: expected {end} bytes or more in {case.path}, got {size}; the file is "
             "cut off, prepare this case again"
         )

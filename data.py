@@ -5,13 +5,26 @@ file's own dtype, and ships both. The device does the rest (augment.py, grid.py)
 """
 
 import math
+import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from boxes import Unreadable
+
 GOLDEN = (math.sqrt(5) - 1) / 2
 NEAR_BORDER = 0.9  # of half the patch: how far from its middle the voxel drawn around may come
 BACKGROUND = 0
+PAUSES = (0.2, 1.0)  # seconds before a case file that cannot be read is tried again
+UNREADABLE = (Unreadable, OSError)
+
+
+class Unread(NamedTuple):
+    """Stands for the sample of a case that cannot be read, after it was tried again."""
+
+    case: str
+    reason: str
 
 
 class PatchDataset:
@@ -36,6 +49,9 @@ class PatchDataset:
     have such voxels take turns, so that the share and the turns hold in every stretch of an epoch.
     ValueError if no case has a voxel to draw around. missing: classes that were asked for and that
     no case holds; the others take their share.
+
+    A case whose file cannot be read gives `Unread` instead of a sample. `leave_out` draws it no
+    more: another case stands in at its turns, the same one whenever and wherever it is drawn.
     """
 
     def __init__(
@@ -55,7 +71,7 @@ class PatchDataset:
         place_patch,
         skeletons=False,
     ):
-        self.cases, self.cache = list(cases), cache
+        self.cases, self.cache, self.left_out = list(cases), cache, {}
         self.patch, self.seed, self.clip = tuple(patch), seed, clip
         self.spacing, self.jitter = spacing, jitter
         self.draw_spatial, self.draw_intensity = draw_spatial, draw_intensity
@@ -94,7 +110,35 @@ class PatchDataset:
         holders = self.holders[class_id]
         turn, position = divmod(number, len(holders))
         order = np.random.default_rng((self.seed, epoch, 1, class_id, turn))
-        return class_id, holders[int(order.permutation(len(holders))[position])]
+        case = holders[int(order.permutation(len(holders))[position])]
+        if case.id in self.left_out:
+            case = self._stand_in(epoch, index, holders)
+        return class_id, case
+
+    def _stand_in(self, epoch, index, holders):
+        """Another case. Of one sequence the first that is there, so that it is still the one after
+        others were left out whose turn it is not."""
+        sequence = np.random.default_rng((self.seed, epoch, 3, index))
+        while True:
+            case = holders[int(sequence.integers(len(holders)))]
+            if case.id not in self.left_out:
+                return case
+
+    def case_of(self, place):
+        """Id of the case that dataset[place] reads."""
+        return self._around(*place)[1].id
+
+    def leave_out(self, case_id, reason):
+        """Draw this case no more. ValueError if a class or the background is then in no case."""
+        self.left_out[case_id] = reason
+        drawn = (*self.classes, *[BACKGROUND] * (self.foreground_share < 1))
+        for class_id in drawn:
+            holders = self.holders[class_id]
+            if all(case.id in self.left_out for case in holders):
+                what = "background" if class_id == BACKGROUND else f"class {class_id}"
+                raise ValueError(
+                    f"case {case_id}: no other case that can be read has {what} to draw around"
+                )
 
     def _placed(self, epoch, index):
         """All of a draw but its voxels: (generator, class id, case, voxel, spacing, map, place)."""
@@ -110,18 +154,14 @@ class PatchDataset:
         where = self.place_patch(drawn, centre, self.patch, case.shape, voxel)
         return rng, class_id, case, voxel, spacing, drawn, where
 
-    def box_bytes(self, draws=64):
-        """Bytes of the largest sample of the first draws, as it is shipped."""
-        largest = 0
-        for index in range(draws):
-            *_, case, _, _, _, where = self._placed(0, index)
-            image = case.channels * native(np.empty(0, case.dtype)).itemsize
-            voxels = math.prod(int(n) for n in where.stop - where.start)
-            largest = max(largest, voxels * (image + len(self.names) - 1))
-        return largest
-
     def __getitem__(self, place):
-        rng, class_id, case, voxel, spacing, drawn, where = self._placed(*place)
+        try:
+            return read_patiently(lambda: self._sample(*place))
+        except UNREADABLE as error:
+            return Unread(self.case_of(place), " ".join(str(error).split()))
+
+    def _sample(self, epoch, index):
+        rng, class_id, case, voxel, spacing, drawn, where = self._placed(epoch, index)
         box = tuple(slice(int(a), int(b)) for a, b in zip(where.start, where.stop, strict=True))
         boxes = self.cache.read(case, box, self.names)
         control = None if drawn.control is None else torch.from_numpy(drawn.control)
@@ -142,6 +182,16 @@ class PatchDataset:
             "intensity": self.draw_intensity(rng),
             **normalisation(case.intensity, self.clip),
         }
+
+
+def read_patiently(read):
+    """What read() gives, tried again after each of PAUSES where a file cannot be read."""
+    for pause in PAUSES:
+        try:
+            return read()
+        except UNREADABLE:
+            time.sleep(pause)
+    return read()
 
 
 def shares(samples, target, names):

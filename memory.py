@@ -178,27 +178,27 @@ def _memory(process, proc):
         return None
 
 
-def resident_memory(pid=None):
-    """Bytes of a process (default: this one) and all that descend from it, from cheap numbers.
+def resident_memory(pids=None):
+    """Bytes that processes take together, from cheap numbers. pids: None for this one's tree.
 
     Each counts what it has for itself; what may be shared (libraries, the cache of `cache.py`,
     boxes on their way) counts once, as much as the process has that maps most of it. Takes
-    microseconds per process, however large.
+    microseconds per process, however large; finding those of the tree takes a millisecond.
     """
     own, shared = 0, 0
-    try:
-        parent = psutil.Process(pid)
-        processes = [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0
-    for process in processes:
+    for number in _tree() if pids is None else pids:
         try:
-            found = process.memory_info()
+            found = psutil.Process(number).memory_info()
         except psutil.NoSuchProcess:
             continue
         mine = getattr(found, "shared", 0)  # Linux alone tells
         own, shared = own + found.rss - mine, max(shared, mine)
     return own + shared
+
+
+def _tree():
+    parent = psutil.Process()
+    return [parent.pid, *(child.pid for child in parent.children(recursive=True))]
 
 
 def shared_memory_free(path="/dev/shm"):

@@ -33,7 +33,7 @@ class System:
         """What the machine does now. roles: {pid: name}; memory_limit: bytes that the run may take.
 
         processes    of each pid of roles that there is, see `Processes.read`
-        tree         bytes of this process and all that descend from it
+        tree         bytes that these processes take together; of none, this one and its children
         rooms        [bytes free, bytes in all, whose limit] of `memory.rooms`, then of
                      memory_limit as that of "run.memory_gb"; the first is the machine's
         oom_kills    processes that the kernel has killed for memory, see `memory.oom_kills`
@@ -44,7 +44,7 @@ class System:
         temperature  degrees Celsius of the hottest part of the CPU
         gpus         see `Gpus.read`
         """
-        tree = _attempt(memory.resident_memory)
+        tree = _attempt(memory.resident_memory, list(roles) or None)
         rooms = [list(room) for room in _attempt(memory.rooms) or ()]
         if memory_limit is not None and tree is not None:
             rooms.append([max(0, memory_limit - tree), memory_limit, "run.memory_gb"])

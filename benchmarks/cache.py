@@ -178,7 +178,7 @@ def stream(options):
     dataset, cache = patches_of(stored, int(options.budget_gb * GB))
     plan = {"batches_per_epoch": max(1, len(stored) // BATCH), "batch_size": BATCH}
     run = {"workers": WORKERS, "prefetch": PREFETCH, "persistent": True, "pin": False}
-    batches = loader.patch_batches(dataset, 0, options.batches + WARM + TIMED, **plan, **run)
+    batches = loader.Batches(dataset, 0, options.batches + WARM + TIMED, **plan, **run)
 
     folder = str(options.folder.resolve())
     order, looks, seconds, kept = [], [], {}, -1

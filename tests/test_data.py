@@ -127,18 +127,6 @@ def test_unsigned_and_big_endian_integers_become_what_torch_has():
         assert torch.from_numpy(data.native(array)).tolist() == [0, 1, 200]
 
 
-@pytest.mark.parametrize(("dtype", "shipped"), [("u1", 1), ("<u2", 4), (">i2", 2), ("<f4", 4)])
-def test_box_bytes_are_those_of_the_largest_sample_as_shipped(tmp_path, dtype, shipped):
-    image = np.ones((2, 10, 24, 24), dtype)
-    stored = [write(tmp_path, 0, (10, 24, 24), image=image)]
-    assert still(stored).box_bytes() == 4 * 12 * 12 * (2 * shipped + 1)
-    assert still(stored, skeletons=True).box_bytes() == 4 * 12 * 12 * (2 * shipped + 2)
-    turned = patches(stored, spacing=(0, 1.3, 0.8))
-    samples = [turned[0, i] for i in range(64)]
-    sizes = [sample["image"].nbytes + sample["label"].nbytes for sample in samples]
-    assert turned.box_bytes() == max(sizes) > min(sizes)
-
-
 # ---------------------------------------------------------------------------- spacing
 
 

@@ -1,7 +1,5 @@
 """The same batches however they are loaded: workers, ranks, caches, stores, resumed runs."""
 
-import functools
-
 import h5py
 import pytest
 import torch
@@ -26,7 +24,7 @@ def batches(stored, first=0, last=3, *, budget=HUGE, workers=0, epoch=3, size=2,
     dataset = patches(stored, budget=budget, augmentation=EVERYTHING, skeletons=True)
     how = {"prefetch": 2, "pin": False, "persistent": True, "workers": workers, **plan}
     return list(
-        loader.patch_batches(dataset, first, last, batches_per_epoch=epoch, batch_size=size, **how)
+        loader.Batches(dataset, first, last, batches_per_epoch=epoch, batch_size=size, **how)
     )
 
 
@@ -41,7 +39,6 @@ def check_same(some, others):
 # ---------------------------------------------------------------------------- the same batches
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
 @pytest.mark.parametrize("workers", [1, 4])
 def test_batches_are_the_same_with_any_number_of_workers(stored, workers):
     check_same(batches(stored, 1, 6), batches(stored, 1, 6, workers=workers))
@@ -105,9 +102,8 @@ def test_the_generator_of_the_network_is_left_alone(stored):
 
 
 def test_the_plan_counts_draws_within_each_epoch():
-    plan = loader.PatchPlan(1, 4, batches_per_epoch=2, batch_size=3)
-    assert len(plan) == 3
-    assert list(plan) == [
+    plan = loader.PatchPlan(batches_per_epoch=2, batch_size=3)
+    assert [plan[number] for number in (1, 2, 3)] == [
         [(0, 3), (0, 4), (0, 5)],
         [(1, 0), (1, 1), (1, 2)],
         [(1, 3), (1, 4), (1, 5)],
@@ -115,10 +111,8 @@ def test_the_plan_counts_draws_within_each_epoch():
 
 
 def test_each_rank_takes_its_part_of_every_batch():
-    ranks = [
-        list(loader.PatchPlan(0, 2, batches_per_epoch=2, batch_size=2, rank=r, ranks=3))
-        for r in range(3)
-    ]
+    plans = [loader.PatchPlan(batches_per_epoch=2, batch_size=2, rank=r, ranks=3) for r in range(3)]
+    ranks = [[plan[0], plan[1]] for plan in plans]
     assert ranks[0] == [[(0, 0), (0, 1)], [(0, 6), (0, 7)]]
     assert ranks[2] == [[(0, 4), (0, 5)], [(0, 10), (0, 11)]]
     drawn = [place for rank in ranks for batch in rank for place in batch]
@@ -128,48 +122,6 @@ def test_each_rank_takes_its_part_of_every_batch():
 @pytest.mark.parametrize("persistent", [True, False])
 def test_no_batches_left_is_an_empty_stream(stored, persistent):
     assert batches(stored, 3, 3, persistent=persistent) == []
-
-
-# ---------------------------------------------------------------------------- shared memory
-
-# Of `free` bytes, 0.8 are for batches of 60. One batch is with the training step, and each worker
-# holds up to `prefetch`.
-fit = functools.partial(loader.fit_shared_memory, batch_bytes=60)
-
-
-@pytest.mark.parametrize(
-    ("free", "fits"),
-    [
-        (2000, (3, 4)),  # 26 batches
-        (980, (3, 4)),  # 13: one with the step, 3 x 4 waiting
-        (900, (3, 3)),  # 12
-        (550, (3, 2)),  # 7
-        (310, (3, 1)),  # 4
-        (250, (2, 1)),  # 3
-        (160, (1, 1)),  # 2
-        (80, (0, 4)),  # 1: none could be read ahead
-        (10, (0, 4)),
-        (0, (0, 4)),
-    ],
-)
-def test_workers_and_prefetch_fit_into_shared_memory(free, fits):
-    *fitting, note = fit(3, 4, free=free)
-    assert tuple(fitting) == fits
-    assert bool(note) == (fits != (3, 4))
-
-
-def test_what_is_lowered_for_shared_memory_is_said_with_its_reason():
-    workers, prefetch, note = loader.fit_shared_memory(
-        4, 4, batch_bytes=12_000_000, free=67_000_000
-    )
-    assert (workers, prefetch) == (3, 1)  # 53.6 MB: 4 batches
-    assert "3 with prefetch 1 instead of 4 with 4" in note
-    assert "67 MB" in note and "12 MB" in note and "--shm-size" in note
-
-
-def test_without_workers_or_where_shared_memory_is_unknown_nothing_changes():
-    assert fit(0, 4, free=0) == (0, 4, "")
-    assert fit(3, 4, free=None) == (3, 4, "")
 
 
 # ---------------------------------------------------------------------------- to the device

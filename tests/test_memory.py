@@ -167,7 +167,6 @@ def test_without_proportional_size_the_resident_one_is_told(child, tmp_path):
 
 def test_a_process_that_has_ended_is_left_out(child):
     child.kill()
-    psutil.wait_procs([psutil.Process(child.pid)], timeout=0)
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
         continue
     assert child.pid not in memory.tree_memory()
