@@ -1,23 +1,29 @@
 """Run state on disk: written whole or not at all, read without running code from the file.
 
     save(state, "runs/exp001/checkpoints/last.pt")     # the file before stays as last.previous.pt
-    path, reason = find_newest("runs/exp001/checkpoints")
-    state = load(path)
+    path, state, reasons = load_newest("runs/exp001/checkpoints")
+
+    saver = Saver("runs/exp001/checkpoints", ...)      # while training goes on
+    saver.save("last.pt", loop)
+    saver.written()                                    # what is done; raises what went wrong
 
 A checkpoint is a dict of tensors and plain values (None, bool, int, float, str, and dicts, lists
 and tuples of them) with the keys in KEYS. Whatever else a caller puts in is refused when it is
-saved, because no reader with `weights_only=True` would give it back.
+saved, because no reader with `weights_only=True` would give it back. The file is a zip archive
+with a checksum (CRC-32) of each tensor and of the rest. Torch writes them and does not look at
+them; here they are checked whenever it is read.
 """
 
+import errno
 import os
 import pickle
-import platform
 import random
-import shutil
-import subprocess
+import time
 import zipfile
 from collections import Counter, OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +72,7 @@ def previous_path(path):
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def _sync_folder(folder):
+def sync_folder(folder):
     """Make renames in a folder survive a power cut."""
     if os.name == "nt":  # a folder cannot be opened there
         return
@@ -83,7 +89,7 @@ def _keep_previous(path):
     A second name for the same bytes costs nothing and leaves `path` in place all the time. A
     truncated file is not kept: it would push out the last good generation.
     """
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         return
     link = path.with_name(path.name + ".link")
     try:
@@ -96,18 +102,26 @@ def _keep_previous(path):
         link.unlink(missing_ok=True)  # rename is a no-op between two names of one file
 
 
+class Saved(NamedTuple):
+    """What was written: the file, its bytes, and the seconds that it took."""
+
+    path: Path
+    bytes: int
+    seconds: float
+
+
 def save(state, path):
-    """Write a checkpoint; the file that was there stays as `<stem>.previous.pt`.
+    """Write a checkpoint; the file that was there stays as `<stem>.previous.pt`. Returns `Saved`.
 
     state is a dict with all of KEYS; "format" is filled in. At every moment, also if the process
     or the machine stops half-way, a readable file lies at `path` or under the previous name
     (given that one did before). Peak disk use: three generations.
 
     Raises ValueError for keys that are missing or unknown, TypeError for values that are neither
-    tensors nor plain, OSError or RuntimeError if the disk does not take it; none of these touches
-    the files that are there.
+    tensors nor plain, OSError if the disk does not take it; none of these touches the files that
+    are there.
     """
-    path = Path(path)
+    path, started = Path(path), time.perf_counter()
     state = {**state, "format": FORMAT}
     if set(state) != set(KEYS):
         missing, extra = sorted(set(KEYS) - set(state)), sorted(set(state) - set(KEYS))
@@ -120,36 +134,105 @@ def save(state, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        size = _write(state, partial)
         if path.exists():
             _keep_previous(path)
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+    return Saved(path, size, time.perf_counter() - started)
 
 
-def link_last(runs_folder, run_checkpoint):
-    """Point `<runs_folder>/last.pt` at a run's checkpoint: a relative link, replaced atomically.
-
-    Relative, so that the folder of runs can be moved. A copy where the file system has no links.
-    """
-    folder, target = Path(runs_folder).resolve(), Path(run_checkpoint)
-    target = target.parent.resolve() / target.name
-    partial = folder / "last.pt.partial"
-    partial.unlink(missing_ok=True)
-    try:
+def _write(state, path):
+    """Bytes of the file, which is on disk when this returns."""
+    with open(path, "wb") as file:
         try:
-            os.symlink(os.path.relpath(target, folder), partial)
-        except OSError:
-            shutil.copyfile(target, partial)
-        os.replace(partial, folder / "last.pt")
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync_folder(folder)
+            torch.save(state, file)
+        except RuntimeError as error:
+            # Its archive is short of the bytes that the disk did not take, and that it says.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def no_room(error):
+    """Whether an OSError says that the disk is full, read-only or broken, whatever is written."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def snapshot(value):
+    """A copy of nested state whose tensors lie on the CPU: what is saved while training goes on."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((key, snapshot(inner)) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(map(snapshot, value))
+    return value
+
+
+class Saver:
+    """Writes the state of a run on a thread of its own while training goes on, one file at a time.
+
+    folder: of the files; constant: what does not change, by KEYS; stateful: {key: what has a
+    state_dict()}. On that thread before() is called before each file, and after(path) when a new
+    last.pt lies there. step: of the state that last.pt holds, None if there is none; afterwards
+    that of the newest one given to it, while on_disk is that of the newest one written.
+    """
+
+    def __init__(self, folder, constant, stateful, *, step, before, after):
+        self.folder, self.constant, self.stateful = Path(folder), constant, stateful
+        self.step, self.on_disk, self.before, self.after = step, step, before, after
+        self.thread, self.pending, self.copy = ThreadPoolExecutor(1, "saver"), [], {}
+
+    def save(self, name, loop):
+        """Copy the state as it is now, once for all files of a step, and have it written."""
+        if self.copy.get("step") != loop["step"]:
+            state = {key: part.state_dict() for key, part in self.stateful.items()}
+            self.copy = {"state": snapshot(state) | {"rng": rng_state()}, "step": loop["step"]}
+        if name == "last.pt":
+            self.step = loop["step"]
+        state = {**self.constant, **self.copy["state"], "loop": snapshot(loop)}
+        self.pending.append(self.thread.submit(self._write, state, self.folder / name))
+
+    def release(self):
+        """The state will change: what is copied is of no use any more."""
+        self.copy = {}
+
+    @property
+    def busy(self):
+        return any(not future.done() for future in self.pending)
+
+    def written(self, *, wait=False):
+        """`Saved` of each file that was written since the last call; wait: for all of them.
+
+        Raises what went wrong with the first of them; those after it are not written.
+        """
+        done = []
+        while self.pending and (wait or self.pending[0].done()):
+            future = self.pending.pop(0)
+            if future.exception() is not None:
+                for later in self.pending:
+                    later.cancel()
+                self.pending = []
+            done.append(future.result())
+        return done
+
+    def close(self):
+        """Waits for the files. Errors that nobody has asked for are dropped."""
+        self.thread.shutdown()
+
+    def _write(self, state, path):
+        self.before()
+        written = save(state, path)
+        if path.name == "last.pt":
+            self.on_disk = state["loop"]["step"]
+            self.after(path)
+        return written
 
 
 # ---------------------------------------------------------------------------- reading
@@ -159,20 +242,17 @@ def _refuse(path, got, advice="give a file that train.py wrote, such as runs/las
     return CheckpointError(f"{path}: expected a Lamina checkpoint, got {got}; {advice}")
 
 
-def _read(path, map_location, mmap=False):
-    """The checked content of a checkpoint file; with mmap tensors stay on disk until touched."""
-    if path.is_dir():
-        raise _refuse(path, "a folder")
-    if not path.exists():
-        gone = f"a link to {os.readlink(path)}, which is gone" if path.is_symlink() else None
-        raise _refuse(path, gone or "no such file")
-    if not os.access(path, os.R_OK):
-        raise _refuse(path, "a file that may not be read", "change its permissions")
-    if not zipfile.is_zipfile(path):
-        got = "a truncated file or one of another kind" if path.stat().st_size else "an empty file"
-        raise _refuse(path, got)
+def load(path, map_location="cpu"):
+    """The state that `save` wrote, its tensors on map_location.
+
+    Every checksum is looked at first. Reads with `weights_only=True`: code in the file is never
+    run. CheckpointError, one sentence, for a file that is missing, empty, truncated, damaged,
+    foreign or from another version.
+    """
+    path = Path(path)
+    _check_file(path)
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        state = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refuse(path, "a file with other than tensors and plain values (not run)") from error
     except (MemoryError, torch.OutOfMemoryError):
@@ -191,91 +271,67 @@ def _read(path, map_location, mmap=False):
     return state
 
 
-def load(path, map_location="cpu"):
-    """The state that `save` wrote, its tensors on map_location.
-
-    Reads with `weights_only=True`: code in the file is never run. CheckpointError, one sentence,
-    for a file that is missing, empty, truncated, damaged, foreign or from another version.
-    """
-    return _read(Path(path), map_location)
-
-
-def find_newest(folder):
-    """(path, reason) of the newest readable generation in a run's `checkpoints` folder.
-
-    `last.pt` with reason None, else `last.previous.pt` with a sentence on what is wrong with
-    `last.pt`; CheckpointError with both sentences if neither can be read. Reads the structure of
-    a file, not its tensors.
-    """
-    last = Path(folder) / "last.pt"
+def _is_archive(path):
     try:
-        _read(last, "cpu", mmap=True)
-        return last, None
-    except CheckpointError as error:
-        reason = str(error)
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # of an end that is nearly one
+        return False
+
+
+def _check_file(path):
+    """CheckpointError unless there is a whole archive whose bytes are those that were written."""
+    if path.is_dir():
+        raise _refuse(path, "a folder")
+    if not path.exists():
+        gone = f"a link to {os.readlink(path)}, which is gone" if path.is_symlink() else None
+        raise _refuse(path, gone or "no such file")
+    if not os.access(path, os.R_OK):
+        raise _refuse(path, "a file that may not be read", "change its permissions")
+    if not _is_archive(path):
+        got = "a truncated file or one of another kind" if path.stat().st_size else "an empty file"
+        raise _refuse(path, got)
     try:
-        _read(previous_path(last), "cpu", mmap=True)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise _refuse(path, f"one that cannot be read ({type(error).__name__})") from error
+    if damaged is not None:
+        raise _refuse(path, f"one whose bytes have changed since (checksum of {damaged})")
+
+
+def load_newest(folder):
+    """(path, state, reasons) of the newest state that can be read in a `checkpoints` folder.
+
+    That is last.pt, else the generation before it or, if that cannot be read either or is older,
+    best.pt or the one before that, which are whole states too. reasons: a sentence for each newer
+    file that cannot be read. CheckpointError with all of them if none can.
+    """
+    last, best = Path(folder) / "last.pt", Path(folder) / "best.pt"
+    try:
+        return last, load(last), []
     except CheckpointError as error:
-        raise CheckpointError(f"{reason}; and {error}") from error
-    return previous_path(last), reason
-
-
-# ---------------------------------------------------------------------------- run folders
-
-
-def _numbered_runs(folder, name):
-    """{number: path} of runs/name (1), runs/name-2, ... that have saved state."""
-    found = {}
-    for path in Path(folder).glob(f"{name}*/checkpoints/*.pt"):
-        run = path.parents[1]
-        number = "1" if run.name == name else run.name.removeprefix(f"{name}-")
-        if number.isdigit():
-            found[int(number)] = run
-    return found
-
-
-def new_run_folder(folder, name):
-    """A folder for a new run: one that has saved state is never written over.
-
-    runs/name, or the number after the highest that has state: runs/name-2, runs/name-3, ...
-    """
-    found = _numbered_runs(folder, name)
-    return Path(folder) / (f"{name}-{max(found) + 1}" if found else name)
-
-
-def newest_run_folder(folder, name):
-    """The run of this name that has saved state, the highest number of several; None if none."""
-    found = _numbered_runs(folder, name)
-    return found[max(found)] if found else None
-
-
-def open_run(folder, name, *, resume):
-    """Where a run writes, and what it goes on from: (run folder, file, state, notes).
-
-    resume: take the newest run of this name that has saved state; file and state are None where
-    there is none, or without resume. notes: lines that say what was found. Makes nothing.
-    CheckpointError if there is state and none of it can be read.
-    """
-    newest = newest_run_folder(folder, name)
-    if not resume or newest is None:
-        notes = ["resume: no state is there to go on from, this is a new run"] * resume
-        return new_run_folder(folder, name), None, None, notes
-    found, why = find_newest(newest / "checkpoints")
-    state = load(found)
-    notes = [f"resume: {found} at step {state['loop']['step']}"] + [why] * (why is not None)
-    return newest, found, state, notes
-
-
-def record_run(folder, settings_text):
-    """Make a run folder that explains itself: the resolved settings, and the source that runs."""
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(settings_text)
-    (folder / "source").mkdir(exist_ok=True)
-    for path in Path(__file__).resolve().parent.glob("*.py"):
-        shutil.copy2(path, folder / "source" / path.name)
+        reasons = [str(error)]
+    found = []
+    for path in (previous_path(last), best, previous_path(best)):
+        try:
+            found.append((path, load(path)))
+        except CheckpointError as error:
+            reasons += [str(error)] * path.exists()
+    if not found:
+        raise CheckpointError("; and ".join(reasons))
+    return *max(found, key=lambda pair: pair[1]["loop"]["step"]), reasons
 
 
 # ---------------------------------------------------------------------------- what a run stands on
+
+
+def seed_generators(seed):
+    """Start the generators of python, numpy (the global one) and torch from a seed >= 0."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def rng_state():
@@ -307,29 +363,3 @@ def set_rng_state(state):
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-def _git(*arguments):
-    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
-
-
-def _commit():
-    """Short hash of the checkout that this file lies in, "-dirty" if edited; else "unknown"."""
-    try:
-        edited = _git("status", "--porcelain", "--untracked-files=no")
-        return _git("rev-parse", "--short", "HEAD") + ("-dirty" if edited else "")
-    except (OSError, subprocess.SubprocessError):  # no git, no checkout, no commit yet
-        return "unknown"
-
-
-def versions():
-    """What wrote a checkpoint: strings for lamina (commit), python, torch, numpy, platform."""
-    return {
-        "lamina": _commit(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-    }

@@ -11,7 +11,8 @@ weights at that voxel). A product of three partitions of unity is one too, so no
 weights is kept and no floor under a small sum is needed: the border has its full weight.
 
 Memory on the device: a slab of floor(window_z * ratio_z) x H x W float32 (twice that while it
-moves on), beside what the network needs for one batch.
+moves on), beside what the network needs for one batch. Where that is not there, fewer windows go at
+once, and then the slab lies on the CPU: see `fitting.WindowFit`.
 """
 
 import functools
@@ -22,6 +23,8 @@ from itertools import combinations
 
 import numpy as np
 import torch
+
+from fitting import WindowFit, nothing
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLIPS = [axes for n in range(4) for axes in combinations((-3, -2, -1), n)]  # all 8 of z, y, x
@@ -209,15 +212,18 @@ def _probabilities(network, patches, flips, precision):
 
 
 @torch.inference_mode()
-def _add_windows(slab, volume, windows, predict, normalize):
-    """Add the blended probabilities of a batch of windows of one z row to its slab.
+def _add_windows(slab, volume, windows, predict, normalize, device):
+    """Add the blended probabilities of a batch of windows of one z row to its slab, or none.
 
     slab (1, d, H, W) begins at the plane where the windows begin; windows are (z, y, x) spans.
     """
-    patches = torch.stack([_draw(volume, spans, normalize, slab.device) for spans in windows])
+    patches = torch.stack([_draw(volume, spans, normalize, device) for spans in windows])
+    weighted = []
     for probs, (z, y, x) in zip(predict(patches), windows, strict=True):
         probs = _resample(probs, [z.outward, y.outward, x.outward])
         probs = probs * (z.weight[:, None, None] * y.weight[:, None] * x.weight)
+        weighted.append(probs.to(slab.device))
+    for probs, (z, y, x) in zip(weighted, windows, strict=True):  # takes no memory any more
         slab[:, : z.stop - z.start, y.start : y.stop, x.start : x.stop] += probs
 
 
@@ -257,6 +263,8 @@ def predict_slabs(
     device="cpu",
     precision="fp32",
     progress=None,
+    remembered=None,
+    report=nothing,
 ):
     """Finished planes of the prediction in order of z: (z0, probs (1, d, H, W) float32 numpy).
 
@@ -275,7 +283,8 @@ def predict_slabs(
     flips: mean of the probabilities over the 8 flips, at 8 times the cost. batch: windows of one
     z row that go through the network at once.
     precision: fp32, bf16 or fp16 (autocast); sums are float32 always. progress(done, total) is
-    called with numbers of windows.
+    called with numbers of windows. remembered, report(kind, text, **figures): what to do when the
+    device runs out of memory, see `fitting.WindowFit`; None forgets it after the call.
 
     ValueError, at the call and naming all faults, for arguments that cannot work.
     """
@@ -285,27 +294,54 @@ def predict_slabs(
         axis_spans(size, int(length), overlap, float(r), device)
         for size, length, r in zip(volume.shape[1:], window, ratio, strict=True)
     ]
-    return _slabs(volume, axes, predict, normalize, batch, device, progress)
+    fit = WindowFit(
+        volume.shape[1:], batch, device, {} if remembered is None else remembered, report
+    )
+    return _slabs(volume, axes, predict, normalize, fit, progress or nothing)
 
 
-def _slabs(volume, axes, predict, normalize, batch, device, progress):
+def _slabs(volume, axes, predict, normalize, fit, progress):
     """The generator behind predict_slabs, whose arguments are checked by then."""
     rows, *plane = axes
     columns = [(y, x) for y in plane[0] for x in plane[1]]
     depth, height, width = volume.shape[1:]
-    slab = torch.zeros(1, min(depth, rows[0].stop), height, width, device=device)
+    slab = _fitting(fit, _empty_slab, min(depth, rows[0].stop), height, width)
     done = 0
     for row, z in enumerate(rows):
-        for i in range(0, len(columns), batch):
-            windows = [(z, y, x) for y, x in columns[i : i + batch]]
-            _add_windows(slab, volume, windows, predict, normalize)
-            done += len(windows)
-            if progress is not None:
-                progress(done, len(rows) * len(columns))
+        first = 0
+        while first < len(columns):
+            windows = [(z, y, x) for y, x in columns[first : first + fit.batch]]
+            try:
+                _add_windows(slab, volume, windows, predict, normalize, fit.device)
+            except RuntimeError as error:
+                fit.lower(error)
+                slab = slab.to(fit.slab_device)
+                continue
+            first += len(windows)
+            progress(done + first, len(rows) * len(columns))
+        done += len(columns)
         reached = rows[row + 1].start if row + 1 < len(rows) else depth
-        finished = reached - z.start
-        yield z.start, slab[:, :finished].cpu().numpy().copy()
-        slab = torch.cat([slab[:, finished:], torch.zeros_like(slab[:, :finished])], dim=1)
+        yield z.start, slab[:, : reached - z.start].cpu().numpy().copy()
+        slab = _fitting(fit, _moved_on, slab, reached - z.start)
+
+
+def _fitting(fit, function, *arguments):
+    """What a function of the slab's device gives, asked again if that has no memory for it."""
+    while True:
+        try:
+            return function(fit.slab_device, *arguments)
+        except RuntimeError as error:
+            fit.lower(error)
+
+
+def _empty_slab(device, *shape):
+    return torch.zeros(1, *shape, device=device)
+
+
+def _moved_on(device, slab, finished):
+    """The slab without its first planes and as many empty ones at its end."""
+    slab = slab.to(device)
+    return torch.cat([slab[:, finished:], torch.zeros_like(slab[:, :finished])], dim=1)
 
 
 def predict_volume(network, volume, window, overlap=0.5, **settings):

@@ -1,0 +1,130 @@
+"""What keeps a run: its records, the state that it saves, and how it leaves.
+
+keep = Keeper(run_folder, loop, ...)
+keep.record("evaluation", scores=...)     # a line of the log
+keep.report("worker died", "...")         # a line of trouble, also for the terminal
+keep.reason()                             # why to leave after this step, or None
+keep.save("last.pt")                      # copied now, written while training goes on
+status = keep.leave(error)                # in place of an end
+"""
+
+import sys
+import time
+import traceback
+
+import checkpoint
+import loader
+import stopping
+from guard import MemoryGuard
+
+FAILED, STOPPED = 1, 75
+
+
+class Keeper:
+    """Writes down what happens to a run, saves its state, and says when it must leave.
+
+    loop: the state of the loop, by reference; log, show: a RunLog and a ProgressLine; stop: a
+    `stopping.Stop`; saver: a `checkpoint.Saver`; iterations: steps of an epoch; save_minutes: from
+    one save to the next, None for none within an epoch; limit: bytes of memory for the whole run or
+    None. batches and parts are given once they are made, which need `report` themselves.
+    """
+
+    def __init__(
+        self, run_folder, loop, patches, *, log, show, stop, saver, iterations, save_minutes, limit
+    ):
+        self.run_folder, self.loop, self.patches = run_folder, loop, patches
+        self.log, self.show, self.stop, self.saver = log, show, stop, saver
+        self.iterations, self.save_minutes = iterations, save_minutes
+        self.guard = MemoryGuard(patches.cache, limit=limit, report=self.report)
+        self.batches = self.parts = None
+        self.saved_at = time.monotonic()
+
+    # ------------------------------------------------------------------------ records
+
+    def record(self, event, **fields):
+        """A line of the log, at the step and epoch that is now."""
+        step = self.loop["step"]
+        self.log.write(event, step=step, epoch=step // self.iterations, **fields)
+
+    def report(self, kind, text, **figures):
+        """Something went wrong, and the run goes on."""
+        self.show.say(f"step {self.loop['step']}: {text}")
+        self.record("trouble", kind=kind, text=text, **figures)
+
+    # ------------------------------------------------------------------------ leaving
+
+    def reason(self):
+        """Why the run shall leave, or None; gives memory back where that is short."""
+        return self.stop.reason() or self.guard.look(self.batches)
+
+    def check(self):
+        """Raises `stopping.Stopped` if there is a reason; for what takes longer than a step."""
+        if reason := self.reason():
+            raise stopping.Stopped(reason)
+
+    def leave(self, error):
+        """The exit status of a run that this ended; the state of its last whole step is saved.
+
+        stopping.Stopped is 75, what a run cannot get over is 1, and of anything else the traceback
+        is recorded and it is raised again.
+        """
+        if isinstance(error, OSError) and checkpoint.no_room(error):
+            return self._leave_full_disk(error)
+        if not isinstance(error, stopping.Stopped | stopping.CannotGoOn):
+            self._record_crash(error)
+            raise error
+        status = STOPPED if isinstance(error, stopping.Stopped) else FAILED
+        try:
+            if self.saver.step != self.loop["step"]:
+                self.save("last.pt")
+            self.tell_of_saved(wait=True)
+            self.record("stop", reason=str(error), status=status)
+        except OSError as disk:
+            return self._leave_full_disk(disk)
+        self._say(f"{error}; the state of step {self.loop['step']} is saved", status)
+        return status
+
+    def _leave_full_disk(self, error):
+        self.saver.close()
+        text = f"the disk does not take what the run writes ({error}); the state of step "
+        text += f"{self.saver.on_disk} is kept" if self.saver.on_disk is not None else "none"
+        try:
+            self.record("stop", reason=text, status=FAILED)
+        except OSError:
+            pass  # it says so itself
+        self._say(text, FAILED)
+        return FAILED
+
+    def _record_crash(self, error):
+        try:
+            text = "".join(traceback.format_exception(error))
+            self.record("crash", error=f"{type(error).__name__}: {error}", traceback=text)
+        except OSError:
+            pass  # the error itself is what counts
+
+    def _say(self, text, status):
+        where = self.run_folder / "checkpoints"
+        text = f"stopped at step {self.loop['step']}: {text} in {where}; go on with --resume"
+        if status == FAILED:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self.show.say(text)
+
+    # ------------------------------------------------------------------------ saving
+
+    def due(self):
+        """Whether so much time has passed since the last save that the next one is due."""
+        waited = time.monotonic() - self.saved_at
+        return bool(self.save_minutes) and waited > 60 * self.save_minutes and not self.saver.busy
+
+    def save(self, name):
+        """Copy the state as it is, and have it written while training goes on."""
+        learnt = {"part": self.parts.size, "recompute": self.parts.recompute}
+        learnt |= {"left_out": loader.left_out(self.patches), "lines": self.log.lines}
+        self.saver.save(name, self.loop | learnt)
+        self.saved_at = time.monotonic()
+
+    def tell_of_saved(self, *, wait=False):
+        """Record what was written; wait for all of it. OSError if the disk did not take it."""
+        for path, size, seconds in self.saver.written(wait=wait):
+            self.record("saved", file=path.name, bytes=size, seconds=round(seconds, 3))

@@ -1,0 +1,80 @@
+"""When a run shall leave: a signal, a file named `stop` in its folder, or its time is up.
+
+    with Stop(max_hours=8) as stop:
+        stop.look_for(run_folder / "stop")
+        while training:
+            ...                          # a step
+            if stop.reason(): save and leave
+
+What takes longer than a step calls stop.check() now and then, which raises Stopped.
+"""
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+# SIGTERM and SIGUSR1 are what schedulers send ahead of the end of a job's time, SIGHUP what a
+# process gets whose terminal is gone.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+LOOK = 1.0  # seconds between two looks for the file: in a shared folder each costs milliseconds
+
+
+class Stopped(Exception):
+    """The run shall leave; the message says why."""
+
+
+class CannotGoOn(Exception):
+    """The run cannot go on, though its state is good and can be saved; the message says why."""
+
+
+class Stop:
+    """Notes that the run shall leave. As a context, in which the signals do no more than that.
+
+    A second SIGINT (Ctrl-C) raises KeyboardInterrupt at once. SIGHUP stays ignored where it is, as
+    under nohup. max_hours: counted from here; None: no end.
+    """
+
+    def __init__(self, max_hours=None):
+        self.file, self.hours = None, max_hours
+        self.started, self.looked = time.monotonic(), 0.0
+        self.why, self.handlers = None, {}
+
+    def look_for(self, file):
+        """From now on a file of this name is a reason. One that is there already is taken away."""
+        self.file = Path(file)
+        self.file.unlink(missing_ok=True)
+
+    def reason(self):
+        """Why the run shall leave, or None; once there is a reason it stays."""
+        now = time.monotonic()
+        if self.why is None and self.hours and now - self.started > 3600 * self.hours:
+            self.why = f"its time is up (training.max_hours={self.hours:g})"
+        if self.why is None and self.file is not None and now - self.looked > LOOK:
+            self.looked = now
+            if self.file.exists():
+                self.file.unlink(missing_ok=True)  # or it would stop the resumed run too
+                self.why = f"the file {self.file} was there"
+        return self.why
+
+    def check(self):
+        """Raises Stopped if there is a reason."""
+        if self.reason():
+            raise Stopped(self.why)
+
+    def _note(self, number, frame):
+        if number == signal.SIGINT and self.why is not None:
+            raise KeyboardInterrupt
+        self.why = self.why or f"signal {signal.Signals(number).name}"
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # no other may take signals
+            for number in SIGNALS:
+                ignored = signal.getsignal(number) is signal.SIG_IGN
+                if not (ignored and number == signal.SIGHUP):
+                    self.handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
