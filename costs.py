@@ -20,6 +20,7 @@ import data
 import intensity
 import loader
 import memory
+import planning
 import trial
 import windows
 
@@ -41,16 +42,16 @@ class Measured(NamedTuple):
 # ---------------------------------------------------------------------------- data
 
 
-def measure_fill(setup, patches):
+def measure_fill(plan, patches):
     """Read each training case once, so that the cache keeps what it has room for."""
-    for case in setup.split.train:
+    for case in plan.split.train:
         _forget_pages(case.path)
     started = time.perf_counter()
-    for case in setup.split.train:
+    for case in plan.split.train:
         patches.cache.read(case, (slice(0, 1),) * 3, patches.names)
     seconds = time.perf_counter() - started
     kept = patches.cache.counts()
-    of = f"{kept['bytes'] / GB:.3g} GB, {kept['cases']} of {len(setup.split.train)} cases kept"
+    of = f"{kept['bytes'] / GB:.3g} GB, {kept['cases']} of {len(plan.split.train)} cases kept"
     return {"fill": Measured(seconds, of)}
 
 
@@ -62,21 +63,21 @@ def _forget_pages(path):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure_pass(setup, patches):
+def measure_pass(plan, patches):
     """One patch of every training case through the workers, boxes only."""
     # Around background each case is drawn once before any is drawn again.
-    patches = trial.make_patches(setup, cache=patches.cache, foreground_share=0.0)
-    count = len(setup.split.train)
-    per_epoch = math.ceil(count / setup.settings.training.train_batch_size)
+    patches = planning.make_patches(plan, cache=patches.cache, foreground_share=0.0)
+    count, training = len(plan.split.train), plan.settings.training
+    per_epoch = math.ceil(count / training.train_batch_size)
     # What workers made while the last of them still started is no measure of their speed.
-    early = math.ceil(max(1, setup.workers * setup.prefetch) / per_epoch)
-    source = trial.batches(setup, patches, (early + 1) * per_epoch, per_epoch)
+    early = math.ceil(max(1, training.workers * training.prefetch_factor) / per_epoch)
+    source = trial.batches(plan, patches, (early + 1) * per_epoch, per_epoch)
     with contextlib.closing(source):
         _take(source, early * per_epoch)
         started = time.perf_counter()
         _take(source, per_epoch)
         seconds = time.perf_counter() - started
-    return {"pass": Measured(seconds, f"{count} cases, {setup.workers} workers")}
+    return {"pass": Measured(seconds, f"{count} cases, {training.workers} workers")}
 
 
 def _take(source, count):
@@ -88,29 +89,29 @@ def _take(source, count):
 # ---------------------------------------------------------------------------- inference
 
 
-def measure_inference(setup):
+def measure_inference(plan):
     """Memory of a network alone that predicts the first slabs of the largest case."""
     try:
-        with trial.PeakMemory(setup.device) as peak:
-            _predict_slabs(setup, trial.make_network(setup).eval())
+        with trial.PeakMemory(plan.device) as peak:
+            _predict_slabs(plan, planning.make_network(plan).eval())
     except torch.OutOfMemoryError:
         return _over("inference")
     return _memory("inference", peak)
 
 
-def _predict_slabs(setup, network):
-    case = max(itertools.chain(*vars(setup.split).values()), key=lambda case: math.prod(case.shape))
-    wanted = data.network_spacing(case.spacing, setup.settings.data.spacing)
-    scale = data.normalisation(case.intensity, setup.settings.data.percentiles)
+def _predict_slabs(plan, network):
+    case = max(itertools.chain(*vars(plan.split).values()), key=lambda case: math.prod(case.shape))
+    wanted = data.network_spacing(case.spacing, plan.settings.data.spacing)
+    scale = data.normalisation(case.intensity, plan.settings.data.percentiles)
     with h5py.File(case.path, "r") as file:
         slabs = windows.predict_slabs(
             network,
             file["image"],
             ratio=[w / s for w, s in zip(wanted, case.spacing, strict=True)],
             normalize=functools.partial(intensity.normalise, **scale),
-            device=setup.device,
-            precision=setup.precision,
-            **setup.settings.window_arguments(),
+            device=plan.device,
+            precision=plan.precision,
+            **plan.settings.window_arguments(),
         )
         _take(slabs, SLABS)
 
@@ -130,35 +131,36 @@ def _over(phase):
 # ---------------------------------------------------------------------------- training
 
 
-def measure_training(setup, patches, steps):
+def measure_training(plan, patches, steps):
     """(figures, details): the step with its data and without, and the memory of it all.
 
     details: seconds of each part of a step, {"real": {part: median}, "synthetic": the same}.
     """
     numbers = range(WARM_UP + steps)
-    needed = len(numbers) * setup.settings.training.accumulate + 1  # one is for the copies
-    with contextlib.closing(trial.batches(setup, patches, needed)) as source:
+    needed = len(numbers) * plan.settings.training.accumulate + 1  # one is for the copies
+    with contextlib.closing(trial.batches(plan, patches, needed)) as source:
         try:
-            with trial.PeakMemory(setup.device) as peak:
-                trainer = trial.Trainer(setup)
-                real = _steps(trainer, trial.from_loader(setup, source), numbers)
+            with trial.PeakMemory(plan.device) as peak:
+                trainer = trial.Trainer(plan)
+                real = _steps(trainer, trial.from_loader(plan, source), numbers)
             tree = sum(memory.tree_memory().values())
             samples = next(source)
-            drawn = trial.draw(setup, samples)
+            drawn = planning.draw(plan, samples)
             synthetic = _steps(trainer, lambda ticks: drawn, numbers)
         except torch.OutOfMemoryError:
             return _over("training"), {}
-        transfer = measure_transfer(setup.device, samples)
+        transfer = measure_transfer(plan.device, samples)
     details = {"real": trial.medians(real), "synthetic": trial.medians(synthetic)}
-    found = step_figures(**details, accumulate=setup.settings.training.accumulate)
+    found = step_figures(**details, accumulate=plan.settings.training.accumulate)
     found["wait"] = Measured(trial.wait_share(real) / PERCENT)
-    found["tree"] = Measured(tree / GB, f"1 + {setup.workers} workers, shared pages once")
+    workers = plan.settings.training.workers
+    found["tree"] = Measured(tree / GB, f"1 + {workers} workers, shared pages once")
     return found | {"transfer": transfer} | _memory("training", peak), details
 
 
 def _steps(trainer, fetch, numbers):
     step = functools.partial(trainer.step, fetch)
-    return trial.run_steps(step, numbers, trainer.setup.device)[WARM_UP:]
+    return trial.run_steps(step, numbers, trainer.plan.device)[WARM_UP:]
 
 
 def measure_transfer(device, samples):
@@ -189,12 +191,12 @@ def step_figures(real, synthetic, accumulate):
 # ---------------------------------------------------------------------------- folds
 
 
-def measure_folds(setup):
+def measure_folds(plan):
     """Resident memory of this process after each of several trainings, one after the other."""
     after = []
     for _ in range(FOLDS):
         try:
-            _one_fold(setup)
+            _one_fold(plan)
         except torch.OutOfMemoryError:
             return {"folds": Measured(None, NO_MEMORY)}
         gc.collect()
@@ -202,12 +204,12 @@ def measure_folds(setup):
     return {"folds": fold_figure(after)}
 
 
-def _one_fold(setup):
-    count = FOLD_STEPS * setup.settings.training.accumulate
-    with contextlib.closing(trial.batches(setup, trial.make_patches(setup), count)) as source:
-        trainer = trial.Trainer(setup)
-        step = functools.partial(trainer.step, trial.from_loader(setup, source))
-        trial.run_steps(step, range(FOLD_STEPS), setup.device)
+def _one_fold(plan):
+    count = FOLD_STEPS * plan.settings.training.accumulate
+    with contextlib.closing(trial.batches(plan, planning.make_patches(plan), count)) as source:
+        trainer = trial.Trainer(plan)
+        step = functools.partial(trainer.step, trial.from_loader(plan, source))
+        trial.run_steps(step, range(FOLD_STEPS), plan.device)
 
 
 def fold_figure(after):

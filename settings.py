@@ -42,6 +42,9 @@ class Run(Group):
     seed: Whole = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     threads: Whole = 0  # of the CPU, 0: all that this process may use
+    # What all processes of the run together may take of the host's memory, in 10^9 bytes. What the
+    # machine and its cgroups leave is looked at in any case; null: that alone.
+    memory_gb: Positive | None = None
 
 
 class Data(Group):
@@ -60,6 +63,9 @@ class Data(Group):
     # What all processes together may keep of the case files, in 10^9 bytes; 0: nothing, null: half
     # of the memory that is free at the start, at most what the training cases hold.
     cache_gb: NonNegative | None = None
+    # The share of training cases that may be left out because their files cannot be read; more than
+    # that stop the run.
+    max_left_out: Probability = 0.25
     clip_percentiles: Literal["none", "0.5-99.5", "1-99", "5-95"] = "0.5-99.5"
 
     @property
@@ -274,9 +280,12 @@ class Training(Group):
     accumulate: Count = 1  # batches per optimiser step
     max_steps: Whole | None = None  # stop after this many; 0: evaluate the untrained network
     workers: Whole = 1  # processes that read patches, 0: the training process itself
-    prefetch_factor: Count = 4
+    prefetch_factor: Annotated[int, Field(ge=1, le=64)] = 4  # batches that each of them reads ahead
     persistent_workers: bool = True
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    max_hours: Positive | None = None  # of this process: then it saves its state and leaves
+    save_minutes: Positive | None = 10.0  # between two saves within an epoch; null: none
+    max_skipped: Count = 10  # steps in a row without a finite loss and gradient; more stop the run
 
 
 class Validation(Group):
@@ -285,6 +294,7 @@ class Validation(Group):
     score: Literal["dice", "surface_dice", "precision", "recall"] = "surface_dice"  # picks best.pt
     tolerance: Positive = 2.0  # of surface_dice, in the unit of the spacing
     max_cases: Count | None = None
+    patience: Whole = 0  # stop after this many in a row without a better score; 0: never
 
 
 class Inference(Group):
@@ -302,6 +312,7 @@ class Postprocess(Group):
 
 class Monitor(Group):
     log_every: Count = 10  # steps
+    seconds: Positive = 10.0  # between two lines of system.jsonl
     tensorboard: bool = True
     picture: bool = True  # progress.png
 

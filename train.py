@@ -4,18 +4,24 @@
     python train.py configs/vessels.yaml data.root=/data/vessels training.train_batch_size=4
     python train.py configs/vessels.yaml --resume          # goes on from the newest saved state
     python train.py configs/vessels.yaml training.max_steps=0 run.name=untrained
+    touch runs/vessels/stop         # leaves with its state saved, as on SIGTERM, SIGUSR1, Ctrl-C
 
 Leaves runs/<name>/: config.yaml (all settings), source/ (the code that ran), log.jsonl,
-progress.png, tensorboard/, checkpoints/{last,best}.pt and the generation before. runs/last.pt
-points to the newest run's last.pt. Exit status: 0 done, 1 the loss is not finite, 2 the input is
-wrong (one sentence per fault, nothing written), 75 stopped early.
+system.jsonl, progress.png, tensorboard/, checkpoints/{last,best}.pt and the generation before.
+runs/last.pt points to the newest run's last.pt. `python monitor.py runs/<name>` shows it all.
+
+Exit status: 0 done; 1 it cannot go on (one sentence, the last good state stays); 2 the input is
+wrong (one sentence per fault, nothing written); 75 stopped early with its state saved, run again
+with --resume.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
+import gc
 import math
-import statistics
+import os
 import sys
 from pathlib import Path
 
@@ -23,24 +29,27 @@ import torch
 import yaml
 from rich.console import Console
 
-import augment
-import cache
-import cases
 import checkpoint
 import clock
 import composite
 import config
 import data
+import fitting
+import keeping
 import loader
 import memory
 import model
+import monitor
+import nonfinite
 import picture
+import planning
 import runlog
-import splits
+import runs
+import stopping
 import validation
 import windows
 
-STOPPED = 75
+DONE, FAILED, WRONG_INPUT, STOPPED = 0, keeping.FAILED, 2, keeping.STOPPED
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -69,72 +78,37 @@ def learning_rate(step, total, *, lr, schedule, max_lr, warmup_steps, final_lr_s
 
 def main(settings, *, resume=False):
     """Train as the settings say. Returns the exit status."""
+    try:
+        with contextlib.ExitStack() as stack:
+            return _train(settings, resume, stack)
+    finally:
+        gc.collect()  # what refers to each other there would stay while another run begins
 
+
+def _train(settings, resume, stack):
     # ------------------------------------------------------------------ settings and their checks
     optim, training = settings.optim, settings.training
     try:
-        device, device_reason = windows.resolve_device(settings.run.device)
-        dataset = cases.read_dataset(settings.data.root, settings.data.source)
-        split, notes = splits.choose_cases(
-            dataset,
-            **settings.data.model_dump(include={"train", "validation", "test", "folds", "fold"}),
-        )
-        foreground = splits.foreground_ids(dataset.classes, settings.data.foreground)
-        weights = data.class_weights(dataset.classes, foreground, settings.sampling.class_ratio)
-        terms = settings.terms()
-        composite.check_terms(terms, in_training=True)
-        skeletons = composite.takes_skeleton(terms)
-        in_validation = composite.takes_skeleton(terms, validation_only=True)
-        cases.check_skeletons(split.train * skeletons + split.validation * in_validation)
-        patch = settings.sampling.patch
-        spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
-        spacing = tuple(map(statistics.median, zip(*spacings, strict=True)))
-        augmentation = settings.augment.model_dump()
-        augment.check(augmentation, spacings)
-        strides, kernels = model.fit(
-            patch,
-            spacing,
-            stages=len(settings.model.multipliers),
-            strides=settings.model.strides,
-            window=settings.inference.window,
-        )
-        free, limit = memory.available(), settings.data.cache_gb
-        limit = cache.default_budget(split.train, free.bytes) if limit is None else limit * 1e9
-        kept = cache.VolumeCache(split.train, int(limit))
-        patches = data.PatchDataset(
-            split.train,
-            cache=kept,
-            foreground=weights,
-            skeletons=skeletons,
-            **settings.patch_arguments(),
-            **augment.functions(augmentation),
-        )
-        if patches.missing:
-            notes.append(f"sampling: no training case holds a voxel of class {patches.missing}")
-        run_folder, found, state, why = checkpoint.open_run(
+        plan = planning.settle(settings)
+        patches = planning.make_patches(plan)
+        run_folder, found, state, notes = runs.open_run(
             settings.run.folder, settings.run.name, resume=resume
         )
-        notes += why
-        if state is not None:
-            notes += config.changes(state["config"], settings.plain())
     except (ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    precision, precision_reason = windows.resolve_precision(training.precision, device)
+        return _complain(error)
+    device, split, resumed = plan.device, plan.split, state is not None
+    notes += plan.notes
+    if patches.missing:
+        notes.append(f"sampling: no training case holds a voxel of class {patches.missing}")
     torch.set_num_threads(windows.resolve_threads(settings.run.threads))
-    torch.manual_seed(settings.run.seed)
-    total_steps = training.max_epochs * training.train_iterations_per_epoch
-    stop_step = total_steps if training.max_steps is None else min(training.max_steps, total_steps)
+    checkpoint.seed_generators(settings.run.seed)
+    stop = stack.enter_context(stopping.Stop(training.max_hours))
     iterations = training.train_iterations_per_epoch
+    total_steps = training.max_epochs * iterations
+    stop_step = total_steps if training.max_steps is None else min(training.max_steps, total_steps)
 
     # ------------------------------------------------------------------ network, optimiser, state
-    network = model.UNet3D(
-        split.train[0].channels,
-        1,
-        strides=strides,
-        kernels=kernels,
-        **settings.model.model_dump(exclude={"strides", "compile"}),
-    ).to(device)
+    network = planning.make_network(plan)
     ema = copy.deepcopy(network).requires_grad_(False)  # what is evaluated; with decay 0 a copy
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
@@ -143,166 +117,242 @@ def main(settings, *, resume=False):
     rate_at = functools.partial(
         learning_rate, total=total_steps, **optim.model_dump(include=schedule)
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    autocast = functools.partial(
-        torch.autocast,
-        device.type,
-        dtype=windows.PRECISIONS[precision],
-        enabled=precision != "fp32",
-    )
-    loop = {"step": 0, "evaluated_step": None, "best_score": None, "best_step": None}
-    loop |= {"seconds": 0.0, "lines": 0, "epoch_parts": {}, "epoch_draws": {}}
-    if state is not None:
+    scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")
+    loop = {
+        "step": 0,
+        "seconds": 0.0,  # of steps
+        "lines": math.inf,  # of training in the log
+        # Since the last line of the log, and since the epoch began: see runlog.add_parts.
+        **{"sums": {}, "draws": {}, "epoch_parts": {}, "epoch_draws": {}},
+        # worse: evaluations since the best one
+        **{"evaluated_step": None, "best_score": None, "best_step": None, "worse": 0},
+        "skipped": {"in_a_row": 0, "since_log": 0, "cases": {}},  # steps without an update
+        "left_out": {},  # what loader.left_out gives
+        # What the device's memory has taught: see fitting.py.
+        **{"part": None, "recompute": False, "window_fits": {}},
+    }
+    if resumed:
+        notes += config.changes(state["config"], settings.plain())
         try:
             network.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = str(error).split("\n")[0]
-            print(f"{found}: its network does not fit these settings ({reason}); resume with "
-                  f"the settings in {run_folder / 'config.yaml'}", file=sys.stderr)  # fmt: skip
-            return 2
+            return _complain(
+                f"{found}: its network does not fit these settings ({reason}); resume with the "
+                f"settings in {run_folder / 'config.yaml'}"
+            )
         if state["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
         loop |= state["loop"]
+        notes += loader.leave_out_again(patches, loop["left_out"])
         checkpoint.set_rng_state(state["rng"])
-    first_step = None if state is None else loop["step"]
     del state
     if settings.model.compile:
         network.compile()  # in place: the names in the state stay as they are
 
     # ------------------------------------------------------------------ the run records itself
     try:
-        checkpoint.record_run(run_folder, yaml.safe_dump(settings.plain(), sort_keys=False))
+        run_folder = stack.enter_context(runs.claim(run_folder, found))
+        stop.look_for(run_folder / "stop")
+        runs.record(run_folder, yaml.safe_dump(settings.plain(), sort_keys=False))
+        log = runlog.RunLog(
+            run_folder,
+            tensorboard=settings.monitor.tensorboard,
+            keep=loop["lines"] if resumed else None,
+            step=loop["step"],
+        )
+    except ValueError as error:
+        return _complain(error)
     except OSError as error:
-        print(f"run.folder: expected a folder to write to, got {error}", file=sys.stderr)
-        return 2
-    log = runlog.RunLog(
-        run_folder,
-        tensorboard=settings.monitor.tensorboard,
-        keep=None if first_step is None else loop["lines"],
-        step=loop["step"],
-    )
-    versions = checkpoint.versions()
-    data_facts = {  # all that infer.py must know of the data
-        **splits.facts(dataset, split, foreground),
-        "spacing": list(settings.data.spacing),  # 0 or None: an axis is taken as it is stored
-        "strides": [list(s) for s in strides],
-        "kernels": [list(k) for k in kernels],
-    }
-    workers, prefetch, note = loader.fit_shared_memory(
-        training.workers,
-        training.prefetch_factor,
-        batch_bytes=training.train_batch_size * patches.box_bytes(),
-        free=memory.shared_memory_free(),
-    )
-    notes += [note] * bool(note)
+        status = FAILED if checkpoint.no_room(error) else WRONG_INPUT
+        return _complain(f"run.folder: expected a folder to write to, got {error}", status)
+    stack.callback(log.close)
+    versions = runs.versions()
     for line in [
         f"run        {run_folder}, seed {settings.run.seed}, lamina {versions['lamina']}",
-        f"device     {device} ({device_reason}), {torch.get_num_threads()} CPU threads",
-        f"precision  {precision} ({precision_reason})",
+        f"device     {device} ({plan.device_reason}), {torch.get_num_threads()} CPU threads",
+        f"precision  {plan.precision} ({plan.precision_reason})",
         f"data       {len(split.train)} train, {len(split.validation)} validation, "
-        f"{len(split.test)} test cases of {settings.data.root}, spacing {spacing} {dataset.unit}",
+        f"{len(split.test)} test cases of {settings.data.root}, spacing {plan.spacing} "
+        f"{plan.dataset.unit}",
         f"network    {model.parameter_count(network) / 1e6:.2f} M parameters, strides "
-        f"{strides[1:]} for patch {patch}",
+        f"{plan.strides[1:]} for patch {settings.sampling.patch}",
         f"training   {total_steps} steps in {training.max_epochs} epochs, batch "
-        f"{training.train_batch_size} x {training.accumulate}, workers: {workers}",
-        f"cache      {kept.announce()} ({free.reason})",
+        f"{training.train_batch_size} x {training.accumulate}, workers: {training.workers}",
+        f"cache      {patches.cache.announce()} ({plan.cache_reason})",
         *notes,
     ]:
         console.print(line)
-    log.write(
-        "start", step=loop["step"], epoch=loop["step"] // iterations, versions=versions, notes=notes
-    )
 
-    # ------------------------------------------------------------------ data
-    batches = loader.patch_batches(
+    # ------------------------------------------------------------------ what keeps the run
+    show = runlog.ProgressLine(console, stop_step, loop["step"])
+    limit = settings.run.memory_gb and int(settings.run.memory_gb * memory.GB)
+    saver = checkpoint.Saver(
+        run_folder / "checkpoints",
+        {
+            "format": checkpoint.FORMAT,
+            "scheduler": None,  # the rate is a function of the step
+            "config": settings.plain(),
+            "data": planning.data_facts(plan),
+            "versions": versions,
+        },
+        {"model": network, "ema": ema, "optimizer": optimizer, "scaler": scaler},
+        step=loop["step"] if resumed and found.name == "last.pt" else None,
+        before=log.sync,  # a state counts lines of the log
+        after=lambda path: runs.link_last(settings.run.folder, path),
+    )
+    stack.callback(saver.close)
+    keep = keeping.Keeper(
+        run_folder,
+        loop,
+        patches,
+        log=log,
+        show=show,
+        stop=stop,
+        saver=saver,
+        iterations=iterations,
+        save_minutes=training.save_minutes,
+        limit=limit,
+    )
+    keep.parts = parts = fitting.Parts(
+        network,
+        autocast=plan.autocast,
+        report=keep.report,
+        size=loop["part"],
+        recompute=loop["recompute"],
+    )
+    keep.batches = batches = loader.Batches(
         patches,
         loop["step"] * training.accumulate,
         stop_step * training.accumulate,
         batches_per_epoch=iterations * training.accumulate,
         batch_size=training.train_batch_size,
-        workers=workers,
-        prefetch=prefetch,
+        workers=training.workers,
+        prefetch=training.prefetch_factor,
         persistent=training.persistent_workers,
         pin=device.type == "cuda",
+        report=keep.report,
+        poll=keep.check,
+        max_left_out=settings.data.max_left_out,
     )
+    stack.callback(batches.close)
+    stack.enter_context(
+        monitor.SystemMonitor(
+            run_folder,
+            seconds=settings.monitor.seconds,
+            roles=lambda: {os.getpid(): "training"} | batches.roles(),
+            step=lambda: loop["step"],
+            memory_limit=limit,
+        )
+    )
+    stack.enter_context(runs.fault_file(run_folder))
+
+    # ------------------------------------------------------------------ the learning step
+    drawn_classes = {c: n for n, c in plan.dataset.classes.items() if c in patches.classes}
     copying = loader.copy_stream(device)
+    ticks = clock.StepClock(device)
 
-    # ------------------------------------------------------------------ what a checkpoint holds
-    constant = {
-        "format": checkpoint.FORMAT,
-        "scheduler": None,  # the rate is a function of the step
-        "config": settings.plain(),
-        "data": data_facts,
-        "versions": versions,
-    }
-    stateful = {"model": network, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-
-    def save(name):
-        state = {key: part.state_dict() for key, part in stateful.items()}
-        state |= {**constant, "loop": loop | {"lines": log.lines}, "rng": checkpoint.rng_state()}
-        checkpoint.save(state, run_folder / "checkpoints" / name)
+    def learn(samples):
+        """Add the gradient of a batch; its loss parts, and shares of what was drawn."""
+        samples = loader.to_device(samples, device, copying)
+        ticks.mark("transfer")
+        image, target, valid, skeleton = planning.draw(plan, samples)
+        ticks.mark("draw")
+        logits = parts.forward(image)
+        ticks.mark("forward")
+        loss, found = composite.composite_loss(
+            logits,
+            target,
+            valid,
+            plan.terms,
+            spacing=plan.spacing,
+            skeleton=skeleton,
+            step=loop["step"],
+        )
+        ticks.mark("loss")
+        parts.backward(scaler.scale(loss / training.accumulate))
+        ticks.mark("backward")
+        return found, data.shares(samples, target, drawn_classes)
 
     # ------------------------------------------------------------------ loop
     # One pass more than steps: state is looked at and saved at one place, before the step. So
     # step 0 is the untrained network, and the last pass only looks.
-    chosen = split.validation[: settings.validation.max_cases]
     how = {
-        "foreground": foreground,
+        "foreground": plan.foreground,
         "spacing": settings.data.spacing,
         "clip": settings.data.percentiles,
-        "window": settings.window_arguments(),
+        "window": settings.window_arguments() | {"remembered": loop["window_fits"]},
         "threshold": settings.inference.threshold,
         "tolerance": settings.validation.tolerance,
-        "terms": terms,
-        "tile": patch,
+        "terms": plan.terms,
+        "tile": settings.sampling.patch,
         "device": device,
-        "precision": precision,
+        "precision": plan.precision,
+        "report": keep.report,
+        "poll": keep.check,
     }
+    chosen = split.validation[: settings.validation.max_cases]
+    patience = settings.validation.patience
     log_at = (settings.monitor.log_every, iterations, stop_step)
-    sums, draws, since_log = {}, {}, 0
-    ticks = clock.StepClock(device)
-    drawn_classes = {c: name for name, c in dataset.classes.items() if c in patches.classes}
+    timed = 0  # steps on the clock
     network.train()
-    with runlog.ProgressLine(console, stop_step, loop["step"]) as show:
+    keep.record(
+        "start",
+        **runs.whereabouts(),
+        steps=stop_step,
+        iterations=iterations,
+        log_every=settings.monitor.log_every,
+        resumed=resumed,
+        versions=versions,
+        notes=notes,
+    )
+    stack.enter_context(show)
+    try:
         while True:
             step, epoch = loop["step"], loop["step"] // iterations
             done = step >= stop_step
-            if done or step % iterations == 0:
-                if step % iterations == 0 and loop["epoch_parts"]:
-                    reached = runlog.means_of(loop["epoch_draws"])
-                    log.write(
-                        "epoch",
-                        step=step,
-                        epoch=epoch - 1,
-                        loss=runlog.means_of(loop["epoch_parts"]),
-                        draws=reached,
-                        cache=kept.counts(),
-                    )
-                    show.say(f"epoch {epoch - 1}: shares of patches: " + _numbers(reached))
-                    loop |= {"epoch_parts": {}, "epoch_draws": {}}
-                on_schedule = epoch % settings.validation.every == 0
-                due = done or (on_schedule if step else settings.validation.untrained)
-
-                if step != first_step:  # a resumed step is saved already
-                    save("last.pt")  # before anything that may fail
-                    checkpoint.link_last(settings.run.folder, run_folder / "checkpoints/last.pt")
-                if due and loop["evaluated_step"] != step:
-                    scores, per_case, slices = validation.validate(ema, chosen, **how)
-                    score = scores.get(settings.validation.score)
-                    log.write("evaluation", step=step, epoch=epoch, scores=scores, cases=per_case)
-                    if scores:
-                        show.say(f"evaluation at step {step}: " + _numbers(scores))
-                    if None in (score, loop["best_score"]) or score > loop["best_score"]:
-                        loop |= {"best_score": score, "best_step": step}
-                        save("best.pt")
-                    loop["evaluated_step"] = step
-                    save("last.pt")  # which knows of the best only once that is there
-                    if settings.monitor.picture:
-                        picture.draw_progress(
-                            run_folder, run_folder.name, slices, settings.inference.threshold
-                        )
+            reason = None if done else keep.reason()
+            at_epoch = step % iterations == 0
+            if at_epoch and loop["epoch_parts"]:
+                reached = runlog.means_of(loop["epoch_draws"])
+                log.write(
+                    "epoch",
+                    step=step,
+                    epoch=epoch - 1,
+                    loss=runlog.means_of(loop["epoch_parts"]),
+                    draws=reached,
+                    cache=patches.cache.counts(),
+                )
+                show.say(f"epoch {epoch - 1}: shares of patches: " + _numbers(reached))
+                loop |= {"epoch_parts": {}, "epoch_draws": {}}
+            if step != saver.step and (done or at_epoch or reason or keep.due()):
+                keep.save("last.pt")  # before anything that may fail
+            keep.tell_of_saved()
+            if reason:
+                raise stopping.Stopped(reason)
+            due, on_schedule = done, epoch % settings.validation.every == 0
+            if at_epoch and not done:
+                due = on_schedule if step else settings.validation.untrained
+            if due and loop["evaluated_step"] != step:
+                scores, per_case, unread, slices = validation.validate(ema, chosen, **how)
+                score, best = scores.get(settings.validation.score), loop["best_score"]
+                keep.record("evaluation", scores=scores, cases=per_case, unread=unread)
+                if scores:
+                    show.say(f"evaluation at step {step}: " + _numbers(scores))
+                loop |= {"evaluated_step": step, "worse": loop["worse"] + 1}
+                if not unread and (None in (score, best) or score > best):
+                    loop |= {"best_score": score, "best_step": step, "worse": 0}
+                    keep.save("best.pt")
+                keep.save("last.pt")  # which knows of the best only once that is there
+                if settings.monitor.picture:
+                    threshold = settings.inference.threshold
+                    picture.draw_progress(run_folder, run_folder.name, slices, threshold)
+            saver.release()
+            if 0 < patience <= loop["worse"]:
+                show.say(f"no better {settings.validation.score} in {loop['worse']} evaluations")
+                break
             if done:
                 break
             lr = rate_at(step)
@@ -311,63 +361,62 @@ def main(settings, *, resume=False):
 
             # -------------------------------------------------------------- the learning step
             ticks.start()
-            for _ in range(training.accumulate):
-                samples = next(batches)
-                ticks.mark("wait")
-                samples = loader.to_device(samples, device, copying)
-                ticks.mark("transfer")
-                image, target, valid, skeleton = augment.draw_batch(
-                    samples,
-                    patch,
-                    foreground=foreground,
-                    ignore_label=dataset.ignore_label,
-                    device=device,
-                )
-                ticks.mark("draw")
-                with autocast():
-                    logits = network(image)
-                ticks.mark("forward")
-                loss, parts = composite.composite_loss(
-                    logits, target, valid, terms, spacing=spacing, skeleton=skeleton, step=step
-                )
-                ticks.mark("loss")
-                scaler.scale(loss / training.accumulate).backward()
-                ticks.mark("backward")
-                runlog.add_parts(sums, parts, 1 / training.accumulate)
-                runlog.add_parts(draws, data.shares(samples, target, drawn_classes))
-            if optim.clip:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(network.parameters(), optim.clip)
-            scaler.step(optimizer)
+            taken = [next(batches) for _ in range(training.accumulate)]
+            ticks.mark("wait")
+            for attempt in parts.attempts():  # again in smaller parts if they took too much memory
+                with attempt:
+                    learnt = [learn(samples) for samples in taken]
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), optim.clip or math.inf)
+            faults = nonfinite.find([found for found, _ in learnt], norm)  # waits for the device
+            if not faults:
+                scaler.step(optimizer)
+                model.update_ema(ema, network, optim.ema, step)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            model.update_ema(ema, network, optim.ema, step)
             ticks.mark("optimiser")
             # -------------------------------------------------------------- learnt
 
             loop["step"] += 1
-            since_log += 1
-            if any(loop["step"] % n == 0 for n in log_at):
-                means = runlog.means_of(sums)  # waits for the device
-                seconds = ticks.means(since_log)
-                step_seconds = sum(seconds.values())
-                if not all(map(math.isfinite, means.values())):
-                    show.say(
-                        f"step {loop['step']}: the loss is not finite ({_numbers(means)}); "
-                        "the last saved state is kept; lower optim.lr, or train in fp32"
+            timed += 1
+            if faults:
+                fault = nonfinite.explain(
+                    faults,
+                    [sample for samples in taken for sample in samples],
+                    network,
+                    functools.partial(planning.draw, plan),
+                    fp16_scale=scaler.get_scale() if scaler.is_enabled() else None,
+                )
+                nonfinite.count(loop["skipped"], fault)
+                keep.report("step skipped", f"no update: {fault.text}", cases=fault.cases)
+                if loop["skipped"]["in_a_row"] >= training.max_skipped:
+                    (by_case,) = nonfinite.tell_of(loop["skipped"])
+                    raise stopping.CannotGoOn(
+                        f"{training.max_skipped} steps in a row had no finite loss and gradient "
+                        f"(training.max_skipped), the last one: {fault.text}; {by_case}"
                     )
-                    return 1
-                loop["seconds"] += step_seconds * since_log
-                for name, (_, count) in sums.items():
+            else:
+                loop["skipped"]["in_a_row"] = 0
+                for found, drawn in learnt:
+                    runlog.add_parts(loop["sums"], found, 1 / training.accumulate)
+                    runlog.add_parts(loop["draws"], drawn)
+            if any(loop["step"] % n == 0 for n in log_at):
+                means = runlog.means_of(loop["sums"])  # waits for the device
+                seconds = ticks.means(timed)
+                step_seconds = sum(seconds.values())
+                loop["seconds"] += step_seconds * timed
+                for name, (_, count) in loop["sums"].items():
                     runlog.add_parts(loop["epoch_parts"], {name: means[name]}, count)
-                for name, share in runlog.means_of(draws).items():
-                    runlog.add_parts(loop["epoch_draws"], {name: share}, draws[name][1])
+                for name, share in runlog.means_of(loop["draws"]).items():
+                    count = loop["draws"][name][1]
+                    runlog.add_parts(loop["epoch_draws"], {name: share}, count)
                 log.write(
                     "step",
                     step=loop["step"],
                     epoch=epoch,
                     loss=means,
                     lr=lr,
+                    skipped=loop["skipped"]["since_log"],
                     step_seconds=round(step_seconds, 4),
                     seconds={name: round(value, 6) for name, value in seconds.items()},
                 )
@@ -375,24 +424,33 @@ def main(settings, *, resume=False):
                     loop["step"],
                     f"epoch {epoch} loss {_numbers(means)} lr {lr:.1e} {step_seconds:.2f} s/step: "
                     + clock.shares(seconds),
-                    short=f"loss {means['total']:.3f} {step_seconds:.2f} s/step, "
+                    short=f"loss {means.get('total', math.nan):.3f} {step_seconds:.2f} s/step, "
                     f"wait {seconds['wait'] / step_seconds:.0%}",
                 )
-                sums, draws, since_log = {}, {}, 0
-
-    log.write("end", step=loop["step"], epoch=loop["step"] // iterations)
-    log.close()
+                loop |= {"sums": {}, "draws": {}}
+                loop["skipped"]["since_log"] = timed = 0
+        keep.tell_of_saved(wait=True)
+        keep.record("end")
+    except BaseException as error:
+        return keep.leave(error)
     console.print(f"done: step {loop['step']} in {loop['seconds']:.0f} s of training")
     if loop["best_score"] is not None:
         best = f"{settings.validation.score} {loop['best_score']:.4f}"
         console.print(f"best: {best} at step {loop['best_step']}, in best.pt")
+    for line in [*loader.tell_of_left_out(patches), *nonfinite.tell_of(loop["skipped"])]:
+        console.print(line)
     last = Path(settings.run.folder) / "last.pt"
     console.print(f"state in {run_folder / 'checkpoints'}; next: python infer.py --ckpt {last}")
-    return 0
+    return DONE
 
 
 def _numbers(values):
     return " ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _complain(text, status=WRONG_INPUT):
+    print(text, file=sys.stderr)
+    return status
 
 
 def cli(argv=None):
@@ -406,12 +464,11 @@ def cli(argv=None):
     try:
         settings = config.load(arguments.config, arguments.overrides)
     except config.ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return _complain(error)
     try:
         return main(settings, resume=arguments.resume)
     except KeyboardInterrupt:
-        folder = checkpoint.newest_run_folder(settings.run.folder, settings.run.name)
+        folder = runs.newest_run_folder(settings.run.folder, settings.run.name)
         print("interrupted: " + (f"--resume goes on with {folder}" if folder else "nothing saved"))
         return STOPPED
 

@@ -1,10 +1,10 @@
 """A network and its training step outside of a run, for those who measure them.
 
-    setup = trial.settle(settings)                        # the checks of train.py; nothing large
-    trainer, source = trial.Trainer(setup), trial.batches(setup, trial.make_patches(setup), 20)
+    plan = planning.settle(settings)
+    trainer, source = trial.Trainer(plan), trial.batches(plan, planning.make_patches(plan), 20)
     with contextlib.closing(source):                      # or the workers stay
-        step = functools.partial(trainer.step, trial.from_loader(setup, source))
-        steps = trial.run_steps(step, range(20), setup.device)
+        step = functools.partial(trainer.step, trial.from_loader(plan, source))
+        steps = trial.run_steps(step, range(20), plan.device)
     trial.medians(steps), trial.wait_share(steps)
 
 The step is that of train.py: the same parts, in the same order, under the same names. Nothing is
@@ -12,173 +12,52 @@ written.
 """
 
 import copy
-import dataclasses
 import statistics
 import threading
-from dataclasses import dataclass
 
 import psutil
 import torch
 
-import augment
-import cache
-import cases
 import clock
 import composite
-import data
 import loader
-import memory
-import model
-import splits
-import windows
-from settings import Settings
+import planning
 
 SAMPLED_EVERY = 0.02  # seconds between two looks at the resident memory
-
-
-# ---------------------------------------------------------------------------- what is settled first
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What settings and data settle before anything large is made. spacing: z, y, x."""
-
-    settings: Settings
-    device: torch.device
-    precision: str
-    dataset: cases.Dataset
-    split: splits.Split
-    foreground: list  # class ids
-    terms: dict  # of the loss
-    spacing: tuple
-    strides: list
-    kernels: list
-    cache_bytes: int
-    workers: int
-    prefetch: int
-    notes: list  # for people: what differs from the settings, and why
-
-
-def settle(settings):
-    """The `Setup` of settings.
-
-    ValueError and FileNotFoundError as in train.py, one sentence per fault.
-    """
-    device, _ = windows.resolve_device(settings.run.device)
-    dataset = cases.read_dataset(settings.data.root, settings.data.source)
-    which = settings.data.model_dump(include={"train", "validation", "test", "folds", "fold"})
-    split, notes = splits.choose_cases(dataset, **which)
-    terms = settings.terms()
-    composite.check_terms(terms, in_training=True)
-    skeletons = composite.takes_skeleton(terms)
-    in_validation = composite.takes_skeleton(terms, validation_only=True)
-    cases.check_skeletons(split.train * skeletons + split.validation * in_validation)
-    spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
-    augment.check(settings.augment.model_dump(), spacings)
-    spacing = tuple(statistics.median(axis) for axis in zip(*spacings, strict=True))
-    strides, kernels = _fit(settings, spacing)
-    setup = Setup(
-        settings=settings,
-        device=device,
-        precision=windows.resolve_precision(settings.training.precision, device)[0],
-        dataset=dataset,
-        split=split,
-        foreground=splits.foreground_ids(dataset.classes, settings.data.foreground),
-        terms=terms,
-        spacing=spacing,
-        strides=strides,
-        kernels=kernels,
-        cache_bytes=_cache_bytes(split.train, settings.data.cache_gb),
-        workers=settings.training.workers,
-        prefetch=settings.training.prefetch_factor,
-        notes=notes,
-    )
-    return _with_fitting_workers(setup)
-
-
-def _fit(settings, spacing):
-    stages, strides = len(settings.model.multipliers), settings.model.strides
-    window, patch = settings.inference.window, settings.sampling.patch
-    return model.fit(patch, spacing, stages=stages, strides=strides, window=window)
-
-
-def _cache_bytes(chosen, cache_gb):
-    if cache_gb is None:
-        return cache.default_budget(chosen, memory.available().bytes)
-    return int(cache_gb * 1e9)
-
-
-def _with_fitting_workers(setup):
-    """The setup with as many workers as shared memory has room for."""
-    batch_bytes = make_patches(setup).box_bytes() * setup.settings.training.train_batch_size
-    free = memory.shared_memory_free()
-    workers, prefetch, note = loader.fit_shared_memory(
-        setup.workers, setup.prefetch, batch_bytes=batch_bytes, free=free
-    )
-    notes = [*setup.notes, note] if note else setup.notes
-    return dataclasses.replace(setup, workers=workers, prefetch=prefetch, notes=notes)
 
 
 # ---------------------------------------------------------------------------- data
 
 
-def make_patches(setup, **changes):
-    """The `data.PatchDataset` of a setup.
-
-    changes: what else it shall get than the settings say, such as foreground_share=0.0, or a cache
-    other than a new one.
-    """
-    classes, ratio = setup.dataset.classes, setup.settings.sampling.class_ratio
-    arguments = {
-        "foreground": data.class_weights(classes, setup.foreground, ratio),
-        "skeletons": composite.takes_skeleton(setup.terms),
-        **setup.settings.patch_arguments(),
-        **augment.functions(setup.settings.augment.model_dump()),
-    }
-    if "cache" not in changes:
-        arguments["cache"] = cache.VolumeCache(setup.split.train, setup.cache_bytes)
-    return data.PatchDataset(setup.split.train, **(arguments | changes))
-
-
-def batches(setup, patches, count, per_epoch=None):
+def batches(plan, patches, count, per_epoch=None):
     """`count` lists of samples as train.py's loader yields them; per_epoch: batches, None: all.
 
     Close it (contextlib.closing): its workers live until then.
     """
-    return loader.patch_batches(
+    training = plan.settings.training
+    return loader.Batches(
         patches,
         0,
         count,
         batches_per_epoch=per_epoch or count,
-        batch_size=setup.settings.training.train_batch_size,
-        workers=setup.workers,
-        prefetch=setup.prefetch,
+        batch_size=training.train_batch_size,
+        workers=training.workers,
+        prefetch=training.prefetch_factor,
         persistent=True,
-        pin=setup.device.type == "cuda",
+        pin=plan.device.type == "cuda",
     )
 
 
-def draw(setup, samples):
-    """(image, target, valid, skeleton) of a list of samples, on the device."""
-    return augment.draw_batch(
-        samples,
-        setup.settings.sampling.patch,
-        foreground=setup.foreground,
-        ignore_label=setup.dataset.ignore_label,
-        device=setup.device,
-    )
-
-
-def from_loader(setup, source):
+def from_loader(plan, source):
     """What `Trainer.step` fetches batches with: read by workers, copied and drawn, as in a run."""
-    copying = loader.copy_stream(setup.device)
+    copying = loader.copy_stream(plan.device)
 
     def fetch(ticks):
         samples = next(source)
         ticks.mark("wait")
-        samples = loader.to_device(samples, setup.device, copying)
+        samples = loader.to_device(samples, plan.device, copying)
         ticks.mark("transfer")
-        drawn = draw(setup, samples)
+        drawn = planning.draw(plan, samples)
         ticks.mark("draw")
         return drawn
 
@@ -188,28 +67,18 @@ def from_loader(setup, source):
 # ---------------------------------------------------------------------------- the step
 
 
-def make_network(setup, outputs=1):
-    """The settings' network for this many output channels, on the device, in training mode."""
-    shape = setup.settings.model.model_dump(exclude={"strides", "compile"})
-    channels = setup.split.train[0].channels
-    network = model.UNet3D(
-        channels, outputs, strides=setup.strides, kernels=setup.kernels, **shape
-    ).to(setup.device)
-    if setup.settings.model.compile:
-        network.compile()
-    return network
-
-
 class Trainer:
-    """A fresh network of a setup, with all that a run keeps beside it, and its training step.
+    """A fresh network of a plan, with all that a run keeps beside it, and its training step.
 
     terms: of the loss, None: those of the settings.
     """
 
-    def __init__(self, setup, terms=None):
-        self.setup, optim = setup, setup.settings.optim
-        self.terms = setup.terms if terms is None else terms
-        self.network = make_network(setup)
+    def __init__(self, plan, terms=None):
+        self.plan, optim = plan, plan.settings.optim
+        self.terms = plan.terms if terms is None else terms
+        self.network = planning.make_network(plan)
+        if plan.settings.model.compile:
+            self.network.compile()
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
@@ -217,15 +86,15 @@ class Trainer:
             betas=optim.betas,
             weight_decay=optim.weight_decay,
         )
-        fp16 = setup.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(setup.device.type, enabled=fp16)
+        fp16 = plan.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(plan.device.type, enabled=fp16)
 
     def step(self, fetch, number, ticks):
         """Optimiser step `number` on what fetch(ticks) gives; marks its parts on the clock."""
-        accumulate = self.setup.settings.training.accumulate
+        accumulate = self.plan.settings.training.accumulate
         for _ in range(accumulate):
             image, *truth = fetch(ticks)
-            with autocast(self.setup):
+            with self.plan.autocast():
                 logits = self.network(image)
             ticks.mark("forward")
             loss = self._loss(logits, *truth, number=number)
@@ -236,11 +105,11 @@ class Trainer:
         ticks.mark("optimiser")
 
     def _loss(self, logits, target, valid, skeleton, *, number):
-        about = {"spacing": self.setup.spacing, "skeleton": skeleton, "step": number}
+        about = {"spacing": self.plan.spacing, "skeleton": skeleton, "step": number}
         return composite.composite_loss(logits, target, valid, self.terms, **about)[0]
 
     def _update(self):
-        optim, weights = self.setup.settings.optim, list(self.network.parameters())
+        optim, weights = self.plan.settings.optim, list(self.network.parameters())
         self.scaler.unscale_(self.optimizer)
         if optim.clip:
             torch.nn.utils.clip_grad_norm_(weights, optim.clip)
@@ -249,12 +118,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - optim.ema)
-
-
-def autocast(setup):
-    """The context in which the network of a setup runs."""
-    lower = windows.PRECISIONS[setup.precision]
-    return torch.autocast(setup.device.type, dtype=lower, enabled=lower is not None)
 
 
 # ---------------------------------------------------------------------------- time

@@ -26,10 +26,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import checkpoint
 import config
 import costs
-import trial
+import planning
+import runs
 import windows
 
 STEPS = 30  # that are measured
@@ -134,7 +134,7 @@ def _number(value, unit):
     return f"{value:.3g} {unit}".strip() if value < 100 else f"{value:.0f} {unit}"
 
 
-def report(setup, found, details, steps):
+def report(plan, found, details, steps):
     """All figures as plain values for a JSON file; a value that is not finite becomes None."""
     judged = verdicts(found)
     figures = {}
@@ -144,13 +144,13 @@ def report(setup, found, details, steps):
         about = {"unit": figure.unit, "below": figure.limit, "verdict": judged[name], "note": note}
         figures[name] = {"value": value if finite else None, **about}
     return {
-        "device": _device_name(setup.device),
-        "versions": checkpoint.versions(),
+        "device": _device_name(plan.device),
+        "versions": runs.versions(),
         "steps": steps,
-        "workers": setup.workers,
+        "workers": plan.settings.training.workers,
         "figures": figures,
         "seconds": details,
-        "settings": setup.settings.plain(),
+        "settings": plan.settings.plain(),
     }
 
 
@@ -174,49 +174,49 @@ def write_json(path, content):
 def main(settings, *, steps=STEPS, out=None):
     """Measure what the settings say, over this many steps. Returns the exit status."""
     try:
-        setup = trial.settle(settings)
+        plan = planning.settle(settings)
         if out is not None and (out.is_dir() or not os.access(out.parent, os.W_OK)):
             raise ValueError(f"--out: expected a file in a folder to write to, got {out}")
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     torch.set_num_threads(windows.resolve_threads(settings.run.threads))
-    for line in announcements(setup, steps):
+    for line in announcements(plan, steps):
         console.print(line)
-    found, details = measure(setup, steps)
+    found, details = measure(plan, steps)
     show(found)
     if out is not None:
-        write_json(out, report(setup, found, details, steps))
+        write_json(out, report(plan, found, details, steps))
     return 1 if "over" in verdicts(found).values() else 0
 
 
-def announcements(setup, steps):
-    training, patch = setup.settings.training, setup.settings.sampling.patch
+def announcements(plan, steps):
+    training, patch = plan.settings.training, plan.settings.sampling.patch
     return [
-        f"device     {_device_name(setup.device)}, {torch.get_num_threads()} CPU threads, "
-        f"{setup.precision}",
-        f"data       {len(setup.split.train)} training cases of {setup.settings.data.root}, at "
-        f"most {setup.cache_bytes / costs.MB:.1f} MB kept",
+        f"device     {_device_name(plan.device)}, {torch.get_num_threads()} CPU threads, "
+        f"{plan.precision}",
+        f"data       {len(plan.split.train)} training cases of {plan.settings.data.root}, at "
+        f"most {plan.cache_bytes / costs.MB:.1f} MB kept",
         f"training   {costs.WARM_UP} + {steps} steps of batch {training.train_batch_size} x "
-        f"{training.accumulate}, patch {patch}, workers: {setup.workers}",
-        *setup.notes,
+        f"{training.accumulate}, patch {patch}, workers: {training.workers}",
+        *plan.notes,
     ]
 
 
-def measure(setup, steps):
+def measure(plan, steps):
     """({name: Measured}, details of `measure_training`) of all that is measured."""
-    patches = trial.make_patches(setup)
+    patches = planning.make_patches(plan)
     with console.status("cache fill"):
-        found = costs.measure_fill(setup, patches)
+        found = costs.measure_fill(plan, patches)
     with console.status("epoch pass"):
-        found |= costs.measure_pass(setup, patches)
+        found |= costs.measure_pass(plan, patches)
     # Before training, which leaves more behind that would hide what inference takes.
     with console.status("inference"):
-        found |= costs.measure_inference(setup)
+        found |= costs.measure_inference(plan)
     with console.status("training"):
-        figures, details = costs.measure_training(setup, patches, steps)
+        figures, details = costs.measure_training(plan, patches, steps)
     with console.status("folds"):
-        found |= figures | costs.measure_folds(setup)
+        found |= figures | costs.measure_folds(plan)
     return found, details
 
 

@@ -36,6 +36,7 @@ import checkpoint
 import config
 import infer
 import metrics
+import runs
 import volumes
 
 # What a term weighs where it is on.
@@ -144,7 +145,7 @@ def make_row(identity, settings, arguments, folder):
     }
     given = [f"{key}={value}" for key, value in overrides.items()]
     script("train.py", config_path(arguments.config), *given)
-    run = checkpoint.newest_run_folder(folder, name)
+    run = runs.newest_run_folder(folder, name)
     state = checkpoint.load(run / "checkpoints" / "last.pt")
     root = settings.data.root
     script("infer.py", "--ckpt", run / "checkpoints" / "last.pt", f"data.root={root}")

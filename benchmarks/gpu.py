@@ -36,9 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plain_steps
 
 import cases
-import checkpoint
 import config
 import phantoms
+import planning
+import runs
 import trial
 import windows
 
@@ -86,7 +87,7 @@ def make_root(folder, side, count):
 def settle(arguments, root, batch):
     changes = [f"data.root={root}", "data.folds=0", f"run.device={arguments.device}"]
     changes += [f"training.train_batch_size={batch}", *(SMALL if arguments.small else ())]
-    return trial.settle(config.load(FULL_RUN, changes))
+    return planning.settle(config.load(FULL_RUN, changes))
 
 
 # ---------------------------------------------------------------------------- load of the GPU
@@ -127,27 +128,27 @@ def _smi_reader(device):
 # ---------------------------------------------------------------------------- our step
 
 
-def measure(setup, steps, read_load):
+def measure(plan, steps, read_load):
     """(parts of a step with data, the same without, {figure: value}) of the full training step."""
     numbers = range(WARM_UP + steps)
-    patches, load = trial.make_patches(setup), None
-    with contextlib.closing(trial.batches(setup, patches, len(numbers))) as source:
-        with trial.PeakMemory(setup.device) as peak:
-            trainer = trial.Trainer(setup)
-            step = functools.partial(trainer.step, trial.from_loader(setup, source))
-            trial.run_steps(step, numbers[:WARM_UP], setup.device)
+    patches, load = planning.make_patches(plan), None
+    with contextlib.closing(trial.batches(plan, patches, len(numbers))) as source:
+        with trial.PeakMemory(plan.device) as peak:
+            trainer = trial.Trainer(plan)
+            step = functools.partial(trainer.step, trial.from_loader(plan, source))
+            trial.run_steps(step, numbers[:WARM_UP], plan.device)
             if read_load is None:
-                real = trial.run_steps(step, numbers[WARM_UP:], setup.device)
+                real = trial.run_steps(step, numbers[WARM_UP:], plan.device)
             else:
                 with trial.Sampler(read_load, LOAD_EVERY) as sampler:
-                    real = trial.run_steps(step, numbers[WARM_UP:], setup.device)
+                    real = trial.run_steps(step, numbers[WARM_UP:], plan.device)
                 load = statistics.fmean(sampler.values[1:-1] or sampler.values)
-    drawn = trial.draw(setup, [patches[0, i] for i in range(batch_of(setup))])
+    drawn = planning.draw(plan, [patches[0, i] for i in range(batch_of(plan))])
     synthetic = time_of(trainer, drawn, steps)
     parts = trial.medians(real)
     figures = {
         "step": parts["step"],
-        "voxels": voxels(setup) / parts["step"],
+        "voxels": voxels(plan) / parts["step"],
         "memory": peak.ram if peak.gpu is None else peak.gpu,
         "GPU load": load,
         "data wait": trial.wait_share(real),
@@ -160,49 +161,49 @@ def time_of(trainer, drawn, steps):
     """{part: median seconds} of the step on one batch that is already drawn."""
     step = functools.partial(trainer.step, lambda ticks: drawn)
     return trial.medians(
-        trial.run_steps(step, range(WARM_UP + steps), trainer.setup.device)[WARM_UP:]
+        trial.run_steps(step, range(WARM_UP + steps), trainer.plan.device)[WARM_UP:]
     )
 
 
-def batch_of(setup):
-    return setup.settings.training.train_batch_size
+def batch_of(plan):
+    return plan.settings.training.train_batch_size
 
 
-def voxels(setup):
+def voxels(plan):
     """Of a batch."""
-    return batch_of(setup) * math.prod(setup.settings.sampling.patch)
+    return batch_of(plan) * math.prod(plan.settings.sampling.patch)
 
 
 # ---------------------------------------------------------------------------- beside others
 
 
-def contenders(setup, drawn, steps):
+def contenders(plan, drawn, steps):
     """(name, (step seconds, peak bytes) or None) of our step and the others', all without data."""
     for name, terms in (
         ("Lamina, all terms of the config", None),
-        ("Lamina, BCE + Dice", {term: setup.terms[term] for term in BASE_TERMS}),
+        ("Lamina, BCE + Dice", {term: plan.terms[term] for term in BASE_TERMS}),
     ):
-        with trial.PeakMemory(setup.device) as peak:
-            took = time_of(trial.Trainer(setup, terms), drawn, steps)["step"]
+        with trial.PeakMemory(plan.device) as peak:
+            took = time_of(trial.Trainer(plan, terms), drawn, steps)["step"]
         yield name, (took, peak)
     for name, build in plain_steps.BUILDERS.items():
-        with trial.PeakMemory(setup.device) as peak:
-            took = time_of_plain(setup, build, drawn, steps)
+        with trial.PeakMemory(plan.device) as peak:
+            took = time_of_plain(plan, build, drawn, steps)
         yield name, None if took is None else (took, peak)
 
 
-def time_of_plain(setup, build, drawn, steps):
+def time_of_plain(plan, build, drawn, steps):
     """Median seconds of a step of another package; None if it is not installed."""
-    network = trial.make_network(setup, outputs=2)
-    step = build(network, setup.device)
+    network = planning.make_network(plan, outputs=2)
+    step = build(network, plan.device)
     if step is None:
         return None
     image, target, *_ = drawn
-    with torch.no_grad(), trial.autocast(setup):
+    with torch.no_grad(), plan.autocast():
         shapes = [out.shape[2:] for out in network(image)]
     targets = [F.interpolate(target.float(), size=shape) for shape in shapes]
     taken = trial.run_steps(
-        lambda number, ticks: step(image, targets, ticks), range(WARM_UP + steps), setup.device
+        lambda number, ticks: step(image, targets, ticks), range(WARM_UP + steps), plan.device
     )
     return trial.medians(taken[WARM_UP:])["step"]
 
@@ -248,7 +249,7 @@ def split_rows(batch, real, synthetic):
         yield (batch, part, f"{1e3 * seconds:.1f}", share, without)
 
 
-def beside_rows(batch, setup, measured):
+def beside_rows(batch, plan, measured):
     """Rows (batch, whose, step, throughput, peak memory, times the first row's step)."""
     first = None
     for name, found in measured:
@@ -258,7 +259,7 @@ def beside_rows(batch, setup, measured):
         seconds, peak = found
         first = first or seconds
         memory = f"{(peak.ram if peak.gpu is None else peak.gpu) / 1e9:.2f} GB"
-        speed = f"{voxels(setup) / seconds / 1e6:.2f}"
+        speed = f"{voxels(plan) / seconds / 1e6:.2f}"
         yield (batch, name, f"{1e3 * seconds:.1f} ms", speed, memory, f"{seconds / first:.2f}")
 
 
@@ -266,7 +267,7 @@ def show_machine(arguments):
     gpu = arguments.device.type == "cuda"
     name = torch.cuda.get_device_name(arguments.device) if gpu else platform.processor() or "CPU"
     print(f"device: {name}, {windows.resolve_threads(0)} CPU cores")
-    versions = dict(checkpoint.versions())
+    versions = dict(runs.versions())
     for package in ("monai", "nnunetv2"):
         versions[package] = "not installed"
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -292,18 +293,18 @@ def main(argv=None):
 
 def run(arguments, root, batch, judge):
     """Print the tables of one batch size; whether every bar holds."""
-    setup, size = settle(arguments, root, batch), str(batch)
-    torch.set_num_threads(windows.resolve_threads(setup.settings.run.threads))
+    plan, size = settle(arguments, root, batch), str(batch)
+    torch.set_num_threads(windows.resolve_threads(plan.settings.run.threads))
     try:
-        real, synthetic, figures = measure(setup, arguments.steps, load_reader(setup.device))
+        real, synthetic, figures = measure(plan, arguments.steps, load_reader(plan.device))
         head = ("batch", "what", "measured", "bar", "verdict")
         rows = show("Training step with its data", head, judged_rows(size, figures, judge))
         head = ("batch", "part", "ms", "share", "ms without data")
         show("Where the time goes", head, split_rows(size, real, synthetic))
-        drawn = trial.draw(setup, [trial.make_patches(setup)[0, i] for i in range(batch)])
-        measured = contenders(setup, drawn, arguments.steps)
+        drawn = planning.draw(plan, [planning.make_patches(plan)[0, i] for i in range(batch)])
+        measured = contenders(plan, drawn, arguments.steps)
         head = ("batch", "step of", "time", "million voxels/s", "peak memory", "times ours")
-        show("Beside plain steps, without data", head, beside_rows(size, setup, measured))
+        show("Beside plain steps, without data", head, beside_rows(size, plan, measured))
     except torch.OutOfMemoryError:
         print(f"\nbatch {batch}: out of memory\n")
         return False

@@ -47,10 +47,10 @@ from contenders import (
     peer_losses,
 )
 
-import checkpoint
 import composite
 import config
 import model
+import runs
 import windows
 
 FULL_RUN = Path(__file__).resolve().parents[1] / "configs" / "exp001_full.yaml"
@@ -337,7 +337,7 @@ def show_machine(threads, device):
     named = re.search(r"model name\s*: (.*)", text)
     cpu = named[1] if named else platform.processor()
     gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
-    versions = {**checkpoint.versions(), "scipy": scipy.__version__, "monai": "not installed"}
+    versions = {**runs.versions(), "scipy": scipy.__version__, "monai": "not installed"}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions["monai"] = importlib.metadata.version("monai")
     print(f"device: {gpu}{cpu}, {os.cpu_count()} cores, {threads} threads")

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import CheckpointError, find_newest, link_last, load, previous_path, save
+import runs
+from checkpoint import CheckpointError, load, load_newest, previous_path, save
+from runs import link_last
 
 
 def state_of(step, **changes):
@@ -57,7 +59,7 @@ def test_round_trip_is_bit_for_bit(tmp_path):
         scaler=torch.amp.GradScaler("cpu").state_dict(),
         rng=checkpoint.rng_state(),
         config={"model": {"patch": (72, 136, 136), "name": "unet", "dropout": 0.15, "x": None}},
-        versions=checkpoint.versions(),
+        versions=runs.versions(),
     )
     save(state, tmp_path / "last.pt")
     back = load(tmp_path / "last.pt")
@@ -87,7 +89,7 @@ def test_rng_state_survives_the_file_and_repeats_the_draws(tmp_path):
 
 
 def test_versions_are_plain_strings():
-    versions = checkpoint.versions()
+    versions = runs.versions()
     assert set(versions) == {"lamina", "python", "torch", "numpy", "platform"}
     assert all(type(v) is str and v for v in versions.values())
 
@@ -152,11 +154,11 @@ def test_kill_at_any_file_operation_leaves_a_readable_generation(
             save(state_of(3), tmp_path / "last.pt")
         except Killed:
             pass
-    path, _ = find_newest(tmp_path)
-    assert load(path)["loop"]["step"] in (2, 3)
+    _, state, _ = load_newest(tmp_path)
+    assert state["loop"]["step"] in (2, 3)
     save(state_of(4), tmp_path / "last.pt")  # what the kill left behind is in nobody's way
-    assert find_newest(tmp_path) == (tmp_path / "last.pt", None)
-    assert load(tmp_path / "last.pt")["loop"]["step"] == 4
+    path, state, reasons = load_newest(tmp_path)
+    assert (path, state["loop"]["step"], reasons) == (tmp_path / "last.pt", 4, [])
     assert load(tmp_path / "last.previous.pt")["loop"]["step"] in (2, 3)
     assert sorted(os.listdir(tmp_path)) == ["last.previous.pt", "last.pt"]
 
@@ -166,7 +168,7 @@ def test_truncated_file_does_not_push_out_the_good_generation(tmp_path):
         save(state_of(step), tmp_path / "last.pt")
     whole = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
-    path, reason = find_newest(tmp_path)
+    path, _, (reason,) = load_newest(tmp_path)
     assert path.name == "last.previous.pt" and "truncated" in reason and "\n" not in reason
     save(state_of(3), tmp_path / "last.pt")
     assert load(tmp_path / "last.pt")["loop"] == {"step": 3}
@@ -177,13 +179,45 @@ def test_newest_is_the_previous_one_where_last_is_gone(tmp_path):
     for step in (1, 2):
         save(state_of(step), tmp_path / "last.pt")
     (tmp_path / "last.pt").unlink()
-    path, reason = find_newest(tmp_path)
-    assert load(path)["loop"] == {"step": 1} and "no such file" in reason
+    path, state, (reason,) = load_newest(tmp_path)
+    assert path.name == "last.previous.pt" and state["loop"] == {"step": 1}
+    assert "last.pt" in reason and "no such file" in reason
 
 
-def test_folder_without_checkpoints_names_both_files(tmp_path):
-    with pytest.raises(CheckpointError, match=r"last\.pt.*last\.previous\.pt"):
-        find_newest(tmp_path)
+def test_best_is_gone_on_from_where_it_is_the_newest_that_can_be_read(tmp_path):
+    save(state_of(1), tmp_path / "last.pt")
+    save(state_of(2), tmp_path / "last.pt")
+    save(state_of(2), tmp_path / "best.pt")
+    (tmp_path / "last.pt").write_bytes(b"")
+    path, state, reasons = load_newest(tmp_path)
+    assert (path.name, state["loop"]["step"], len(reasons)) == ("best.pt", 2, 1)
+
+
+def test_without_anything_readable_every_file_is_named_with_its_fault(tmp_path):
+    with pytest.raises(CheckpointError, match=r"last\.pt: .*no such file"):
+        load_newest(tmp_path)
+    for name in ("last.pt", "last.previous.pt", "best.pt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"last\.pt.*last\.previous\.pt.*best\.pt"):
+        load_newest(tmp_path)
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
+    state = state_of(1, model={"w": torch.arange(500.0)}, config={"lr": 0.1})
+    save(state, tmp_path / "last.pt")
+    whole = (tmp_path / "last.pt").read_bytes()
+    found = 0
+    for place in range(0, len(whole), 7):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        (tmp_path / "last.pt").write_bytes(flipped)
+        try:
+            back = load(tmp_path / "last.pt")
+        except CheckpointError:
+            found += 1
+        else:
+            assert same_tree({k: back[k] for k in state}, state), place
+    assert found > 0.6 * len(whole) / 7  # the rest is what fills archives up
 
 
 # ---------------------------------------------------------------------------- what is refused

@@ -17,6 +17,7 @@ import data
 import infer
 import intensity
 import model
+import runs
 import volumes
 import windows
 
@@ -74,7 +75,7 @@ def run(tmp_path):
         } | facts
         path = tmp_path / "runs" / "tiny" / "checkpoints" / "last.pt"
         checkpoint.save(state, path)
-        checkpoint.link_last(tmp_path / "runs", path)
+        runs.link_last(tmp_path / "runs", path)
         return path
 
     return make

@@ -18,7 +18,6 @@ import composite
 import config
 import data
 import loader
-import memory
 import model
 import train
 import validation
@@ -521,21 +520,6 @@ def test_the_cache_keeps_what_the_setting_says(root, tmp_path):
         assert train.main(settings(root, tmp_path, *changes)) == 0
         (epoch,) = events(tmp_path / "runs" / f"k{number}", "epoch")
         assert epoch["cache"]["cases"] == kept and (epoch["cache"]["budget"] > 0) == bool(kept)
-
-
-def test_as_many_workers_are_started_as_shared_memory_has_room_for(root, tmp_path, monkeypatch):
-    started = []
-    batches = loader.patch_batches
-
-    def recorded(*arguments, **named):
-        started.append((named["workers"], named["prefetch"]))
-        return batches(*arguments, **named)
-
-    monkeypatch.setattr(loader, "patch_batches", recorded)
-    monkeypatch.setattr(memory, "shared_memory_free", lambda: 0)
-    changes = ("training.workers=2", "training.max_steps=1")
-    assert train.main(settings(root, tmp_path, *changes)) == 0
-    assert started[0][0] == 0
 
 
 def test_elastic_points_closer_than_voxels_are_refused_before_anything_is_written(

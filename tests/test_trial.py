@@ -13,6 +13,7 @@ import cases
 import checkpoint
 import clock
 import config
+import planning
 import train
 import trial
 
@@ -82,31 +83,31 @@ def test_the_weights_after_some_steps_are_those_of_the_run(tmp_path, changes):
     trained = checkpoint.load(root / "runs" / "r" / "checkpoints" / "last.pt")["model"]
 
     torch.manual_seed(settings.run.seed)
-    setup = trial.settle(settings)
-    trainer = trial.Trainer(setup)
-    source = trial.batches(setup, trial.make_patches(setup), 3 * settings.training.accumulate)
-    step = functools.partial(trainer.step, trial.from_loader(setup, source))
+    plan = planning.settle(settings)
+    trainer = trial.Trainer(plan)
+    source = trial.batches(plan, planning.make_patches(plan), 3 * settings.training.accumulate)
+    step = functools.partial(trainer.step, trial.from_loader(plan, source))
     trial.run_steps(step, range(3), CPU)
     assert all(torch.equal(w, trained[n]) for n, w in trainer.network.state_dict().items())
 
 
 def test_a_step_marks_its_parts_and_one_without_data_has_no_data_parts(root):
-    setup = trial.settle(make_settings(root))
-    patches, trainer = trial.make_patches(setup), trial.Trainer(setup)
-    with contextlib.closing(trial.batches(setup, patches, 2)) as source:
-        step = functools.partial(trainer.step, trial.from_loader(setup, source))
+    plan = planning.settle(make_settings(root))
+    patches, trainer = planning.make_patches(plan), trial.Trainer(plan)
+    with contextlib.closing(trial.batches(plan, patches, 2)) as source:
+        step = functools.partial(trainer.step, trial.from_loader(plan, source))
         real = trial.run_steps(step, range(2), CPU)
-    drawn = trial.draw(setup, [patches[0, 0]])
+    drawn = planning.draw(plan, [patches[0, 0]])
     synthetic = trial.run_steps(functools.partial(trainer.step, lambda ticks: drawn), [0], CPU)
     assert [tuple(step) for step in real] == [clock.PARTS] * 2
     assert [tuple(step) for step in synthetic] == [clock.PARTS[3:]]
 
 
 def test_averaged_weights_move_with_the_network(root):
-    setup = trial.settle(make_settings(root, "optim.ema=0.5"))
-    trainer = trial.Trainer(setup)
+    plan = planning.settle(make_settings(root, "optim.ema=0.5"))
+    trainer = trial.Trainer(plan)
     before = copy.deepcopy(trainer.ema.state_dict())
-    drawn = trial.draw(setup, [trial.make_patches(setup)[0, 0]])
+    drawn = planning.draw(plan, [planning.make_patches(plan)[0, 0]])
     trial.run_steps(functools.partial(trainer.step, lambda ticks: drawn), [0], CPU)
     after = trainer.network.state_dict()
     for name, average in trainer.ema.state_dict().items():
@@ -114,38 +115,9 @@ def test_averaged_weights_move_with_the_network(root):
 
 
 def test_draws_around_background_take_each_case_once(root):
-    setup = trial.settle(make_settings(root))
-    patches = trial.make_patches(setup, foreground_share=0.0)
+    plan = planning.settle(make_settings(root))
+    patches = planning.make_patches(plan, foreground_share=0.0)
     assert sorted(patches[0, i]["case"] for i in range(4)) == [f"slab{i}" for i in range(4)]
-
-
-# ---------------------------------------------------------------------------- what is settled
-
-
-def test_what_shared_memory_has_no_room_for_is_settled_with_fewer_workers(root, monkeypatch):
-    monkeypatch.setattr(trial.memory, "shared_memory_free", lambda: 0)
-    setup = trial.settle(make_settings(root, "training.workers=3"))
-    assert setup.workers == 0 and "/dev/shm" in setup.notes[-1]
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        ("data.root=nowhere", "data.root"),
-        ("run.device=tpu", "run.device"),
-        ("sampling.patch=[7,7,7]", "sampling.patch"),
-        ("data.train=[none]", "data.train"),
-        ("loss.skeleton_recall.weight=1", "prepare these cases again"),
-    ],
-)
-def test_settings_that_cannot_train_are_refused_by_name(tmp_path, change, named):
-    make_root(tmp_path)
-    if "skeleton" in change:
-        for path in tmp_path.glob("*.h5"):
-            with trial.cases.h5py.File(path, "a") as file:
-                del file["skeleton"]
-    with pytest.raises((ValueError, FileNotFoundError), match=named.replace(".", r"\.")):
-        trial.settle(make_settings(tmp_path, change))
 
 
 # ---------------------------------------------------------------------------- time and memory

@@ -12,6 +12,7 @@ from test_trial import SHAPE, make_root, make_settings
 import clock
 import costs
 import data
+import planning
 import trial
 import tune
 from costs import Measured
@@ -64,9 +65,9 @@ def test_the_status_says_whether_something_is_over(measured):
 
 
 def test_an_epoch_pass_reads_with_the_workers_and_stops_them(tmp_path):
-    setup = trial.settle(make_settings(make_root(tmp_path), "training.workers=1"))
-    patches = trial.make_patches(setup)
-    found = costs.measure_pass(setup, patches)["pass"]
+    plan = planning.settle(make_settings(make_root(tmp_path), "training.workers=1"))
+    patches = planning.make_patches(plan)
+    found = costs.measure_pass(plan, patches)["pass"]
     # Two batches in the pass, and four before it that are not timed: two epochs of two.
     assert patches.cache.counts()["hits"] + patches.cache.counts()["misses"] == 12
     assert found.note == "4 cases, 1 workers" and found.value < 30
@@ -75,7 +76,7 @@ def test_an_epoch_pass_reads_with_the_workers_and_stops_them(tmp_path):
 
 @pytest.mark.parametrize("count", [5, 6])
 def test_a_pass_draws_each_case(tmp_path, monkeypatch, count):
-    setup, drawn = trial.settle(make_settings(make_root(tmp_path, (SHAPE,) * count))), []
+    plan, drawn = planning.settle(make_settings(make_root(tmp_path, (SHAPE,) * count))), []
     draw = data.PatchDataset.__getitem__
 
     def watched(patches, place):
@@ -83,7 +84,7 @@ def test_a_pass_draws_each_case(tmp_path, monkeypatch, count):
         return draw(patches, place)
 
     monkeypatch.setattr(data.PatchDataset, "__getitem__", watched)
-    costs.measure_pass(setup, trial.make_patches(setup))
+    costs.measure_pass(plan, planning.make_patches(plan))
     # Three batches of two, of which one case of five is drawn twice; and before them, three that
     # are not timed.
     assert len(drawn) == 12
@@ -91,8 +92,8 @@ def test_a_pass_draws_each_case(tmp_path, monkeypatch, count):
 
 
 def test_the_file_cache_forgets_each_case_before_it_is_read(tmp_path, monkeypatch):
-    setup = trial.settle(make_settings(make_root(tmp_path)))
-    patches, forgotten, read = trial.make_patches(setup), [], []
+    plan = planning.settle(make_settings(make_root(tmp_path)))
+    patches, forgotten, read = planning.make_patches(plan), [], []
     fill = patches.cache.read
 
     def watched(case, *arguments):
@@ -102,12 +103,12 @@ def test_the_file_cache_forgets_each_case_before_it_is_read(tmp_path, monkeypatc
 
     monkeypatch.setattr(costs, "_forget_pages", forgotten.append)
     monkeypatch.setattr(patches.cache, "read", watched)
-    costs.measure_fill(setup, patches)
-    assert sorted(forgotten) == sorted(read) == sorted(case.path for case in setup.split.train)
+    costs.measure_fill(plan, patches)
+    assert sorted(forgotten) == sorted(read) == sorted(case.path for case in plan.split.train)
 
 
 def test_steps_of_the_warm_up_are_not_counted(tmp_path, monkeypatch):
-    setup = trial.settle(make_settings(make_root(tmp_path)))
+    plan = planning.settle(make_settings(make_root(tmp_path)))
 
     def slow_at_first(step, numbers, device):
         return [
@@ -116,7 +117,7 @@ def test_steps_of_the_warm_up_are_not_counted(tmp_path, monkeypatch):
         ]
 
     monkeypatch.setattr(trial, "run_steps", slow_at_first)
-    found, details = costs.measure_training(setup, trial.make_patches(setup), steps=2)
+    found, details = costs.measure_training(plan, planning.make_patches(plan), steps=2)
     whole = len(clock.PARTS)
     assert details["real"]["step"] == details["synthetic"]["step"] == whole
     assert found["step"].value == 1e3 * whole and found["wait"].value == pytest.approx(100 / whole)
@@ -127,32 +128,32 @@ def test_inference_is_measured_on_the_largest_case_of_all(tmp_path, monkeypatch,
     # The second has the longest side, the third the most voxels.
     root = make_root(tmp_path, (SHAPE, (8, 24, 40), (20, 30, 30), SHAPE, SHAPE))
     named = [] if where == "train" else [f"data.{where}=[slab2]"]
-    setup, seen = trial.settle(make_settings(root, *named)), []
+    plan, seen = planning.settle(make_settings(root, *named)), []
 
     def watched(network, image, **settings):
         seen.append((image.shape, settings["ratio"]))
         return iter(())
 
     monkeypatch.setattr(costs.windows, "predict_slabs", watched)
-    costs.measure_inference(setup)
+    costs.measure_inference(plan)
     assert seen == [((1, 20, 30, 30), [1, 1, 1])]
 
 
 def test_accumulated_steps_are_measured_with_all_their_batches(tmp_path, monkeypatch):
     settings = make_settings(make_root(tmp_path), "training.accumulate=2")
-    setup, draw, drawn = trial.settle(settings), trial.draw, []
+    plan, draw, drawn = planning.settle(settings), planning.draw, []
 
     def watched(*arguments):
         drawn.append(arguments)
         return draw(*arguments)
 
-    monkeypatch.setattr(trial, "draw", watched)
-    found, details = costs.measure_training(setup, trial.make_patches(setup), steps=1)
+    monkeypatch.setattr(planning, "draw", watched)
+    found, details = costs.measure_training(plan, planning.make_patches(plan), steps=1)
     assert len(drawn) == 2 * (costs.WARM_UP + 1) + 1  # and one for the steps without data
     assert found["draw"].value == pytest.approx(1e3 * details["real"]["draw"] / 2)
     assert found["ram_training"].value >= 0
     drawn.clear()
-    costs.measure_folds(setup)
+    costs.measure_folds(plan)
     assert len(drawn) == 2 * costs.FOLDS * costs.FOLD_STEPS
 
 
@@ -166,23 +167,23 @@ def test_inference_is_measured_before_training_leaves_its_memory_behind(tmp_path
     for name in ("fill", "pass", "inference", "training", "folds"):
         result = ({}, {}) if name == "training" else {}
         monkeypatch.setattr(costs, f"measure_{name}", functools.partial(fake, name, result))
-    tune.measure(trial.settle(make_settings(make_root(tmp_path))), steps=1)
+    tune.measure(planning.settle(make_settings(make_root(tmp_path))), steps=1)
     assert order == ["fill", "pass", "inference", "training", "folds"]
 
 
 def test_a_cache_that_holds_half_says_so(tmp_path):
-    setup = trial.settle(make_settings(make_root(tmp_path), "data.cache_gb=0.00005"))
-    fill = costs.measure_fill(setup, trial.make_patches(setup))["fill"]
+    plan = planning.settle(make_settings(make_root(tmp_path), "data.cache_gb=0.00005"))
+    fill = costs.measure_fill(plan, planning.make_patches(plan))["fill"]
     assert "2 of 4 cases kept" in fill.note
 
 
 def test_a_network_that_finds_no_memory_is_over_and_the_rest_is_not_measured(
     tmp_path, monkeypatch, capsys
 ):
-    def no_memory(setup):
+    def no_memory(plan):
         raise torch.OutOfMemoryError("made up")
 
-    monkeypatch.setattr(trial, "make_network", no_memory)
+    monkeypatch.setattr(planning, "make_network", no_memory)
     settings, out = make_settings(make_root(tmp_path)), tmp_path / "figures.json"
     assert tune.main(settings, steps=1, out=out) == 1
     figures = json.loads(out.read_text())["figures"]
@@ -234,7 +235,7 @@ def made_up(**values):
 
 @pytest.mark.parametrize("wait, status", [(4.9, 0), (5.1, 1)])
 def test_what_is_over_comes_with_the_setting_to_turn(tmp_path, monkeypatch, capsys, wait, status):
-    monkeypatch.setattr(tune, "measure", lambda setup, steps: made_up(wait=wait))
+    monkeypatch.setattr(tune, "measure", lambda plan, steps: made_up(wait=wait))
     assert tune.main(make_settings(make_root(tmp_path))) == status
     advice = [line for line in capsys.readouterr().out.splitlines() if " is over: " in line]
     assert len(advice) == status and all("training.workers" in line for line in advice)

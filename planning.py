@@ -1,0 +1,144 @@
+"""What settings and data settle before anything large is made.
+
+plan = settle(settings)                 # all checks; ValueError or FileNotFoundError
+patches, network = make_patches(plan), make_network(plan)
+"""
+
+import functools
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+import augment
+import cache
+import cases
+import composite
+import data
+import memory
+import model
+import splits
+import windows
+from settings import Settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is settled. *_reason: for people; spacing: z, y, x."""
+
+    settings: Settings
+    device: torch.device
+    device_reason: str
+    precision: str
+    precision_reason: str
+    dataset: cases.Dataset
+    split: splits.Split
+    foreground: list  # class ids
+    terms: dict  # of the loss
+    spacing: tuple
+    strides: list
+    kernels: list
+    cache_bytes: int
+    cache_reason: str
+    notes: list  # for people: what is not as one may think
+
+    @property
+    def autocast(self):
+        """Makes the context in which the network runs."""
+        lower = windows.PRECISIONS[self.precision]
+        return functools.partial(
+            torch.autocast, self.device.type, dtype=lower, enabled=lower is not None
+        )
+
+
+def settle(settings):
+    """The `Plan` of settings.
+
+    ValueError and FileNotFoundError, one sentence per fault, for what cannot be trained.
+    """
+    device, device_reason = windows.resolve_device(settings.run.device)
+    precision, precision_reason = windows.resolve_precision(settings.training.precision, device)
+    dataset = cases.read_dataset(settings.data.root, settings.data.source)
+    which = settings.data.model_dump(include={"train", "validation", "test", "folds", "fold"})
+    split, notes = splits.choose_cases(dataset, **which)
+    terms = settings.terms()
+    composite.check_terms(terms, in_training=True)
+    skeletons = composite.takes_skeleton(terms)
+    in_validation = composite.takes_skeleton(terms, validation_only=True)
+    cases.check_skeletons(split.train * skeletons + split.validation * in_validation)
+    spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
+    augment.check(settings.augment.model_dump(), spacings)
+    spacing = tuple(map(statistics.median, zip(*spacings, strict=True)))
+    strides, kernels = model.fit(
+        settings.sampling.patch,
+        spacing,
+        stages=len(settings.model.multipliers),
+        strides=settings.model.strides,
+        window=settings.inference.window,
+    )
+    free, wanted = memory.available(), settings.data.cache_gb
+    kept = cache.default_budget(split.train, free.bytes) if wanted is None else int(wanted * 1e9)
+    return Plan(
+        settings=settings,
+        device=device,
+        device_reason=device_reason,
+        precision=precision,
+        precision_reason=precision_reason,
+        dataset=dataset,
+        split=split,
+        foreground=splits.foreground_ids(dataset.classes, settings.data.foreground),
+        terms=terms,
+        spacing=spacing,
+        strides=strides,
+        kernels=kernels,
+        cache_bytes=kept,
+        cache_reason=free.reason,
+        notes=notes,
+    )
+
+
+def make_patches(plan, **changes):
+    """The `data.PatchDataset` of a plan.
+
+    changes: what else it shall get than the settings say, such as foreground_share=0.0, or a cache
+    other than a new one.
+    """
+    classes, ratio = plan.dataset.classes, plan.settings.sampling.class_ratio
+    arguments = {
+        "foreground": data.class_weights(classes, plan.foreground, ratio),
+        "skeletons": composite.takes_skeleton(plan.terms),
+        **plan.settings.patch_arguments(),
+        **augment.functions(plan.settings.augment.model_dump()),
+    }
+    if "cache" not in changes:
+        arguments["cache"] = cache.VolumeCache(plan.split.train, plan.cache_bytes)
+    return data.PatchDataset(plan.split.train, **(arguments | changes))
+
+
+def make_network(plan, outputs=1):
+    """The settings' network for this many output channels, on the device, in training mode."""
+    shape = plan.settings.model.model_dump(exclude={"strides", "compile"})
+    channels = plan.split.train[0].channels
+    network = model.UNet3D(channels, outputs, strides=plan.strides, kernels=plan.kernels, **shape)
+    return network.to(plan.device)
+
+
+def draw(plan, samples):
+    """(image, target, valid, skeleton) of a list of samples, on the device: augment.draw_batch."""
+    return augment.draw_batch(
+        samples,
+        plan.settings.sampling.patch,
+        foreground=plan.foreground,
+        ignore_label=plan.dataset.ignore_label,
+        device=plan.device,
+    )
+
+
+def data_facts(plan):
+    """All that infer.py must know of the data, as plain values."""
+    return {
+        **splits.facts(plan.dataset, plan.split, plan.foreground),
+        "spacing": list(plan.settings.data.spacing),  # 0 or None: an axis as it is stored
+        "strides": [list(stride) for stride in plan.strides],
+        "kernels": [list(kernel) for kernel in plan.kernels],
+    }
