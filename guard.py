@@ -49,7 +49,7 @@ class MemoryGuard:
         if room is not None and not self.gave_back:
             self.gave_back = True
             freed = self.cache.give_back(0)
-            self._tell(room, f"the cache gives back {freed / 1e6:.0f} MB and keeps nothing more")
+            self._tell(room, f"the cache gives back {memory.amount(freed)} and keeps nothing more")
             room = self.tightest(batches)
         while room is not None and batches.workers:
             batches.drop_worker()

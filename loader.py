@@ -19,7 +19,7 @@ import torch
 import memory
 import workers as worker_processes
 from data import Unread
-from memory import GB
+from memory import amount
 from stopping import CannotGoOn
 
 WAIT = 1.0  # seconds between two looks at whether the run shall stop, while it waits for data
@@ -208,7 +208,7 @@ class Batches:
         self.report(
             "worker died",
             f"{_who(worker)} {death}{self._where(worker)}; {self._circumstances(worker)}; "
-            f"{len(self.pool) or 'no'} workers go on from batch {self.number}, nothing is lost",
+            f"{self._left()} from batch {self.number}, nothing is lost",
             worker=worker.number,
             pid=worker.pid,
             exitcode=code,
@@ -221,6 +221,12 @@ class Batches:
             if self.faults[case] >= SEVERAL and case not in self.dataset.left_out:
                 self._leave_out(Unread(case, f"case {case}: {SEVERAL} workers died reading it"))
         self._give_again(worker.tasks.values())
+
+    def _left(self):
+        left = len(self.pool)
+        if not left:
+            return "the training process reads by itself"
+        return f"{left} worker goes on" if left == 1 else f"{left} workers go on"
 
     def _place(self, worker):
         """What a worker reads, or read when it died; None if it had nothing to do."""
@@ -241,11 +247,11 @@ class Batches:
 
     def _circumstances(self, worker):
         """Memory of it and around it, and which setting to turn."""
-        held = f"it held {worker.resident / GB:.2f} GB, " if worker.resident else ""
+        held = f"it held {amount(worker.resident)}, " if worker.resident else ""
         shared, killed = memory.shared_memory_free(), memory.oom_kills()
-        shared = "" if shared is None else f", {shared / GB:.1f} GB of /dev/shm free"
+        shared = "" if shared is None else f", {amount(shared)} of /dev/shm free"
         text = (
-            f"{held}all processes of the run hold {memory.resident_memory() / GB:.2f} GB; "
+            f"{held}all processes of the run hold {amount(memory.resident_memory())}; "
             f"{memory.available().reason}{shared}"
         )
         if killed is not None and killed > (self.oom_kills or 0):

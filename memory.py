@@ -27,7 +27,12 @@ class Room(NamedTuple):
     what: str
 
     def __str__(self):
-        return f"{self.free / GB:.1f} GB free of {self.total / GB:.1f} GB, {self.what}"
+        return f"{amount(self.free)} free of {amount(self.total)}, {self.what}"
+
+
+def amount(size):
+    """Bytes as people read them: 1.5 GB, 28 MB."""
+    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
 
 
 class Available(NamedTuple):

@@ -15,6 +15,7 @@ Workers are spawned, so that no handle, lock or thread of the training process i
 Signals that ask a run to stop do not reach them; they end when the training process does.
 """
 
+import contextlib
 import mmap
 import multiprocessing
 import os
@@ -128,6 +129,9 @@ class Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
             os.close(page)
+        # Where memory runs out, the kernel shall take this one and not the one that trains.
+        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/oom_score_adj", "w") as file:
+            file.write("500")
 
     @property
     def pid(self):
