@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from stopping import CannotGoOn
+
 SMALLEST_SCALE = 1.0  # of the loss in fp16: below it, it is not the scale that overflows
 
 
@@ -61,15 +63,22 @@ def explain(names, samples, network, draw, *, fp16_scale=None):
     return Fault(f"{what}, with the cases {listed}, none of them alone", True, cases)
 
 
-def count(skipped, fault):
-    """Add a fault to {"in_a_row", "since_log", "cases": {case id: steps}}, plain values.
+def note(fault, skipped, most, report):
+    """Report a fault and count it in {"in_a_row", "since_log", "cases": {case id: steps}}.
 
     in_a_row: of broken batches. An overflow of fp16 is no sign of trouble: the loss scale adapts.
+    `stopping.CannotGoOn` where there are `most` of them.
     """
+    report("step skipped", f"no update: {fault.text}", cases=fault.cases)
     skipped["since_log"] += 1
     skipped["in_a_row"] += fault.broken
     for case in fault.cases if fault.broken else ():
         skipped["cases"][case] = skipped["cases"].get(case, 0) + 1
+    if skipped["in_a_row"] >= most:
+        raise CannotGoOn(
+            f"{most} steps in a row had no finite loss and gradient (training.max_skipped), the "
+            f"last one: {fault.text}; {tell_of(skipped)[0]}"
+        )
 
 
 def tell_of(skipped):

@@ -134,6 +134,42 @@ def draw(plan, samples):
     )
 
 
+def validation_arguments(plan, remembered):
+    """What validation.validate takes from a plan. remembered: see fitting.WindowFit."""
+    settings = plan.settings
+    return {
+        "foreground": plan.foreground,
+        "spacing": settings.data.spacing,
+        "clip": settings.data.percentiles,
+        "window": settings.window_arguments() | {"remembered": remembered},
+        "threshold": settings.inference.threshold,
+        "tolerance": settings.validation.tolerance,
+        "terms": plan.terms,
+        "tile": settings.sampling.patch,
+        "device": plan.device,
+        "precision": plan.precision,
+    }
+
+
+def announce(plan, network, patches):
+    """Lines for people: what was settled, and why."""
+    settings, split = plan.settings, plan.split
+    training = settings.training
+    steps = training.max_epochs * training.train_iterations_per_epoch
+    return [
+        f"device     {plan.device} ({plan.device_reason}), {torch.get_num_threads()} CPU threads",
+        f"precision  {plan.precision} ({plan.precision_reason})",
+        f"data       {len(split.train)} train, {len(split.validation)} validation, "
+        f"{len(split.test)} test cases of {settings.data.root}, spacing {plan.spacing} "
+        f"{plan.dataset.unit}",
+        f"network    {model.parameter_count(network) / 1e6:.2f} M parameters, strides "
+        f"{plan.strides[1:]} for patch {settings.sampling.patch}",
+        f"training   {steps} steps in {training.max_epochs} epochs, batch "
+        f"{training.train_batch_size} x {training.accumulate}, workers: {training.workers}",
+        f"cache      {patches.cache.announce()} ({plan.cache_reason})",
+    ]
+
+
 def data_facts(plan):
     """All that infer.py must know of the data, as plain values."""
     return {

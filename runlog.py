@@ -178,11 +178,36 @@ def means_of(sums):
     return {name: float(sums[name][0]) / sums[name][1] for name in names}
 
 
+def take_means(loop):
+    """Means of the loss parts since the last line, which begin anew; the epoch's take them up.
+
+    loop: the state of the loop, with sums and draws of the line, epoch_parts and epoch_draws, each
+    as `add_parts` gathers. {} where no step had an update.
+    """
+    means, shares = means_of(loop["sums"]), means_of(loop["draws"])
+    for name, (_, count) in loop["sums"].items():
+        add_parts(loop["epoch_parts"], {name: means[name]}, count)
+    for name, (_, count) in loop["draws"].items():
+        add_parts(loop["epoch_draws"], {name: shares[name]}, count)
+    loop |= {"sums": {}, "draws": {}}
+    return means
+
+
+def take_epoch(loop):
+    """(means of the loss parts, shares of what was drawn) of the epoch, which begin anew."""
+    found = means_of(loop["epoch_parts"]), means_of(loop["epoch_draws"])
+    loop |= {"epoch_parts": {}, "epoch_draws": {}}
+    return found
+
+
 # ---------------------------------------------------------------------------- terminal
 
 
 class ProgressLine:
-    """A progress bar on a terminal, plain lines elsewhere; as a context. `say` prints above it."""
+    """A progress bar on a terminal, plain lines elsewhere; as a context. `say` prints above it.
+
+    Where nobody is there to read it any more (a closed terminal or pipe) it falls silent.
+    """
 
     def __init__(self, console, total, done):
         self.console = console
@@ -204,10 +229,13 @@ class ProgressLine:
             self.bar.stop()
 
     def say(self, text):
-        self.console.print(text)
+        try:
+            self.console.print(text)
+        except OSError:
+            self.console.file = open(os.devnull, "w")
 
     def advance(self, step, text, short):
         """text: a plain line of its own; short: what a bar has room for."""
         self.bar.update(self.task, completed=step, description=short)
         if not self.console.is_terminal:
-            self.console.print(f"step {step}/{self.total} {text}")
+            self.say(f"step {step}/{self.total} {text}")

@@ -170,20 +170,8 @@ def _train(settings, resume, stack):
         return _complain(f"run.folder: expected a folder to write to, got {error}", status)
     stack.callback(log.close)
     versions = runs.versions()
-    for line in [
-        f"run        {run_folder}, seed {settings.run.seed}, lamina {versions['lamina']}",
-        f"device     {device} ({plan.device_reason}), {torch.get_num_threads()} CPU threads",
-        f"precision  {plan.precision} ({plan.precision_reason})",
-        f"data       {len(split.train)} train, {len(split.validation)} validation, "
-        f"{len(split.test)} test cases of {settings.data.root}, spacing {plan.spacing} "
-        f"{plan.dataset.unit}",
-        f"network    {model.parameter_count(network) / 1e6:.2f} M parameters, strides "
-        f"{plan.strides[1:]} for patch {settings.sampling.patch}",
-        f"training   {total_steps} steps in {training.max_epochs} epochs, batch "
-        f"{training.train_batch_size} x {training.accumulate}, workers: {training.workers}",
-        f"cache      {patches.cache.announce()} ({plan.cache_reason})",
-        *notes,
-    ]:
+    console.print(f"run        {run_folder}, seed {settings.run.seed}, lamina {versions['lamina']}")
+    for line in [*planning.announce(plan, network, patches), *notes]:
         console.print(line)
 
     # ------------------------------------------------------------------ what keeps the run
@@ -279,54 +267,35 @@ def _train(settings, resume, stack):
     # ------------------------------------------------------------------ loop
     # One pass more than steps: state is looked at and saved at one place, before the step. So
     # step 0 is the untrained network, and the last pass only looks.
-    how = {
-        "foreground": plan.foreground,
-        "spacing": settings.data.spacing,
-        "clip": settings.data.percentiles,
-        "window": settings.window_arguments() | {"remembered": loop["window_fits"]},
-        "threshold": settings.inference.threshold,
-        "tolerance": settings.validation.tolerance,
-        "terms": plan.terms,
-        "tile": settings.sampling.patch,
-        "device": device,
-        "precision": plan.precision,
-        "report": keep.report,
-        "poll": keep.check,
-    }
+    how = planning.validation_arguments(plan, remembered=loop["window_fits"])
+    how |= {"report": keep.report, "poll": keep.check}
     chosen = split.validation[: settings.validation.max_cases]
     patience = settings.validation.patience
     log_at = (settings.monitor.log_every, iterations, stop_step)
     timed = 0  # steps on the clock
     network.train()
-    keep.record(
-        "start",
-        **runs.whereabouts(),
-        steps=stop_step,
-        iterations=iterations,
-        log_every=settings.monitor.log_every,
-        resumed=resumed,
-        versions=versions,
-        notes=notes,
-    )
     stack.enter_context(show)
     try:
+        keep.record(
+            "start",
+            **runs.whereabouts(),
+            steps=stop_step,
+            iterations=iterations,
+            log_every=settings.monitor.log_every,
+            resumed=resumed,
+            versions=versions,
+            notes=notes,
+        )
         while True:
             step, epoch = loop["step"], loop["step"] // iterations
             done = step >= stop_step
             reason = None if done else keep.reason()
             at_epoch = step % iterations == 0
             if at_epoch and loop["epoch_parts"]:
-                reached = runlog.means_of(loop["epoch_draws"])
-                log.write(
-                    "epoch",
-                    step=step,
-                    epoch=epoch - 1,
-                    loss=runlog.means_of(loop["epoch_parts"]),
-                    draws=reached,
-                    cache=patches.cache.counts(),
-                )
+                means, reached = runlog.take_epoch(loop)
+                content = {"loss": means, "draws": reached, "cache": patches.cache.counts()}
+                log.write("epoch", step=step, epoch=epoch - 1, **content)
                 show.say(f"epoch {epoch - 1}: shares of patches: " + _numbers(reached))
-                loop |= {"epoch_parts": {}, "epoch_draws": {}}
             if step != saver.step and (done or at_epoch or reason or keep.due()):
                 keep.save("last.pt")  # before anything that may fail
             keep.tell_of_saved()
@@ -387,29 +356,17 @@ def _train(settings, resume, stack):
                     functools.partial(planning.draw, plan),
                     fp16_scale=scaler.get_scale() if scaler.is_enabled() else None,
                 )
-                nonfinite.count(loop["skipped"], fault)
-                keep.report("step skipped", f"no update: {fault.text}", cases=fault.cases)
-                if loop["skipped"]["in_a_row"] >= training.max_skipped:
-                    (by_case,) = nonfinite.tell_of(loop["skipped"])
-                    raise stopping.CannotGoOn(
-                        f"{training.max_skipped} steps in a row had no finite loss and gradient "
-                        f"(training.max_skipped), the last one: {fault.text}; {by_case}"
-                    )
+                nonfinite.note(fault, loop["skipped"], training.max_skipped, keep.report)
             else:
                 loop["skipped"]["in_a_row"] = 0
                 for found, drawn in learnt:
                     runlog.add_parts(loop["sums"], found, 1 / training.accumulate)
                     runlog.add_parts(loop["draws"], drawn)
             if any(loop["step"] % n == 0 for n in log_at):
-                means = runlog.means_of(loop["sums"])  # waits for the device
+                means = runlog.take_means(loop)  # waits for the device
                 seconds = ticks.means(timed)
                 step_seconds = sum(seconds.values())
                 loop["seconds"] += step_seconds * timed
-                for name, (_, count) in loop["sums"].items():
-                    runlog.add_parts(loop["epoch_parts"], {name: means[name]}, count)
-                for name, share in runlog.means_of(loop["draws"]).items():
-                    count = loop["draws"][name][1]
-                    runlog.add_parts(loop["epoch_draws"], {name: share}, count)
                 log.write(
                     "step",
                     step=loop["step"],
@@ -427,7 +384,6 @@ def _train(settings, resume, stack):
                     short=f"loss {means.get('total', math.nan):.3f} {step_seconds:.2f} s/step, "
                     f"wait {seconds['wait'] / step_seconds:.0%}",
                 )
-                loop |= {"sums": {}, "draws": {}}
                 loop["skipped"]["since_log"] = timed = 0
         keep.tell_of_saved(wait=True)
         keep.record("end")
