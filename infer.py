@@ -8,7 +8,7 @@
 Leaves <output>/<id> in the format of the source, uint8 0 and 1 on the image's own grid with its
 spacing and affine; with inference.save_probabilities=true also <output>/probabilities/<id>.
 Without --output these go to the run's predictions/. Every input is checked before the first is
-predicted. Exit status: 0 done, 1 a result could not be written, 2 the input is wrong (one
+predicted. Exit status: 0 done, 1 a result could not be made or written, 2 the input is wrong (one
 sentence per fault, nothing written).
 """
 
@@ -34,6 +34,7 @@ import config
 import data
 import intensity
 import model
+import stopping
 import volumes
 import windows
 
@@ -253,7 +254,7 @@ def predict(network, job, settings, spacing, **how):
     """(mask, probs) of a job: mask (D, H, W) uint8 of 0 and 1; probs float32 or None, as asked for.
 
     spacing: of the run, 0 or None where it takes an axis as stored; how: device, precision and
-    progress for windows.predict_slabs. Memory: a byte per voxel beside the slab, four more with
+    more for windows.predict_slabs. Memory: a byte per voxel beside the slab, four more with
     probabilities.
     """
     inference = settings.inference
@@ -387,11 +388,20 @@ def main(argv=None):
 
     # ------------------------------------------------------------------ one volume after another
     network.to(device)
+    remembered = {}  # which sizes of volumes need what memory
     for number, job in enumerate(jobs, start=1):
         started = time.perf_counter()
         with progress_of(job, console) as progress:
             how = {"device": device, "precision": precision, "progress": progress}
-            mask, probs = predict(network, job, settings, state["data"]["spacing"], **how)
+            how |= {
+                "remembered": remembered,
+                "report": lambda kind, text, **figures: console.print(text),
+            }
+            try:
+                mask, probs = predict(network, job, settings, state["data"]["spacing"], **how)
+            except stopping.CannotGoOn as fault:
+                print(f"{job.id}: {fault}", file=sys.stderr)
+                return 1
         try:
             target = write(job, output, mask, probs)
         except OSError as error:

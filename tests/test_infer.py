@@ -88,6 +88,7 @@ def image_of(shape, seed=0, dtype=np.uint8):
 
 
 def write_nifti(path, image, affine=TURNED):
+    path.parent.mkdir(exist_ok=True)
     file = nibabel.Nifti1Image(image.T, affine)
     file.header.set_xyzt_units("micron")
     nibabel.save(file, path)
@@ -347,3 +348,41 @@ def test_predictions_never_replace_the_raw_file_of_a_case(run, tmp_path, capsys)
     assert "would overwrite an input" in fault
     (fault,) = faults_of(capsys, "--ckpt", run(), *case, "--output", tmp_path / "p.nii.gz")
     assert "expected a folder, got the name of a file" in fault
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def test_prediction_goes_on_with_less_memory_and_the_next_volume_begins_there(
+    run, tmp_path, capsys, monkeypatch
+):
+    image = image_of((9, 20, 18))
+    for name in ("a", "b"):
+        write_nifti(tmp_path / "scans" / f"{name}.nii.gz", image)
+    call, failed = windows._call, []
+
+    def small(network, patches, precision):
+        if len(patches) > 1 or not failed or failed[-1] > 1:
+            failed.append(len(patches))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call(network, patches, precision)
+
+    monkeypatch.setattr(windows, "_call", small)
+    infer_ok("--ckpt", run(), "--input", tmp_path / "scans", "inference.batch=4")
+    assert failed == [4, 2, 1]
+    mask = np.asarray(nibabel.load(tmp_path / "runs/tiny/predictions/b.nii.gz").dataobj).T
+    np.testing.assert_array_equal(mask, expected_probs(image) >= 0.5)
+    assert "the results on the CPU" in capsys.readouterr().out
+
+
+def test_a_window_that_fits_in_no_way_is_one_sentence(run, tmp_path, capsys, monkeypatch):
+    write_nifti(tmp_path / "a.nii.gz", image_of((9, 20, 18)))
+
+    def never(network, patches, precision):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(windows, "_call", never)
+    assert infer.main(["--ckpt", str(run()), "--input", str(tmp_path / "a.nii.gz")]) == 1
+    error = capsys.readouterr().err
+    assert "lower inference.window" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "runs/tiny/predictions/a.nii.gz").exists()
