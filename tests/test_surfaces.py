@@ -1,0 +1,230 @@
+"""Surface scores of plates and voxels drawn by hand, and against the published package."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+from scipy import ndimage, spatial
+
+import surfaces
+from surfaces import average_surface_distance, hausdorff, surface_dice, surface_pair
+
+
+def plate(z, shape=(9, 8, 8)):
+    """One slice of foreground: its corners lie on the planes z and z + 1, half of the area each."""
+    mask = np.zeros(shape, bool)
+    mask[z] = True
+    return mask
+
+
+def voxel(*place, shape=(5, 5, 9)):
+    mask = np.zeros(shape, bool)
+    mask[place] = True
+    return mask
+
+
+EMPTY, FULL = np.zeros((9, 8, 8), bool), np.ones((9, 8, 8), bool)
+
+
+# ---------------------------------------------------------------------------- by hand
+
+
+def test_distances_of_two_plates_depend_on_the_slice_spacing():
+    # From the planes 2 and 3 to the plane 5: 3 and 2 slices; from 5 and 6 to 3: 2 and 3.
+    near, far = plate(2), plate(5)
+    assert hausdorff(near, far, percentile=100) == 3.0
+    assert hausdorff(near, far, percentile=95) == 3.0
+    assert hausdorff(near, far, percentile=50) == 2.0
+    assert average_surface_distance(near, far) == pytest.approx(2.5)
+    assert hausdorff(near, far, (5, 1, 1), 95) == 15.0
+    assert average_surface_distance(near, far, (5, 1, 1)) == pytest.approx(12.5)
+
+
+def test_surface_dice_of_two_plates_at_several_tolerances():
+    # Half of the area is 2 slices away, the other half 3.
+    found = surface_dice(plate(2), plate(5), tolerance=[1.9, 2.0, 2.9, 3.0])
+    assert found == pytest.approx([0.0, 0.5, 0.5, 1.0])
+    assert surface_dice(plate(2), plate(5), (0.5, 9, 9), [0.9, 1.0]) == pytest.approx([0.0, 0.5])
+
+
+def test_distances_of_two_voxels_in_a_row():
+    # Four corners are 3 voxels from the other one, four are 4.
+    pair = surface_pair(voxel(2, 2, 1), voxel(2, 2, 5), (1.0, 1.0, 2.0))
+    assert (pair.hausdorff(50), pair.hausdorff(51), pair.hausdorff()) == (6.0, 8.0, 8.0)
+    assert pair.assd() == pytest.approx(7.0)
+    assert pair.average_distances() == pytest.approx((7.0, 7.0))
+
+
+def test_directions_differ_where_one_surface_is_a_part_of_the_other():
+    # Every corner of the first is one of both; half of both's area is 2 or 3 slices away from it.
+    both = plate(2) | plate(5)
+    pair = surface_pair(plate(2), both)
+    assert pair.average_distances()[0] == 0.0
+    assert pair.average_distances()[1] == pytest.approx((2 + 3) / 4)
+    assert pair.assd() == pytest.approx((2 + 3) / 4 * 2 / 3)
+    assert pair.hausdorff() == 3.0
+
+
+def test_area_of_one_voxel():
+    # One corner of a cube cut off at its edges' middles: a triangle, sqrt(3) / 8, on each corner.
+    counts = surfaces.surface(voxel(2, 2, 2)).histogram
+    assert counts.sum() == 8
+    assert counts @ surfaces.surfel_areas((1.0, 1.0, 1.0)) == pytest.approx(math.sqrt(3))
+
+
+def test_area_of_a_plate_grows_with_its_sides():
+    shape = (3, 40, 50)
+    counts = surfaces.surface(plate(1, shape)).histogram
+    areas = surfaces.surfel_areas((1.0, 2.0, 3.0))
+    # The inner corners carry a whole voxel's face each, on both sides.
+    assert counts @ areas == pytest.approx(2 * 39 * 49 * 2 * 3, rel=0.1)
+    assert counts[0b00001111] == counts[0b11110000] == 39 * 49
+
+
+def test_percentiles_tied_by_rounding_count_as_reached():
+    areas = np.full(20, 0.1)  # 19 of 20 are 95 %, whatever 0.1 sums up to
+    assert surfaces._percentile(np.arange(20.0), areas, 95) == 18.0
+    assert surfaces._percentile(np.arange(20.0), areas, 95.1) == 19.0
+
+
+# ---------------------------------------------------------------------------- degenerate
+
+
+@pytest.mark.parametrize(
+    ("prediction", "truth", "dice", "distance"),
+    [
+        (EMPTY, EMPTY, 1.0, 0.0),
+        (EMPTY, plate(2), 0.0, math.sqrt(18**2 + 8**2 + 8**2)),
+        (plate(2), EMPTY, 0.0, math.sqrt(18**2 + 8**2 + 8**2)),
+        (FULL, FULL, 1.0, 0.0),
+    ],
+    ids=["both empty", "prediction empty", "truth empty", "all foreground"],
+)
+def test_degenerate_masks(prediction, truth, dice, distance):
+    pair = surface_pair(prediction, truth, (2.0, 1.0, 1.0))
+    assert pair.dice(1.0) == dice
+    assert pair.hausdorff(95) == pair.hausdorff() == pair.assd() == pytest.approx(distance)
+    assert pair.average_distances() == pytest.approx((distance, distance))
+
+
+def test_a_single_voxel_in_a_volume_of_one():
+    pair = surface_pair(np.ones((1, 1, 1), bool), np.ones((1, 1, 1), bool))
+    assert (pair.dice(0.0), pair.hausdorff(), pair.assd()) == (1.0, 0.0, 0.0)
+
+
+def test_all_foreground_has_the_border_of_the_volume_as_surface():
+    found = surfaces.surface(FULL)
+    inner = found.codes[1:-1, 1:-1, 1:-1]
+    assert (inner == 255).all()
+    assert found.histogram.sum() == found.codes.size - inner.size
+
+
+def test_a_wider_volume_changes_nothing_but_the_diagonal():
+    rng = np.random.default_rng(3)
+    small = [ndimage.gaussian_filter(rng.normal(size=(7, 8, 9)), 1.0) > 0.1 for _ in range(2)]
+    large = [np.pad(mask, ((4, 1), (0, 6), (70, 2))) for mask in small]
+    spacing = (2.0, 1.0, 0.7)
+    here, there = surface_pair(*small, spacing), surface_pair(*large, spacing)
+    for ask in (lambda p: p.dice(1.5), lambda p: p.hausdorff(90), lambda p: p.assd()):
+        assert ask(here) == ask(there)
+    assert there.diagonal > here.diagonal
+
+
+@pytest.mark.parametrize("spacing", [(1, 0, 1), (1, 1), (1, 1, np.inf)])
+def test_an_impossible_spacing_is_refused(spacing):
+    with pytest.raises(ValueError, match=r"^spacing: expected three positive numbers z, y, x, got"):
+        surface_dice(plate(2), plate(3), spacing)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, np.nan, np.inf])
+def test_an_impossible_tolerance_or_percentile_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"^tolerance: expected a number of 0 or more, got"):
+        surface_dice(plate(2), plate(3), tolerance=wrong)
+    with pytest.raises(ValueError, match=r"^percentile: expected a number from 0 to 100, got"):
+        hausdorff(plate(2), plate(3), percentile=wrong)
+
+
+# ---------------------------------------------------------------------------- references
+
+
+def random_pair(rng):
+    """Two blobby masks that are not empty, their spacing, and a tolerance."""
+    field = ndimage.gaussian_filter(rng.normal(size=rng.integers(3, 16, 3)), 1.0)
+    moved = ndimage.shift(field, rng.uniform(-2, 2, 3), order=1, mode="nearest")
+    cuts = np.quantile(field, rng.uniform(0.2, 0.9)), np.quantile(moved, rng.uniform(0.2, 0.9))
+    spacing = tuple(rng.uniform(0.3, 5.0, 3))
+    return field > cuts[0], moved > cuts[1], spacing, rng.choice([0.0, 0.7, 2.0, 6.0])
+
+
+# Each way to a distance in turn: offsets, k-d tree, transform of the box; and surface Dice by them.
+WAYS = {
+    "as chosen": {},
+    "tree": {"_MOST_OFFSETS": 1, "_VOXELS_PER_QUERY": 0},
+    "transform": {"_MOST_OFFSETS": 1, "_VOXELS_PER_QUERY": 10**9, "_MOST_ROWS": 0},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_surface_scores_agree_with_the_published_package(way, monkeypatch):
+    package = pytest.importorskip("surface_distance")
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(surfaces, name, value)
+    rng = np.random.default_rng(0)
+    found, expected = [], []
+    for _ in range(100):
+        prediction, truth, spacing, tolerance = random_pair(rng)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it still calls SciPy by names that are going away
+            theirs = package.compute_surface_distances(truth, prediction, spacing)
+        to_prediction, to_truth = package.compute_average_surface_distance(theirs)
+        pair = surface_pair(prediction, truth, spacing)
+        found.append((pair.dice(tolerance), *pair.average_distances()))
+        found[-1] += tuple(pair.hausdorff(p) for p in (50, 95, 100))
+        expected.append((package.compute_surface_dice_at_tolerance(theirs, tolerance),))
+        expected[-1] += (to_truth, to_prediction)
+        expected[-1] += tuple(package.compute_robust_hausdorff(theirs, p) for p in (50, 95, 100))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    assert (np.std(expected, axis=0) > 0.1).all()  # not a hundred times the same
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1.0, 63.0, 64.0, 65.5, 130.0])
+def test_rows_of_several_words_are_dilated_as_pairs_of_corners_say(tolerance):
+    rng = np.random.default_rng(1)
+    prediction, truth = rng.random((2, 2, 3, 200)) < 0.004
+    found = [surfaces.surface(mask) for mask in (prediction, truth)]
+    both = [(surface, surfaces.is_mixed(surface.codes)) for surface in found]
+    lengths = spatial.distance.cdist(*(np.argwhere(mixed) for _, mixed in both))
+    areas = surfaces.surfel_areas((1.0, 1.0, 1.0))
+    area = np.concatenate([areas[found.codes[mixed]] for found, mixed in both])
+    near = np.concatenate([lengths.min(axis=1), lengths.min(axis=0)]) <= tolerance
+    expected = area[near].sum() / area.sum()
+    assert surface_dice(prediction, truth, tolerance=tolerance) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_corner_gets_its_nearest_one_exactly(way, monkeypatch):
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(surfaces, name, value)
+    rng = np.random.default_rng(2)
+    prediction = np.zeros((12, 30, 30), bool)
+    prediction[:, :4, :4] = rng.random((12, 4, 4)) < 0.5
+    truth = rng.random(prediction.shape) < 0.002
+    spacing = (2.5, 1.0, 0.4)
+    pair = surface_pair(prediction, truth, spacing)
+    both = [np.argwhere(surfaces.is_mixed(found.codes)) for found in pair.surfaces]
+    steps = (both[0][:, None] - both[1]) * spacing
+    exact = np.sqrt((steps[..., 0] ** 2 + steps[..., 1] ** 2) + steps[..., 2] ** 2)
+    np.testing.assert_array_equal(pair.distances[0][0], exact.min(axis=1))
+    np.testing.assert_array_equal(pair.distances[1][0], exact.min(axis=0))
+
+
+def test_one_thread_finds_what_two_find():
+    rng = np.random.default_rng(4)
+    prediction, truth, spacing, _ = random_pair(rng)
+    one, two = (surface_pair(prediction, truth, spacing, threads=n) for n in (1, 2))
+    assert (one.dice(2.0), one.hausdorff(), one.assd()) == (
+        two.dice(2.0),
+        two.hausdorff(),
+        two.assd(),
+    )
