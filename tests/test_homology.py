@@ -203,22 +203,47 @@ def common(first, second):
 def test_matches_agree_with_a_filtration_of_the_whole_volume_by_gudhi():
     rng = np.random.default_rng(0)
     seen = []
-    for _ in range(30):
-        shape = rng.integers(4, 11, 3)
+    for _ in range(60):
+        shape = rng.integers(5, 11, 3)
         field = ndimage.gaussian_filter(rng.normal(size=shape), 0.6)
-        other = field + 0.3 * rng.normal(size=shape) * field.std()
-        prediction, truth = other > rng.uniform(-0.1, 0.2), field > rng.uniform(-0.1, 0.2)
-        prediction, truth = np.pad(prediction, (0, 2)), np.pad(truth, (0, 2))
-        union = prediction | truth
-        died = zip(deaths_by_gudhi(prediction, union), deaths_by_gudhi(truth, union), strict=True)
-        expected = [common(*pair) for pair in died]
-        found = betti_matching(prediction, truth)
+        other = field + 0.4 * rng.normal(size=shape) * field.std()
+        around = rng.integers(0, 3, (3, 2))  # empty slices, which a crop to the box leaves out
+        pair = [np.pad(f > rng.uniform(0.0, 0.3), around) for f in (other, field)]
+        union = pair[0] | pair[1]
+        died = zip(*(deaths_by_gudhi(mask, union) for mask in pair), strict=True)
+        expected = [common(*deaths) for deaths in died]
+        found = betti_matching(*pair)
         assert [found[dim][0] for dim in range(3)] == expected
         for dim, mortal in ((0, 1), (1, 0), (2, 0)):
-            betti = (betti_numbers(mask, 6)[dim] for mask in (prediction, truth))
+            betti = (betti_numbers(mask, 6)[dim] for mask in pair)
             assert found[dim][1:] == tuple(max(0, number - mortal) for number in betti)
         seen.append(expected)
     assert np.sum(seen, axis=0)[:2].min() > 30
+
+
+def test_the_background_before_the_box_joins_pieces_first():
+    prediction, truth = drawn(".# ..", "#. .."), drawn(".# #.", ".. .#")
+    pair = [np.pad(mask, 2) for mask in (prediction, truth)]
+    died = [deaths_by_gudhi(mask, pair[0] | pair[1])[0] for mask in pair]
+    assert common(*died) == betti_matching(*pair)[0][0] == 0
+    # Where the volume ends at the box there is no such background.
+    assert betti_matching(prediction, truth)[0] == (1, 1, 2)
+
+
+def test_a_tile_without_common_classes_takes_no_pass_and_one_of_pieces_none_for_loops(monkeypatch):
+    import cripser
+
+    tops, compute = [], cripser.computePH
+    monkeypatch.setattr(
+        cripser, "computePH", lambda f, maxdim: tops.append(maxdim) or compute(f, maxdim=maxdim)
+    )
+    assert betti_matching(RING, BROKEN_RING)[1] == (0, 1, 0)
+    assert tops == []
+    two = placed(((0, 0, 0), BAR), ((0, 5, 0), BAR))
+    assert betti_matching(two, two | placed(((3, 3, 3), RING))) == {
+        0: (1, 1, 2), 1: (0, 0, 1), 2: (0, 0, 0),
+    }  # fmt: skip
+    assert tops == [0, 0]
 
 
 def test_either_mask_may_come_first_and_tiles_run_on_any_number_of_threads():

@@ -231,6 +231,20 @@ def test_the_tolerance_of_a_call_is_that_of_a_surface_dice_without_a_number():
     assert list(found) == ["surface_dice@4", "surface_dice"]
 
 
+def test_hd95_is_the_95th_percentile():
+    # 101 planes of corners, of which the two ends weigh 0.61: 93.61 of 100.22 lie on the other row,
+    # and 1, 2, ... 7 off it each one more. 95 % are 95.21.
+    long, short = bar(0, 100, (1, 1, 100)), bar(0, 93, (1, 1, 100))
+    found = score(long, short, names=["hausdorff@93", "hd95", "hausdorff@95", "hausdorff"])
+    assert found == {"hausdorff@93": 0.0, "hd95": 2.0, "hausdorff@95": 2.0, "hausdorff": 7.0}
+
+
+def test_the_challenge_knows_no_spacing():
+    scores = [score(bar(2, 6), bar(5, 6), (1, 1, x), names=["vesuvius_score"]) for x in (1, 3)]
+    assert scores[0] == scores[1]
+    assert scores[0]["vesuvius_score"] < 1.0
+
+
 def test_a_skeleton_that_thinning_loses_is_the_mask_itself():
     even = np.zeros((6, 6, 14), int)
     even[2:4, 2:4, 2:12] = 1
@@ -282,6 +296,7 @@ def test_what_scores_share_is_made_once_for_each_mask(monkeypatch):
     assert [len(made) for made in calls] == [2, 2, 2, 2]
     assert not tiles
     score(bar(2, 8), bar(3, 8), names=SCORES)
+    assert len(calls[0]) == 4
     assert len(tiles) == 2 * 8
 
 

@@ -82,10 +82,35 @@ def test_area_of_a_plate_grows_with_its_sides():
     assert counts[0b00001111] == counts[0b11110000] == 39 * 49
 
 
+def test_codes_hold_the_lowest_indices_in_the_highest_bit():
+    codes = surfaces.surface(voxel(2, 2, 2)).codes  # of corners 2 and 3 along each axis
+    assert codes[2:4, 2:4, 2:4].reshape(-1).tolist() == [1, 2, 4, 8, 16, 32, 64, 128]
+
+
+def test_a_tolerance_of_whole_steps_reaches_them_whatever_rounding_says():
+    step, steps = 0.1 * 3, 31
+    assert int(9.3 / step) < steps and steps * step <= 9.3
+    first, last = plate(0, (33, 2, 2)), plate(32, (33, 2, 2))  # planes 0 and 1, 32 and 33
+    assert surface_dice(first, last, (step, 1, 1), 9.3) == pytest.approx(0.5)
+
+
+def test_the_largest_distance_is_that_of_the_smallest_area():
+    codes, area = np.arange(2), np.array([1.0, 1e-13])
+    assert surfaces._percentile(np.array([1.0, 5.0]), codes, area, 100) == 5.0
+
+
+def test_a_surface_in_slabs_is_that_of_the_whole(monkeypatch):
+    mask = np.random.default_rng(5).random((9, 7, 8)) < 0.5
+    whole = surfaces.surface(mask)
+    monkeypatch.setattr(surfaces, "_SLAB", 150)  # two planes of corners at a time
+    for slabs, one in zip(surfaces.surface(mask), whole, strict=True):
+        np.testing.assert_array_equal(slabs, one)
+
+
 def test_percentiles_tied_by_rounding_count_as_reached():
-    areas = np.full(20, 0.1)  # 19 of 20 are 95 %, whatever 0.1 sums up to
-    assert surfaces._percentile(np.arange(20.0), areas, 95) == 18.0
-    assert surfaces._percentile(np.arange(20.0), areas, 95.1) == 19.0
+    codes, area = np.zeros(20, int), np.full(1, 0.1)  # 19 of 20 are 95 %, whatever 0.1 sums up to
+    assert surfaces._percentile(np.arange(20.0), codes, area, 95) == 18.0
+    assert surfaces._percentile(np.arange(20.0), codes, area, 95.1) == 19.0
 
 
 # ---------------------------------------------------------------------------- degenerate
