@@ -29,8 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from corners import bounding_box, extract
 from partitions import count_components
-from surfaces import bounding_box, surface
 
 DUAL = {6: 26, 26: 6}  # the connectivity of the background
 WEIGHTS = (0.34, 0.33, 0.33)  # of the TopoScore's dimensions
@@ -44,7 +44,7 @@ def betti_numbers(mask, connectivity=26, *, histogram=None, components=None):
 
     connectivity of the foreground: 26 (voxels are closed cubes, touching by faces, edges or
     corners) or 6 (by faces); the background has the other one. (0, 0, 0) for an empty mask; b1 is
-    b0 + b2 less the Euler characteristic. What is known can be given: the `Surface.histogram` of
+    b0 + b2 less the Euler characteristic. What is known can be given: the `Corners.histogram` of
     the mask in any box, and b0.
 
     ValueError for a mask that is not 3-D or another connectivity.
@@ -59,7 +59,7 @@ def betti_numbers(mask, connectivity=26, *, histogram=None, components=None):
         return 0, 0, 0
     box = bounding_box(mask)
     if histogram is None:
-        histogram = surface(mask[box]).histogram
+        histogram = extract(mask[box]).histogram
     if components is None:
         components = count_components(mask[box], connectivity)
     background = ~np.pad(mask[box], 1)
@@ -69,7 +69,7 @@ def betti_numbers(mask, connectivity=26, *, histogram=None, components=None):
 
 
 def euler_characteristic(histogram, connectivity=26):
-    """b0 - b1 + b2 of a mask from its (256,) `Surface.histogram`, as an int.
+    """b0 - b1 + b2 of a mask from its (256,) `Corners.histogram`, as an int.
 
     Each corner holds a share of the cells around it: with 26-connectivity of the corner itself and
     of its edges, faces and voxels that belong to the foreground; with 6-connectivity of the voxels

@@ -7,7 +7,8 @@
 It shares no code with the losses, so that a mistake there cannot hide itself here. Scores equal
 their published reference implementations on the same masks. All of them, with what is better and
 what they cost, stand in SCORES at the end of the file; what needs more than a line is in
-surfaces.py, partitions.py and homology.py.
+corners.py, neighbours.py, surfaces.py,
+partitions.py and homology.py.
 """
 
 import difflib
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import corners
 import homology
 import partitions
 import surfaces
@@ -153,7 +155,7 @@ class Comparison:
         self.whole = prediction, truth
         self.spacing, self.tolerance = surfaces.checked_spacing(spacing), tolerance
         self.threads = threads
-        box = surfaces.bounding_box(prediction | truth)
+        box = corners.bounding_box(prediction | truth)
         self.masks = prediction[box], truth[box]
 
     def both(self, function, *arguments):
@@ -175,8 +177,8 @@ class Comparison:
 
     @functools.cached_property
     def corners(self):
-        """The `surfaces.Surface` of prediction and truth."""
-        return self.both(surfaces.surface, self.masks)
+        """The `corners.Corners` of prediction and truth."""
+        return self.both(corners.extract, self.masks)
 
     @functools.cached_property
     def surfaces(self):

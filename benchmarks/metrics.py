@@ -31,6 +31,7 @@ from scipy import ndimage
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import homology
 import metrics
+import neighbours
 import partitions
 import phantoms
 import surfaces
@@ -90,7 +91,7 @@ def package_information(prediction, truth):
 
 def hd95(prediction, truth, **constants):
     for name, value in constants.items():
-        setattr(surfaces, name, value)
+        setattr(neighbours, name, value)
     return surfaces.hausdorff(prediction, truth, percentile=95.0)
 
 
@@ -102,7 +103,9 @@ PARTS = {
     "surface Dice": surfaces.surface_dice,
     "surface Dice, surface-distance": package_surface_dice,
     "HD95": hd95,
-    "HD95, k-d tree of all corners": lambda p, t: hd95(p, t, _MOST_OFFSETS=1, _VOXELS_PER_QUERY=0),
+    "HD95, k-d tree of all corners": lambda p, t: hd95(
+        p, t, _MOST_OFFSETS=1, _VOXELS_PER_QUERY=0, _ROWS_PER_VOXEL=0
+    ),
     "HD95, transform of the box": lambda p, t: hd95(p, t, _MOST_OFFSETS=1, _VOXELS_PER_QUERY=10**9),
     "HD95, surface-distance": package_hd95,
     "VOI": lambda p, t: partitions.partition(p, t).variation_of_information(),

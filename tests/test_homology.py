@@ -7,8 +7,8 @@ from scipy import ndimage
 from skimage.measure import euler_number
 
 import homology
+from corners import extract
 from homology import betti_matching, betti_numbers, matching_f1, toposcore
-from surfaces import surface
 
 
 def drawn(*planes):
@@ -86,15 +86,15 @@ def test_betti_numbers_agree_with_gudhi_and_with_euler_characteristics():
             alive = [dim for dim, (birth, death) in pairs if birth == 0 < death]
             found = betti_numbers(mask, connectivity)
             assert found == tuple(alive.count(dim) for dim in range(3))
-            euler = homology.euler_characteristic(surface(mask).histogram, connectivity)
+            euler = homology.euler_characteristic(extract(mask).histogram, connectivity)
             assert euler == euler_number(mask, connectivity=1 if connectivity == 6 else 3)
             seen.add(found)
     assert len(seen) > 30
 
 
 def test_what_is_known_already_is_not_worked_out_again(monkeypatch):
-    known = {"histogram": surface(RING).histogram, "components": 1}
-    monkeypatch.setattr(homology, "surface", None)
+    known = {"histogram": extract(RING).histogram, "components": 1}
+    monkeypatch.setattr(homology, "extract", None)
     assert betti_numbers(RING, **known) == (1, 1, 0)
 
 

@@ -10,6 +10,7 @@ import pytest
 import skimage.morphology
 from scipy import ndimage
 
+import corners
 import homology
 import partitions
 import surfaces
@@ -282,8 +283,8 @@ def counted(monkeypatch, module, name):
 
 def test_what_scores_share_is_made_once_for_each_mask(monkeypatch):
     calls = [
-        counted(monkeypatch, surfaces, "surface"),
-        counted(monkeypatch, surfaces, "_distances"),
+        counted(monkeypatch, corners, "extract"),
+        counted(monkeypatch, surfaces, "nearest_distances"),
         counted(monkeypatch, partitions, "label"),
         counted(monkeypatch, skimage.morphology, "skeletonize"),
     ]
@@ -301,7 +302,7 @@ def test_what_scores_share_is_made_once_for_each_mask(monkeypatch):
 
 
 def test_what_is_not_asked_for_is_not_made(monkeypatch):
-    for module, name in ((surfaces, "surface"), (partitions, "label"), (homology, "_deaths")):
+    for module, name in ((corners, "extract"), (partitions, "label"), (homology, "_deaths")):
         monkeypatch.setattr(module, name, None)
     assert score(bar(3, 4), bar(1, 5), names=["dice", "recall"]) == {
         "dice": pytest.approx(6 / 9), "recall": pytest.approx(3 / 5),

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from scipy import ndimage, spatial
 
+import corners
+import neighbours
 import surfaces
 from surfaces import average_surface_distance, hausdorff, surface_dice, surface_pair
 
@@ -66,27 +68,6 @@ def test_directions_differ_where_one_surface_is_a_part_of_the_other():
     assert pair.hausdorff() == 3.0
 
 
-def test_area_of_one_voxel():
-    # One corner of a cube cut off at its edges' middles: a triangle, sqrt(3) / 8, on each corner.
-    counts = surfaces.surface(voxel(2, 2, 2)).histogram
-    assert counts.sum() == 8
-    assert counts @ surfaces.surfel_areas((1.0, 1.0, 1.0)) == pytest.approx(math.sqrt(3))
-
-
-def test_area_of_a_plate_grows_with_its_sides():
-    shape = (3, 40, 50)
-    counts = surfaces.surface(plate(1, shape)).histogram
-    areas = surfaces.surfel_areas((1.0, 2.0, 3.0))
-    # The inner corners carry a whole voxel's face each, on both sides.
-    assert counts @ areas == pytest.approx(2 * 39 * 49 * 2 * 3, rel=0.1)
-    assert counts[0b00001111] == counts[0b11110000] == 39 * 49
-
-
-def test_codes_hold_the_lowest_indices_in_the_highest_bit():
-    codes = surfaces.surface(voxel(2, 2, 2)).codes  # of corners 2 and 3 along each axis
-    assert codes[2:4, 2:4, 2:4].reshape(-1).tolist() == [1, 2, 4, 8, 16, 32, 64, 128]
-
-
 def test_a_tolerance_of_whole_steps_reaches_them_whatever_rounding_says():
     step, steps = 0.1 * 3, 31
     assert int(9.3 / step) < steps and steps * step <= 9.3
@@ -97,14 +78,6 @@ def test_a_tolerance_of_whole_steps_reaches_them_whatever_rounding_says():
 def test_the_largest_distance_is_that_of_the_smallest_area():
     codes, area = np.arange(2), np.array([1.0, 1e-13])
     assert surfaces._percentile(np.array([1.0, 5.0]), codes, area, 100) == 5.0
-
-
-def test_a_surface_in_slabs_is_that_of_the_whole(monkeypatch):
-    mask = np.random.default_rng(5).random((9, 7, 8)) < 0.5
-    whole = surfaces.surface(mask)
-    monkeypatch.setattr(surfaces, "_SLAB", 150)  # two planes of corners at a time
-    for slabs, one in zip(surfaces.surface(mask), whole, strict=True):
-        np.testing.assert_array_equal(slabs, one)
 
 
 def test_percentiles_tied_by_rounding_count_as_reached():
@@ -136,13 +109,6 @@ def test_degenerate_masks(prediction, truth, dice, distance):
 def test_a_single_voxel_in_a_volume_of_one():
     pair = surface_pair(np.ones((1, 1, 1), bool), np.ones((1, 1, 1), bool))
     assert (pair.dice(0.0), pair.hausdorff(), pair.assd()) == (1.0, 0.0, 0.0)
-
-
-def test_all_foreground_has_the_border_of_the_volume_as_surface():
-    found = surfaces.surface(FULL)
-    inner = found.codes[1:-1, 1:-1, 1:-1]
-    assert (inner == 255).all()
-    assert found.histogram.sum() == found.codes.size - inner.size
 
 
 def test_a_wider_volume_changes_nothing_but_the_diagonal():
@@ -182,11 +148,12 @@ def random_pair(rng):
     return field > cuts[0], moved > cuts[1], spacing, rng.choice([0.0, 0.7, 2.0, 6.0])
 
 
-# Each way to a distance in turn: offsets, k-d tree, transform of the box; and surface Dice by them.
+# Each way to a distance in turn, and surface Dice by them.
 WAYS = {
     "as chosen": {},
-    "tree": {"_MOST_OFFSETS": 1, "_VOXELS_PER_QUERY": 0},
-    "transform": {"_MOST_OFFSETS": 1, "_VOXELS_PER_QUERY": 10**9, "_MOST_ROWS": 0},
+    "rows": {"_MOST_OFFSETS": 1, "_VOXELS_PER_QUERY": 0, "_ROWS_PER_VOXEL": 10**9},
+    "tree": {"_MOST_OFFSETS": 1, "_VOXELS_PER_QUERY": 0, "_ROWS_PER_VOXEL": 0},
+    "transform": {"_MOST_OFFSETS": 1, "_VOXELS_PER_QUERY": 10**9},
 }
 
 
@@ -194,7 +161,8 @@ WAYS = {
 def test_surface_scores_agree_with_the_published_package(way, monkeypatch):
     package = pytest.importorskip("surface_distance")
     for name, value in WAYS[way].items():
-        monkeypatch.setattr(surfaces, name, value)
+        monkeypatch.setattr(neighbours, name, value)
+    monkeypatch.setattr(surfaces, "_MOST_ROWS", surfaces._MOST_ROWS if way == "as chosen" else 0)
     rng = np.random.default_rng(0)
     found, expected = [], []
     for _ in range(100):
@@ -217,31 +185,14 @@ def test_surface_scores_agree_with_the_published_package(way, monkeypatch):
 def test_rows_of_several_words_are_dilated_as_pairs_of_corners_say(tolerance):
     rng = np.random.default_rng(1)
     prediction, truth = rng.random((2, 2, 3, 200)) < 0.004
-    found = [surfaces.surface(mask) for mask in (prediction, truth)]
-    both = [(surface, surfaces.is_mixed(surface.codes)) for surface in found]
+    found = [corners.extract(mask) for mask in (prediction, truth)]
+    both = [(surface, corners.is_mixed(surface.codes)) for surface in found]
     lengths = spatial.distance.cdist(*(np.argwhere(mixed) for _, mixed in both))
-    areas = surfaces.surfel_areas((1.0, 1.0, 1.0))
+    areas = corners.surfel_areas((1.0, 1.0, 1.0))
     area = np.concatenate([areas[found.codes[mixed]] for found, mixed in both])
     near = np.concatenate([lengths.min(axis=1), lengths.min(axis=0)]) <= tolerance
     expected = area[near].sum() / area.sum()
     assert surface_dice(prediction, truth, tolerance=tolerance) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_corner_gets_its_nearest_one_exactly(way, monkeypatch):
-    for name, value in WAYS[way].items():
-        monkeypatch.setattr(surfaces, name, value)
-    rng = np.random.default_rng(2)
-    prediction = np.zeros((12, 30, 30), bool)
-    prediction[:, :4, :4] = rng.random((12, 4, 4)) < 0.5
-    truth = rng.random(prediction.shape) < 0.002
-    spacing = (2.5, 1.0, 0.4)
-    pair = surface_pair(prediction, truth, spacing)
-    both = [np.argwhere(surfaces.is_mixed(found.codes)) for found in pair.surfaces]
-    steps = (both[0][:, None] - both[1]) * spacing
-    exact = np.sqrt((steps[..., 0] ** 2 + steps[..., 1] ** 2) + steps[..., 2] ** 2)
-    np.testing.assert_array_equal(pair.distances[0][0], exact.min(axis=1))
-    np.testing.assert_array_equal(pair.distances[1][0], exact.min(axis=0))
 
 
 def test_one_thread_finds_what_two_find():
