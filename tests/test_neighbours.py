@@ -58,20 +58,23 @@ def test_most_of_a_far_surface_is_settled_by_rows(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("places", "spacing", "nearest"),
+    ("places", "spacing"),
     [
         # 32 corners ahead is the first that a word does not show; 32.8 off in another row is shown.
-        ([(0, 40, 40), (0, 40, 73), (0, 73, 48)], (40.0, 1.0, 1.0), 32.0),
+        ([(0, 40, 40), (0, 40, 73), (0, 73, 48)], (40.0, 1.0, 1.0)),
         # 50 rows aside, of 0.3, is more than rows are asked for; 5 corners ahead, of 5, is not.
-        ([(0, 0, 0), (0, 51, 0), (0, 0, 6)], (1.0, 0.3, 5.0), 50 * 0.3),
+        ([(0, 0, 0), (0, 51, 0), (0, 0, 6)], (1.0, 0.3, 5.0)),
     ],
     ids=["beyond the word", "beyond the rows"],
 )
-def test_what_rows_do_not_show_is_asked_elsewhere(places, spacing, nearest, monkeypatch):
+def test_what_rows_do_not_show_is_asked_elsewhere(places, spacing, monkeypatch):
     monkeypatch.setattr(neighbours, "_MOST_OFFSETS", 1)
     own, other = np.zeros((2, 1, 80, 80), bool)
     own[places[0]] = other[places[1]] = other[places[2]] = True
-    assert nearest_distances(extract(own), extract(other), spacing).min() == pytest.approx(nearest)
+    pair = [extract(mask) for mask in (own, other)]
+    corners = [np.argwhere(is_mixed(found.codes)) for found in pair]
+    expected = by_all_pairs(*corners, np.array(spacing))
+    np.testing.assert_array_equal(nearest_distances(*pair, spacing), expected)
 
 
 def test_steps_to_the_nearest_1_of_a_window():
