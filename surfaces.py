@@ -222,11 +222,13 @@ def _or_shifted(out, bits, shift):
 def _percentile(distances, codes, area, percentile):
     """The least distance within which `percentile` % of the corners' area lies.
 
-    Shares that differ by rounding alone count as equal: 19 of 20 equal areas are 95 %.
+    In the package's order of summation: where the share is met exactly but for rounding, as in
+    half of one voxel's corners, it is rounding that decides, and so alike.
     """
     if percentile == 100:
         return float(distances.max())
-    order = np.argsort(distances, kind="stable")
-    within = np.cumsum(area[codes[order]])
-    place = np.searchsorted(within, within[-1] * (percentile / 100) * (1 - 1e-11))
-    return float(distances[order[place]])
+    _, rank = np.unique(area, return_inverse=True)
+    order = np.lexsort((rank.astype(np.uint8)[codes], distances))
+    areas = area[codes[order]]
+    place = np.searchsorted(np.cumsum(areas) / np.sum(areas), percentile / 100)
+    return float(distances[order[min(place, order.size - 1)]])

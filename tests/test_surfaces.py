@@ -80,12 +80,6 @@ def test_the_largest_distance_is_that_of_the_smallest_area():
     assert surfaces._percentile(np.array([1.0, 5.0]), codes, area, 100) == 5.0
 
 
-def test_percentiles_tied_by_rounding_count_as_reached():
-    codes, area = np.zeros(20, int), np.full(1, 0.1)  # 19 of 20 are 95 %, whatever 0.1 sums up to
-    assert surfaces._percentile(np.arange(20.0), codes, area, 95) == 18.0
-    assert surfaces._percentile(np.arange(20.0), codes, area, 95.1) == 19.0
-
-
 # ---------------------------------------------------------------------------- degenerate
 
 
@@ -179,6 +173,23 @@ def test_surface_scores_agree_with_the_published_package(way, monkeypatch):
         expected[-1] += tuple(package.compute_robust_hausdorff(theirs, p) for p in (50, 95, 100))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     assert (np.std(expected, axis=0) > 0.1).all()  # not a hundred times the same
+
+
+def test_percentiles_that_half_of_an_area_meets_agree_with_the_published_package():
+    package = pytest.importorskip("surface_distance")
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        shape, spacing = rng.integers(4, 20, 3), tuple(rng.uniform(0.3, 5.0, 3))
+        masks = np.zeros((2, *shape), bool)
+        for mask in masks:  # one to three voxels each, whose corners weigh the same
+            mask[tuple(rng.integers(0, shape, (rng.integers(1, 4), 3)).T)] = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = package.compute_surface_distances(masks[1], masks[0], spacing)
+        pair = surface_pair(*masks, spacing)
+        for percentile in (25, 50, 75, 95):
+            expected = package.compute_robust_hausdorff(theirs, percentile)
+            assert pair.hausdorff(percentile) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1.0, 63.0, 64.0, 65.5, 130.0])
