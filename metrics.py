@@ -1,59 +1,113 @@
 """The judge: scores of a predicted mask against the truth, as numpy arrays (D, H, W).
 
+    scores = score(prediction, truth, spacing)                       # the cheap ones
+    scores = score(prediction, truth, spacing, names=["assd", "surface_dice@4", "toposcore"])
+    parts = vesuvius_score(prediction, truth)
+
 It shares no code with the losses, so that a mistake there cannot hide itself here. Scores equal
-their published reference implementations on the same masks.
+their published reference implementations on the same masks. All of them, with what is better and
+what they cost, stand in SCORES at the end of the file; what needs more than a line is in
+corners.py, neighbours.py, surfaces.py,
+partitions.py and homology.py.
 """
 
-import math
+import difflib
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
-import cc3d
 import numpy as np
-from scipy import ndimage
 
-# Offsets in the box around the tolerance up to which a look at each of them is cheaper than a
-# Euclidean transform of the whole volume (which also takes some 40 bytes per voxel).
-_MOST_OFFSETS = 2000
+import corners
+import homology
+import partitions
+import surfaces
+from partitions import count_components
+from surfaces import surface_dice
+
+__all__ = [
+    "DEFAULT", "SCORES", "Comparison", "Score", "count_components", "entry", "labelled_masks",
+    "mean_scores", "otsu_threshold", "score", "surface_dice", "vesuvius_score",
+]  # fmt: skip
+
+VOXEL = (1.0, 1.0, 1.0)
 
 
-def score(prediction, truth, spacing=(1.0, 1.0, 1.0), ignore_label=2, tolerance=2.0):
-    """Scores of a mask, a dict of floats and ints.
+def score(
+    prediction,
+    truth,
+    spacing=VOXEL,
+    ignore_label=2,
+    tolerance=2.0,
+    *,
+    names=None,
+    threads=2,
+):
+    """Scores of a mask: {name: float or int} in the order of `names`, none of them NaN or infinite.
 
     prediction (D, H, W): bool or integers 0 and 1. truth (D, H, W): the same, and `ignore_label`
-    where nobody labelled (None: nowhere). spacing (z, y, x) and tolerance share one unit.
+    where nobody labelled (None: nowhere). spacing (z, y, x) and tolerance (of surface_dice) share
+    one unit, that of distances. names: of SCORES, `surface_dice@4` (at that tolerance) and
+    `hausdorff@99` (that percentile); None: DEFAULT. threads: how much is worked out at one time.
 
-        dice, precision, recall   over labelled voxels, in [0, 1]
-        surface_dice              surface Dice at the tolerance, in [0, 1], see `surface_dice`
-        components                26-connected components of the prediction
-        components_truth          the same of the truth
+        dice, iou, precision, recall    over labelled voxels, in [0, 1]
+        surface_dice                    share of both surfaces within the tolerance of the other
+        hd95, hausdorff, assd           distances of the surfaces: that of 95 % of each, the
+                                        largest, and the mean over both
+        cldice                          harmonic mean of topology_precision and
+                                        topology_sensitivity, the share of the prediction's skeleton
+                                        inside of the truth and of the truth's in the prediction
+        voi_split, voi_merge            bits by which the prediction cuts and joins components
+        voi_score                       1 / (1 + 0.3 (split + merge))
+        components, handles, cavities   Betti numbers 0, 1 and 2 of the prediction, and with _truth
+                                        of the truth; foreground is 26-connected
+        betti_error_0, _1, _2           by how much these numbers differ, 0 or more
+        betti_matching_f1_0, _1, _2     F1 of pieces, handles and cavities at one place, over 2 x 2
+                                        x 2 tiles; foreground is 6-connected
+        toposcore, vesuvius_score       see `vesuvius_score`
 
     Voxels of ignore_label are left out of the voxel counts, and are background in both masks for
-    surfaces and components: where the unlabeled region cuts a structure, the cut is a surface of
-    both. Both masks empty (also: no labelled voxel at all): the four ratios are 1. One of them
-    empty: all four are 0.
+    all else: where the unlabeled region cuts a structure, the cut is a surface of both, and the
+    end of a skeleton. What several scores need is made once. Only the box around the foreground is
+    looked at, which changes none of them.
 
-    ValueError for shapes that differ or are not 3-D, dtypes that are not integer, other values.
+    Both masks empty (also: no labelled voxel at all): each ratio and F1 is 1, each distance, error
+    and number 0. One of them empty: ratios are 0, distances the diagonal of the volume, Betti
+    errors what the other one has. VOI then sees one undivided component on the empty side, so that
+    voi_score is 1 if the other is of one piece, as published. An F1 is 0 where the truth has a
+    class of its dimension, else 0.5 / (predicted + 0.5).
+
+    ValueError for shapes that differ or are not 3-D, dtypes that are not integer, other values, an
+    impossible spacing, tolerance or percentile, and a name that is not in SCORES.
     """
+    asked = {name: entry(name) for name in (DEFAULT if names is None else names)}
     prediction, truth = labelled_masks(prediction, truth, ignore_label)
-    true_positives = int(np.count_nonzero(prediction & truth))
-    predicted, true = int(np.count_nonzero(prediction)), int(np.count_nonzero(truth))
-    both_empty = float(predicted == true == 0)
-    return {
-        "dice": _ratio(2 * true_positives, predicted + true, both_empty),
-        "precision": _ratio(true_positives, predicted, both_empty),
-        "recall": _ratio(true_positives, true, both_empty),
-        "surface_dice": surface_dice(prediction, truth, spacing, tolerance),
-        "components": count_components(prediction),
-        "components_truth": count_components(truth),
-    }
-
-
-def _ratio(part, whole, otherwise):
-    return part / whole if whole else otherwise
+    pair = Comparison(prediction, truth, spacing, tolerance, threads=threads)
+    return {name: kind.of(pair, *number) for name, (kind, number) in asked.items()}
 
 
 def mean_scores(rows):
     """The mean over cases of each score that `score` returned: {name: float}; {} of no case."""
     return {name: float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())}
+
+
+def vesuvius_score(prediction, truth, ignore_label=2, *, threads=2):
+    """The score of the Vesuvius Challenge (surface detection, 2025) and its parts, as a dict.
+
+        score          0.30 toposcore + 0.35 surface_dice + 0.35 voi_score
+        toposcore      Betti matching over 2 x 2 x 2 tiles, see `homology.toposcore`
+        surface_dice   at a tolerance of 2 voxels
+        voi_score, voi_split, voi_merge   see `partitions`
+        counts         {dimension: (matched, predicted, true)} of the Betti matching
+
+    Masks as for `score`; voxels have no spacing here. Equal to the challenge's own package on its
+    masks: surface_dice and voi_score to rounding, predicted and true counts always, matched counts
+    but for ties (see homology.py). An empty prediction of one piece, and a piece predicted of
+    nothing, score 0.65, two empty masks 1: a lone piece counts nowhere in the TopoScore.
+    """
+    masks = labelled_masks(prediction, truth, ignore_label)
+    return Comparison(*masks, threads=threads).vesuvius
 
 
 def labelled_masks(prediction, truth, ignore_label=2):
@@ -69,121 +123,139 @@ def labelled_masks(prediction, truth, ignore_label=2):
         )
     if ignore_label in (0, 1):
         raise ValueError(f"ignore_label: expected neither 0 nor 1, got {ignore_label}")
-    masks = []
-    for name, values, ignored in (("prediction", prediction, None), ("truth", truth, ignore_label)):
-        if values.dtype != bool and not np.issubdtype(values.dtype, np.integer):
-            raise ValueError(f"{name}: expected a bool or integer mask, got {values.dtype}")
-        mask = values == 1
-        known = mask | (values == 0)
-        if ignored is not None:
-            known |= values == ignored
-        if not known.all():
-            allowed = "0 and 1" if ignored is None else f"0, 1 and {ignored} (ignored)"
-            found = ", ".join(map(str, np.unique(values)[:8]))
-            raise ValueError(f"{name}: expected the values {allowed}, got {found}")
-        masks.append(mask)
-    if ignore_label is not None:
-        masks[0] &= truth != ignore_label
-    return masks
+    ignored = None if ignore_label is None else truth == ignore_label
+    allowed = "0 and 1" if ignored is None else f"0, 1 and {ignore_label} (ignored)"
+    prediction = _as_mask("prediction", prediction, "0 and 1", None)
+    truth = _as_mask("truth", truth, allowed, ignored)
+    return [prediction if ignored is None else prediction & ~ignored, truth]
 
 
-# ---------------------------------------------------------------------------- components
+def _as_mask(name, values, allowed, ignored):
+    """values == 1, after a look at whether all others are 0 or ignored."""
+    if values.dtype == bool:
+        return values
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{name}: expected a bool or integer mask, got {values.dtype}")
+    mask = values == 1
+    known = np.count_nonzero(mask) + values.size - np.count_nonzero(values)
+    known += 0 if ignored is None else np.count_nonzero(ignored)
+    if known != values.size:
+        found = ", ".join(map(str, np.unique(values)[:8]))
+        raise ValueError(f"{name}: expected the values {allowed}, got {found}")
+    return mask
 
 
-def count_components(mask):
-    """The number of 26-connected components of a mask (D, H, W); 0 if it is empty."""
-    _, count = cc3d.connected_components(
-        np.ascontiguousarray(mask, dtype=bool), connectivity=26, return_N=True
-    )
-    return int(count)
+# ---------------------------------------------------------------------------- what scores share
 
 
-# ---------------------------------------------------------------------------- surfaces
+class Comparison:
+    """Two masks (D, H, W) bool; what scores share of them is made once, when first needed."""
+
+    def __init__(self, prediction, truth, spacing=VOXEL, tolerance=2.0, *, threads=2):
+        self.whole = prediction, truth
+        self.spacing, self.tolerance = surfaces.checked_spacing(spacing), tolerance
+        self.threads = threads
+        box = corners.bounding_box(prediction | truth)
+        self.masks = prediction[box], truth[box]
+
+    def both(self, function, *arguments):
+        """[function of the prediction, of the truth]: side by side if there are two threads."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(function, *arguments))
+
+    def ratio(self, part, *wholes):
+        """part / the sum of wholes; without any whole 1 if both masks are empty, else 0."""
+        whole = sum(wholes)
+        return part / whole if whole else float(not any(self.voxels))
+
+    @functools.cached_property
+    def voxels(self):
+        """How many the prediction and the truth have, and how many both."""
+        prediction, truth = self.masks
+        counted = (prediction, truth, prediction & truth)
+        return tuple(int(np.count_nonzero(mask)) for mask in counted)
+
+    @functools.cached_property
+    def corners(self):
+        """The `corners.Corners` of prediction and truth."""
+        return self.both(corners.extract, self.masks)
+
+    @functools.cached_property
+    def surfaces(self):
+        return self.surfaces_at(self.spacing)
+
+    def surfaces_at(self, spacing):
+        diagonal = surfaces.diagonal(self.whole[0].shape, spacing)
+        return surfaces.SurfacePair(*self.corners, spacing, diagonal, threads=self.threads)
+
+    def surface_dice(self, tolerance=None):
+        return self.surfaces.dice(self.tolerance if tolerance is None else tolerance)
+
+    @functools.cached_property
+    def partition(self):
+        return partitions.partition(*self.masks, threads=self.threads)
+
+    @functools.cached_property
+    def information(self):
+        """(split, merge) in bits."""
+        return self.partition.variation_of_information()
+
+    @functools.cached_property
+    def betti(self):
+        """(b0, b1, b2) of the prediction and of the truth, 26-connected."""
+        known = zip(self.corners, (self.partition.predicted, self.partition.true), strict=True)
+        known = [{"histogram": found.histogram, "components": count} for found, count in known]
+        return self.both(lambda mask, of: homology.betti_numbers(mask, **of), self.masks, known)
+
+    def betti_error(self, dimension):
+        return abs(self.betti[0][dimension] - self.betti[1][dimension])
+
+    @functools.cached_property
+    def matching(self):
+        """{dimension: (matched, predicted, true)} over 2 x 2 x 2 tiles of the whole volume."""
+        return homology.betti_matching(*self.whole, tiles=(2, 2, 2), threads=self.threads)
+
+    @functools.cached_property
+    def topology(self):
+        """(topology precision, topology sensitivity) of clDice."""
+        inside = map(_skeleton_inside, self.masks, self.masks[::-1])
+        return tuple(self.ratio(*counts) for counts in inside)
+
+    def cldice(self):
+        precision, sensitivity = self.topology
+        return 2 * precision * sensitivity / (precision + sensitivity or 1.0)
+
+    @functools.cached_property
+    def vesuvius(self):
+        split, merge = self.information
+        topology, surface = homology.toposcore(self.matching), self.surfaces_at(VOXEL).dice(2.0)
+        information = partitions.voi_score(split, merge)
+        return {
+            "score": 0.30 * topology + 0.35 * (surface + information),
+            "toposcore": topology,
+            "surface_dice": surface,
+            "voi_score": information,
+            "voi_split": split,
+            "voi_merge": merge,
+            "counts": self.matching,
+        }
 
 
-def surface_dice(prediction, truth, spacing=(1.0, 1.0, 1.0), tolerance=2.0):
-    """Surface Dice: the share of both surfaces that lies within `tolerance` of the other one.
+def _skeleton_inside(mask, other):
+    """(voxels of the mask's skeleton inside of `other`, voxels of that skeleton).
 
-    prediction and truth (D, H, W) bool; spacing (z, y, x) and tolerance (0 or more, a distance of
-    exactly the tolerance is within) share one unit. In [0, 1]; 1 if both are empty, 0 if one is.
-
-    As Nikolov et al. 2018 (arXiv:1809.04430) define it and their package `surface-distance`
-    computes it: surface elements stand on voxel corners, one for each 2 x 2 x 2 neighbourhood of
-    mixed values, weighted by its marching-cubes area. Outside of the volume is background.
+    Of a mask without any: (0, 0). clDice (Shit et al. 2021, arXiv:2003.07311) thins masks with
+    scikit-image's `skeletonize`, in 3D Lee et al. 1994. That leaves nothing of some shapes of even
+    thickness, such as a bar of 2 x 2 x 10; then the mask stands for its skeleton, where the
+    published code divides by 0.
     """
-    if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
-        raise ValueError(f"spacing: expected three positive numbers z, y, x, got {tuple(spacing)}")
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(f"tolerance: expected a number of 0 or more, got {tolerance}")
-    prediction, truth = np.asarray(prediction, dtype=bool), np.asarray(truth, dtype=bool)
-    if not (prediction.any() and truth.any()):
-        return float(prediction.any() == truth.any())
-    box = _bounding_box(prediction | truth)
-    codes = [_corner_codes(mask[box]) for mask in (prediction, truth)]
-    surfaces = [(code != 0) & (code != 255) for code in codes]
-    area_of_code = _surfel_areas(spacing)
-    within, whole = 0.0, 0.0
-    for code, own, other in zip(codes, surfaces, reversed(surfaces), strict=True):
-        areas = area_of_code[code[own]]
-        within += float(areas[_is_near(own, other, spacing, tolerance)].sum())
-        whole += float(areas.sum())
-    return within / whole
+    from skimage.morphology import skeletonize  # late: no other score needs it
 
-
-def _bounding_box(mask):
-    """Slices of the smallest box that holds every True voxel of a mask that has one."""
-    plane = mask.any(axis=0)
-    profiles = (mask.any(axis=(1, 2)), plane.any(axis=1), plane.any(axis=0))
-    found = [np.flatnonzero(profile) for profile in profiles]
-    return tuple(slice(int(f[0]), int(f[-1]) + 1) for f in found)
-
-
-def _corner_codes(mask):
-    """The 8 voxels around each corner as the bits of one uint8: (D, H, W) -> (D+1, H+1, W+1).
-
-    Bit order as in the lookup table of `surface-distance`: the lowest indices are the highest bit.
-    """
-    bits = np.pad(mask.astype(np.uint8), 1)
-    bits = (bits[:, :, :-1] << 1) | bits[:, :, 1:]
-    bits = (bits[:, :-1] << 2) | bits[:, 1:]
-    return (bits[:-1] << 4) | bits[1:]
-
-
-def _surfel_areas(spacing):
-    """Area of the surface elements of each of the 256 corner codes, in squared units: (256,)."""
-    from surface_distance import lookup_tables
-
-    return lookup_tables.create_table_neighbour_code_to_surface_area(spacing)
-
-
-def _is_near(own, other, spacing, tolerance):
-    """For each True corner of `own`, in order: is a True corner of `other` within tolerance?"""
-    if math.prod(2 * tolerance / step + 1 for step in spacing) > _MOST_OFFSETS:
-        distance = ndimage.distance_transform_edt(~other, sampling=spacing)
-        return distance[own] <= tolerance
-    offsets = _offsets_within(tolerance, spacing)
-    # A rim as wide as the offsets are long, so that a flat index never runs into the next row.
-    rim = [(reach, reach) for reach in np.abs(offsets).max(axis=0)]
-    own, other = np.pad(own, rim), np.pad(other, rim).reshape(-1)
-    _, height, width = own.shape
-    points = np.flatnonzero(own)
-    near = np.zeros(points.size, dtype=bool)
-    far = np.arange(points.size)  # the nearest offsets come first, so that this shrinks fast
-    for step in offsets @ np.array([height * width, width, 1]):
-        hit = other[points[far] + step]
-        near[far[hit]] = True
-        far = far[~hit]
-    return near
-
-
-def _offsets_within(tolerance, spacing):
-    """All (z, y, x) index offsets of at most `tolerance` in length, shortest first: (N, 3)."""
-    reach = [math.floor(tolerance / step) + 1 for step in spacing]
-    grid = np.stack(np.meshgrid(*(np.arange(-r, r + 1) for r in reach), indexing="ij"), -1)
-    grid = grid.reshape(-1, 3)
-    length = np.sqrt(((grid * np.asarray(spacing, np.float64)) ** 2).sum(axis=1))
-    order = np.argsort(length, kind="stable")
-    return grid[order[: np.count_nonzero(length <= tolerance)]]
+    if not mask.any():
+        return 0, 0
+    skeleton = skeletonize(mask) > 0
+    skeleton = skeleton if skeleton.any() else mask
+    return int(np.count_nonzero(skeleton & other)), int(np.count_nonzero(skeleton))
 
 
 # ---------------------------------------------------------------------------- a baseline
@@ -217,3 +289,81 @@ def otsu_threshold(image):
     spread = mean_gap**2 / (below * (image.size - below))
     best = int(np.argmax(spread))
     return float(low) + (best * width if exact else (best + 1) * width)
+
+
+# ---------------------------------------------------------------------------- the scores
+
+
+@dataclass(frozen=True)
+class Score:
+    """What makes a score of a `Comparison`, which end of it is better, and what it costs.
+
+    better: "higher", "lower", or None: it describes a mask, and is better at no end.
+    cost: "cheap", "moderate" or "slow": up to about 0.5, 3 and 20 s for torn sheets of 320 x 320 x
+    320 on 2 cores; those that share their work cost that once.
+    number: what may follow the name after an @.
+    """
+
+    of: Callable
+    better: str | None
+    cost: str
+    number: str | None = None
+
+
+def entry(name):
+    """(the `Score`, its numbers after @ as a tuple) of a name; ValueError for a name of none."""
+    base, at, number = name.partition("@")
+    kind = SCORES.get(base)
+    if kind is None:
+        near = difflib.get_close_matches(base, SCORES, n=1, cutoff=0.0)
+        raise ValueError(f"expected the name of a score, got {name}; the nearest is {near[0]}")
+    if not at:
+        return kind, ()
+    try:
+        if kind.number is not None:
+            return kind, (float(number),)
+    except ValueError:
+        pass
+    wanted = f"{base}@{kind.number.upper()}" if kind.number else f"{base} without a number"
+    raise ValueError(f"expected {wanted}, got {name}")
+
+
+SCORES = {
+    "dice": Score(lambda c: c.ratio(2 * c.voxels[2], *c.voxels[:2]), "higher", "cheap"),
+    "iou": Score(lambda c: c.ratio(c.voxels[2], *c.voxels[:2], -c.voxels[2]), "higher", "cheap"),
+    "precision": Score(lambda c: c.ratio(c.voxels[2], c.voxels[0]), "higher", "cheap"),
+    "recall": Score(lambda c: c.ratio(c.voxels[2], c.voxels[1]), "higher", "cheap"),
+    "surface_dice": Score(Comparison.surface_dice, "higher", "cheap", "tolerance"),
+    "hd95": Score(lambda c: c.surfaces.hausdorff(95.0), "lower", "moderate"),
+    "hausdorff": Score(
+        lambda c, percentile=100.0: c.surfaces.hausdorff(percentile),
+        "lower",
+        "moderate",
+        "percentile",
+    ),
+    "assd": Score(lambda c: c.surfaces.assd(), "lower", "moderate"),
+    "cldice": Score(Comparison.cldice, "higher", "slow"),
+    "topology_precision": Score(lambda c: c.topology[0], "higher", "slow"),
+    "topology_sensitivity": Score(lambda c: c.topology[1], "higher", "slow"),
+    "voi_split": Score(lambda c: c.information[0], "lower", "cheap"),
+    "voi_merge": Score(lambda c: c.information[1], "lower", "cheap"),
+    "voi_score": Score(lambda c: partitions.voi_score(*c.information), "higher", "cheap"),
+    "components": Score(lambda c: c.partition.predicted, None, "cheap"),
+    "components_truth": Score(lambda c: c.partition.true, None, "cheap"),
+    "handles": Score(lambda c: c.betti[0][1], None, "cheap"),
+    "handles_truth": Score(lambda c: c.betti[1][1], None, "cheap"),
+    "cavities": Score(lambda c: c.betti[0][2], None, "cheap"),
+    "cavities_truth": Score(lambda c: c.betti[1][2], None, "cheap"),
+    "betti_error_0": Score(
+        lambda c: abs(c.partition.predicted - c.partition.true), "lower", "cheap"
+    ),
+    "betti_error_1": Score(lambda c: c.betti_error(1), "lower", "cheap"),
+    "betti_error_2": Score(lambda c: c.betti_error(2), "lower", "cheap"),
+    "betti_matching_f1_0": Score(lambda c: homology.matching_f1(*c.matching[0]), "higher", "slow"),
+    "betti_matching_f1_1": Score(lambda c: homology.matching_f1(*c.matching[1]), "higher", "slow"),
+    "betti_matching_f1_2": Score(lambda c: homology.matching_f1(*c.matching[2]), "higher", "slow"),
+    "toposcore": Score(lambda c: homology.toposcore(c.matching), "higher", "slow"),
+    "vesuvius_score": Score(lambda c: c.vesuvius["score"], "higher", "slow"),
+}
+
+DEFAULT = ("dice", "iou", "precision", "recall", "surface_dice", "components", "components_truth")

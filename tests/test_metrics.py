@@ -1,14 +1,32 @@
-"""Scores of bars drawn by hand, of degenerate masks, and against the published package."""
+"""Scores of bars drawn by hand, of degenerate masks, and as the challenge published them."""
 
-import warnings
+import json
+import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.morphology
 from scipy import ndimage
 
-import metrics
-from metrics import count_components, mean_scores, otsu_threshold, score, surface_dice
+import corners
+import homology
+import partitions
+import surfaces
+from metrics import (
+    DEFAULT,
+    SCORES,
+    count_components,
+    mean_scores,
+    otsu_threshold,
+    score,
+    surface_dice,
+    vesuvius_score,
+)
 
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("LAMINA_SHARED", ROOT.parent / "shared"))
 RATIOS = ("dice", "precision", "recall", "surface_dice")
 
 
@@ -124,35 +142,267 @@ def test_all_ignored_scores_as_nothing_of_nothing():
     assert (scores["components"], scores["components_truth"]) == (0, 0)
 
 
-# ---------------------------------------------------------------------------- the package
+# All scores where a mask is empty, of a volume of 5 x 5 x 12: (both empty, prediction, truth).
+DIAGONAL = math.sqrt(5**2 + 5**2 + 12**2)
+OF_EMPTY = {
+    "iou": (1, 0, 0), "surface_dice": (1, 0, 0), "cldice": (1, 0, 0),
+    "topology_precision": (1, 0, 0), "topology_sensitivity": (1, 0, 0),
+    "hd95": (0, DIAGONAL, DIAGONAL), "hausdorff": (0, DIAGONAL, DIAGONAL),
+    "assd": (0, DIAGONAL, DIAGONAL),
+    "voi_split": (0, 0, 1), "voi_merge": (0, 1, 0), "voi_score": (1, 1 / 1.3, 1 / 1.3),
+    "components": (0, 0, 2), "components_truth": (0, 2, 0), "betti_error_0": (0, 2, 2),
+    "handles": (0, 0, 0), "handles_truth": (0, 0, 0), "betti_error_1": (0, 0, 0),
+    "cavities": (0, 0, 0), "cavities_truth": (0, 0, 0), "betti_error_2": (0, 0, 0),
+    "betti_matching_f1_0": (1, 0, 0.5 / 1.5), "betti_matching_f1_1": (1, 1, 1),
+    "betti_matching_f1_2": (1, 1, 1), "toposcore": (1, 0, 0.5 / 1.5),
+    "vesuvius_score": (1, 0.35 / 1.3, 0.1 + 0.35 / 1.3),
+}  # fmt: skip
 
 
-def random_pair(rng):
-    """Two blobby masks that are not empty, their spacing, and a tolerance."""
-    field = ndimage.gaussian_filter(rng.normal(size=rng.integers(3, 16, 3)), 1.0)
-    moved = ndimage.shift(field, rng.uniform(-2, 2, 3), order=1, mode="nearest")
-    cuts = np.quantile(field, rng.uniform(0.2, 0.9)), np.quantile(moved, rng.uniform(0.2, 0.9))
-    spacing = tuple(rng.uniform(0.3, 5.0, 3))
-    return field > cuts[0], moved > cuts[1], spacing, rng.choice([0.0, 0.7, 2.0, 6.0])
+@pytest.mark.parametrize("name", OF_EMPTY)
+def test_every_score_of_empty_masks(name):
+    empty, two = np.zeros((5, 5, 12), int), bar(0, 2) | bar(3, 2)  # two pieces in one tile
+    found = [
+        score(*masks, names=[name])[name]
+        for masks in ((empty, empty), (empty, two), (two, empty), (two, np.full_like(two, 2)))
+    ]
+    assert found == pytest.approx([*OF_EMPTY[name], OF_EMPTY[name][0]])
+    assert not {*SCORES} - {*OF_EMPTY} - {"dice", "precision", "recall"}
 
 
-@pytest.mark.parametrize("most_offsets", [0, metrics._MOST_OFFSETS])
-def test_surface_dice_agrees_with_the_published_package(most_offsets, monkeypatch):
-    package = pytest.importorskip("surface_distance")
-    monkeypatch.setattr(metrics, "_MOST_OFFSETS", most_offsets)  # 0: by distance transform
+def test_no_score_of_degenerate_masks_is_missing_from_a_mean():
+    empty, full = np.zeros((3, 4, 5), int), np.ones((3, 4, 5), int)
+    rows = [score(*masks, names=SCORES) for masks in ((empty, full), (full, empty), (full, full))]
+    assert all(np.isfinite(value) for value in mean_scores(rows).values())
+
+
+# ---------------------------------------------------------------------------- every score
+
+
+def everything(prediction, truth, **options):
+    return score(prediction, truth, names=SCORES, **options)
+
+
+RING = np.array([[[0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 1, 0, 1, 0], [0, 1, 1, 1, 0], [0] * 5]])
+BALL = np.pad(np.ones((3, 3, 3), int), 1)
+
+
+def test_known_scores_of_a_broken_bar():
+    truth, prediction = bar(2, 8), bar(2, 8)
+    prediction[2, 2, 5] = 0  # pieces of 3 and 4 voxels, 1 missed
+    found = everything(prediction, truth)
+    assert (found["dice"], found["iou"]) == (pytest.approx(14 / 15), pytest.approx(7 / 8))
+    assert (found["components"], found["components_truth"]) == (2, 1)
+    assert [found[f"betti_error_{dim}"] for dim in range(3)] == [1, 0, 0]
+    assert (found["topology_precision"], found["topology_sensitivity"]) == (1.0, 7 / 8)
+    assert found["cldice"] == pytest.approx(2 * 7 / 8 / (1 + 7 / 8))
+    split = 3 / 8 * np.log2(8 / 3) + 4 / 8 + 1 / 8 * 3
+    assert (found["voi_split"], found["voi_merge"]) == (pytest.approx(split), 0.0)
+    assert found["voi_score"] == pytest.approx(1 / (1 + 0.3 * split))
+    # The gap is one voxel wide: its corners are corners of the pieces, too.
+    assert (found["surface_dice"], found["hausdorff"]) == (1.0, 0.0)
+
+
+def test_known_scores_of_a_filled_ring_and_a_hollow_ball():
+    filled = RING.copy()
+    filled[0, 2, 2] = 1
+    found = everything(filled, RING)
+    assert (found["handles"], found["handles_truth"], found["betti_error_1"]) == (0, 1, 1)
+    hollow = BALL.copy()
+    hollow[2, 2, 2] = 0
+    found = everything(BALL, hollow)
+    assert (found["cavities"], found["cavities_truth"], found["betti_error_2"]) == (0, 1, 1)
+    assert (found["handles"], found["handles_truth"]) == (0, 0)
+
+
+def test_distances_are_in_the_unit_of_the_spacing():
+    near, far = bar(1, 1), bar(5, 1)  # corners 3 and 4 steps away along x
+    found = everything(near, far, spacing=(5, 5, 2))
+    assert (found["hd95"], found["hausdorff"], found["assd"]) == (8.0, 8.0, pytest.approx(7.0))
+    found = score(near, far, (5, 5, 2), names=["hausdorff@50", "surface_dice@6", "surface_dice@5"])
+    assert found == pytest.approx(
+        {"hausdorff@50": 6.0, "surface_dice@6": 0.5, "surface_dice@5": 0.0}
+    )
+
+
+def test_the_tolerance_of_a_call_is_that_of_a_surface_dice_without_a_number():
+    near, far = bar(1, 1), bar(5, 1)
+    found = score(near, far, tolerance=3.0, names=["surface_dice@4", "surface_dice"])
+    assert found == pytest.approx({"surface_dice@4": 1.0, "surface_dice": 0.5})
+    assert list(found) == ["surface_dice@4", "surface_dice"]
+
+
+def test_hd95_is_the_95th_percentile():
+    # 101 planes of corners, of which the two ends weigh 0.61: 93.61 of 100.22 lie on the other row,
+    # and 1, 2, ... 7 off it each one more. 95 % are 95.21.
+    long, short = bar(0, 100, (1, 1, 100)), bar(0, 93, (1, 1, 100))
+    found = score(long, short, names=["hausdorff@93", "hd95", "hausdorff@95", "hausdorff"])
+    assert found == {"hausdorff@93": 0.0, "hd95": 2.0, "hausdorff@95": 2.0, "hausdorff": 7.0}
+
+
+def test_the_challenge_knows_no_spacing():
+    scores = [score(bar(2, 6), bar(5, 6), (1, 1, x), names=["vesuvius_score"]) for x in (1, 3)]
+    assert scores[0] == scores[1]
+    assert scores[0]["vesuvius_score"] < 1.0
+
+
+def test_a_skeleton_that_thinning_loses_is_the_mask_itself():
+    even = np.zeros((6, 6, 14), int)
+    even[2:4, 2:4, 2:12] = 1
+    assert everything(even, even)["cldice"] == 1.0
+    assert everything(even, np.where(even == 1, even, 0) * (np.arange(14) < 7))[
+        "topology_precision"
+    ] == pytest.approx(0.5)
+
+
+def test_scores_of_a_box_are_those_of_a_volume_around_it():
     rng = np.random.default_rng(0)
-    seen = []
-    for _ in range(20):
-        prediction, truth, spacing, tolerance = random_pair(rng)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it still calls SciPy by names that are going away
-            distances = package.compute_surface_distances(truth, prediction, spacing)
-        expected = package.compute_surface_dice_at_tolerance(distances, tolerance)
-        seen.append(expected)
-        assert surface_dice(prediction, truth, spacing, tolerance) == pytest.approx(
-            expected, abs=1e-6
-        )
-    assert np.std(seen) > 0.1  # not twenty times 0 or 1
+    fields = [ndimage.gaussian_filter(rng.normal(size=(14, 15, 16)), 1.2) for _ in range(2)]
+    small = [(field > 0.05).astype(np.uint8) for field in fields]
+    large = [np.pad(mask, ((3, 0), (2, 9), (0, 5))) for mask in small]
+    tiled = {"toposcore", "vesuvius_score"} | {f"betti_matching_f1_{dim}" for dim in range(3)}
+    names = [name for name in SCORES if name not in tiled]
+    assert score(*small, names=names) == score(*large, names=names)
+
+
+def test_one_thread_scores_as_two():
+    rng = np.random.default_rng(1)
+    masks = (rng.random((2, 9, 10, 11)) > 0.7).astype(np.uint8)
+    assert everything(*masks, threads=1) == everything(*masks, threads=2)
+
+
+# ---------------------------------------------------------------------------- shared work
+
+
+def counted(monkeypatch, module, name):
+    """A list that gets an element for every call of module.name."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a, **k: calls.append(1) or function(*a, **k))
+    return calls
+
+
+def test_what_scores_share_is_made_once_for_each_mask(monkeypatch):
+    calls = [
+        counted(monkeypatch, corners, "extract"),
+        counted(monkeypatch, surfaces, "nearest_distances"),
+        counted(monkeypatch, partitions, "label"),
+        counted(monkeypatch, skimage.morphology, "skeletonize"),
+    ]
+    tiles = counted(monkeypatch, homology, "_deaths")
+    # Components of the background, for cavities, are labelled apart.
+    names = [
+        name for name in SCORES if not name.startswith(("cav", "hand", "betti", "topos", "ves"))
+    ]
+    score(bar(2, 8), bar(3, 8), names=[*names, "surface_dice@1", "hausdorff@50"])
+    assert [len(made) for made in calls] == [2, 2, 2, 2]
+    assert not tiles
+    score(bar(2, 8), bar(3, 8), names=SCORES)
+    assert len(calls[0]) == 4
+    assert len(tiles) == 2 * 8
+
+
+def test_what_is_not_asked_for_is_not_made(monkeypatch):
+    for module, name in ((corners, "extract"), (partitions, "label"), (homology, "_deaths")):
+        monkeypatch.setattr(module, name, None)
+    assert score(bar(3, 4), bar(1, 5), names=["dice", "recall"]) == {
+        "dice": pytest.approx(6 / 9), "recall": pytest.approx(3 / 5),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- the table
+
+
+def test_the_table_says_of_every_score_what_is_better_and_what_it_costs():
+    assert {kind.better for kind in SCORES.values()} == {"higher", "lower", None}
+    assert {kind.cost for kind in SCORES.values()} == {"cheap", "moderate", "slow"}
+    assert all(SCORES[name].cost == "cheap" for name in DEFAULT)
+    better, worse = everything(bar(2, 8), bar(2, 8)), everything(bar(6, 4), bar(2, 8))
+    for name, kind in SCORES.items():
+        gain = better[name] - worse[name]
+        assert gain >= 0 if kind.better == "higher" else gain <= 0 or kind.better is None
+
+
+def test_the_default_scores_are_the_cheap_ones_by_their_old_names():
+    found = score(bar(3), bar(2))
+    assert tuple(found) == DEFAULT
+    assert {"dice", "precision", "recall", "surface_dice", "components", "components_truth"} <= set(
+        found
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "surfacedice",
+            "expected the name of a score, got surfacedice; the nearest is surface_dice",
+        ),
+        ("", "expected the name of a score, got ; the nearest is"),
+        ("hd95@3", "expected hd95 without a number, got hd95@3"),
+        ("surface_dice@near", "expected surface_dice@TOLERANCE, got surface_dice@near"),
+        ("hausdorff@", "expected hausdorff@PERCENTILE, got hausdorff@"),
+        ("hausdorff@101", "percentile: expected a number from 0 to 100, got 101"),
+        ("surface_dice@-1", "tolerance: expected a number of 0 or more, got -1"),
+    ],
+)
+def test_a_name_of_no_score_is_refused(name, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        score(bar(1), bar(2), names=["dice", name])
+
+
+# ---------------------------------------------------------------------------- the challenge
+
+
+def challenge_cases():
+    """(name, prediction, truth, published scores) of the reference masks, if they are there."""
+    folder = SHARED / "reference"
+    if not folder.is_dir():
+        return []
+    published = json.loads((folder / "vesuvius_scores.json").read_text())
+    masks = np.load(folder / "vesuvius_masks.npz")
+    return [
+        pytest.param(masks[f"{name}/prediction"], masks[f"{name}/truth"], scores, id=name)
+        for name, scores in published.items()
+    ]
+
+
+CHALLENGE = challenge_cases()
+
+
+@pytest.mark.skipif(not CHALLENGE, reason=f"no masks of the challenge in {SHARED}/reference")
+@pytest.mark.parametrize(("prediction", "truth", "published"), CHALLENGE)
+def test_the_challenge_is_scored_as_published(prediction, truth, published):
+    found = vesuvius_score(prediction, truth)
+    assert found.pop("counts") == {int(k): tuple(v) for k, v in published["counts"].items()}
+    assert found == {name: pytest.approx(published[name], abs=1e-9) for name in found}
+    assert score(prediction, truth, (3, 1, 1), names=["vesuvius_score"]) == {
+        "vesuvius_score": pytest.approx(published["score"], abs=1e-9)
+    }
+
+
+@pytest.mark.parametrize(
+    ("prediction", "truth", "expected"),
+    [
+        (bar(2) * 0, bar(2) * 0, 1.0),
+        (bar(2) * 0, bar(2), 0.65),
+        (bar(2), bar(2) * 0, 0.65),
+        (bar(2), bar(2), 1.0),
+        (bar(2), np.full_like(bar(2), 2), 1.0),
+        (bar(2) * 0 + 1, bar(2) * 0 + 1, 1.0),
+    ],
+    ids=["both empty", "prediction empty", "truth empty", "equal", "all ignored", "all foreground"],
+)
+def test_the_challenge_scores_degenerate_masks_as_documented(prediction, truth, expected):
+    found = vesuvius_score(prediction, truth)
+    assert found["score"] == pytest.approx(expected, abs=1e-12)
+    assert found["counts"] == dict.fromkeys(range(3), (0, 0, 0))
+
+
+def test_the_challenge_ignores_what_nobody_labelled():
+    truth, prediction = bar(2, 6), bar(2, 6)
+    prediction[0], truth[0] = 1, 2
+    assert vesuvius_score(prediction, truth)["score"] == 1.0
+    assert vesuvius_score(prediction, np.where(truth == 2, 0, truth))["score"] < 0.8
 
 
 # ---------------------------------------------------------------------------- wrong input

@@ -1,0 +1,220 @@
+"""The judge: time and memory of its scores on torn sheets, beside the packages that define them.
+
+    python benchmarks/metrics.py
+    python benchmarks/metrics.py --sizes 160 --rounds 3
+
+One pair of 160 x 160 x 160 voxels and one of 320 x 320 x 320: sheets of a scroll phantom, all of
+them labelled, and a prediction that lies a voxel aside, is of uneven thickness, torn elsewhere and
+bridged. Each part runs in a process of its own, first once for the peak of resident memory above
+what the process held before, then for the median time of the rounds (what takes half a minute runs
+once). Takes about 6 minutes on 2 cores. Linux; needs psutil.
+
+Exit status 1 if a bar is missed: surface Dice five times faster than `surface-distance` 0.1 and
+all scores equal to 1e-6; the Betti matching of one tile of 160 x 160 x 160 on 2 threads in 4.25 s,
+a quarter of the 17 s that the challenge's C++ package takes for sheets on one core.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import psutil
+from scipy import ndimage
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import homology
+import metrics
+import neighbours
+import partitions
+import phantoms
+import surfaces
+
+FASTER = 5.0
+MATCHING_SECONDS = 17.0 / 4
+TILE = 160  # voxels along each side of the tile that the bar is for
+TOLERANCE = 2.0
+
+
+def torn_sheets(size, seed=0):
+    """(prediction, truth): two bool masks (size, size, size)."""
+    shape, rng = (size,) * 3, np.random.default_rng([seed, 0, 1])
+    distance, _ = phantoms._sheet_distance(shape, rng)
+
+    def torn(grain, most):
+        return phantoms.smooth_field(shape, grain, rng) > most
+
+    half = phantoms.SHEET_HALF_THICKNESS
+    truth = (distance <= half) & ~torn(13.0, 1.3)
+    uneven = half + 0.5 * phantoms.smooth_field(shape, 9.0, rng)
+    prediction = (np.roll(distance, 1, axis=1) <= uneven) & ~torn(9.0, 1.9)
+    return prediction | torn(8.0, 2.8), truth
+
+
+# ---------------------------------------------------------------------------- parts
+
+
+def package_distances(prediction, truth):
+    import surface_distance as package
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it still calls SciPy by names that are going away
+        return package.compute_surface_distances(truth, prediction, (1.0, 1.0, 1.0))
+
+
+def package_surface_dice(prediction, truth):
+    import surface_distance as package
+
+    found = package_distances(prediction, truth)
+    return package.compute_surface_dice_at_tolerance(found, TOLERANCE)
+
+
+def package_hd95(prediction, truth):
+    import surface_distance as package
+
+    return package.compute_robust_hausdorff(package_distances(prediction, truth), 95.0)
+
+
+def package_information(prediction, truth):
+    from skimage.metrics import variation_of_information
+
+    either = prediction | truth
+    labels = (ndimage.label(mask, np.ones((3, 3, 3)))[0][either] for mask in (truth, prediction))
+    return tuple(map(float, variation_of_information(*labels)))
+
+
+def hd95(prediction, truth, **constants):
+    for name, value in constants.items():
+        setattr(neighbours, name, value)
+    return surfaces.hausdorff(prediction, truth, percentile=95.0)
+
+
+def names(*chosen):
+    return lambda prediction, truth: metrics.score(prediction, truth, names=chosen)
+
+
+PARTS = {
+    "surface Dice": surfaces.surface_dice,
+    "surface Dice, surface-distance": package_surface_dice,
+    "HD95": hd95,
+    "HD95, k-d tree of all corners": lambda p, t: hd95(
+        p, t, _MOST_OFFSETS=1, _VOXELS_PER_QUERY=0, _ROWS_PER_VOXEL=0
+    ),
+    "HD95, transform of the box": lambda p, t: hd95(p, t, _MOST_OFFSETS=1, _VOXELS_PER_QUERY=10**9),
+    "HD95, surface-distance": package_hd95,
+    "VOI": lambda p, t: partitions.partition(p, t).variation_of_information(),
+    "VOI, scipy and scikit-image": package_information,
+    "default scores": lambda p, t: metrics.score(p, t),
+    "Betti errors": names("betti_error_0", "betti_error_1", "betti_error_2"),
+    "HD95, ASSD and surface Dice": names("hd95", "assd", "surface_dice"),
+    "clDice": names("cldice"),
+    "Betti matching, one tile": homology.betti_matching,
+    "challenge score": metrics.vesuvius_score,
+}
+SLOW = {name for name in PARTS if name.endswith("surface-distance")} | {"clDice"}
+AGREE = [
+    ("surface Dice", "surface Dice, surface-distance"),
+    ("HD95", "HD95, surface-distance"),
+    ("HD95", "HD95, k-d tree of all corners"),
+    ("HD95", "HD95, transform of the box"),
+    ("VOI", "VOI, scipy and scikit-image"),
+]
+
+
+def measure(path, part, rounds, results):
+    """Puts (median seconds, peak MB, what it found) of a part on the masks at `path`."""
+    prediction, truth = np.load(path)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
+    held = psutil.Process().memory_info().rss
+    found, seconds = PARTS[part](prediction, truth), []
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    for _ in range(rounds):
+        started = time.perf_counter()
+        PARTS[part](prediction, truth)
+        seconds.append(time.perf_counter() - started)
+    results.put((statistics.median(seconds), (peak - held) / 2**20, found))
+
+
+def measured(path, part, rounds):
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    process = context.Process(target=measure, args=(str(path), part, rounds, results))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{part}: expected an exit status of 0, got {process.exitcode}")
+    return results.get()
+
+
+# ---------------------------------------------------------------------------- report
+
+
+def compare(size, rounds, folder):
+    """{part: (seconds, MB, found)} of one size, printed as it comes."""
+    path = folder / f"{size}.npy"
+    np.save(path, np.stack(torn_sheets(size)))
+    table = {}
+    print(f"\n{size} x {size} x {size}{'':20s}{'s':>9s}{'MB':>8s}")
+    for part in PARTS:
+        if part == "Betti matching, one tile" and size > TILE:
+            continue
+        table[part] = measured(path, part, 1 if part in SLOW else rounds)
+        seconds, memory, found = table[part]
+        print(f"{part:32s}{seconds:9.3f}{memory:8.0f}   {_short(found)}", flush=True)
+    return table
+
+
+def _short(found):
+    if isinstance(found, dict):
+        return ", ".join(f"{name} {_short(value)}" for name, value in found.items())
+    if isinstance(found, tuple):
+        return "/".join(map(_short, found))
+    return f"{found:.4g}"
+
+
+def missed_bars(tables):
+    """What falls short, as sentences; prints the ratios."""
+    missed = []
+    for size, table in tables.items():
+        for ours, theirs in AGREE:
+            ratio = table[theirs][0] / table[ours][0]
+            print(f"{size}: {ours} is {ratio:.1f} times as fast as {theirs}")
+            if not np.allclose(table[ours][2], table[theirs][2], rtol=0, atol=1e-6):
+                missed.append(f"{size}: {ours} and {theirs} differ by more than 1e-6")
+        ours, theirs = AGREE[0]
+        if table[theirs][0] < FASTER * table[ours][0]:
+            missed.append(f"{size}: {ours} is less than {FASTER:g} times as fast as {theirs}")
+    seconds = tables[TILE]["Betti matching, one tile"][0] if TILE in tables else 0.0
+    print(f"Betti matching of {TILE}^3: {seconds:.2f} s, at most {MATCHING_SECONDS:g} asked")
+    if seconds > MATCHING_SECONDS:
+        missed.append(f"Betti matching took {seconds:.2f} s, more than {MATCHING_SECONDS:g}")
+    return missed
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[TILE, 2 * TILE])
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    print(f"numpy {np.__version__}, {len(os.sched_getaffinity(0))} cores")
+    with tempfile.TemporaryDirectory() as folder:
+        tables = {
+            size: compare(size, options.rounds, Path(folder)) for size in sorted(options.sizes)
+        }
+    print()
+    missed = missed_bars(tables)
+    print(*(f"missed: {sentence}" for sentence in missed), sep="\n", end="\n" if missed else "")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Partitions of the foreground into connected components, and how far two of them differ.
+
+    split, merge = partition(prediction, truth).variation_of_information()
+    count_components(mask)
+
+The variation of information (Meila 2003; split and merge as in Nunez-Iglesias et al. 2013, and as
+scikit-image computes it) asks how much one has to say of a voxel's component in one mask to someone
+who knows its component in the other. In bits, over the voxels that are foreground of either mask;
+the background of a mask is one more component there.
+
+Labels are those of `cc3d`. Masks are (D, H, W) bool.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import cc3d
+import numpy as np
+
+# A table of all pairs of components is counted whole up to so many cells for each voxel; above,
+# the pairs are sorted.
+_CELLS_PER_VOXEL = 4
+
+
+class Partition(NamedTuple):
+    """The 26-connected components of a prediction and of its truth, where either has a voxel."""
+
+    predicted: int  # components of the prediction
+    true: int  # components of the truth
+    in_prediction: np.ndarray  # (N,) component of the prediction, 0: background
+    in_truth: np.ndarray  # (N,) the same of the truth
+
+    def variation_of_information(self):
+        """(split, merge) in bits, see `variation_of_information`; (0, 0) where N is 0."""
+        return variation_of_information(self.in_prediction, self.in_truth)
+
+
+def partition(prediction, truth, *, threads=2):
+    """The `Partition` of two masks of one shape, each with a thread of its own if there are two.
+
+    Takes some 12 bytes per voxel and mask while it runs, and keeps 4 per voxel of foreground.
+    """
+    either = (prediction | truth).reshape(-1)
+
+    def labels_of(mask):
+        labels, count = label(mask)
+        return labels.reshape(-1).compress(either), count
+
+    with ThreadPoolExecutor(threads) as pool:
+        (in_prediction, predicted), (in_truth, true) = pool.map(labels_of, (prediction, truth))
+    return Partition(predicted, true, in_prediction, in_truth)
+
+
+def label(mask, connectivity=26):
+    """(labels (D, H, W) from 1, 0 on the background; their number).
+
+    connectivity: 6 (voxels touch by faces) or 26 (by faces, edges or corners).
+    """
+    mask = np.ascontiguousarray(mask, dtype=bool)
+    labels, count = cc3d.connected_components(mask, connectivity=connectivity, return_N=True)
+    return labels, int(count)
+
+
+def count_components(mask, connectivity=26):
+    """The number of connected components of a mask (D, H, W); 0 if it is empty."""
+    return label(mask, connectivity)[1]
+
+
+def variation_of_information(in_prediction, in_truth):
+    """(split, merge) of two label arrays of one shape, of integers of 0 or more: two floats, bits.
+
+    split, H(prediction | truth), grows where the prediction cuts what is one in the truth; merge,
+    H(truth | prediction), where it joins what is apart. Every element counts, those of label 0
+    too: pass those that matter. Both 0 if the labels are the same but for their names, or if there
+    are none.
+    """
+    pairs, counts = _pairs(np.ravel(in_prediction), np.ravel(in_truth))
+    share = counts / max(1, counts.sum())
+    of_pairs = _entropy(share)
+    of_prediction, of_truth = (_entropy(np.bincount(labels, share)) for labels in pairs)
+    # Both are 0 or more but for rounding.
+    return max(0.0, of_pairs - of_truth), max(0.0, of_pairs - of_prediction)
+
+
+def _pairs(first, second):
+    """((label of first, label of second) of each pair that occurs, how often): three (N,)."""
+    if first.size == 0:
+        empty = np.zeros(0, np.int64)
+        return (empty, empty), empty
+    width = int(second.max()) + 1
+    key = first.astype(np.int64) * width + second
+    if (int(first.max()) + 1) * width <= _CELLS_PER_VOXEL * key.size:
+        counts = np.bincount(key)
+        found = np.flatnonzero(counts)
+        return np.divmod(found, width), counts[found]
+    found, counts = np.unique(key, return_counts=True)
+    return np.divmod(found, width), counts
+
+
+def _entropy(share):
+    """Of a distribution, in bits; 0 where a share is."""
+    share = share[share > 0]
+    return float(-(share * np.log2(share)).sum())
+
+
+def voi_score(split, merge):
+    """1 / (1 + 0.3 (split + merge)), in (0, 1]: the Vesuvius Challenge's score, bits given."""
+    return 1.0 / (1.0 + 0.3 * (split + merge))
