@@ -18,6 +18,7 @@ import errno
 import os
 import pickle
 import random
+import shutil
 import time
 import zipfile
 from collections import Counter, OrderedDict
@@ -81,6 +82,20 @@ def sync_folder(folder):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _give_name(path, name):
+    """Let the file at path have another name too, which costs nothing; a copy where it cannot."""
+    link = path.with_name(path.name + ".link")
+    try:
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, link)
+        os.replace(link, name)
+    finally:
+        link.unlink(missing_ok=True)  # rename is a no-op between two names of one file
 
 
 def _keep_previous(path):
@@ -189,15 +204,25 @@ class Saver:
         self.step, self.on_disk, self.before, self.after = step, step, before, after
         self.thread, self.pending, self.copy = ThreadPoolExecutor(1, "saver"), [], {}
 
-    def save(self, name, loop):
-        """Copy the state as it is now, once for all files of a step, and have it written."""
+    def save(self, name, loop, also=None):
+        """Copy the state as it is now, once for all files of a step, and have it written.
+
+        also: another name that the file shall have too, until something else gets that name.
+        """
         if self.copy.get("step") != loop["step"]:
             state = {key: part.state_dict() for key, part in self.stateful.items()}
             self.copy = {"state": snapshot(state) | {"rng": rng_state()}, "step": loop["step"]}
         if name == "last.pt":
             self.step = loop["step"]
         state = {**self.constant, **self.copy["state"], "loop": snapshot(loop)}
-        self.pending.append(self.thread.submit(self._write, state, self.folder / name))
+        self._submit(self._write, state, self.folder / name, also and self.folder / also)
+
+    def promote(self, name, to, changes):
+        """Have the state in file `name` written as `to`, with changes to that of its loop."""
+        self._submit(self._promote, self.folder / name, self.folder / to, changes)
+
+    def _submit(self, function, *arguments):
+        self.pending.append(self.thread.submit(function, *arguments))
 
     def release(self):
         """The state will change: what is copied is of no use any more."""
@@ -226,13 +251,20 @@ class Saver:
         """Waits for the files. Errors that nobody has asked for are dropped."""
         self.thread.shutdown()
 
-    def _write(self, state, path):
+    def _write(self, state, path, also):
         self.before()
         written = save(state, path)
+        if also is not None:
+            _give_name(path, also)
         if path.name == "last.pt":
             self.on_disk = state["loop"]["step"]
             self.after(path)
         return written
+
+    def _promote(self, path, to, changes):
+        state = load(path)
+        state["loop"] |= changes
+        return save(state, to)
 
 
 # ---------------------------------------------------------------------------- reading

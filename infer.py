@@ -34,6 +34,7 @@ import config
 import data
 import intensity
 import model
+import postprocess
 import stopping
 import volumes
 import windows
@@ -77,6 +78,7 @@ def resolve_settings(state, overrides):
     if faults:
         raise ValueError("\n".join(faults))
     settings = config.build(config.apply_overrides(state["config"], overrides))
+    settings = settings.with_chosen(state["loop"].get("chosen", {}))
     window = settings.inference.window or settings.sampling.patch
     model.check_divides("inference.window", window, state["data"]["strides"])
     return settings
@@ -257,8 +259,9 @@ def predict(network, job, settings, spacing, **how):
     more for windows.predict_slabs. Memory: a byte per voxel beside the slab, four more with
     probabilities.
     """
-    inference = settings.inference
-    mask = np.empty(job.shape, np.uint8)
+    inference, post = settings.inference, settings.postprocess
+    high = np.empty(job.shape, bool)
+    low = None if post.hysteresis is None else np.empty(job.shape, bool)
     probs = np.empty(job.shape, np.float32) if inference.save_probabilities else None
     ratio = (1.0, 1.0, 1.0)
     if job.spacing is not None:
@@ -275,19 +278,19 @@ def predict(network, job, settings, spacing, **how):
             **how,
         ):
             part = slice(z0, z0 + planes.shape[1])
-            mask[part] = planes[0] >= inference.threshold
+            high[part] = planes[0] >= inference.threshold
+            if low is not None:
+                low[part] = planes[0] >= post.hysteresis
             if probs is not None:
                 probs[part] = planes[0]
-    return remove_small_components(mask, settings.postprocess.min_component_voxels), probs
+    mask = postprocess.finish(high, low, spacing=job.spacing, **post.model_dump())
+    return mask.astype(np.uint8), probs
 
 
-def remove_small_components(mask, min_voxels):
-    """mask (D, H, W) without its 26-connected components of fewer than min_voxels voxels."""
-    if min_voxels <= 1 or not mask.any():
-        return mask
-    import cc3d
-
-    return cc3d.dust(mask, threshold=min_voxels, connectivity=26).astype(np.uint8)
+def _masks(settings):
+    """What else is done to a mask, for people."""
+    on = {name: value for name, value in settings.postprocess.model_dump().items() if value}
+    return ", ".join(f"{name} {value}" for name, value in on.items()) or "no postprocessing"
 
 
 def write(job, output, mask, probs):
@@ -381,7 +384,7 @@ def main(argv=None):
         f"device     {device} ({device_reason}), precision {precision} ({precision_reason})",
         f"windows    {list(inference.window or settings.sampling.patch)}, overlap "
         f"{inference.overlap}, {'8 flips' if inference.flips else 'no flips'}, threshold "
-        f"{inference.threshold}",
+        f"{inference.threshold}, {_masks(settings)}",
         *notes,
     ]:
         console.print(line)

@@ -13,7 +13,9 @@ import time
 import traceback
 
 import checkpoint
+import judging
 import loader
+import picture
 import stopping
 from guard import MemoryGuard
 
@@ -26,15 +28,30 @@ class Keeper:
     loop: the state of the loop, by reference; log, show: a RunLog and a ProgressLine; stop: a
     `stopping.Stop`; saver: a `checkpoint.Saver`; iterations: steps of an epoch; save_minutes: from
     one save to the next, None for none within an epoch; limit: bytes of memory for the whole run or
-    None. batches and parts are given once they are made, which need `report` themselves.
+    None; by: the score that picks best.pt; picture: whether progress.png is drawn. batches and
+    parts are given once they are made: they need `report` themselves.
     """
 
     def __init__(
-        self, run_folder, loop, patches, *, log, show, stop, saver, iterations, save_minutes, limit
+        self,
+        run_folder,
+        loop,
+        patches,
+        *,
+        log,
+        show,
+        stop,
+        saver,
+        iterations,
+        save_minutes,
+        limit,
+        by,
+        picture,
     ):
         self.run_folder, self.loop, self.patches = run_folder, loop, patches
         self.log, self.show, self.stop, self.saver = log, show, stop, saver
         self.iterations, self.save_minutes = iterations, save_minutes
+        self.by, self.picture = by, picture
         self.guard = MemoryGuard(patches.cache, limit=limit, report=self.report)
         self.batches = self.parts = None
         self.saved_at = time.monotonic()
@@ -50,6 +67,40 @@ class Keeper:
         """Something went wrong, and the run goes on."""
         self.show.say(f"step {self.loop['step']}: {text}")
         self.record("trouble", kind=kind, text=text, **figures)
+
+    def evaluation(self, found):
+        """Log a `validation.Evaluation`, and keep the state that it was of if that is the best.
+
+        None is no evaluation. One without all of its scores (a case that could not be read, a judge
+        that died) chooses nothing.
+        """
+        if found is None:
+            return
+        verdict = found.verdict or {"scores": {}, "cases": {}, "steps": []}
+        chosen = {key: verdict[key] for key in judging.CHOICES if key in verdict}
+        content = {key: verdict[key] for key in ("scores", "cases", "steps")}
+        content |= {"chosen": chosen, "unread": found.unread}
+        epoch = found.step // self.iterations
+        self.log.write("evaluation", step=found.step, epoch=epoch, **content)
+        if verdict["scores"]:
+            scores = " ".join(f"{name} {value:.4g}" for name, value in verdict["scores"].items())
+            self.show.say(f"evaluation of step {found.step}: {scores}")
+        self.loop.update(pending=None, worse=self.loop["worse"] + 1)
+        if chosen and not found.unread:
+            self._choose(found.step, verdict["scores"].get(self.by), chosen)
+        self.save("last.pt")
+        if self.picture:
+            threshold = chosen.get("threshold", judging.USUAL)
+            picture.draw_progress(self.run_folder, self.run_folder.name, found.slices, threshold)
+
+    def _choose(self, step, score, chosen):
+        self.loop["chosen"] = chosen
+        if judging.better(score, self.loop["best_score"], self.by):
+            best = {"best_score": score, "best_step": step, "worse": 0}
+            self.loop.update(best)
+            self.saver.promote(
+                "candidate.pt", "best.pt", best | {"pending": None, "chosen": chosen}
+            )
 
     # ------------------------------------------------------------------------ leaving
 
@@ -117,11 +168,14 @@ class Keeper:
         waited = time.monotonic() - self.saved_at
         return bool(self.save_minutes) and waited > 60 * self.save_minutes and not self.saver.busy
 
-    def save(self, name):
-        """Copy the state as it is, and have it written while training goes on."""
+    def save(self, name, also=None):
+        """Copy the state as it is, and have it written while training goes on.
+
+        also: a second name for the file.
+        """
         learnt = {"part": self.parts.size, "recompute": self.parts.recompute}
         learnt |= {"left_out": loader.left_out(self.patches), "lines": self.log.lines}
-        self.saver.save(name, self.loop | learnt)
+        self.saver.save(name, self.loop | learnt, also)
         self.saved_at = time.monotonic()
 
     def tell_of_saved(self, *, wait=False):

@@ -31,18 +31,19 @@ FOUND, MISSED, FALSE = "#009e73", "#e0520e", "#56b4e9"  # told apart by colour-b
 MARK, TROUBLE = "#909090", "#d70000"
 
 
-def middle_slices(image, truth, probs, ignore_label):
-    """The z slice with the most foreground of a case: what `draw_progress` shows.
+def middle_slices(image, truth, ignore_label):
+    """The z slice with the most foreground of a case: what `draw_progress` shows, but for "probs".
 
-    image (D, H, W), truth (D, H, W) class ids, probs (D, H, W). Returns a dict of (H, W) arrays.
+    image (C, D, H, W), an array or dataset, of which one slice is read; truth (D, H, W) class ids.
+    Returns a dict of (H, W) arrays, and "z".
     """
     labelled = truth != (-1 if ignore_label is None else ignore_label)
     z = int(np.argmax(((truth > 0) & labelled).sum(axis=(1, 2))))
     return {
-        "image": np.asarray(image[z], np.float32),
+        "z": z,
+        "image": np.asarray(image[0, z], np.float32),
         "truth": (truth[z] > 0) & labelled[z],
         "labelled": labelled[z],
-        "probs": np.asarray(probs[z], np.float32),
     }
 
 

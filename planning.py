@@ -15,9 +15,11 @@ import cache
 import cases
 import composite
 import data
+import judging
 import memory
 import model
 import splits
+import validation
 import windows
 from settings import Settings
 
@@ -63,6 +65,7 @@ def settle(settings):
     split, notes = splits.choose_cases(dataset, **which)
     terms = settings.terms()
     composite.check_terms(terms, in_training=True)
+    judging.check(settings.validation.score, settings.validation.scores)
     skeletons = composite.takes_skeleton(terms)
     in_validation = composite.takes_skeleton(terms, validation_only=True)
     cases.check_skeletons(split.train * skeletons + split.validation * in_validation)
@@ -134,21 +137,43 @@ def draw(plan, samples):
     )
 
 
-def validation_arguments(plan, remembered):
-    """What validation.validate takes from a plan. remembered: see fitting.WindowFit."""
+def questions(plan):
+    """What validation asks of predictions: a `judging.Questions`."""
     settings = plan.settings
-    return {
-        "foreground": plan.foreground,
-        "spacing": settings.data.spacing,
-        "clip": settings.data.percentiles,
-        "window": settings.window_arguments() | {"remembered": remembered},
-        "threshold": settings.inference.threshold,
-        "tolerance": settings.validation.tolerance,
-        "terms": plan.terms,
-        "tile": settings.sampling.patch,
-        "device": plan.device,
-        "precision": plan.precision,
-    }
+    asked, post = settings.validation, settings.postprocess
+    threshold, size = settings.inference.threshold, post.min_component_voxels
+    usual_first = sorted(asked.thresholds, key=lambda t: (abs(t - judging.USUAL), t))
+    return judging.Questions(
+        by=asked.score,
+        names=asked.scores,
+        thresholds=tuple(usual_first) if threshold is None else (threshold,),
+        sizes=tuple(sorted(asked.min_component_voxels)) if size is None else (size,),
+        hysteresis=post.hysteresis,
+        max_hole_voxels=post.max_hole_voxels,
+        closing_radius=post.closing_radius,
+        foreground=tuple(plan.foreground),
+        tolerance=asked.tolerance,
+        terms=plan.terms,
+        tile=settings.sampling.patch,
+    )
+
+
+def make_validator(plan, *, remembered, report, poll):
+    """The `validation.Validator` of a plan. remembered: see fitting.WindowFit."""
+    settings = plan.settings
+    wanted = settings.validation.background
+    return validation.Validator(
+        plan.split.validation[: settings.validation.max_cases],
+        questions(plan),
+        background=plan.device.type == "cuda" if wanted is None else wanted,
+        report=report,
+        poll=poll,
+        spacing=settings.data.spacing,
+        clip=settings.data.percentiles,
+        window=settings.window_arguments() | {"remembered": remembered},
+        device=plan.device,
+        precision=plan.precision,
+    )
 
 
 def announce(plan, network, patches):

@@ -291,8 +291,17 @@ class Training(Group):
 class Validation(Group):
     every: Count = 1  # epochs
     untrained: bool = True  # also before the first step: the baseline
-    score: Literal["dice", "surface_dice", "precision", "recall"] = "surface_dice"  # picks best.pt
+    score: str = "surface_dice"  # of metrics.SCORES: picks best.pt, the threshold and the size
+    scores: tuple[str, ...] = ("dice", "precision", "recall", "components", "components_truth")
     tolerance: Positive = 2.0  # of surface_dice, in the unit of the spacing
+    # Of which the best are chosen, where inference.threshold and postprocess.min_component_voxels
+    # do not name one.
+    thresholds: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=100)] = (
+        *(0.3, 0.4, 0.5, 0.6, 0.7),
+    )
+    min_component_voxels: Annotated[tuple[Whole, ...], Field(min_length=1)] = (0, 20, 100)
+    # Whether a process of its own judges while training goes on; null: where a GPU trains.
+    background: bool | None = None
     max_cases: Count | None = None
     patience: Whole = 0  # stop after this many in a row without a better score; 0: never
 
@@ -302,12 +311,20 @@ class Inference(Group):
     overlap: Decay = 0.5
     flips: bool = False  # average over the 8 flips
     batch: Count = 2  # windows; torch convolves a batch of one at half the speed on a CPU
-    threshold: Probability = 0.5
+    threshold: Probability | None = None  # null: what validation chose, 0.5 without
     save_probabilities: bool = False
 
 
 class Postprocess(Group):
-    min_component_voxels: Whole = 0  # smaller components are removed, 0: none
+    """In this order, after the threshold: see postprocess.py."""
+
+    hysteresis: Probability | None = (
+        None  # voxels above it stay if they touch ones of the threshold
+    )
+    # Smaller components are removed, 0: none; null: what validation chose, 0 without.
+    min_component_voxels: Whole | None = None
+    max_hole_voxels: Whole = 0  # holes of up to so many voxels are filled, in slices too
+    closing_radius: NonNegative = 0.0  # of the ball that closes gaps, in the unit of the spacing
 
 
 class Monitor(Group):
@@ -347,6 +364,15 @@ class Settings(Group):
         chosen = self.sampling.model_dump(include={"patch", "foreground_share", "jitter"})
         clip = self.data.percentiles
         return {**chosen, "spacing": self.data.spacing, "clip": clip, "seed": self.run.seed}
+
+    def with_chosen(self, chosen):
+        """These settings, with what validation chose ({} if nothing) where they leave it open."""
+        copy = self.model_copy(deep=True)
+        if copy.inference.threshold is None:
+            copy.inference.threshold = chosen.get("threshold", 0.5)
+        if copy.postprocess.min_component_voxels is None:
+            copy.postprocess.min_component_voxels = chosen.get("min_component_voxels", 0)
+        return copy
 
     def window_arguments(self):
         """What windows.predict_volume takes from the settings."""

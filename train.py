@@ -41,7 +41,6 @@ import memory
 import model
 import monitor
 import nonfinite
-import picture
 import planning
 import runlog
 import runs
@@ -96,7 +95,7 @@ def _train(settings, resume, stack):
         )
     except (ValueError, FileNotFoundError) as error:
         return _complain(error)
-    device, split, resumed = plan.device, plan.split, state is not None
+    device, resumed = plan.device, state is not None
     notes += plan.notes
     if patches.missing:
         notes.append(f"sampling: no training case holds a voxel of class {patches.missing}")
@@ -124,8 +123,10 @@ def _train(settings, resume, stack):
         "lines": math.inf,  # of training in the log
         # Since the last line of the log, and since the epoch began: see runlog.add_parts.
         **{"sums": {}, "draws": {}, "epoch_parts": {}, "epoch_draws": {}},
-        # worse: evaluations since the best one
-        **{"evaluated_step": None, "best_score": None, "best_step": None, "worse": 0},
+        # pending: the step whose evaluation is under way; worse: evaluations since the best one;
+        # chosen: what the last one chose for prediction
+        **{"evaluated_step": None, "pending": None, "best_score": None, "best_step": None},
+        **{"worse": 0, "chosen": {}},
         "skipped": {"in_a_row": 0, "since_log": 0, "cases": {}},  # steps without an update
         "left_out": {},  # what loader.left_out gives
         # What the device's memory has taught: see fitting.py.
@@ -203,6 +204,8 @@ def _train(settings, resume, stack):
         iterations=iterations,
         save_minutes=training.save_minutes,
         limit=limit,
+        by=settings.validation.score,
+        picture=settings.monitor.picture,
     )
     keep.parts = parts = fitting.Parts(
         network,
@@ -230,7 +233,7 @@ def _train(settings, resume, stack):
         monitor.SystemMonitor(
             run_folder,
             seconds=settings.monitor.seconds,
-            roles=lambda: {os.getpid(): "training"} | batches.roles(),
+            roles=lambda: {os.getpid(): "training"} | batches.roles() | validator.roles(),
             step=lambda: loop["step"],
             memory_limit=limit,
         )
@@ -267,9 +270,11 @@ def _train(settings, resume, stack):
     # ------------------------------------------------------------------ loop
     # One pass more than steps: state is looked at and saved at one place, before the step. So
     # step 0 is the untrained network, and the last pass only looks.
-    how = planning.validation_arguments(plan, remembered=loop["window_fits"])
-    how |= {"report": keep.report, "poll": keep.check}
-    chosen = split.validation[: settings.validation.max_cases]
+    validator = planning.make_validator(
+        plan, remembered=loop["window_fits"], report=keep.report, poll=keep.check
+    )
+    stack.callback(validator.close)
+
     patience = settings.validation.patience
     log_at = (settings.monitor.log_every, iterations, stop_step)
     timed = 0  # steps on the clock
@@ -286,6 +291,8 @@ def _train(settings, resume, stack):
             versions=versions,
             notes=notes,
         )
+        if loop["pending"] is not None:  # of a run that was killed while the judge was at work
+            validation.start_again(validator, ema, loop, saver.folder / "candidate.pt", keep.report)
         while True:
             step, epoch = loop["step"], loop["step"] // iterations
             done = step >= stop_step
@@ -296,30 +303,26 @@ def _train(settings, resume, stack):
                 content = {"loss": means, "draws": reached, "cache": patches.cache.counts()}
                 log.write("epoch", step=step, epoch=epoch - 1, **content)
                 show.say(f"epoch {epoch - 1}: shares of patches: " + _numbers(reached))
-            if step != saver.step and (done or at_epoch or reason or keep.due()):
-                keep.save("last.pt")  # before anything that may fail
+            if not reason:  # what the judge says of the last evaluation is known before the next
+                keep.evaluation(validator.result(wait=at_epoch))
+            due = done or (at_epoch and (step // iterations) % settings.validation.every == 0)
+            if step == 0 and not done:
+                due = settings.validation.untrained
+            due = due and not reason and loop["evaluated_step"] != step
+            if due:
+                loop |= {"evaluated_step": step, "pending": step}
+                keep.save("last.pt", also="candidate.pt")
+            elif step != saver.step and (done or at_epoch or reason or keep.due()):
+                keep.save("last.pt")
             keep.tell_of_saved()
             if reason:
                 raise stopping.Stopped(reason)
-            due, on_schedule = done, epoch % settings.validation.every == 0
-            if at_epoch and not done:
-                due = on_schedule if step else settings.validation.untrained
-            if due and loop["evaluated_step"] != step:
-                scores, per_case, unread, slices = validation.validate(ema, chosen, **how)
-                score, best = scores.get(settings.validation.score), loop["best_score"]
-                keep.record("evaluation", scores=scores, cases=per_case, unread=unread)
-                if scores:
-                    show.say(f"evaluation at step {step}: " + _numbers(scores))
-                loop |= {"evaluated_step": step, "worse": loop["worse"] + 1}
-                if not unread and (None in (score, best) or score > best):
-                    loop |= {"best_score": score, "best_step": step, "worse": 0}
-                    keep.save("best.pt")
-                keep.save("last.pt")  # which knows of the best only once that is there
-                if settings.monitor.picture:
-                    threshold = settings.inference.threshold
-                    picture.draw_progress(run_folder, run_folder.name, slices, threshold)
+            if due:
+                validator.start(ema, step)
+            if done or not validator.background:
+                keep.evaluation(validator.result(wait=True))
             saver.release()
-            if 0 < patience <= loop["worse"]:
+            if at_epoch and 0 < patience <= loop["worse"]:
                 show.say(f"no better {settings.validation.score} in {loop['worse']} evaluations")
                 break
             if done:
@@ -385,6 +388,7 @@ def _train(settings, resume, stack):
                     f"wait {seconds['wait'] / step_seconds:.0%}",
                 )
                 loop["skipped"]["since_log"] = timed = 0
+        keep.evaluation(validator.result(wait=True))
         keep.tell_of_saved(wait=True)
         keep.record("end")
     except BaseException as error:

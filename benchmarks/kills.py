@@ -123,9 +123,11 @@ def same(a, b):
 
 
 def lines(folder):
-    """The lines of training in a run's log, without times."""
+    """The lines of training in a run's log, without times, in the order of steps: scores are
+    written down when the judge has them, steps after that which they are of."""
     events = runlog.read_log(folder / "log.jsonl")
     training = [event for event in events if event["event"] in runlog.TRAINING]
+    training.sort(key=lambda event: (event["step"], event["event"]))
     return [{k: v for k, v in event.items() if k not in TIMES + ("cache",)} for event in training]
 
 

@@ -19,6 +19,7 @@ from test_train import events, root, same_state, settings, weights_of
 import checkpoint
 import data
 import guard
+import judging
 import loader
 import model
 import train
@@ -193,8 +194,10 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(root, tmp_
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
-    for path in (run_folder(tmp_path) / "checkpoints").glob("*.pt"):
-        torch.save({**checkpoint.load(path), "model": Hostile()}, path)
+    folder = run_folder(tmp_path) / "checkpoints"
+    state = checkpoint.load(folder / "last.pt")
+    for path in folder.glob("*.pt"):
+        torch.save({**state, "model": Hostile()}, path)
     assert train.main(settings(root, tmp_path), resume=True) == 2
     assert "not run" in capsys.readouterr().err and not (tmp_path / "ran").exists()
 
@@ -431,7 +434,8 @@ def test_a_full_disk_keeps_the_last_state_and_says_so_once(root, tmp_path, monke
     assert "No space left on device" in error and "state of step 0 is kept" in error
     assert len(error.splitlines()) == 1
     folder = run_folder(tmp_path) / "checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == ["best.pt", "last.previous.pt", "last.pt"]
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["best.pt", "candidate.pt", "last.previous.pt", "last.pt"]
     assert checkpoint.load(folder / "last.pt")["loop"]["step"] == 0
     monkeypatch.undo()
     assert train.main(settings(root, tmp_path), resume=True) == 0
@@ -482,11 +486,13 @@ def test_early_stopping_ends_a_run_and_is_still_known_when_it_is_resumed(
     root, tmp_path, monkeypatch
 ):
     scores = iter([0.5, 0.4, 0.6, 0.1, 0.2, 0.3])
-    monkeypatch.setattr(
-        train.validation,
-        "validate",
-        lambda *a, **k: ({"surface_dice": next(scores)}, {}, [], None),
-    )
+
+    def judged(questions, predictions):
+        found = {"surface_dice": next(scores)}
+        choice = {"threshold": 0.5, "min_component_voxels": 0}
+        return {**choice, "scores": found, "cases": {}, "steps": [], "unread": []}
+
+    monkeypatch.setattr(judging, "judge", judged)
     changes = ["validation.patience=2", "training.max_epochs=9", "validation.untrained=false"]
     assert train.main(settings(root, tmp_path, *changes, "training.max_steps=12")) == 0
     assert train.main(settings(root, tmp_path, *changes), resume=True) == 0

@@ -17,6 +17,7 @@ import clock
 import composite
 import config
 import data
+import judging
 import loader
 import model
 import train
@@ -181,13 +182,13 @@ def test_skeleton_spacing_and_step_reach_the_sum(root, tmp_path, monkeypatch):
 
 
 def test_validation_terms_see_labelled_voxels_and_the_stored_skeleton(root, tmp_path, monkeypatch):
-    seen, real = [], train.validation.composite.validation_losses
+    seen, real = [], judging.composite.validation_losses
 
     def watched(probs, target, valid, terms, **options):
         seen.append((target, valid, options))
         return real(probs, target, valid, terms, **options)
 
-    monkeypatch.setattr(train.validation.composite, "validation_losses", watched)
+    monkeypatch.setattr(judging.composite, "validation_losses", watched)
     changes = ["loss.skeleton_recall.validation_only=true", "training.max_steps=0"]
     assert train.main(settings(root, tmp_path, *changes)) == 0
     ((target, valid, options),) = seen
@@ -376,7 +377,7 @@ def test_a_crash_in_validation_loses_no_step(root, tmp_path, monkeypatch):
     def out_of_memory(*arguments, **settings):
         raise MemoryError
 
-    monkeypatch.setattr(train.windows, "predict_volume", out_of_memory)
+    monkeypatch.setattr(train.windows, "predict_slabs", out_of_memory)
     changes = ["validation.untrained=false", "training.max_epochs=1"]
     with pytest.raises(MemoryError):
         train.main(settings(root, tmp_path, *changes))
@@ -427,7 +428,7 @@ def test_what_is_slow_is_named_and_validation_is_no_part_of_a_step(root, tmp_pat
     slower(augment, "draw_batch", 0.12)
     slower(composite, "composite_loss", 0.14)
     slower(model, "update_ema", 0.16)
-    slower(validation, "validate", 5.0)
+    slower(validation.Validator, "start", 5.0)
     assert train.main(settings(root, tmp_path, "training.max_steps=1")) == 0
     (event,) = events(tmp_path / "runs" / "r", "step")
     least = {"wait": 0.08, "transfer": 0.10, "draw": 0.12, "loss": 0.14, "optimiser": 0.16}
