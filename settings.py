@@ -318,9 +318,7 @@ class Inference(Group):
 class Postprocess(Group):
     """In this order, after the threshold: see postprocess.py."""
 
-    hysteresis: Probability | None = (
-        None  # voxels above it stay if they touch ones of the threshold
-    )
+    hysteresis: Probability | None = None  # voxels above it stay if they touch kept ones
     # Smaller components are removed, 0: none; null: what validation chose, 0 without.
     min_component_voxels: Whole | None = None
     max_hole_voxels: Whole = 0  # holes of up to so many voxels are filled, in slices too

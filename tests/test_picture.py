@@ -299,7 +299,7 @@ def test_the_slice_with_most_foreground_among_labelled_voxels_is_chosen():
     truth = np.zeros((4, 2, 3), np.uint8)
     truth[1, 0] = 1
     truth[2] = 2
-    found = picture.middle_slices(image, truth, image / 24, ignore_label=2)
+    found = picture.middle_slices(image[None], truth, ignore_label=2)
     assert found["truth"].tolist() == [[True] * 3, [False] * 3]
     assert found["image"].tolist() == image[1].tolist()
-    assert picture.middle_slices(image, truth, image / 24, None)["truth"].all()
+    assert picture.middle_slices(image[None], truth, None)["truth"].all()
