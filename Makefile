@@ -22,8 +22,9 @@ quickstart: $(VENV)/ready
 	$(RUN) infer.py --ckpt runs/last.pt --output runs/predictions/untrained
 	$(RUN) train.py configs/quickstart.yaml
 	$(RUN) infer.py --ckpt runs/last.pt --output runs/predictions/quickstart
-	$(RUN) evaluate.py --pred runs/predictions/quickstart --beside untrained=runs/predictions/untrained \
-		--otsu data/quickstart --truth data/quickstart --out runs/quickstart_scores.csv
+	$(RUN) evaluate.py --pred runs/predictions/quickstart runs/predictions/untrained \
+		--otsu data/quickstart --truth data/quickstart --out runs/quickstart_scores.csv \
+		--overlays runs/overlays
 
 test: $(VENV)/ready-dev
 	$(RUN) -m ruff check .

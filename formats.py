@@ -110,6 +110,24 @@ def read_nifti(path):
     return array.T, spacing, unit, np.array(image.affine, np.float64)
 
 
+def count_voxels(path, dataset):
+    """Voxels of the volume in a file, from its header; of HDF5 without a dataset, the largest."""
+    if path.lower().endswith((".tif", ".tiff")):
+        import tifffile
+
+        with tifffile.TiffFile(path) as tif:
+            return int(np.prod(tif.series[0].shape))
+    if path.lower().endswith((".nii", ".nii.gz")):
+        import nibabel
+
+        return int(np.prod(nibabel.load(path).shape))
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        found = [file[dataset]] if dataset else file.values()
+        return max(int(each.size) for each in found if isinstance(each, h5py.Dataset))
+
+
 def read_hdf5(path, dataset, wanted, other):
     import h5py
 

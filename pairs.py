@@ -1,8 +1,9 @@
-"""Which prediction, truth and image belong together: files of one case, matched by id.
+"""Which predictions, truth and image belong together: files of one case, matched by id.
 
 What does not fit is not raised one by one: it is collected as sentences.
 """
 
+import fnmatch
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,10 @@ import volumes
 
 @dataclass(frozen=True)
 class Pair:
-    """Where the prediction, those beside it (by name), the truth and perhaps the image are."""
+    """Where the predictions of a case (by method), its truth and perhaps its image are."""
 
     id: str
-    prediction: str
-    beside: dict
+    predictions: dict
     truth: str
     image: str | None
 
@@ -67,49 +67,74 @@ def _of_role(found, role):
     return [source for source in found if not source.id.endswith(("_probs", "_probabilities"))]
 
 
-def match(args, faults, notes):
-    """(pairs to score, value of unlabeled voxels or None).
+def match(predictions, truth, images, faults, notes, *, only=()):
+    """([Pair] by id, the `cases.Dataset` that truth is, or None).
 
-    One prediction file and one truth file are a pair whatever their names. A prediction without
-    truth (or without image, with --otsu) is a fault; a truth without prediction is a note, since
-    it is normal to predict the test cases only.
+    predictions: [(method, path)]; truth, images: paths (images None: those of the dataset); each as
+    `find_sources` takes them. only: ids or patterns, such as scroll_*; all others are left out
+    without a word. One prediction file and one truth file are a pair whatever
+    their names. An id that any side lacks is a fault. But of a prepared dataset it is normal to
+    predict some cases only, and a case without a label cannot be scored: these are notes.
     """
-    predictions, _ = find_sources(args.pred, "prediction", faults)
-    truths, dataset = find_sources(args.truth, "truth", faults)
-    images, _ = find_sources(args.otsu, "image", faults) if args.otsu else ({}, None)
-    beside = {n: find_sources(path, "prediction", faults)[0] for n, path in args.beside}
-    ignore_label = args.ignore_label
-    if ignore_label is None and dataset is not None:
-        ignore_label = dataset.ignore_label
+    methods = {name: find_sources(path, "prediction", faults)[0] for name, path in predictions}
+    truths, dataset = find_sources(truth, "truth", faults)
+    shown = find_sources(images, "image", faults)[0] if images else None
     if faults:
-        return [], ignore_label
+        return [], dataset
     known = set(dataset.cases) if dataset else set(truths)
-    predictions = {_known_id(i, path, known): path for i, path in predictions.items()}
-    beside = {n: {_known_id(i, p, known): p for i, p in f.items()} for n, f in beside.items()}
-    unlabelled = known - set(truths)
-    if unlabelled & set(predictions):
-        notes.append(f"no label, not scored: {listed(unlabelled & set(predictions))}")
-        predictions = {i: path for i, path in predictions.items() if i not in unlabelled}
-    if len(predictions) == 1:
-        (only,) = predictions
-        truths = {only: next(iter(truths.values()))} if _is_file(args.truth) else truths
-        images = {only: next(iter(images.values()))} if _is_file(args.otsu) else images
-    needed = [("truth", truths), *((f"prediction of {n}", found) for n, found in beside.items())]
-    for role, sources in [*needed, ("image", images if args.otsu else predictions)]:
-        for case in sorted(set(predictions) - set(sources)):
-            faults.append(
-                f"{predictions[case]}: expected {role} {case} with it, got {listed(sources)}; "
-                "rename one, or name the ids with a pattern such as '{id}.tif'"
-            )
-    left = set(truths) - set(predictions)
-    # A spacing given by hand, here or at preparation, wins over what other files state.
-    args.check_spacing = args.spacing is None and dataset is None
-    if left:
+    methods = {m: {_known_id(i, p, known): p for i, p in f.items()} for m, f in methods.items()}
+    predicted = set().union(*methods.values())
+    if dataset and (bare := predicted & known - set(truths)):
+        notes.append(f"no label, not scored: {listed(bare)}")
+        methods = {m: {i: p for i, p in f.items() if i not in bare} for m, f in methods.items()}
+        predicted -= bare
+    if len(predicted) == 1:  # whatever a single file is called
+        truths, shown = _as_only(predicted, truth, truths), _as_only(predicted, images, shown)
+    if dataset and (left := set(truths) - predicted):
         notes.append(f"truth without a prediction, not scored: {listed(left)}")
-    shared = sorted(set(predictions).intersection(*(sources for _, sources in needed)))
-    others = {i: {name: found[i] for name, found in beside.items()} for i in shared}
-    pairs = [Pair(i, predictions[i], others[i], truths[i], images.get(i)) for i in shared]
-    return pairs, ignore_label
+        truths = {i: path for i, path in truths.items() if i in predicted}
+    sides = {
+        f"prediction of {m}" if len(methods) > 1 else "prediction": methods[m] for m in methods
+    }
+    sides |= {"truth": truths} | ({"image": shown} if shown is not None else {})
+    wanted = _wanted(predicted | set(truths), only, faults)
+    _name_missing(sides, wanted, faults)
+    if shown is None and dataset:
+        shown = {case.id: f"{case.path}:image" for case in dataset.cases.values()}
+    complete = sorted(wanted.intersection(*sides.values()))
+    return [
+        Pair(i, {m: methods[m][i] for m in methods}, truths[i], (shown or {}).get(i))
+        for i in complete
+    ], dataset
+
+
+def _as_only(predicted, text, sources):
+    """The sources of a role, under the one predicted id if they are one file."""
+    if text and os.path.isfile(volumes.split_dataset(text)[0]):
+        return dict(zip(predicted, sources.values(), strict=True))
+    return sources
+
+
+def _wanted(ids, only, faults):
+    """Those of the ids that a pattern of `only` names; a pattern that names none is a fault."""
+    if not only:
+        return ids
+    for pattern in only:
+        if not fnmatch.filter(ids, pattern):
+            faults.append(f"--cases {pattern}: expected a case of it, got {listed(ids)}")
+    return {i for i in ids if any(fnmatch.fnmatch(i, pattern) for pattern in only)}
+
+
+def _name_missing(sides, wanted, faults):
+    """A fault for each case that one side has and another lacks."""
+    for case in sorted(wanted):
+        there = next(found[case] for found in sides.values() if case in found)
+        for side, found in sides.items():
+            if case not in found:
+                faults.append(
+                    f"{there}: expected {side} {case} with it, got {listed(found) or 'none'}; "
+                    "rename one, name the ids with a pattern such as '{id}.tif', or say --cases"
+                )
 
 
 def _known_id(case, path, known):
@@ -117,10 +142,6 @@ def _known_id(case, path, known):
     stem = volumes.stem_of(path)
     begins = [i for i in known if stem.startswith((f"{i}_", f"{i}-", f"{i}."))]
     return next((i for i in (stem, case) if i in known), max(begins, key=len, default=case))
-
-
-def _is_file(text):
-    return bool(text) and os.path.isfile(volumes.split_dataset(text)[0])
 
 
 def listed(ids, most=8):

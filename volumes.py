@@ -181,6 +181,19 @@ def read_label(path):
     return Volume(array, volume.spacing, volume.unit, volume.affine, volume.path)
 
 
+def voxel_count(path):
+    """Voxels of the volume in a file, by its header alone; 0 where that says nothing.
+
+    What is wrong with the file is for those who read it to say.
+    """
+    file, dataset = split_dataset(path)
+    try:
+        with _one_sentence(path):
+            return formats.count_voxels(file, dataset)
+    except VolumeError:
+        return 0
+
+
 def _read(path, wanted, other):
     """A `Volume` with (C, D, H, W), native byte order, and no dimension of length 0."""
     file, dataset = split_dataset(path)

@@ -1,6 +1,7 @@
 """The script end to end: values of its CSV and table, matching of cases, and every fault."""
 
 import csv
+import json
 import os
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_folders_are_matched_by_id_and_scored(tmp_path, capsys):
     out = tmp_path / "new" / "scores.csv"
     assert run("--pred", tmp_path / "pred", "--truth", tmp_path / "truth", "--out", out) == 0
     rows = read_csv(out)
-    assert list(rows) == [("a", "prediction"), ("b", "prediction"), ("mean", "prediction")]
+    assert list(rows) == [(case, "prediction") for case in ("a", "b", "mean", "median", "worst")]
     a, mean = rows["a", "prediction"], rows["mean", "prediction"]
     assert float(a["dice"]) == pytest.approx(2 * 3 / 9, abs=1e-6)
     assert float(a["precision"]) == pytest.approx(3 / 4)
@@ -165,7 +166,7 @@ def test_labels_and_images_in_one_folder_are_told_apart(tmp_path):
     write(tmp_path / "pred" / "a_probs.tif", bar(2).astype(np.float32) / 2)
     both, out = tmp_path / "both", tmp_path / "s.csv"
     command = ("--pred", tmp_path / "pred", "--truth", both, "--otsu", both, "--out", out)
-    assert run(*command) == 0
+    assert run(*command, "--cases", "a") == 0
     assert read_csv(out)["a", "prediction"]["dice"] == read_csv(out)["a", "otsu"]["dice"] == "1.0"
 
 
@@ -300,6 +301,7 @@ def test_a_csv_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
     mask = write(tmp_path / "a.tif", bar(2))
     assert run("--pred", mask, "--truth", mask, "--out", f"{mask}/scores.csv") == 2
     assert f"{mask}/scores.csv: expected a file to write" in capsys.readouterr().err
+    assert run("--pred", mask, "--truth", mask, "--out", "/dev/full/x") == 2
 
 
 # ---------------------------------------------------------------------------- real vessels
@@ -319,15 +321,15 @@ def test_otsu_on_real_vessels_has_the_known_dice(tmp_path):
 # ---------------------------------------------------------------------------- several methods
 
 
-def test_predictions_beside_are_scored_as_methods_of_their_own(tmp_path):
+def test_further_predictions_are_scored_as_methods_of_their_own(tmp_path):
     write(tmp_path / "new" / "a.nii.gz", bar(2))
     write(tmp_path / "old" / "a.nii.gz", bar(4))
     truth = write(tmp_path / "truth" / "a_lbl.nii.gz", bar(2))
     out = tmp_path / "scores.csv"
-    beside = ("--beside", f"old={tmp_path / 'old'}")
-    assert run("--pred", tmp_path / "new", *beside, "--truth", truth, "--out", out) == 0
+    both = tmp_path / "new", f"old={tmp_path / 'old'}"
+    assert run("--pred", *both, "--truth", truth, "--out", out) == 0
     rows = read_csv(out)
-    assert float(rows["a", "prediction"]["dice"]) == 1.0
+    assert float(rows["a", "new"]["dice"]) == 1.0
     assert float(rows["a", "old"]["dice"]) == 0.5  # bars of 4 that share 2
     assert float(rows["mean", "old"]["dice"]) == 0.5
 
@@ -337,11 +339,93 @@ def test_a_case_that_is_missing_beside_is_a_fault(tmp_path, capsys):
         write(tmp_path / "new" / f"{case}.nii.gz", bar(2))
         write(tmp_path / "truth" / f"{case}_lbl.nii.gz", bar(2))
     write(tmp_path / "old" / "a.nii.gz", bar(4))
-    beside = ("--beside", f"old={tmp_path / 'old'}")
-    assert run("--pred", tmp_path / "new", *beside, "--truth", tmp_path / "truth") == 2
+    new, old = tmp_path / "new", tmp_path / "old"
+    assert run("--pred", new, old, "--truth", tmp_path / "truth") == 2
     assert "expected prediction of old b with it, got a" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        run("--pred", tmp_path / "new", "--beside", "old", "--truth", tmp_path / "truth")
+        run("--pred", new, new, "--truth", tmp_path / "truth")
+    assert "of different names" in capsys.readouterr().err
+
+
+def test_predictions_are_named_after_their_run(tmp_path):
+    paths = [tmp_path / run / "predictions" for run in ("x.1", "b")] + ["c=somewhere", "d.nii.gz"]
+    names = [name for name, _ in evaluate.named(list(map(str, paths)))]
+    assert names == ["x.1", "b", "c", "d"]
+    assert evaluate.named(["runs/b/predictions"]) == [("prediction", "runs/b/predictions")]
+
+
+def test_a_truth_without_prediction_is_a_fault_unless_cases_are_named(tmp_path, capsys):
+    for case in ("a1", "a2", "b"):
+        write(tmp_path / "truth" / f"{case}.tif", bar(2))
+    write(tmp_path / "pred" / "a1.tif", bar(2))
+    command = ("--pred", tmp_path / "pred", "--truth", tmp_path / "truth")
+    assert run(*command) == 2
+    errors = capsys.readouterr().err
+    assert "expected prediction a2 with it, got a1" in errors
+    assert "expected prediction b with it, got a1" in errors
+    assert "2 faults; nothing was written" in errors
+    assert run(*command, "--cases", "a1") == 0
+    assert run(*command, "--cases", "a*") == 2
+    assert "prediction b" not in capsys.readouterr().err
+    assert run(*command, "--cases", "a1", "c*") == 2
+    assert "--cases c*: expected a case of it, got a1, a2, b" in capsys.readouterr().err
+
+
+def test_json_holds_summaries_and_leaderboards(tmp_path, capsys):
+    for case, starts in {"a": (2, 3), "b": (2, 4), "c": (2, 2)}.items():
+        write(tmp_path / "truth" / f"{case}.tif", bar(2))
+        for method, start in zip(("same", "aside"), starts, strict=True):
+            write(tmp_path / method / f"{case}.tif", bar(start))
+    out = tmp_path / "s.json"
+    both = tmp_path / "aside", tmp_path / "same"
+    command = ("--truth", tmp_path / "truth", "--scores", "dice", "components", "--out", out)
+    assert run("--pred", *both, *command) == 0
+    found = json.loads(out.read_text())
+    # bars of 4 voxels that lie 1, 2 and 0 aside
+    assert found["summary"]["aside"]["dice"] == {
+        **{"mean": 0.75, "median": 0.75, "worst": 0.5},
+        "worst_case": "b",
+    }
+    assert found["summary"]["aside"]["components"]["worst"] is None
+    best, other = found["leaderboard"]["dice"]
+    assert (best["method"], best["mean"], best["difference"]) == ("same", 1.0, None)
+    assert (other["method"], other["difference"]) == ("aside", -0.25)
+    assert (other["ahead"], other["behind"]) == (0, 2)
+    assert other["difference_interval"] == [-0.5, 0.0]
+    assert len(found["cases"]) == 6
+    printed = capsys.readouterr().out
+    assert "leaderboard by dice" in printed
+    assert "too narrow of so few" in printed
+
+
+def test_scores_are_chosen_by_name(tmp_path, capsys):
+    mask = write(tmp_path / "a.tif", bar(2))
+    command = ("--pred", mask, "--truth", mask, "--out", tmp_path / "s.csv")
+    assert run(*command, "--scores", "hd95", "vesuvius_score", "surface_dice@0.5") == 0
+    row = read_csv(tmp_path / "s.csv")["a", "prediction"]
+    assert (row["hd95"], row["vesuvius_score"], row["surface_dice@0.5"]) == ("0.0", "1.0", "1.0")
+    assert "dice" not in row
+    with pytest.raises(SystemExit, match="2"):
+        run(*command, "--scores", "dise")
+    assert "got dise; the nearest is dice" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run(*command, "--rank", "components")
+    with pytest.raises(SystemExit, match="0"):
+        run("--pred", mask, "--truth", mask, "--list-scores")
+    assert "betti_matching_f1_2" in capsys.readouterr().out
+
+
+def test_overlays_are_written_for_each_prediction(tmp_path):
+    from PIL import Image
+
+    root = write_dataset(tmp_path / "set", {"a": bar(2), "b": bar(1)})
+    for method in ("new", "old"):
+        write(tmp_path / method / "a.nii.gz", bar(3), (5.0, 1.0, 1.0))
+    both = tmp_path / "new", tmp_path / "old"
+    assert run("--pred", *both, "--truth", root, "--overlays", tmp_path / "pictures") == 0
+    assert sorted(os.listdir(tmp_path / "pictures")) == ["new.png", "old.png"]
+    with Image.open(tmp_path / "pictures" / "new.png") as picture:
+        assert min(picture.size) > 100
 
 
 def test_the_spacing_of_a_prepared_dataset_wins_over_the_predictions_header(tmp_path):

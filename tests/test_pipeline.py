@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import nibabel
@@ -51,10 +52,14 @@ def test_a_trained_network_beats_the_untrained_one_and_otsu_on_an_unseen_phantom
     script("train.py", "c.yaml", *TINY, *untrained, cwd=tmp_path)
     script("infer.py", "--ckpt", "runs/last.pt", "--output", "u", cwd=tmp_path)
     script("train.py", "c.yaml", *TINY, cwd=tmp_path)
-    script("infer.py", "--ckpt", "runs/last.pt", cwd=tmp_path)  # the test case, by itself
+    submission = ("--submission", "s.zip")
+    script("infer.py", "--ckpt", "runs/last.pt", *submission, cwd=tmp_path)  # the test case
     assert os.listdir(tmp_path / "runs/c/predictions") == ["scroll_004.nii.gz"]
-    scored = ("--truth", "d", "--otsu", "d", "--beside", "untrained=u", "--out", "s.csv")
-    script("evaluate.py", "--pred", "runs/c/predictions", *scored, cwd=tmp_path)
+    assert zipfile.ZipFile(tmp_path / "s.zip").namelist() == ["scroll_004.tif"]
+    scored = ("--truth", "d", "--otsu", "d", "--overlays", "o", "--out", "s.csv")
+    both = ("prediction=runs/c/predictions", "untrained=u")
+    script("evaluate.py", "--pred", *both, *scored, cwd=tmp_path)
+    assert sorted(os.listdir(tmp_path / "o")) == ["prediction.png", "untrained.png"]
     scores = means(tmp_path / "s.csv")
     best_other = max(scores["untrained"]["dice"], scores["otsu"]["dice"])
     assert scores["prediction"]["dice"] > max(0.5, best_other + 0.1)
