@@ -335,7 +335,8 @@ def report(rows, found, reading, args, notes):
         print(f"note: {note}")
     all_rows = with_summaries(rows, args.scores)
     unit = units.pop() if len(units) == 1 else ""
-    tables.print_scores(console, all_rows, args.scores, unit, len(rows))
+    shown = all_rows if len(found) > 1 else rows
+    tables.print_scores(console, shown, args.scores, unit, len(rows))
     if len(leaderboard.methods_of(rows)) > 1:
         standings = leaderboard.standings(rows, args.rank)
         tables.print_leaderboard(console, standings, args.rank, len(found))

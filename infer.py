@@ -10,8 +10,8 @@ Leaves <output>/<id> in the format of the source, uint8 0 and 1 on the image's o
 spacing and affine; with inference.save_probabilities=true also <output>/probabilities/<id>.
 Without --output these go to the run's predictions/. --submission writes the masks a second time,
 in the format of the Vesuvius Challenge, and reads them back. Every input is checked before the
-first is predicted. Exit status: 0 done, 1 a result could not be made or written, 2 the input is wrong (one
-sentence per fault, nothing written).
+first is predicted. Exit status: 0 done, 1 a result could not be made or written, 2 the input is
+wrong (one sentence per fault, nothing written).
 """
 
 import argparse
