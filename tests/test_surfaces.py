@@ -116,18 +116,32 @@ def test_a_wider_volume_changes_nothing_but_the_diagonal():
     assert there.diagonal > here.diagonal
 
 
-@pytest.mark.parametrize("spacing", [(1, 0, 1), (1, 1), (1, 1, np.inf)])
+@pytest.mark.parametrize(
+    "spacing",
+    [(1, 0, 1), (1, 1), (1, 1, np.inf), (1e-31, 1, 1), (1, 1, 1e31), 2.0, None, "abc", (1, None, 1)],
+    ids=str,
+)
 def test_an_impossible_spacing_is_refused(spacing):
-    with pytest.raises(ValueError, match=r"^spacing: expected three positive numbers z, y, x, got"):
+    expected = r"^spacing: expected three positive numbers z, y, x, from 1e-30 to 1e30, got"
+    with pytest.raises(ValueError, match=expected):
         surface_dice(plate(2), plate(3), spacing)
 
 
-@pytest.mark.parametrize("wrong", [-1.0, np.nan, np.inf])
+@pytest.mark.parametrize("wrong", [-1.0, np.nan, np.inf, 10**400, None, "2"], ids=str)
 def test_an_impossible_tolerance_or_percentile_is_refused(wrong):
     with pytest.raises(ValueError, match=r"^tolerance: expected a number of 0 or more, got"):
         surface_dice(plate(2), plate(3), tolerance=wrong)
     with pytest.raises(ValueError, match=r"^percentile: expected a number from 0 to 100, got"):
         hausdorff(plate(2), plate(3), percentile=wrong)
+
+
+def test_the_smallest_and_the_largest_spacing_are_worked_with():
+    for step in (1e-30, 1e30):
+        pair = surface_pair(plate(2), plate(5), (step, step, step))
+        assert pair.dice(2 * step) == pytest.approx(0.5)
+        assert pair.hausdorff() == pytest.approx(3 * step, rel=1e-12)
+        assert pair.assd() == pytest.approx(2.5 * step, rel=1e-12)
+        assert (pair.dice(0.0), pair.dice(1e300)) == (0.0, 1.0)
 
 
 # ---------------------------------------------------------------------------- references
