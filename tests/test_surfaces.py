@@ -118,7 +118,17 @@ def test_a_wider_volume_changes_nothing_but_the_diagonal():
 
 @pytest.mark.parametrize(
     "spacing",
-    [(1, 0, 1), (1, 1), (1, 1, np.inf), (1e-31, 1, 1), (1, 1, 1e31), 2.0, None, "abc", (1, None, 1)],
+    [
+        (1, 0, 1),
+        (1, 1),
+        (1, 1, np.inf),
+        (1e-31, 1, 1),
+        (1, 1, 1e31),
+        2.0,
+        None,
+        "abc",
+        (1, None, 1),
+    ],
     ids=str,
 )
 def test_an_impossible_spacing_is_refused(spacing):
