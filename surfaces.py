@@ -116,8 +116,9 @@ def surface_dice(prediction, truth, spacing=(1.0, 1.0, 1.0), tolerance=2.0):
     """The share of both surfaces that lies within `tolerance` of the other one, in [0, 1].
 
     prediction and truth (D, H, W) bool; spacing (z, y, x) and tolerance (0 or more, a distance of
-    exactly the tolerance is within) share one unit. A list of tolerances gives a list. 1 if both
-    are empty, 0 if one is.
+    exactly the tolerance is within) share one unit. Distances are compared as rounded, as in the
+    package: 3 steps of 0.2 are more than 0.6, 2 of 0.3 are not. A list of tolerances gives a list.
+    1 if both are empty, 0 if one is.
     """
     pair = surface_pair(prediction, truth, spacing)
     if np.ndim(tolerance):

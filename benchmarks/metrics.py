@@ -130,18 +130,20 @@ AGREE = [
 
 
 def measure(path, part, rounds, results):
-    """Puts (median seconds, peak MB, what it found) of a part on the masks at `path`."""
+    """Puts (median seconds, peak MB, what it found, median processor seconds of all threads)."""
     prediction, truth = np.load(path)
     Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
     held = psutil.Process().memory_info().rss
-    found, seconds = PARTS[part](prediction, truth), []
+    found, seconds, worked = PARTS[part](prediction, truth), [], []
     status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
     for _ in range(rounds):
-        started = time.perf_counter()
+        started, before = time.perf_counter(), time.process_time()
         PARTS[part](prediction, truth)
         seconds.append(time.perf_counter() - started)
-    results.put((statistics.median(seconds), (peak - held) / 2**20, found))
+        worked.append(time.process_time() - before)
+    median = statistics.median
+    results.put((median(seconds), (peak - held) / 2**20, found, median(worked)))
 
 
 def measured(path, part, rounds):
@@ -159,17 +161,17 @@ def measured(path, part, rounds):
 
 
 def compare(size, rounds, folder):
-    """{part: (seconds, MB, found)} of one size, printed as it comes."""
+    """{part: what `measure` says} of one size, printed as it comes."""
     path = folder / f"{size}.npy"
     np.save(path, np.stack(torn_sheets(size)))
     table = {}
-    print(f"\n{size} x {size} x {size}{'':20s}{'s':>9s}{'MB':>8s}")
+    print(f"\n{size} x {size} x {size}{'':20s}{'s':>9s}{'cpu s':>9s}{'MB':>8s}")
     for part in PARTS:
         if part == "Betti matching, one tile" and size > TILE:
             continue
         table[part] = measured(path, part, 1 if part in SLOW else rounds)
-        seconds, memory, found = table[part]
-        print(f"{part:32s}{seconds:9.3f}{memory:8.0f}   {_short(found)}", flush=True)
+        seconds, memory, found, worked = table[part]
+        print(f"{part:32s}{seconds:9.3f}{worked:9.3f}{memory:8.0f}   {_short(found)}", flush=True)
     return table
 
 

@@ -199,6 +199,37 @@ def test_surface_scores_agree_with_the_published_package(way, monkeypatch):
     assert (np.std(expected, axis=0) > 0.1).all()  # not a hundred times the same
 
 
+@pytest.mark.parametrize("spacing", [(0.2, 0.3, 0.7), (0.1, 0.1, 0.3), (4.97, 1.03, 1.03)], ids=str)
+@pytest.mark.parametrize("way", [10**9, 0], ids=["packed rows", "distances"])
+def test_a_tolerance_at_a_distance_is_met_as_in_the_published_package(spacing, way, monkeypatch):
+    package = pytest.importorskip("surface_distance")
+    monkeypatch.setattr(surfaces, "_MOST_ROWS", way)
+    rng, met = np.random.default_rng(0), 0
+    steps = np.stack(np.meshgrid(*[np.arange(5)] * 3), -1).reshape(-1, 3)
+    lengths = np.unique(np.sqrt(((steps * spacing) ** 2).sum(axis=1)))  # as rounded
+    for _ in range(8):
+        masks = rng.random((2, *rng.integers(3, 12, 3))) < rng.choice([0.01, 0.03, 0.2])
+        if not masks.any(axis=(1, 2, 3)).all():
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = package.compute_surface_distances(masks[1], masks[0], spacing)
+        pair, nominal = surface_pair(*masks, spacing), np.round(np.arange(0.3, 2.0, 0.1), 1)
+        for tolerance in (*rng.choice(lengths, 8), *nominal[::3]):
+            expected = package.compute_surface_dice_at_tolerance(theirs, tolerance)
+            assert pair.dice(tolerance) == pytest.approx(expected, abs=1e-6)
+            met += tolerance in theirs["distances_gt_to_pred"]
+    assert met > 5
+
+
+def test_a_distance_is_compared_with_the_tolerance_as_rounded():
+    assert 3 * 0.2 > 0.6 == 2 * 0.3
+    first, third = plate(0), plate(4)  # planes 0 and 1, 4 and 5: 4 and 3 steps apart
+    assert surface_dice(first, third, (0.2, 9, 9), 0.6) == 0.0
+    assert surface_dice(first, third, (0.2, 9, 9), 3 * 0.2) == pytest.approx(0.5)
+    assert surface_dice(plate(0), plate(3), (0.3, 9, 9), 0.6) == pytest.approx(0.5)
+
+
 def test_percentiles_that_half_of_an_area_meets_agree_with_the_published_package():
     package = pytest.importorskip("surface_distance")
     rng = np.random.default_rng(0)
