@@ -100,9 +100,9 @@ def betti_matching(prediction, truth, *, tiles=(1, 1, 1), threads=2):
     counted nowhere. Without foreground in a tile a mask has no class there; two masks that are
     empty have (0, 0, 0) in every dimension.
 
-    Two passes of persistence for each tile, `threads` at a time: some 0.5 to 1 s for 160 x 160 x
-    160 voxels, and 170 bytes of memory per voxel, each. Tiles and dimensions in which either mask
-    has no class need no pass.
+    Two passes of persistence for each tile, `threads` at a time: for torn sheets with thousands of
+    handles in 160 x 160 x 160 voxels some 3 s of a core, and 140 bytes of memory per voxel, each.
+    Tiles and dimensions in which either mask has no class need no pass.
 
     ValueError for shapes that differ or are not 3-D.
     """
@@ -160,7 +160,7 @@ def _deaths(first, pair, top):
     level = 2.0 - union[box] - first[box]
     # Within a level voxels enter in C order: a rule for ties that also halves the time.
     level += np.linspace(0.0, 1.0, level.size, endpoint=False).reshape(level.shape)
-    # Upside down the cells come nearly sorted: 1.3 s instead of 1.6 for 160 x 160 x 160.
+    # Upside down the cells come nearly sorted, which saves a fifth of the time.
     level = np.ascontiguousarray(level[::-1, ::-1, ::-1])
     rows = cripser.computePH(level, maxdim=int(top))  # dim, birth, death, birth zyx, death zyx
     rows = rows[(rows[:, 1] < 1) & (rows[:, 2] >= 2) & (rows[:, 2] < 3)]

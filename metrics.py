@@ -7,8 +7,7 @@
 It shares no code with the losses, so that a mistake there cannot hide itself here. Scores equal
 their published reference implementations on the same masks. All of them, with what is better and
 what they cost, stand in SCORES at the end of the file; what needs more than a line is in
-corners.py, neighbours.py, surfaces.py,
-partitions.py and homology.py.
+corners.py, neighbours.py, surfaces.py, partitions.py and homology.py.
 """
 
 import difflib
@@ -78,9 +77,12 @@ def score(
     voi_score is 1 if the other is of one piece, as published. An F1 is 0 where the truth has a
     class of its dimension, else 0.5 / (predicted + 0.5).
 
-    ValueError for shapes that differ or are not 3-D, dtypes that are not integer, other values, an
-    impossible spacing, tolerance or percentile, and a name that is not in SCORES.
+    ValueError, before any work, for shapes that differ or are not 3-D, dtypes that are not integer,
+    other values, an impossible spacing, tolerance, percentile, ignore_label or number of threads,
+    and a name that is not in SCORES.
     """
+    if isinstance(names, str):
+        raise ValueError(f"names: expected a list of names of scores, got the text {names!r}")
     asked = {name: entry(name) for name in (DEFAULT if names is None else names)}
     prediction, truth = labelled_masks(prediction, truth, ignore_label)
     pair = Comparison(prediction, truth, spacing, tolerance, threads=threads)
@@ -121,13 +123,21 @@ def labelled_masks(prediction, truth, ignore_label=2):
             f"expected prediction and truth of one shape (D, H, W), got {prediction.shape} and "
             f"{truth.shape}"
         )
-    if ignore_label in (0, 1):
-        raise ValueError(f"ignore_label: expected neither 0 nor 1, got {ignore_label}")
+    if not (ignore_label is None or _is_integer(ignore_label)) or ignore_label in (0, 1):
+        raise ValueError(
+            f"ignore_label: expected neither 0 nor 1 but another integer or None, got "
+            f"{ignore_label}"
+        )
     ignored = None if ignore_label is None else truth == ignore_label
     allowed = "0 and 1" if ignored is None else f"0, 1 and {ignore_label} (ignored)"
     prediction = _as_mask("prediction", prediction, "0 and 1", None)
     truth = _as_mask("truth", truth, allowed, ignored)
     return [prediction if ignored is None else prediction & ~ignored, truth]
+
+
+def _is_integer(value):
+    whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
+    return whole or isinstance(value, (int, np.integer))
 
 
 def _as_mask(name, values, allowed, ignored):
@@ -153,8 +163,11 @@ class Comparison:
 
     def __init__(self, prediction, truth, spacing=VOXEL, tolerance=2.0, *, threads=2):
         self.whole = prediction, truth
-        self.spacing, self.tolerance = surfaces.checked_spacing(spacing), tolerance
-        self.threads = threads
+        self.spacing = surfaces.checked_spacing(spacing)
+        self.tolerance = surfaces.checked_tolerance(tolerance)
+        if not _is_integer(threads) or threads < 1:
+            raise ValueError(f"threads: expected an integer of 1 or more, got {threads}")
+        self.threads = int(threads)
         box = corners.bounding_box(prediction | truth)
         self.masks = prediction[box], truth[box]
 
@@ -312,7 +325,7 @@ class Score:
 
 def entry(name):
     """(the `Score`, its numbers after @ as a tuple) of a name; ValueError for a name of none."""
-    base, at, number = name.partition("@")
+    base, at, number = str(name).partition("@")
     kind = SCORES.get(base)
     if kind is None:
         near = difflib.get_close_matches(base, SCORES, n=1, cutoff=0.0)
@@ -320,13 +333,19 @@ def entry(name):
     if not at:
         return kind, ()
     try:
-        if kind.number is not None:
-            return kind, (float(number),)
+        number = float(number)
     except ValueError:
-        pass
+        number = None
+    if number is not None and kind.number is not None:
+        return kind, (CHECKS[kind.number](number),)
     wanted = f"{base}@{kind.number.upper()}" if kind.number else f"{base} without a number"
     raise ValueError(f"expected {wanted}, got {name}")
 
+
+CHECKS = {
+    "tolerance": surfaces.checked_tolerance,
+    "percentile": surfaces.checked_percentile,
+}
 
 SCORES = {
     "dice": Score(lambda c: c.ratio(2 * c.voxels[2], *c.voxels[:2]), "higher", "cheap"),

@@ -17,6 +17,9 @@ from typing import NamedTuple
 import cc3d
 import numpy as np
 
+# cc3d 4.1 has room for voxels / 4 labels where isolated voxels, one to each 2 x 2 x 2, need more if
+# an axis is of 1 or 3 ("maximum length exception"); it is enough once every axis is even.
+_THIN = 3
 # A table of all pairs of components is counted whole up to so many cells for each voxel; above,
 # the pairs are sorted.
 _CELLS_PER_VOXEL = 4
@@ -54,11 +57,15 @@ def partition(prediction, truth, *, threads=2):
 def label(mask, connectivity=26):
     """(labels (D, H, W) from 1, 0 on the background; their number).
 
-    connectivity: 6 (voxels touch by faces) or 26 (by faces, edges or corners).
+    connectivity: 6 (voxels touch by faces) or 26 (by faces, edges or corners). An empty mask has
+    labels of 0 alone, and so has one without a voxel.
     """
     mask = np.ascontiguousarray(mask, dtype=bool)
+    whole = tuple(map(slice, mask.shape))
+    if 0 < min(mask.shape) <= _THIN:
+        mask = np.pad(mask, [(0, n % 2) for n in mask.shape])
     labels, count = cc3d.connected_components(mask, connectivity=connectivity, return_N=True)
-    return labels, int(count)
+    return labels[whole], int(count)
 
 
 def count_components(mask, connectivity=26):

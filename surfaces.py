@@ -14,8 +14,9 @@ Masks are (D, H, W) bool, spacing is z, y, x, and a distance is in the spacing's
 empty: surface Dice 1, distances 0. One of them empty: surface Dice 0, distances the diagonal of the
 volume. That is the largest distance that two corners can have, so that a mean over cases stays a
 number and an empty prediction never pays (the package has infinity there, the BraTS challenge the
-diagonal). ValueError for a spacing that is not three positive numbers, for a tolerance below 0,
-and for a percentile outside of 0 to 100.
+diagonal). ValueError for a spacing that is not three numbers from 1e-30 to 1e30 (beyond, areas and
+squares leave the range of floats), for a tolerance below 0, and for a percentile outside of 0 to
+100.
 
 Surface Dice asks each corner for one bit, 64 corners at a time: the other surface is dilated by the
 tolerance's ball as packed words. For the rest see neighbours.py. All of it is exact.
@@ -23,6 +24,7 @@ tolerance's ball as packed words. For the rest see neighbours.py. All of it is e
 
 import functools
 import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -33,6 +35,7 @@ from neighbours import nearest_distances
 # Rows of a ball (z, y offsets) up to which a dilation costs less than distances: 1500 take 1 s for
 # two surfaces in 320 x 320 x 320.
 _MOST_ROWS = 1500
+_STEPS = 1e-30, 1e30  # least and largest spacing
 
 
 class SurfacePair:
@@ -47,8 +50,7 @@ class SurfacePair:
 
     def dice(self, tolerance=2.0):
         """The share of both surfaces within `tolerance` of the other one, in [0, 1]."""
-        if not (math.isfinite(tolerance) and tolerance >= 0):
-            raise ValueError(f"tolerance: expected a number of 0 or more, got {tolerance}")
+        tolerance = checked_tolerance(tolerance)
         if any(self.empty):
             return float(all(self.empty))
         area = surfel_areas(self.spacing)
@@ -79,8 +81,7 @@ class SurfacePair:
 
         100: the Hausdorff distance; 95: HD95, "robust Hausdorff" in the package.
         """
-        if not 0 <= percentile <= 100:
-            raise ValueError(f"percentile: expected a number from 0 to 100, got {percentile}")
+        percentile = checked_percentile(percentile)
         if any(self.empty):
             return 0.0 if all(self.empty) else self.diagonal
         area = surfel_areas(self.spacing)
@@ -115,8 +116,9 @@ def surface_dice(prediction, truth, spacing=(1.0, 1.0, 1.0), tolerance=2.0):
     """The share of both surfaces that lies within `tolerance` of the other one, in [0, 1].
 
     prediction and truth (D, H, W) bool; spacing (z, y, x) and tolerance (0 or more, a distance of
-    exactly the tolerance is within) share one unit. A list of tolerances gives a list. 1 if both
-    are empty, 0 if one is.
+    exactly the tolerance is within) share one unit. Distances are compared as rounded, as in the
+    package: 3 steps of 0.2 are more than 0.6, 2 of 0.3 are not. A list of tolerances gives a list.
+    1 if both are empty, 0 if one is.
     """
     pair = surface_pair(prediction, truth, spacing)
     if np.ndim(tolerance):
@@ -149,12 +151,38 @@ def diagonal(shape, spacing):
     return math.sqrt(sum((n * step) ** 2 for n, step in zip(shape, spacing, strict=True)))
 
 
+# ---------------------------------------------------------------------------- numbers
+
+
 def checked_spacing(spacing):
-    """spacing as three floats. ValueError for what is not three positive numbers."""
-    spacing = tuple(spacing)
-    if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
-        raise ValueError(f"spacing: expected three positive numbers z, y, x, got {spacing}")
-    return tuple(map(float, spacing))
+    """spacing as three floats. ValueError for what is not three numbers from 1e-30 to 1e30."""
+    steps = tuple(spacing) if np.ndim(spacing) == 1 else ()
+    if len(steps) != 3 or not all(_is_number(step, *_STEPS) for step in steps):
+        raise ValueError(
+            f"spacing: expected three positive numbers z, y, x, from 1e-30 to 1e30, got {spacing}"
+        )
+    return tuple(map(float, steps))
+
+
+def checked_tolerance(tolerance):
+    """tolerance as a float. ValueError for what is not a number of 0 or more."""
+    if not _is_number(tolerance, 0, sys.float_info.max):
+        raise ValueError(f"tolerance: expected a number of 0 or more, got {tolerance}")
+    return float(tolerance)
+
+
+def checked_percentile(percentile):
+    """percentile as a float. ValueError for what is not a number from 0 to 100."""
+    if not _is_number(percentile, 0, 100):
+        raise ValueError(f"percentile: expected a number from 0 to 100, got {percentile}")
+    return float(percentile)
+
+
+def _is_number(value, least, most):
+    try:
+        return not isinstance(value, str) and bool(least <= value <= most)
+    except (TypeError, ValueError):  # no number, or several
+        return False
 
 
 # ---------------------------------------------------------------------------- within
@@ -162,8 +190,10 @@ def checked_spacing(spacing):
 
 def _ball_rows(tolerance, spacing):
     """{half width in x: the (z, y) offsets of the ball's rows of that width}; None: too many."""
+    if max(tolerance / step for step in spacing) > _MOST_ROWS:
+        return None
     reach = [int(tolerance / step) + 1 for step in spacing]
-    if math.pi * reach[0] * reach[1] > _MOST_ROWS or reach[2] > _MOST_ROWS:
+    if math.pi * reach[0] * reach[1] > _MOST_ROWS:
         return None
     squares = [(np.arange(r + 1) * step) ** 2 for r, step in zip(reach, spacing, strict=True)]
     lengths = np.sqrt(squares[0][:, None, None] + squares[1][:, None] + squares[2])

@@ -1,5 +1,6 @@
 """Components and the variation of information: cases worked out by hand, and scikit-image's."""
 
+import itertools
 import math
 
 import numpy as np
@@ -62,6 +63,27 @@ def test_components_touch_as_the_connectivity_says():
     assert count_components(mask, 6) == 3
     found = partition(mask, np.zeros_like(mask))
     assert (found.predicted, found.true) == (2, 0)
+
+
+@pytest.mark.parametrize("shape", [(7, 1, 1), (1, 1, 7), (3, 3, 1), (1, 3, 3), (2, 1, 5)], ids=str)
+@pytest.mark.parametrize("connectivity", [6, 26])
+def test_every_mask_of_a_thin_volume_has_its_components(shape, connectivity):
+    touching = ndimage.generate_binary_structure(3, 1 if connectivity == 6 else 3)
+    for bits in itertools.product([False, True], repeat=math.prod(shape)):
+        mask = np.array(bits).reshape(shape)
+        expected, count = ndimage.label(mask, touching)
+        labels, found = partitions.label(mask, connectivity)
+        assert found == count
+        np.testing.assert_array_equal(labels, expected)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 31, 33), (33, 1, 6), (3, 3, 3), (3, 5, 9), (5, 5, 5)], ids=str
+)
+def test_as_many_components_as_a_volume_can_hold(shape):
+    mask = np.zeros(shape, bool)
+    mask[::2, ::2, ::2] = True
+    assert count_components(mask) == mask.sum()
 
 
 # ---------------------------------------------------------------------------- degenerate

@@ -116,18 +116,42 @@ def test_a_wider_volume_changes_nothing_but_the_diagonal():
     assert there.diagonal > here.diagonal
 
 
-@pytest.mark.parametrize("spacing", [(1, 0, 1), (1, 1), (1, 1, np.inf)])
+@pytest.mark.parametrize(
+    "spacing",
+    [
+        (1, 0, 1),
+        (1, 1),
+        (1, 1, np.inf),
+        (1e-31, 1, 1),
+        (1, 1, 1e31),
+        2.0,
+        None,
+        "abc",
+        (1, None, 1),
+    ],
+    ids=str,
+)
 def test_an_impossible_spacing_is_refused(spacing):
-    with pytest.raises(ValueError, match=r"^spacing: expected three positive numbers z, y, x, got"):
+    expected = r"^spacing: expected three positive numbers z, y, x, from 1e-30 to 1e30, got"
+    with pytest.raises(ValueError, match=expected):
         surface_dice(plate(2), plate(3), spacing)
 
 
-@pytest.mark.parametrize("wrong", [-1.0, np.nan, np.inf])
+@pytest.mark.parametrize("wrong", [-1.0, np.nan, np.inf, 10**400, None, "2"], ids=str)
 def test_an_impossible_tolerance_or_percentile_is_refused(wrong):
     with pytest.raises(ValueError, match=r"^tolerance: expected a number of 0 or more, got"):
         surface_dice(plate(2), plate(3), tolerance=wrong)
     with pytest.raises(ValueError, match=r"^percentile: expected a number from 0 to 100, got"):
         hausdorff(plate(2), plate(3), percentile=wrong)
+
+
+def test_the_smallest_and_the_largest_spacing_are_worked_with():
+    for step in (1e-30, 1e30):
+        pair = surface_pair(plate(2), plate(5), (step, step, step))
+        assert pair.dice(2 * step) == pytest.approx(0.5)
+        assert pair.hausdorff() == pytest.approx(3 * step, rel=1e-12)
+        assert pair.assd() == pytest.approx(2.5 * step, rel=1e-12)
+        assert (pair.dice(0.0), pair.dice(1e300)) == (0.0, 1.0)
 
 
 # ---------------------------------------------------------------------------- references
@@ -173,6 +197,37 @@ def test_surface_scores_agree_with_the_published_package(way, monkeypatch):
         expected[-1] += tuple(package.compute_robust_hausdorff(theirs, p) for p in (50, 95, 100))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     assert (np.std(expected, axis=0) > 0.1).all()  # not a hundred times the same
+
+
+@pytest.mark.parametrize("spacing", [(0.2, 0.3, 0.7), (0.1, 0.1, 0.3), (4.97, 1.03, 1.03)], ids=str)
+@pytest.mark.parametrize("way", [10**9, 0], ids=["packed rows", "distances"])
+def test_a_tolerance_at_a_distance_is_met_as_in_the_published_package(spacing, way, monkeypatch):
+    package = pytest.importorskip("surface_distance")
+    monkeypatch.setattr(surfaces, "_MOST_ROWS", way)
+    rng, met = np.random.default_rng(0), 0
+    steps = np.stack(np.meshgrid(*[np.arange(5)] * 3), -1).reshape(-1, 3)
+    lengths = np.unique(np.sqrt(((steps * spacing) ** 2).sum(axis=1)))  # as rounded
+    for _ in range(8):
+        masks = rng.random((2, *rng.integers(3, 12, 3))) < rng.choice([0.01, 0.03, 0.2])
+        if not masks.any(axis=(1, 2, 3)).all():
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = package.compute_surface_distances(masks[1], masks[0], spacing)
+        pair, nominal = surface_pair(*masks, spacing), np.round(np.arange(0.3, 2.0, 0.1), 1)
+        for tolerance in (*rng.choice(lengths, 8), *nominal[::3]):
+            expected = package.compute_surface_dice_at_tolerance(theirs, tolerance)
+            assert pair.dice(tolerance) == pytest.approx(expected, abs=1e-6)
+            met += tolerance in theirs["distances_gt_to_pred"]
+    assert met > 5
+
+
+def test_a_distance_is_compared_with_the_tolerance_as_rounded():
+    assert 3 * 0.2 > 0.6 == 2 * 0.3
+    first, third = plate(0), plate(4)  # planes 0 and 1, 4 and 5: 4 and 3 steps apart
+    assert surface_dice(first, third, (0.2, 9, 9), 0.6) == 0.0
+    assert surface_dice(first, third, (0.2, 9, 9), 3 * 0.2) == pytest.approx(0.5)
+    assert surface_dice(plate(0), plate(3), (0.3, 9, 9), 0.6) == pytest.approx(0.5)
 
 
 def test_percentiles_that_half_of_an_area_meets_agree_with_the_published_package():
