@@ -24,7 +24,7 @@ import signal
 import socket
 import struct
 import traceback
-from multiprocessing import connection, reduction
+from multiprocessing import connection, reduction, resource_tracker
 from typing import NamedTuple
 
 import numpy as np
@@ -124,6 +124,9 @@ class Worker:
         # of processes is for the training process to answer.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
         try:
+            # multiprocessing's tracker, if it is not there yet, lets SIGINT and SIGTERM through.
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
             self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
