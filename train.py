@@ -49,7 +49,7 @@ import validation
 import windows
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, keeping.FAILED, 2, keeping.STOPPED
-console = Console(highlight=False, soft_wrap=True)
+console = Console(file=runlog.Output(), highlight=False, soft_wrap=True)
 
 
 # ---------------------------------------------------------------------------- pure answers
@@ -292,7 +292,8 @@ def _train(settings, resume, stack):
             notes=notes,
         )
         if loop["pending"] is not None:  # of a run that was killed while the judge was at work
-            validation.start_again(validator, ema, loop, saver.folder / "candidate.pt", keep.report)
+            files = {"candidate": saver.folder / "candidate.pt", "found": found}
+            validation.start_again(validator, ema, loop, **files, report=keep.report)
         while True:
             step, epoch = loop["step"], loop["step"] // iterations
             done = step >= stop_step

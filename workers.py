@@ -181,6 +181,18 @@ class Worker:
         self.socket.close()
 
 
+def death(code):
+    """What an exit status says of how a worker ended, for people: "was killed by SIGKILL"."""
+    if code == NO_MEMORY:
+        return "could not get the memory it asked for"
+    if code >= 0:
+        return f"ended with exit status {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:  # one of the many without a name
+        return f"was killed by signal {-code}"
+
+
 def _receive_answer(channel):
     """(bytes, descriptor) of one answer; empty if the other end is gone.
 

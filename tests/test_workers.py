@@ -209,6 +209,13 @@ def test_a_worker_without_memory_ends_with_a_status_that_says_so(started):
     assert worker.process.exitcode == workers.NO_MEMORY and worker.reading() == (0, 0)
 
 
+def test_a_death_is_told_in_words():
+    assert workers.death(-9) == "was killed by SIGKILL"
+    assert workers.death(-50) == "was killed by signal 50"
+    assert workers.death(3) == "ended with exit status 3"
+    assert "memory" in workers.death(workers.NO_MEMORY)
+
+
 def test_the_worker_with_most_to_do_is_retired_and_its_tasks_are_given_back(started):
     pool = started(2)
     for number in range(3):
