@@ -139,7 +139,7 @@ def _train(settings, resume, stack):
             ema.load_state_dict(state["ema"])
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).split("\n")[0]
+            *_, reason = str(error).split("\n\t")[:2]
             return _complain(
                 f"{found}: its network does not fit these settings ({reason}); resume with the "
                 f"settings in {run_folder / 'config.yaml'}"
