@@ -164,8 +164,9 @@ def _write(state, path):
 
 
 def no_room(error):
-    """Whether an OSError says that the disk is full, read-only or broken, whatever is written."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+    """Whether an OSError says that the disk is full, read-only or broken, or a file too large."""
+    known = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+    return error.errno in known
 
 
 def snapshot(value):

@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+import boxes
 import cases
 import checkpoint
 import config
@@ -35,6 +36,7 @@ import data
 import intensity
 import model
 import postprocess
+import runlog
 import stopping
 import volumes
 import windows
@@ -221,7 +223,7 @@ def check_inputs(texts, state, root, output):
             files, why = default_inputs(facts, root)
             found, notes = [(Path(file).stem, file) for file in files], [f"inputs     {why}"]
     for case_id, path in dict.fromkeys(found):
-        with collected(faults):
+        with collected(faults), readable(path):
             jobs.append(inspect(case_id, path))
             faults.extend(run_faults(jobs[-1], facts))
     faults.extend(target_faults(jobs, output))
@@ -237,6 +239,19 @@ def collected(faults):
         yield
     except (ValueError, FileNotFoundError) as error:
         faults.extend(str(error).split("\n"))
+
+
+@contextlib.contextmanager
+def readable(path):
+    """boxes.Unreadable, a sentence, for a file that is there and damaged."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise boxes.Unreadable(
+            f"{path}: expected a volume that can be read, got {error}; copy or prepare it again"
+        ) from error
 
 
 # ---------------------------------------------------------------------------- prediction
@@ -352,7 +367,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     arguments = parse_arguments(argv)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console(file=runlog.Output(), highlight=False, soft_wrap=True, markup=False)
 
     # ------------------------------------------------------------------ everything is checked
     try:
@@ -401,8 +416,9 @@ def main(argv=None):
                 "report": lambda kind, text, **figures: console.print(text),
             }
             try:
-                mask, probs = predict(network, job, settings, state["data"]["spacing"], **how)
-            except stopping.CannotGoOn as fault:
+                with readable(job.path):
+                    mask, probs = predict(network, job, settings, state["data"]["spacing"], **how)
+            except (stopping.CannotGoOn, boxes.Unreadable) as fault:
                 print(f"{job.id}: {fault}", file=sys.stderr)
                 return 1
         try:

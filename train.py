@@ -435,4 +435,5 @@ def cli(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    with stopping.listening():
+        sys.exit(cli())

@@ -115,7 +115,9 @@ def test_a_run_that_cannot_go_on_is_saved_and_tells_so_on_the_error_output(made,
     assert "all is NaN" in error and len(error.splitlines()) == 1 and said == []
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG]
+)
 def test_a_disk_that_takes_nothing_is_one_sentence_with_the_state_that_is_kept(
     made, capsys, number
 ):

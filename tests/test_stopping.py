@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +75,44 @@ def test_in_another_thread_there_are_no_signals_and_all_else_works(tmp_path):
     thread.start()
     thread.join()
     assert "training.max_hours=1e-09" in found[0]
+
+
+def test_a_signal_that_came_before_is_known_to_the_stop_within():
+    with Stop() as around:
+        send(signal.SIGUSR1)
+        with Stop() as within:
+            assert within.reason() == "signal SIGUSR1"
+            send(signal.SIGTERM)
+            assert within.reason() == around.reason() == "signal SIGUSR1"
+    with Stop() as around:
+        with Stop() as within:
+            send(signal.SIGTERM)
+        send(signal.SIGTERM)  # late: nothing happens
+        assert within.reason() == around.reason() == "signal SIGTERM"
+
+
+LATE = """
+import atexit, os, signal, sys, stopping
+send = lambda: [os.kill(os.getpid(), n) for n in stopping.SIGNALS if n != signal.SIGINT]
+
+class Last:
+    __del__ = lambda self, send=send: send()
+
+sys.last = Last()  # which goes when the interpreter does
+atexit.register(send)
+with stopping.listening():
+    send()
+    with stopping.Stop() as stop:
+        print(stop.reason())
+    send()
+    sys.exit(75)
+"""
+
+
+def test_a_signal_that_comes_early_or_late_does_not_change_the_exit_status():
+    here = Path(stopping.__file__).parent
+    done = subprocess.run([sys.executable, "-c", LATE], cwd=here, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (75, "signal SIGTERM\n"), done
 
 
 # ---------------------------------------------------------------------------- time
