@@ -161,11 +161,15 @@ def write_case(
 
 
 def _stored(shape, compression):
-    """How h5py stores a volume: as it is, or in chunks, each compressed."""
+    """How h5py stores a volume: as it is, or in chunks, each compressed and with a checksum."""
     if compression is None:
         return {}
     chunk = tuple(min(most, n) for most, n in zip(CHUNK, shape[-3:], strict=True))
-    return {"chunks": (*(1,) * (len(shape) - 3), *chunk), "compression": compression}
+    return {
+        "chunks": (*(1,) * (len(shape) - 3), *chunk),
+        "compression": compression,
+        "fletcher32": True,
+    }
 
 
 def _write_label(file, label, ignore_label, rng, stored):

@@ -30,19 +30,8 @@ import numpy as np
 import torch
 
 FORMAT = "lamina-checkpoint-1"
-KEYS = (
-    "format",
-    "model",
-    "ema",
-    "optimizer",
-    "scheduler",
-    "scaler",
-    "loop",
-    "rng",
-    "config",
-    "data",
-    "versions",
-)
+CHANGING = ("model", "ema", "optimizer", "scheduler", "scaler", "loop", "rng")
+KEYS = ("format", *CHANGING, "config", "data", "versions")
 PLAIN = (type(None), bool, int, float, str)
 MAPPINGS = (dict, OrderedDict, Counter)  # state_dict() and the milestones of a schedule
 
@@ -84,7 +73,7 @@ def sync_folder(folder):
         os.close(handle)
 
 
-def _give_name(path, name):
+def give_name(path, name):
     """Let the file at path have another name too, which costs nothing; a copy where it cannot."""
     link = path.with_name(path.name + ".link")
     try:
@@ -175,8 +164,9 @@ def _write(state, path):
 
 
 def no_room(error):
-    """Whether an OSError says that the disk is full, read-only or broken, whatever is written."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+    """Whether an OSError says that the disk is full, read-only or broken, or a file too large."""
+    known = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+    return error.errno in known
 
 
 def snapshot(value):
@@ -217,9 +207,9 @@ class Saver:
         state = {**self.constant, **self.copy["state"], "loop": snapshot(loop)}
         self._submit(self._write, state, self.folder / name, also and self.folder / also)
 
-    def promote(self, name, to, changes):
-        """Have the state in file `name` written as `to`, with changes to that of its loop."""
-        self._submit(self._promote, self.folder / name, self.folder / to, changes)
+    def promote(self, name, to, *, step, changes):
+        """Have the state of a step, in file `name`, written as `to`, with changes to its loop."""
+        self._submit(self._promote, self.folder / name, self.folder / to, step, changes)
 
     def _submit(self, function, *arguments):
         self.pending.append(self.thread.submit(function, *arguments))
@@ -233,7 +223,8 @@ class Saver:
         return any(not future.done() for future in self.pending)
 
     def written(self, *, wait=False):
-        """`Saved` of each file that was written since the last call; wait: for all of them.
+        """`Saved` of each file that was written since the last call, a CheckpointError in the
+        place of one that could not be promoted; wait: for all of them.
 
         Raises what went wrong with the first of them; those after it are not written.
         """
@@ -255,14 +246,17 @@ class Saver:
         self.before()
         written = save(state, path)
         if also is not None:
-            _give_name(path, also)
+            give_name(path, also)
         if path.name == "last.pt":
             self.on_disk = state["loop"]["step"]
             self.after(path)
         return written
 
-    def _promote(self, path, to, changes):
-        state = load(path)
+    def _promote(self, path, to, step, changes):
+        try:
+            state = load_step(path, step)
+        except CheckpointError as error:
+            return error
         state["loop"] |= changes
         return save(state, to)
 
@@ -300,6 +294,14 @@ def load(path, map_location="cpu"):
         raise _refuse(path, got, f"this version reads {FORMAT!r} as written by train.py")
     if missing := sorted(set(KEYS) - set(state)):
         raise _refuse(path, f"one without {', '.join(missing)}", "write it again with train.py")
+    return state
+
+
+def load_step(path, step):
+    """`load`; a CheckpointError, too, if the state is not that of this step."""
+    state = load(path)
+    if state["loop"]["step"] != step:
+        raise _refuse(path, f"the state of step {state['loop']['step']}", f"that of {step} is gone")
     return state
 
 

@@ -27,17 +27,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+import boxes
 import checkpoint
 import config
 import data
 import intensity
 import model
 import postprocess
+import runlog
 import stopping
 import submission
 import volumes
 import windows
-from jobs import check_inputs, collected, target_path
+from jobs import check_inputs, collected, readable, target_path
 
 # All else that a config holds was decided by training and comes from the checkpoint.
 DEVICE_KEYS = ("run.device", "run.threads", "training.precision")
@@ -204,7 +206,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     arguments = parse_arguments(argv)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console(file=runlog.Output(), highlight=False, soft_wrap=True, markup=False)
 
     # ------------------------------------------------------------------ everything is checked
     try:
@@ -258,7 +260,7 @@ def main(argv=None):
                 archive = stack.enter_context(submission.Submission(arguments.submission))
             for number, job in enumerate(jobs, start=1):
                 started = time.perf_counter()
-                with progress_of(job, console) as progress:
+                with progress_of(job, console) as progress, readable(job.path):
                     mask, probs = predict(
                         network, job, settings, state["data"]["spacing"], progress=progress, **how
                     )
@@ -273,7 +275,7 @@ def main(argv=None):
             if archive:
                 archive.finish()
                 console.print(f"{arguments.submission}: {len(jobs)} masks, read back and the same")
-        except stopping.CannotGoOn as fault:
+        except (stopping.CannotGoOn, boxes.Unreadable) as fault:
             return _failed(f"{job.id}: {fault}")
         except OSError as error:
             return _failed(f"{job.id}: the prediction cannot be written ({error})")

@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+import boxes
 import cases
 import volumes
 
@@ -142,7 +143,7 @@ def check_inputs(texts, state, root, output):
             files, why = default_inputs(facts, root)
             found, notes = [(Path(file).stem, file) for file in files], [f"inputs     {why}"]
     for case_id, path in dict.fromkeys(found):
-        with collected(faults):
+        with collected(faults), readable(path):
             jobs.append(inspect(case_id, path))
             faults.extend(run_faults(jobs[-1], facts))
     faults.extend(target_faults(jobs, output))
@@ -158,3 +159,16 @@ def collected(faults):
         yield
     except (ValueError, FileNotFoundError) as error:
         faults.extend(str(error).split("\n"))
+
+
+@contextlib.contextmanager
+def readable(path):
+    """boxes.Unreadable, a sentence, for a file that is there and damaged."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise boxes.Unreadable(
+            f"{path}: expected a volume that can be read, got {error}; copy or prepare it again"
+        ) from error

@@ -98,9 +98,8 @@ class Keeper:
         if judging.better(score, self.loop["best_score"], self.by):
             best = {"best_score": score, "best_step": step, "worse": 0}
             self.loop.update(best)
-            self.saver.promote(
-                "candidate.pt", "best.pt", best | {"pending": None, "chosen": chosen}
-            )
+            changes = best | {"pending": None, "chosen": chosen}
+            self.saver.promote("candidate.pt", "best.pt", step=step, changes=changes)
 
     # ------------------------------------------------------------------------ leaving
 
@@ -137,8 +136,9 @@ class Keeper:
 
     def _leave_full_disk(self, error):
         self.saver.close()
-        text = f"the disk does not take what the run writes ({error}); the state of step "
-        text += f"{self.saver.on_disk} is kept" if self.saver.on_disk is not None else "none"
+        step = self.saver.on_disk
+        kept = "no state is kept" if step is None else f"the state of step {step} is kept"
+        text = f"the disk does not take what the run writes ({error}); {kept}"
         try:
             self.record("stop", reason=text, status=FAILED)
         except OSError:
@@ -180,5 +180,20 @@ class Keeper:
 
     def tell_of_saved(self, *, wait=False):
         """Record what was written; wait for all of it. OSError if the disk did not take it."""
-        for path, size, seconds in self.saver.written(wait=wait):
+        for written in self.saver.written(wait=wait):
+            if isinstance(written, checkpoint.CheckpointError):
+                self._best_is_lost(written)
+                continue
+            path, size, seconds = written
             self.record("saved", file=path.name, bytes=size, seconds=round(seconds, 3))
+
+    def _best_is_lost(self, error):
+        """The best state could not be kept: the one in best.pt, if any, is it again."""
+        try:
+            known = checkpoint.load(self.saver.folder / "best.pt")["loop"]
+        except checkpoint.CheckpointError:
+            known = {}
+        self.loop.update({key: known.get(key) for key in ("best_score", "best_step")})
+        step = self.loop["best_step"]
+        kept = "there is no best.pt" if step is None else f"best.pt stays that of step {step}"
+        self.report("best lost", f"the best state is not kept, {kept}: {error}")

@@ -204,7 +204,7 @@ class Batches:
         code, reading = worker.process.exitcode, worker.reading()
         case = self._case(worker)
         self.wanted = len(self.pool)
-        death = _death(code)
+        death = worker_processes.death(code)
         self.report(
             "worker died",
             f"{_who(worker)} {death}{self._where(worker)}; {self._circumstances(worker)}; "
@@ -274,14 +274,6 @@ class Batches:
 
 def _who(worker):
     return f"worker {worker.number} (pid {worker.pid})"
-
-
-def _death(code):
-    if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    if code == worker_processes.NO_MEMORY:
-        return "could not get the memory it asked for"
-    return f"ended with exit status {code}"
 
 
 # ---------------------------------------------------------------------------- cases left out

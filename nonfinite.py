@@ -47,8 +47,8 @@ def explain(names, samples, network, draw, *, fp16_scale=None):
     weights = [n for n, p in network.named_parameters() if not bool(p.isfinite().all())]
     devices = {p.device for p in network.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices):  # looking changes no later draw
-        looked = {s["case"]: _wrong(s, network, draw) for s in samples if not weights}
-    found = {case: why for case, why in looked.items() if why}
+        looked = [(s["case"], _wrong(s, network, draw)) for s in samples if not weights]
+    found = {case: why for case, why in looked if why}  # of several patches of a case the broken
     cases = list(found) or list(dict.fromkeys(sample["case"] for sample in samples))
     what = f"{', '.join(names)} not finite"
     if weights:

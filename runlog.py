@@ -23,11 +23,13 @@ Events of the run's history, which stay:
     end          all steps done
 """
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -130,19 +132,24 @@ def _cut(path, keep):
         if event["event"] not in TRAINING or lines <= keep:
             events.append(event)
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(event) + "\n" for event in events))
-    os.replace(partial, path)
+    try:
+        partial.write_text("".join(json.dumps(event) + "\n" for event in events))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # of a disk that is full
     return min(lines, keep)
 
 
 def read_log(path):
-    """The events of a log.jsonl; a last line cut short by a crash is left out."""
+    """The events of a log.jsonl; lines that a crash cut short or damaged are left out."""
     events = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(errors="replace").splitlines():
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
+            event = json.loads(line)
+        except ValueError:
             continue
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
     return events
 
 
@@ -203,11 +210,37 @@ def take_epoch(loop):
 # ---------------------------------------------------------------------------- terminal
 
 
-class ProgressLine:
-    """A progress bar on a terminal, plain lines elsewhere; as a context. `say` prints above it.
+class Output:
+    """Standard output, for a Console. It falls silent where nobody takes it any more: a closed
+    terminal or pipe, a full disk. A run is not to end for that."""
 
-    Where nobody is there to read it any more (a closed terminal or pipe) it falls silent.
-    """
+    @property
+    def stream(self):
+        """None if it was closed before the process began."""
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # while a bar is shown
+
+    def write(self, text):
+        self._try("write", text)
+
+    def flush(self):
+        self._try("flush")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def _try(self, method, *arguments):
+        if self.stream is None:
+            return
+        try:
+            getattr(self.stream, method)(*arguments)
+        except OSError:
+            # What it still holds goes nowhere, too, or the interpreter would fail at its end.
+            with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
+class ProgressLine:
+    """A progress bar on a terminal, plain lines elsewhere; as a context. `say` prints above it."""
 
     def __init__(self, console, total, done):
         self.console = console
@@ -229,10 +262,7 @@ class ProgressLine:
             self.bar.stop()
 
     def say(self, text):
-        try:
-            self.console.print(text)
-        except OSError:
-            self.console.file = open(os.devnull, "w")
+        self.console.print(text)
 
     def advance(self, step, text, short):
         """text: a plain line of its own; short: what a bar has room for."""

@@ -1,13 +1,14 @@
 """Run folders: where a run writes, who holds it, and what it goes on from.
 
 folder, path, state, notes = open_run("runs", "exp001", resume=True)
-folder, lock = claim(folder, resumed=state is not None)
-record(folder, settings_text)
+with claim(folder, path) as folder:
+    record(folder, settings_text)
 """
 
 import contextlib
 import faulthandler
 import fcntl
+import glob
 import os
 import platform
 import shutil
@@ -27,7 +28,7 @@ TAKEN = (BlockingIOError, PermissionError)  # which of them depends on the syste
 def _numbered_runs(folder, name):
     """{number: path} of runs/name (1), runs/name-2, ... that have saved state."""
     found = {}
-    for path in Path(folder).glob(f"{name}*/checkpoints/*.pt"):
+    for path in Path(folder).glob(f"{glob.escape(name)}*/checkpoints/*.pt"):
         run = path.parents[1]
         number = "1" if run.name == name else run.name.removeprefix(f"{name}-")
         if number.isdigit():
@@ -71,10 +72,10 @@ def open_run(folder, name, *, resume):
 def claim(folder, resumed_from):
     """Hold a run folder, which is made if need be, as a context: the folder. Others cannot then.
 
-    A new run (resumed_from None) whose folder is held, by a process that has not saved yet, takes
-    the next number. The context leaves nothing behind; the lock of a process that is killed ends.
-    A checkpoint that could not be read when the run was resumed from another one is renamed, so
-    that it takes no place among the generations.
+    A new run (resumed_from None) whose folder is held, by a process that has not saved yet, or in
+    which one has saved since it was chosen, takes the next number. The context leaves nothing
+    behind; the lock of a process that is killed ends. A checkpoint that could not be read when the
+    run was resumed from another one is renamed, so that it takes no place among the generations.
 
     ValueError if a run is to be resumed that is running, OSError if the folder cannot be made.
     """
@@ -89,6 +90,8 @@ def claim(folder, resumed_from):
                     f"run.name: expected a run that no process works on, got {path}, which "
                     f"{lock.read().strip() or 'another process'} does; wait for it or stop it"
                 )
+            if resumed_from is None and _has_state(path):
+                continue
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
@@ -120,8 +123,12 @@ def _free_names(folder):
     while True:
         number += 1
         path = folder.with_name(f"{name}-{number}")
-        if not list(path.glob("checkpoints/*.pt")):
+        if not _has_state(path):
             yield path
+
+
+def _has_state(folder):
+    return any(folder.glob("checkpoints/*.pt"))
 
 
 def record(folder, settings_text):

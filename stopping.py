@@ -9,6 +9,7 @@
 What takes longer than a step calls stop.check() now and then, which raises Stopped.
 """
 
+import contextlib
 import signal
 import threading
 import time
@@ -32,7 +33,8 @@ class Stop:
     """Notes that the run shall leave. As a context, in which the signals do no more than that.
 
     A second SIGINT (Ctrl-C) raises KeyboardInterrupt at once. SIGHUP stays ignored where it is, as
-    under nohup. max_hours: counted from here; None: no end.
+    under nohup. max_hours: counted from here; None: no end. A context within that of another Stop
+    knows of the signals that came before it.
     """
 
     def __init__(self, max_hours=None):
@@ -73,8 +75,26 @@ class Stop:
                 ignored = signal.getsignal(number) is signal.SIG_IGN
                 if not (ignored and number == signal.SIGHUP):
                     self.handlers[number] = signal.signal(number, self._note)
+            for handler in self.handlers.values():
+                around = getattr(handler, "__self__", None)
+                self.why = self.why or (around.why if isinstance(around, Stop) else None)
         return self
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def listening():
+    """A whole script as a context, with Stops in it.
+
+    A signal that comes early stops the run in good order; one that comes late, when its state is
+    saved and the interpreter ends, does not change the exit status.
+    """
+    with Stop() as stop:
+        try:
+            yield
+        finally:
+            for number in stop.handlers.keys() - {signal.SIGINT}:
+                stop.handlers[number] = signal.SIG_IGN  # any other is undone before the last moment

@@ -49,7 +49,7 @@ import validation
 import windows
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, keeping.FAILED, 2, keeping.STOPPED
-console = Console(highlight=False, soft_wrap=True)
+console = Console(file=runlog.Output(), highlight=False, soft_wrap=True)
 
 
 # ---------------------------------------------------------------------------- pure answers
@@ -139,7 +139,7 @@ def _train(settings, resume, stack):
             ema.load_state_dict(state["ema"])
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).split("\n")[0]
+            *_, reason = str(error).split("\n\t")[:2]
             return _complain(
                 f"{found}: its network does not fit these settings ({reason}); resume with the "
                 f"settings in {run_folder / 'config.yaml'}"
@@ -292,7 +292,8 @@ def _train(settings, resume, stack):
             notes=notes,
         )
         if loop["pending"] is not None:  # of a run that was killed while the judge was at work
-            validation.start_again(validator, ema, loop, saver.folder / "candidate.pt", keep.report)
+            files = {"candidate": saver.folder / "candidate.pt", "found": found}
+            validation.start_again(validator, ema, loop, **files, report=keep.report)
         while True:
             step, epoch = loop["step"], loop["step"] // iterations
             done = step >= stop_step
@@ -434,4 +435,5 @@ def cli(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    with stopping.listening():
+        sys.exit(cli())

@@ -109,8 +109,8 @@ class Validator:
     def _died(self, judge):
         self.report(
             "judge died",
-            f"the process that judges (pid {judge.pid}) ended with {judge.process.exitcode}: "
-            f"evaluation of step {self.pending.step} has no scores; from now on the training "
+            f"the process that judges (pid {judge.pid}) {workers.death(judge.process.exitcode)}: "
+            f"the evaluation of step {self.pending.step} has no scores; from now on the training "
             "process judges by itself",
             pid=judge.pid,
             exitcode=judge.process.exitcode,
@@ -161,20 +161,18 @@ def predict(network, case, questions, *, spacing, clip, window, with_slices=Fals
     return judging.Predicted(case, found, probs), shown
 
 
-def start_again(validator, network, loop, candidate, report):
+def start_again(validator, network, loop, *, candidate, found, report):
     """Start the evaluation that a killed run was waiting for, of the state that was saved with it.
 
-    network: with the averaged weights of now; loop: its "pending" is the step; candidate: the file.
+    network: with the averaged weights of now; loop: its "pending" is the step; candidate: the file
+    that may become the best; found: the one that the run goes on from.
     """
     step, other = loop["pending"], network
-    if step != loop["step"]:
+    if step == loop["step"]:  # killed before that file had its second name, or gone on from another
+        checkpoint.give_name(found, candidate)
+    else:
         try:
-            state = checkpoint.load(candidate)
-            if state["loop"]["step"] != step:
-                raise checkpoint.CheckpointError(
-                    f"{candidate}: expected the state of step {step}, got that of "
-                    f"{state['loop']['step']}"
-                )
+            state = checkpoint.load_step(candidate, step)
         except checkpoint.CheckpointError as error:
             loop["pending"] = None
             report("evaluation lost", f"the evaluation of step {step} is lost: {error}")

@@ -24,7 +24,7 @@ import signal
 import socket
 import struct
 import traceback
-from multiprocessing import connection, reduction
+from multiprocessing import connection, reduction, resource_tracker
 from typing import NamedTuple
 
 import numpy as np
@@ -124,6 +124,9 @@ class Worker:
         # of processes is for the training process to answer.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
         try:
+            # multiprocessing's tracker, if it is not there yet, lets SIGINT and SIGTERM through.
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
             self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -176,6 +179,18 @@ class Worker:
         self.process.join()
         self.channel.close()
         self.socket.close()
+
+
+def death(code):
+    """What an exit status says of how a worker ended, for people: "was killed by SIGKILL"."""
+    if code == NO_MEMORY:
+        return "could not get the memory it asked for"
+    if code >= 0:
+        return f"ended with exit status {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:  # one of the many without a name
+        return f"was killed by signal {-code}"
 
 
 def _receive_answer(channel):

@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
+import boxes
 import cases
 from cache import VolumeCache
 
@@ -188,3 +189,25 @@ def test_a_box_touches_its_own_pages_only(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     cache.read(case, box, ["image"])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20
+
+
+@pytest.mark.parametrize("compression", ["lzf", "gzip"])
+@pytest.mark.parametrize("budget", [0, HUGE])
+def test_a_bit_that_changed_in_a_compressed_case_is_found(tmp_path, compression, budget):
+    path = tmp_path / "case.h5"
+    image = np.random.default_rng(0).integers(0, 255, (1, *SHAPE)).astype(np.uint8)
+    settings = {"spacing": (1, 1, 1), "unit": "mm", "affine": None, "group": "g"}
+    label = (image[0] > 99).view(np.uint8)
+    cases.write_case(
+        path, image, label, ignore_label=2, skeleton=False, compression=compression, **settings
+    )
+    with h5py.File(path) as file:
+        chunk = file["image"].id.get_chunk_info(0)
+    content = bytearray(path.read_bytes())
+    content[chunk.byte_offset + chunk.size // 2] ^= 4
+    path.write_bytes(content)
+    case = cases.read_case(path)
+    cache = VolumeCache([case], budget)
+    assert np.array_equal(cache.read(case, BOX, ("label",))["label"], label[BOX])
+    with pytest.raises(boxes.Unreadable, match=r"case case: expected to read .*case\.h5"):
+        cache.read(case, BOX, ("image",))

@@ -1,6 +1,7 @@
 import functools
 import json
 import math
+import os
 import shutil
 
 import h5py
@@ -386,3 +387,28 @@ def test_a_window_that_fits_in_no_way_is_one_sentence(run, tmp_path, capsys, mon
     error = capsys.readouterr().err
     assert "lower inference.window" in error and len(error.splitlines()) == 1
     assert not (tmp_path / "runs/tiny/predictions/a.nii.gz").exists()
+
+
+# ---------------------------------------------------------------------------- damaged files
+
+
+def test_a_case_that_is_cut_off_is_named_before_anything_is_predicted(run, tmp_path, capsys):
+    make_cases(tmp_path / "data", a=image_of((9, 20, 18)), b=image_of((9, 20, 18)))
+    os.truncate(tmp_path / "data" / "b.h5", 3000)
+    inputs = [tmp_path / "data" / f"{name}.h5" for name in "ab"]
+    (fault,) = faults_of(capsys, "--ckpt", run(), "--input", *inputs)
+    assert fault.startswith(f"{inputs[1]}: expected a volume that can be read, got ")
+    assert not (tmp_path / "runs/tiny/predictions").exists()
+
+
+def test_a_case_whose_voxels_cannot_be_read_is_one_sentence(run, tmp_path, capsys, monkeypatch):
+    make_cases(tmp_path / "data", a=image_of((9, 20, 18)))
+
+    def unreadable(*arguments, **how):
+        raise OSError("Can't synchronously read data (filter returned failure during read)")
+
+    monkeypatch.setattr(windows, "predict_slabs", unreadable)
+    assert infer.main(["--ckpt", str(run()), "--input", str(tmp_path / "data" / "a.h5")]) == 1
+    error = capsys.readouterr().err
+    assert "a: " in error and "a.h5: expected a volume that can be read" in error
+    assert len(error.splitlines()) == 1
