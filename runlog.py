@@ -10,7 +10,8 @@ Events of training, which a resumed run writes again from where its state was sa
                  of a step; skipped: steps without an update, if any
     epoch        loss: means over the epoch; draws: shares of its patches; cache: what it holds,
                  and how often it was hit since the start
-    evaluation   scores, and those of all cases; unread: cases that could not be read
+    evaluation   scores: means; cases: those of each; chosen: threshold and size of components;
+                 steps: means before and after each step of postprocess.py; unread: cases left out
 
 Events of the run's history, which stay:
 

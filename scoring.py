@@ -132,9 +132,10 @@ def _beside_each_other(pairs, needs, scorer, jobs, budget, progress):
 
 
 def _death(worker, pair, need):
-    code = worker.process.exitcode
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+    import workers
+
     return (
-        f"{pair.id}: the process that scored it {how}, with no other beside it; it needs about "
-        f"{need / 1e9:.1f} GB: score it where there is more memory, or fewer --scores"
+        f"{pair.id}: the process that scored it {workers.death(worker.process.exitcode)}, with no "
+        f"other beside it; it needs about {need / 1e9:.1f} GB: score it where there is more "
+        "memory, or fewer --scores"
     )
