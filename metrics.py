@@ -312,7 +312,7 @@ class Score:
     """What makes a score of a `Comparison`, which end of it is better, and what it costs.
 
     better: "higher", "lower", or None: it describes a mask, and is better at no end.
-    cost: "cheap", "moderate" or "slow": up to about 0.5, 3 and 20 s for torn sheets of 320 x 320 x
+    cost: "cheap", "moderate" or "slow": up to about 0.5, 3 and 30 s for torn sheets of 320 x 320 x
     320 on 2 cores; those that share their work cost that once.
     number: what may follow the name after an @.
     """
