@@ -13,6 +13,7 @@ import cc3d
 import numpy as np
 import torch
 
+import partitions
 from distance import truncated_edt
 
 BEFORE = "threshold"  # the name of the mask that no step has touched
@@ -60,7 +61,7 @@ def join_weak(high, low):
 
     high and low (D, H, W) bool; high lies within low, or counts as if it did.
     """
-    labels, count = cc3d.connected_components(low | high, connectivity=26, return_N=True)
+    labels, count = partitions.label(low | high)
     kept = np.zeros(count + 1, bool)
     kept[np.unique(labels[high])] = True
     kept[0] = False
@@ -71,7 +72,10 @@ def remove_small_components(mask, min_voxels):
     """mask (D, H, W) bool without its 26-connected components of fewer than min_voxels voxels."""
     if min_voxels <= 1 or not mask.any():
         return mask
-    return cc3d.dust(mask, threshold=min_voxels, connectivity=26).astype(bool)
+    labels, count = partitions.label(mask)
+    kept = np.bincount(labels.reshape(-1), minlength=count + 1) >= min_voxels
+    kept[0] = False
+    return kept[labels]
 
 
 def fill_holes(mask, max_voxels):

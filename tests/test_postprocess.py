@@ -124,3 +124,12 @@ def test_stages_come_in_order_and_only_those_that_are_on():
     assert sizes[:3] == [3, 73, 72] and found["closing_radius"][3, 4, 4]
     assert list(dict(postprocess.stages(high))) == ["threshold"]
     assert np.array_equal(postprocess.finish(high), high)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 5), (5, 3, 1), (3, 3, 3)])
+def test_isolated_voxels_of_a_thin_volume_are_components(shape):
+    mask = np.zeros(shape, bool)
+    mask[::2, ::2, ::2] = True  # no two of them touch
+    assert (postprocess.join_weak(mask, mask) == mask).all()
+    assert not postprocess.remove_small_components(mask, 2).any()
+    assert (postprocess.remove_small_components(mask, 1) == mask).all()
