@@ -38,7 +38,7 @@ def test_a_signal_is_noted_and_does_nothing_else(number):
 
 
 def test_the_first_reason_stays():
-    with Stop(max_hours=1e-9) as stop:
+    with Stop(max_hours=1e-15) as stop:
         send(signal.SIGUSR1)
         send(signal.SIGTERM)
         assert stop.reason() == "signal SIGUSR1"
@@ -68,13 +68,13 @@ def test_in_another_thread_there_are_no_signals_and_all_else_works(tmp_path):
     found = []
 
     def run():
-        with Stop(max_hours=1e-9) as stop:
+        with Stop(max_hours=1e-15) as stop:
             found.append(stop.reason())
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert "training.max_hours=1e-09" in found[0]
+    assert "training.max_hours=1e-15" in found[0]
 
 
 def test_a_signal_that_came_before_is_known_to_the_stop_within():
