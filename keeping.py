@@ -13,6 +13,7 @@ import time
 import traceback
 
 import checkpoint
+import fitting
 import judging
 import loader
 import picture
@@ -120,6 +121,13 @@ class Keeper:
         """
         if isinstance(error, OSError) and checkpoint.no_room(error):
             return self._leave_full_disk(error)
+        if isinstance(error, MemoryError) or fitting.out_of_memory(error):
+            self._record_crash(error)  # the lines tell where
+            reason = str(error).split("\n")[0] or "MemoryError"
+            return self._leave_as_saved(
+                f"memory ran out where no step can be made smaller ({reason}); lower model.base or "
+                "data.cache_gb, or end what else runs there"
+            )
         if not isinstance(error, stopping.Stopped | stopping.CannotGoOn):
             self._record_crash(error)
             raise error
@@ -135,10 +143,13 @@ class Keeper:
         return status
 
     def _leave_full_disk(self, error):
+        return self._leave_as_saved(f"the disk does not take what the run writes ({error})")
+
+    def _leave_as_saved(self, text):
+        """Leave with the state that is on the disk, for no other can be saved."""
         self.saver.close()
         step = self.saver.on_disk
-        kept = "no state is kept" if step is None else f"the state of step {step} is kept"
-        text = f"the disk does not take what the run writes ({error}); {kept}"
+        text += "; no state is kept" if step is None else f"; the state of step {step} is kept"
         try:
             self.record("stop", reason=text, status=FAILED)
         except OSError:

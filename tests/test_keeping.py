@@ -4,6 +4,7 @@ import errno
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_checkpoint import state_of
 
 import checkpoint
@@ -143,6 +144,18 @@ def test_a_full_disk_before_anything_was_saved_says_that_nothing_is_kept(made, c
     keeper, _, _, _ = made(step=0, saved=None)
     assert keeper.leave(NO_ROOM) == 1
     assert "no state is kept in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), MemoryError()]
+)
+def test_memory_that_runs_out_beside_the_network_is_one_sentence(made, capsys, error):
+    keeper, log, saver, _ = made()
+    assert keeper.leave(error) == 1
+    told = capsys.readouterr().err
+    assert "memory ran out" in told and "the state of step 5 is kept" in told
+    assert len(told.splitlines()) == 1 and saver.given == [] and saver.closed
+    assert log.of("crash") and log.of("stop")[0]["status"] == 1  # the lines, and the last word
 
 
 @pytest.mark.parametrize(
