@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from history import History
-from vitals import best_score, evaluations, pace
+from vitals import best_score, better_end, evaluations, pace
 
 GB = 1e9
 POINTS = 120  # of a curve: of more than these the mean over a fortieth of them is drawn too
@@ -151,7 +151,7 @@ def _scores(axis, run):
         axis.plot(x, y, lw=width, marker="o", ms=3, label=name)
         shown.append(y[x > 0] if np.any(x > 0) else y)  # the untrained network sets no scale
         if name == chooses:
-            best = np.nanargmax(y)
+            best = (np.nanargmin if better_end(name) == "lower" else np.nanargmax)(y)
             axis.plot(x[best], y[best], "*", ms=13, color=axis.lines[-1].get_color())
     values = np.concatenate(shown)
     values = values[np.isfinite(values)]

@@ -313,13 +313,25 @@ def evaluations(run):
 
 
 def best_score(run, name):
-    """(value, step) of the best among all evaluations: the highest, of a loss the lowest.
+    """(value, step) of the best among all evaluations, by what is better of that score.
 
     (None, None) where there is none, as for counts.
     """
-    if name.startswith("components"):
-        return None, None
+    end = better_end(name)
     found = [(scores.get(name), step) for step, scores in evaluations(run)]
     found = [pair for pair in found if isinstance(pair[0], int | float)]
-    choose = min if name.endswith("_loss") else max
-    return choose(found, key=lambda pair: pair[0], default=(None, None))
+    if end is None or not found:
+        return None, None
+    return (min if end == "lower" else max)(found, key=lambda pair: pair[0])
+
+
+def better_end(name):
+    """ "higher" or "lower", whichever is better of a score or loss; None: it is better at no end."""
+    import metrics  # late: nothing else here needs it
+
+    if name.endswith("_loss"):
+        return "lower"
+    try:
+        return metrics.entry(name)[0].better
+    except ValueError:  # of another version
+        return "higher"

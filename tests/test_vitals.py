@@ -346,3 +346,10 @@ def test_the_best_score_is_the_highest_and_of_a_loss_the_lowest(tmp_path):
     assert vitals.best_score(run, "dice") == (0.8, 10)
     assert vitals.best_score(run, "cldice_loss") == (0.2, 10)
     assert vitals.best_score(run, "components") == vitals.best_score(run, "x") == (None, None)
+
+
+def test_of_a_distance_the_lowest_is_the_best(tmp_path):
+    log = [event("evaluation", s, scores={"hd95": d}) for s, d in ((0, 9.0), (10, 2.0), (20, 3.0))]
+    assert vitals.best_score(run_of(tmp_path, log), "hd95") == (2.0, 10)
+    assert vitals.better_end("betti_error_1") == "lower"
+    assert vitals.better_end("surface_dice@4") == "higher"
