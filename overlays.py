@@ -83,7 +83,8 @@ def sheet(path, cases, *, title, tolerance):
 
     height, width = cases[0][2][0].image.shape
     side = 3.6
-    figure = Figure((COLUMNS * side, len(cases) * (side * height / width + 0.5) + 0.9), dpi=110)
+    size = COLUMNS * side + 0.7, len(cases) * (side * height / width + 0.3) + 0.8
+    figure = Figure(size, dpi=110)
     axes = figure.subplots(len(cases), COLUMNS, squeeze=False)
     for row, (case, score, slices) in zip(axes, cases, strict=True):
         for panel in row:
@@ -101,6 +102,8 @@ def sheet(path, cases, *, title, tolerance):
             fontsize=9,
         )
     named = (("found", picture.FOUND), ("missed", picture.MISSED), ("false", picture.FALSE))
+    if not all(found.labelled.all() for _, _, slices in cases for found in slices):
+        named += (("unlabeled: darker", "#505050"),)
     patches = [Patch(color=colour, label=label) for label, colour in named]
     figure.suptitle(f"{title}: the worst slices; counts of voxels off by more than {tolerance}")
     figure.legend(handles=patches, loc="lower center", ncols=len(patches), frameon=False)
