@@ -326,7 +326,7 @@ def best_score(run, name):
 
 
 def better_end(name):
-    """ "higher" or "lower", whichever is better of a score or loss; None: it is better at no end."""
+    """Which end of a score or loss is better, higher or lower; None: neither."""
     import metrics  # late: nothing else here needs it
 
     if name.endswith("_loss"):
