@@ -65,6 +65,7 @@ def store(path, source, chunk, compression):
                 continue
             per_channel = (1,) * (old[name].ndim - 3)
             options = {"chunks": (*per_channel, *chunk), "compression": compression}
+            options["fletcher32"] = compression is not None  # as in cases.py
             new.create_dataset(name, data=old[name][:], **options)
     return cases.read_case(path)
 
