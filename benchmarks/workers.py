@@ -101,7 +101,9 @@ def batches(kind, dataset, count):
     )
     iterator = iter(source)
     yield iterator
-    iterator._shutdown_workers()  # or they are aborted when this process ends
+    # Or they are aborted when this process ends. One that aborts here is raised here.
+    with contextlib.suppress(RuntimeError):
+        iterator._shutdown_workers()
 
 
 # ---------------------------------------------------------------------------- speed
