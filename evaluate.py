@@ -297,6 +297,8 @@ def main(argv=None):
     faults, notes = list(unwritable([*args.out, *([args.overlays] if args.overlays else [])])), []
     images = args.otsu or args.images
     found, dataset = pairs.match(args.pred, args.truth, images, faults, notes, only=args.cases)
+    if not found and not faults:
+        faults.append(f"{args.truth}: expected a label of a predicted case, got none of any")
     ignore_label = args.ignore_label
     if ignore_label is None and dataset is not None:
         ignore_label = dataset.ignore_label

@@ -490,3 +490,6 @@ def test_a_prepared_case_without_label_is_left_out_and_said(tmp_path, capsys):
         write(tmp_path / "pred" / f"{case}.nii.gz", bar(2), (5.0, 1.0, 1.0))
     assert run("--pred", tmp_path / "pred", "--truth", root) == 0
     assert "no label, not scored: b" in capsys.readouterr().out
+    (tmp_path / "pred" / "a.nii.gz").unlink()
+    assert run("--pred", tmp_path / "pred", "--truth", root) == 2
+    assert "expected a label of a predicted case" in capsys.readouterr().err
