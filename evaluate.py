@@ -29,15 +29,11 @@ import re
 import sys
 from pathlib import Path
 
-import leaderboard
-import masks
-import memory
-import metrics
-import overlays
-import pairs
-import scoring
-import tables
-import volumes
+from monitoring import memory
+from scoring import masks, metrics, overlays, pairs, tables
+from scoring import parallel as scoring
+from scoring import report as leaderboard
+from volumes import files as volumes
 
 SCORES = ("dice", "surface_dice", "precision", "recall", "voi_score", "components",
           "components_truth")  # fmt: skip

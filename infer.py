@@ -27,19 +27,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-import boxes
-import checkpoint
-import config
 import data
-import intensity
 import model
-import postprocess
-import runlog
-import stopping
-import submission
-import volumes
-import windows
-from jobs import check_inputs, collected, readable, target_path
+from patches import intensity
+from runtime import checkpoint, config
+from runtime import log as runlog
+from runtime import signals as stopping
+from runtime import sliding_window as windows
+from scoring import postprocess
+from volumes import boxes, submission
+from volumes import files as volumes
+from volumes.inputs import check_inputs, collected, readable, target_path
 
 # All else that a config holds was decided by training and comes from the checkpoint.
 DEVICE_KEYS = ("run.device", "run.threads", "training.precision")

@@ -16,11 +16,11 @@ import time
 
 import torch
 
-import memory
 import workers as worker_processes
 from data import Unread
-from memory import amount
-from stopping import CannotGoOn
+from monitoring import memory
+from monitoring.memory import amount
+from runtime.signals import CannotGoOn
 
 WAIT = 1.0  # seconds between two looks at whether the run shall stop, while it waits for data
 STALLED = 60.0  # seconds of waiting until it is said who is waited for, then twice that, ...

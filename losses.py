@@ -24,9 +24,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from distance import edt, truncated_edt
-from persistence import topological_losses
-from softskeleton import soft_skeleton
+from topology.distance import edt, truncated_edt
+from topology.persistence import topological_losses
+from topology.soft_skeleton import soft_skeleton
 
 NEVER = -1e4  # a logit whose sigmoid is 0 in float32, and its slope too
 

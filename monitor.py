@@ -7,122 +7,22 @@
 Reads the files of a run folder and writes nothing there, so that a run on another machine can be
 watched through a shared folder. A path inside a run, or runs/last.pt, names the run as well. Exit
 status: 0, or 2 if there is no run.
-
-As a module: the thread by which a run writes down what its machine does.
-
-    with SystemMonitor(folder, seconds=10, roles=lambda: {pid: "training"}, step=lambda: step):
-        ...                                         # a line in <folder>/system.jsonl every 10 s
 """
 
 import argparse
 import contextlib
-import json
 import os
-import socket
 import sys
-import threading
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-import history
-import system
-import view
-import vitals
+from monitoring import health as vitals
+from monitoring import records as history
+from monitoring import view
 
-REMEMBERED = 256  # processes whose last figures are kept
 NARROWEST = 20  # characters of a line
-LONGEST_CLOSE = 10.0  # seconds that leaving waits for a file system that does not answer
-
-
-class SystemMonitor:
-    """A thread that appends to <folder>/system.jsonl what the machine does, as a context.
-
-    A line at once, one every `seconds`, and one when the context is left: a JSON object with
-
-        time, host, pid    seconds since 1970; of the process that trains
-        step               what step() gives
-        seconds            from one line to the next: how long silence is normal
-        ...                what `system.System.read` tells of the processes of roles() and of
-                           memory_limit, bytes that the run may take
-
-    roles() gives {pid: "training", "worker 0", ...}. Both are called from the thread. Whatever
-    goes wrong stays in it: a value that cannot be had is null, a line that the disk does not take
-    is left out. ValueError if seconds is not above 0.
-    """
-
-    def __init__(self, folder, *, seconds, roles, step, memory_limit=None):
-        if not seconds > 0:
-            raise ValueError(f"expected seconds between lines above 0, got {seconds}")
-        self.path = Path(folder) / "system.jsonl"
-        self.seconds, self.roles, self.step = seconds, roles, step
-        self.memory_limit = memory_limit
-        self.machine, self.host = system.System(folder), socket.gethostname()
-        self.figures = {}
-        self.closing = threading.Event()
-        self.thread = threading.Thread(target=self._watch, name="system monitor", daemon=True)
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self.close()
-
-    def close(self):
-        """Write the last line, and end the thread."""
-        self.closing.set()
-        self.thread.join(LONGEST_CLOSE)
-
-    def last(self, pid):
-        """The newest figures of a process, also one that has ended; None if it was never seen.
-
-        What `system.Processes.read` tells of it, with the newest pss there was, and "time".
-        """
-        return self.figures.get(pid)
-
-    def _watch(self):
-        while True:
-            closing = self.closing.is_set()  # before the line: it is the last one
-            # roles() and step() are the caller's, and a monitor must not end a training.
-            with contextlib.suppress(Exception):
-                self._write(self._line())
-            if closing:
-                return
-            self.closing.wait(self.seconds)
-
-    def _line(self):
-        now = round(time.time(), 3)
-        head = {"time": now, "host": self.host, "pid": os.getpid()}
-        found = self.machine.read(_call(self.roles) or {}, self.memory_limit)
-        for one in found["processes"]:
-            self._remember(one, now)
-        return {**head, "step": _call(self.step), **found, "seconds": self.seconds}
-
-    def _remember(self, one, now):
-        before = self.figures.pop(one["pid"], {})
-        pss = before.get("pss") if one["pss"] is None else one["pss"]
-        self.figures[one["pid"]] = {**one, "pss": pss, "time": now}  # the newest stand last
-        for pid in list(self.figures)[:-REMEMBERED]:
-            del self.figures[pid]
-
-    def _write(self, content):
-        line = json.dumps(content).encode() + b"\n"
-        # Opened anew: a disk that was full, or a server that was away, may be back.
-        with open(self.path, "a+b", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - 1))
-            if file.read(1) not in (b"", b"\n"):
-                line = b"\n" + line  # after one that a crash of the machine cut short
-            if file.write(line) != len(line):  # a disk that has become full takes a part
-                file.truncate(end)
-
-
-def _call(function):
-    """What a caller's function gives, None if it fails."""
-    with contextlib.suppress(Exception):
-        return function()
 
 
 # ---------------------------------------------------------------------------- the script

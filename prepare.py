@@ -29,13 +29,12 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-import layouts
-import phantoms
-from cases import DATASET_FILE, read_dataset, write_dataset
-from formats import UNITS
-from ingest import PhantomCase, Rules, prepare_case
-from layouts import Faults
-from volumes import split_dataset
+from volumes import layouts, phantoms
+from volumes.casefile import DATASET_FILE, read_dataset, write_dataset
+from volumes.files import split_dataset
+from volumes.formats import UNITS
+from volumes.ingest import PhantomCase, Rules, prepare_case
+from volumes.layouts import Faults
 
 MAX_NAMED = 8  # cases that a note spells out
 MAX_ROWS = 40  # of the summary

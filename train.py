@@ -29,24 +29,20 @@ import torch
 import yaml
 from rich.console import Console
 
-import checkpoint
-import clock
-import composite
-import config
 import data
-import fitting
-import keeping
 import loader
-import memory
 import model
-import monitor
-import nonfinite
-import planning
-import runlog
-import runs
-import stopping
-import validation
-import windows
+from monitoring import memory, recorder
+from runtime import build as planning
+from runtime import checkpoint, config, nonfinite, validation
+from runtime import composite_loss as composite
+from runtime import folder as runs
+from runtime import log as runlog
+from runtime import microbatch as fitting
+from runtime import run as keeping
+from runtime import signals as stopping
+from runtime import sliding_window as windows
+from runtime import timer as clock
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, keeping.FAILED, 2, keeping.STOPPED
 console = Console(file=runlog.Output(), highlight=False, soft_wrap=True)
@@ -230,7 +226,7 @@ def _train(settings, resume, stack):
     )
     stack.callback(batches.close)
     stack.enter_context(
-        monitor.SystemMonitor(
+        recorder.SystemMonitor(
             run_folder,
             seconds=settings.monitor.seconds,
             roles=lambda: {os.getpid(): "training"} | batches.roles() | validator.roles(),

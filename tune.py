@@ -26,11 +26,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import config
-import costs
-import planning
-import runs
-import windows
+from runtime import build as planning
+from runtime import config, costs
+from runtime import folder as runs
+from runtime import sliding_window as windows
 
 STEPS = 30  # that are measured
 WIDTH = 120  # of the table where it goes to a file

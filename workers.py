@@ -31,7 +31,7 @@ import numpy as np
 import psutil
 import torch
 
-import memory
+from monitoring import memory
 
 ANSWER = struct.Struct("<qqq")  # kind, number of the task, bytes of memory
 DONE, FAILED = range(2)

@@ -31,13 +31,12 @@ import h5py
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cases
-import checkpoint
-import config
 import infer
-import metrics
-import runs
-import volumes
+from runtime import checkpoint, config
+from runtime import folder as runs
+from scoring import metrics
+from volumes import casefile as cases
+from volumes import files as volumes
 
 # What a term weighs where it is on.
 BASE = {"weighted_bce": 0.5, "soft_dice": 0.5}

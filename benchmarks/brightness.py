@@ -15,14 +15,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cases
-import checkpoint
-import config
 import data
 import infer
-import intensity
-import metrics
-import windows
+from patches import intensity
+from runtime import checkpoint, config
+from runtime import sliding_window as windows
+from scoring import metrics
+from volumes import casefile as cases
 
 CHANGES = {
     "as it is": lambda x: x,

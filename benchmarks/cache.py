@@ -38,15 +38,14 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import augment
-import boxes
-import cases
 import data
 import loader
-import memory
-import phantoms
-from cache import VolumeCache
+from monitoring import memory
+from patches import augment
+from patches.cache import VolumeCache
 from settings import Augment
+from volumes import boxes, phantoms
+from volumes import casefile as cases
 
 PATCH = (72, 136, 136)
 BATCH = 2

@@ -13,11 +13,10 @@ import torch
 from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import composite
 import losses
-import phantoms
 import settings
-import skeletons
+from runtime import composite_loss as composite
+from volumes import phantoms, skeletons
 
 UNLABELED = 0.4
 NO_MASK = ", no mask"

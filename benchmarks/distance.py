@@ -22,8 +22,8 @@ import torch
 from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import phantoms
-from distance import edt, truncated_edt
+from topology.distance import edt, truncated_edt
+from volumes import phantoms
 
 SHAPE = (72, 136, 136)
 BIG = (96, 256, 256)

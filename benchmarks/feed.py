@@ -36,14 +36,13 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import augment
-import cache
-import cases
-import clock
 import data
-import grid
-import phantoms
+from patches import augment, cache
+from patches import resample as grid
+from runtime import timer as clock
 from settings import Augment
+from volumes import casefile as cases
+from volumes import phantoms
 
 SHAPE, PATCH = (160, 320, 320), (72, 136, 136)
 CUT = (100, 190, 190)  # what nnU-Net would cut out for this patch and these angles, about

@@ -35,13 +35,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plain_steps
 
-import cases
-import config
-import phantoms
-import planning
-import runs
-import trial
-import windows
+from runtime import build as planning
+from runtime import config, trial
+from runtime import folder as runs
+from runtime import sliding_window as windows
+from volumes import casefile as cases
+from volumes import phantoms
 
 FULL_RUN = Path(__file__).resolve().parents[1] / "configs" / "exp001_full.yaml"
 SIDE, SMALL_SIDE = 320, 40

@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import checkpoint
-import runlog
+from runtime import checkpoint
+from runtime import log as runlog
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("time", "step_seconds", "seconds")  # of the log

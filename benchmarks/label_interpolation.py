@@ -14,7 +14,7 @@ import numpy as np
 from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import augment
+from patches import augment
 from settings import Augment
 
 SIZE, PATCH = 48, (24, 24, 24)

@@ -47,11 +47,11 @@ from contenders import (
     peer_losses,
 )
 
-import composite
-import config
 import model
-import runs
-import windows
+from runtime import composite_loss as composite
+from runtime import config
+from runtime import folder as runs
+from runtime import sliding_window as windows
 
 FULL_RUN = Path(__file__).resolve().parents[1] / "configs" / "exp001_full.yaml"
 SMALL = (

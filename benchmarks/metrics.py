@@ -31,12 +31,9 @@ import psutil
 from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import homology
-import metrics
-import neighbours
-import partitions
-import phantoms
-import surfaces
+from scoring import homology, metrics, neighbours, partitions
+from scoring import surface as surfaces
+from volumes import phantoms
 
 FASTER = 5.0
 MATCHING_SECONDS = 17.0 / 4

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from composite import composite_loss
-from persistence import betti_numbers
+from runtime.composite_loss import composite_loss
+from topology.persistence import betti_numbers
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "repair.png"
 BASE = {"weighted_bce": {"weight": 0.5}, "soft_dice": {"weight": 0.5}}

@@ -34,10 +34,9 @@ import h5py
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import boxes
-import cases
-import phantoms
-from cache import VolumeCache
+from patches.cache import VolumeCache
+from volumes import boxes, phantoms
+from volumes import casefile as cases
 
 SHAPE = (160, 320, 320)
 BOX = (100, 190, 190)

@@ -24,8 +24,7 @@ from scipy import ndimage
 from skimage.morphology import skeletonize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import phantoms
-import skeletons
+from volumes import phantoms, skeletons
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REAL = Path(os.environ.get("LAMINA_SHARED", SHARED)) / "data"

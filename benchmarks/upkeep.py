@@ -34,15 +34,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import checkpoint
-import config
-import guard
 import model
-import monitor
-import runlog
-import stopping
 import train
-import trial
+from monitoring import recorder
+from runtime import checkpoint, config, trial
+from runtime import log as runlog
+from runtime import memory_guard as guard
+from runtime import signals as stopping
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ROOT / "configs" / "quickstart.yaml"
@@ -108,7 +106,7 @@ def monitoring(folder):
     """Seconds of CPU of a line of system.jsonl, with two other processes alive."""
     others = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in "ab"]
     roles = {os.getpid(): "training"} | {p.pid: f"worker {i}" for i, p in enumerate(others)}
-    watch = monitor.SystemMonitor(folder, seconds=10, roles=lambda: roles, step=lambda: 0)
+    watch = recorder.SystemMonitor(folder, seconds=10, roles=lambda: roles, step=lambda: 0)
     seconds = []
     for _ in range(20):
         seconds.append(timed(lambda: watch._write(watch._line()), time.thread_time)[0])

@@ -23,8 +23,8 @@ from monai.losses import DiceCELoss
 from monai.networks.nets import DynUNet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cases
-import metrics
+from scoring import metrics
+from volumes import casefile as cases
 
 PATCH = (12, 96, 96)
 SPACING = (5.0, 1.0, 1.0)  # of the published comparison

@@ -35,12 +35,12 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import augment
-import cases
 import data
 import loader
-from cache import VolumeCache
+from patches import augment
+from patches.cache import VolumeCache
 from settings import Augment
+from volumes import casefile as cases
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCH = (72, 136, 136)

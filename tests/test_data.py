@@ -11,11 +11,11 @@ import pytest
 import torch
 from scipy import ndimage
 
-import augment
-import cases
 import data
-from cache import VolumeCache
+from patches import augment
+from patches.cache import VolumeCache
 from settings import Augment
+from volumes import casefile as cases
 
 SHAPES = [(10, 24, 24), (14, 20, 30), (6, 24, 24)]
 HUGE = 2**40

@@ -6,15 +6,15 @@ import signal
 from types import SimpleNamespace
 
 import pytest
-from test_data import HUGE, SHAPES, patches, write
-from test_loader import check_same
 
 import data
 import loader
-import memory
 import workers
 from data import Unread
-from stopping import CannotGoOn
+from monitoring import memory
+from runtime.signals import CannotGoOn
+from tests.test_data import HUGE, SHAPES, patches, write
+from tests.test_loader import check_same
 
 
 class Worker:

@@ -9,9 +9,9 @@ import h5py
 import numpy as np
 import pytest
 
-import cases
 import evaluate
-import volumes
+from volumes import casefile as cases
+from volumes import files as volumes
 
 SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[2] / "shared"))
 

@@ -11,16 +11,15 @@ import pytest
 import tifffile
 import torch
 
-import cases
-import checkpoint
-import config
 import data
 import infer
-import intensity
 import model
-import runs
-import volumes
-import windows
+from patches import intensity
+from runtime import checkpoint, config
+from runtime import folder as runs
+from runtime import sliding_window as windows
+from volumes import casefile as cases
+from volumes import files as volumes
 
 PATCH = (8, 16, 16)
 NATIVE = [0.0, 0.0, 0.0]

@@ -3,11 +3,11 @@
 import h5py
 import pytest
 import torch
-from test_data import HUGE, SHAPES, draw_batch, patches, same_sample, still, write
 
-import cases
 import loader
 from settings import Augment
+from tests.test_data import HUGE, SHAPES, draw_batch, patches, same_sample, still, write
+from volumes import casefile as cases
 
 EVERYTHING = Augment(
     rotation=0.5, scaling=0.5, elastic=0.5, roll=0.5, illumination=0.5, low_resolution=0.5

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from distance import edt
 from losses import (
     LOSSES,
     boundary_loss,
@@ -16,6 +15,7 @@ from losses import (
     surface_distance_loss,
     weighted_bce_loss,
 )
+from topology.distance import edt
 
 SHAPE = (2, 1, 4, 5, 6)
 EVERY = {**LOSSES, "boundary": boundary_loss}

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
-from test_losses import as_logits, bar, draw
 
 from losses import (
     boundary_loss,
@@ -18,6 +17,7 @@ from losses import (
     soft_skeletons,
     toploss_loss,
 )
+from tests.test_losses import as_logits, bar, draw
 
 # ---------------------------------------------------------------------------- skeletons
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-import config
 import model
+from runtime import config
 
 SMALL = {"base": 4, "multipliers": (1, 2, 2), "blocks": 1}
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 from rich.console import Console
-from test_history import NOW, line, read, start, step, write_lines
 
 import monitor
-import vitals
+from monitoring import health as vitals
+from monitoring import recorder
+from tests.monitoring.test_records import NOW, line, read, start, step, write_lines
 
 ROOT = Path(__file__).parents[1]
 WAIT = 20.0  # seconds that a thread gets for what it does at once
@@ -35,7 +36,7 @@ def until(condition):
 
 def monitored(folder, **changes):
     options = {"seconds": 60, "roles": lambda: {os.getpid(): "training"}, "step": lambda: 3}
-    return monitor.SystemMonitor(folder, **{**options, **changes})
+    return recorder.SystemMonitor(folder, **{**options, **changes})
 
 
 # ---------------------------------------------------------------------------- the thread
@@ -91,7 +92,7 @@ def test_figures_of_many_processes_are_forgotten_again(tmp_path):
     for pid in range(1000):
         watch._remember({"pid": pid, "pss": None}, NOW)
     assert watch.last(999)["time"] == NOW
-    assert watch.last(999 - monitor.REMEMBERED) is None
+    assert watch.last(999 - recorder.REMEMBERED) is None
 
 
 def test_what_the_caller_gives_may_fail(tmp_path):

@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 
-import config
+from runtime import config
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("LAMINA_SHARED", ROOT.parent / "shared"))

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import tifffile
 
-import cases
-import ingest
-import layouts
 import prepare
-from volumes import Source
+from volumes import casefile as cases
+from volumes import ingest, layouts
+from volumes.files import Source
 
 SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[2] / "shared"))
 REAL = SHARED / "data"

@@ -9,12 +9,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_data import SHAPES, draw_batch, patches, still, write
 
 import data
-import grid
-import volumes
+from patches import resample as grid
 from settings import Augment
+from tests.test_data import SHAPES, draw_batch, patches, still, write
+from volumes import files as volumes
 
 SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 

@@ -14,15 +14,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_train import events, root, same_state, settings, weights_of
 
-import checkpoint
 import data
-import guard
-import judging
 import loader
 import model
 import train
+from runtime import checkpoint
+from runtime import evaluator as judging
+from runtime import memory_guard as guard
+from tests.test_train import events, root, same_state, settings, weights_of
 
 __all__ = ["root"]  # a fixture
 ROOT = Path(__file__).parents[1]

@@ -10,18 +10,16 @@ import pytest
 import torch
 import yaml
 
-import augment
-import cases
-import checkpoint
-import clock
-import composite
-import config
 import data
-import judging
 import loader
 import model
 import train
-import validation
+from patches import augment
+from runtime import checkpoint, config, validation
+from runtime import composite_loss as composite
+from runtime import evaluator as judging
+from runtime import timer as clock
+from volumes import casefile as cases
 
 SHAPE = (12, 24, 24)
 

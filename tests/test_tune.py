@@ -7,15 +7,14 @@ import multiprocessing
 
 import pytest
 import torch
-from test_trial import SHAPE, make_root, make_settings
 
-import clock
-import costs
 import data
-import planning
-import trial
 import tune
-from costs import Measured
+from runtime import build as planning
+from runtime import costs, trial
+from runtime import timer as clock
+from runtime.costs import Measured
+from tests.runtime.test_trial import SHAPE, make_root, make_settings
 
 GPU_ONLY = {"transfer", "gpu_training", "gpu_inference"}
 

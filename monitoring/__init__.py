@@ -1,0 +1,1 @@
+"""What a run and its machine do, read from the files of its folder."""

@@ -1,0 +1,1 @@
+"""What a run needs besides its network, data and loss."""

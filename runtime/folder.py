@@ -1,0 +1,217 @@
+"""Run folders: where a run writes, who holds it, and what it goes on from.
+
+folder, path, state, notes = open_run("runs", "exp001", resume=True)
+with claim(folder, path) as folder:
+    record(folder, settings_text)
+"""
+
+import contextlib
+import faulthandler
+import fcntl
+import glob
+import itertools
+import os
+import platform
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from runtime.checkpoint import load_newest, sync_folder
+
+ROOT = Path(__file__).resolve().parents[1]  # of the project
+ROOMS = (".", "volumes", "topology", "monitoring", "scoring", "patches", "runtime")
+TAKEN = (BlockingIOError, PermissionError)  # which of them depends on the system
+
+
+def _numbered_runs(folder, name):
+    """{number: path} of runs/name (1), runs/name-2, ... that have saved state."""
+    found = {}
+    for path in Path(folder).glob(f"{glob.escape(name)}*/checkpoints/*.pt"):
+        run = path.parents[1]
+        number = "1" if run.name == name else run.name.removeprefix(f"{name}-")
+        if number.isdigit():
+            found[int(number)] = run
+    return found
+
+
+def new_run_folder(folder, name):
+    """A folder for a new run: one that has saved state is never written over.
+
+    runs/name, or the number after the highest that has state: runs/name-2, runs/name-3, ...
+    """
+    found = _numbered_runs(folder, name)
+    return Path(folder) / (f"{name}-{max(found) + 1}" if found else name)
+
+
+def newest_run_folder(folder, name):
+    """The run of this name that has saved state, the highest number of several; None if none."""
+    found = _numbered_runs(folder, name)
+    return found[max(found)] if found else None
+
+
+def open_run(folder, name, *, resume):
+    """Where a run writes, and what it goes on from: (run folder, file, state, notes).
+
+    resume: take the newest run of this name that has saved state; file and state are None where
+    there is none, or without resume. notes: lines that say what was found. Makes nothing.
+    CheckpointError if there is state and none of it can be read.
+    """
+    newest = newest_run_folder(folder, name)
+    if not resume or newest is None:
+        notes = ["resume: no state is there to go on from, this is a new run"] * resume
+        return new_run_folder(folder, name), None, None, notes
+    found, state, reasons = load_newest(newest / "checkpoints")
+    why = "the newest state" if not reasons else "the newest state that can be read"
+    notes = [f"resume: {found} at step {state['loop']['step']}, {why}", *reasons]
+    return newest, found, state, notes
+
+
+@contextlib.contextmanager
+def claim(folder, resumed_from):
+    """Hold a run folder, which is made if need be, as a context: the folder. Others cannot then.
+
+    A new run (resumed_from None) whose folder is held, by a process that has not saved yet, or in
+    which one has saved since it was chosen, takes the next number. The context leaves nothing
+    behind; the lock of a process that is killed ends. A checkpoint that could not be read when the
+    run was resumed from another one is renamed, so that it takes no place among the generations.
+
+    ValueError if a run is to be resumed that is running, OSError if the folder cannot be made.
+    """
+    for path in _free_names(folder):
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with open(path / "lock", "a+") as lock:
+            if not _locked(lock):
+                if resumed_from is None:
+                    continue
+                lock.seek(0)
+                raise ValueError(
+                    f"run.name: expected a run that no process works on, got {path}, which "
+                    f"{lock.read().strip() or 'another process'} does; wait for it or stop it"
+                )
+            if resumed_from is None and _has_state(path):
+                continue
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            for partial in (path / "checkpoints").glob("*.partial"):  # of one that was killed
+                partial.unlink(missing_ok=True)
+            last = path / "checkpoints" / "last.pt"
+            if resumed_from is not None and resumed_from != last and last.exists():
+                os.replace(last, last.with_name("last.pt.broken"))
+            yield path
+            return
+
+
+def _locked(file):
+    """Whether this process holds the lock of a file now; True where locks are not known."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except TAKEN:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _free_names(folder):
+    """The folder, and those that come after it by their number."""
+    yield folder
+    name, dash, number = folder.name.rpartition("-")
+    name, number = (name, int(number)) if dash and number.isdigit() else (folder.name, 1)
+    while True:
+        number += 1
+        path = folder.with_name(f"{name}-{number}")
+        if not _has_state(path):
+            yield path
+
+
+def _has_state(folder):
+    return any(folder.glob("checkpoints/*.pt"))
+
+
+def record(folder, settings_text):
+    """Let a run folder explain itself: the resolved settings, and the source that runs."""
+    (folder / "config.yaml").write_text(settings_text)
+    for path in itertools.chain.from_iterable((ROOT / room).glob("*.py") for room in ROOMS):
+        copy = folder / "source" / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy)
+
+
+def link_last(runs_folder, run_checkpoint):
+    """Point `<runs_folder>/last.pt` at a run's checkpoint: a relative link, replaced atomically.
+
+    Relative, so that the folder of runs can be moved. A copy where the file system has no links.
+    """
+    folder, target = Path(runs_folder).resolve(), Path(run_checkpoint)
+    target = target.parent.resolve() / target.name
+    partial = folder / "last.pt.partial"
+    partial.unlink(missing_ok=True)
+    try:
+        try:
+            os.symlink(os.path.relpath(target, folder), partial)
+        except OSError:
+            shutil.copyfile(target, partial)
+        os.replace(partial, folder / "last.pt")
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def _git(*arguments):
+    command = ["git", "-C", str(ROOT), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def _commit():
+    """Short hash of the checkout that this file lies in, "-dirty" if edited; else "unknown"."""
+    try:
+        edited = _git("status", "--porcelain", "--untracked-files=no")
+        return _git("rev-parse", "--short", "HEAD") + ("-dirty" if edited else "")
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout, no commit yet
+        return "unknown"
+
+
+def versions():
+    """What wrote a checkpoint: strings for lamina (commit), python, torch, numpy, platform."""
+    return {
+        "lamina": _commit(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def whereabouts():
+    """Which process this is: pid, host, and created, its start in seconds since 1970."""
+    process = psutil.Process()
+    return {
+        "pid": process.pid,
+        "host": socket.gethostname(),
+        "created": round(process.create_time(), 2),
+    }
+
+
+@contextlib.contextmanager
+def fault_file(folder):
+    """In this context a signal that ends the process in mid-code (SIGSEGV, SIGBUS, SIGABRT, ...)
+    leaves the lines that were running in fault.txt. Not where somebody else looks after that."""
+    path = Path(folder) / "fault.txt"
+    path.unlink(missing_ok=True)
+    if faulthandler.is_enabled():
+        yield
+        return
+    with open(path, "w") as file:
+        faulthandler.enable(file)
+        try:
+            yield
+        finally:
+            faulthandler.disable()
+    path.unlink(missing_ok=True)

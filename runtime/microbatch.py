@@ -1,0 +1,238 @@
+"""Training steps and predictions that fit into the memory of the device.
+
+    whole = Parts(network, autocast=autocast, report=report)
+    for attempt in whole.attempts():          # a second one if the device ran out of memory
+        with attempt:
+            logits = whole.forward(image)     # (B, C, D, H, W)
+            whole.backward(loss(logits))
+
+A batch that does not fit goes through the network in parts, with the gradient of the whole batch,
+whatever the loss: the logits of all parts are made first, without a graph; the loss and its
+gradient towards the logits are those of the whole batch; then each part goes through the network
+again, with a graph, to carry its share of that gradient on. Gao et al. 2021 ("Scaling deep
+contrastive learning batch size under memory limited setup") do so for contrastive losses.
+Averaging the gradients of parts would save a forward pass and give another gradient: most terms are
+means over the valid voxels of a batch, and the topological one chooses its windows among them.
+"""
+
+import contextlib
+import math
+
+import torch
+
+from runtime.signals import CannotGoOn
+
+# What allocators that are not torch's own say: cuDNN, cuBLAS, the driver, the CPU's.
+SAID = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+
+
+def out_of_memory(error):
+    """Whether an exception says that a device has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in SAID)
+
+
+class Parts:
+    """Runs a network on a batch, in parts if the device's memory asks for it.
+
+    autocast() gives the context in which the network runs; report(kind, text, **figures) is told
+    when something changes. size: patches in a part, None: all; recompute: whether activations are
+    recomputed in the backward pass though the network would keep them, the last resort (it needs a
+    network with an attribute `checkpointing`). Both are kept for the rest of the run.
+    """
+
+    def __init__(self, network, *, autocast, report, size=None, recompute=False):
+        self.network, self.autocast, self.report = network, autocast, report
+        self.size, self.batch = size, None
+        self.recompute = recompute
+        if recompute:
+            network.checkpointing = True
+        self._logits, self._parts = None, None
+
+    # ------------------------------------------------------------------------ the two passes
+
+    def forward(self, image):
+        """Logits of a batch (B, C, D, H, W), as the network gives them: a tensor or a list."""
+        self.batch = len(image)
+        self._parts = None
+        if self.size is None or self.size >= len(image):
+            with self.autocast():
+                return self.network(image)
+        self._parts, found = [], []
+        for part in image.split(self.size):
+            self._parts.append((part, _generators(part.device)))
+            with torch.no_grad(), self.autocast():
+                found.append(_listed(self.network(part)))
+        scales = [torch.cat(scale).requires_grad_() for scale in zip(*found, strict=True)]
+        self._logits = scales
+        return scales if len(scales) > 1 else scales[0]
+
+    def backward(self, loss):
+        """Add the gradient of a loss of these logits to that of the weights."""
+        loss.backward()
+        if self._parts is None:
+            return
+        device, start = loss.device, 0
+        after = _generators(device)
+        gradients = [scale.grad for scale in self._logits]
+        for part, generators in self._parts:
+            _set_generators(device, generators)  # the same dropout as the first time
+            with self.autocast():
+                logits = _listed(self.network(part))
+            stop = start + len(part)
+            pairs = [
+                (scale, gradient[start:stop])
+                for scale, gradient in zip(logits, gradients, strict=True)
+                if gradient is not None  # a scale that no term looked at
+            ]
+            torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+            start = stop
+        _set_generators(device, after)
+        self._logits, self._parts = None, None
+
+    # ------------------------------------------------------------------------ attempts
+
+    def attempts(self):
+        """Contexts for a step, one after another until one has not run out of memory.
+
+        Each begins without gradients and with the generators where the first began. Running out
+        of memory ends a context in silence, as long as there is something left to be tried, and
+        is `stopping.CannotGoOn` then.
+        """
+        device = next(self.network.parameters()).device
+        generators, done = _generators(device), False
+
+        @contextlib.contextmanager
+        def attempt():
+            nonlocal done
+            try:
+                yield
+                done = True
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                _set_generators(device, generators)
+                self.network.zero_grad(set_to_none=True)
+                self._logits, self._parts = None, None
+                if not out_of_memory(error):
+                    raise
+                if not self._lower(device):
+                    raise CannotGoOn(
+                        f"{device} ran out of memory{figures(device)} with one patch at a time and "
+                        "activations recomputed; lower sampling.patch or model.base, or end what "
+                        "else runs there"
+                    ) from error
+
+        while not done:
+            yield attempt()
+            if not done and device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _lower(self, device):
+        """Change what the next attempt does; False if nothing is left."""
+        size = min(self.size or self.batch or 1, self.batch or 1)
+        if size > 1:
+            self.size = -(-size // 2)
+            what = f"batches of {self.batch} go through the network {self.size} at a time"
+        elif not getattr(self.network, "checkpointing", True):
+            self.network.checkpointing = self.recompute = True
+            what = "activations are recomputed in the backward pass (model.checkpointing)"
+        else:
+            return False
+        self.report(
+            "cuda memory",
+            f"{device} ran out of memory{figures(device)}: from now on {what}, with the same "
+            "gradient",
+            micro_batch=self.size,
+            checkpointing=self.recompute,
+        )
+        return True
+
+
+def nothing(*arguments, **named):
+    """A report that goes nowhere."""
+
+
+def _listed(logits):
+    return list(logits) if isinstance(logits, list | tuple) else [logits]
+
+
+def figures(device):
+    """The memory of a device as text to follow its name; "" for a CPU."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.max_memory_reserved(device)
+    return (
+        f" ({total / 1e9:.1f} GB, this run took up to {held / 1e9:.1f}, {free / 1e9:.1f} are free)"
+    )
+
+
+def _generators(device):
+    """States of the generators that the network draws from."""
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_device
+
+
+def _set_generators(device, states):
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+# ---------------------------------------------------------------------------- prediction
+
+
+class WindowFit:
+    """How many windows go at once and where the slab lies, for a volume of some size.
+
+    Each time the device runs out of memory it is less: half as many windows, down to one, then the
+    slab on the CPU. remembered: {"DxHxW": [windows, whether on the CPU]}, plain values that outlive
+    the volume; what a size has needed is where that size and larger ones begin.
+    """
+
+    def __init__(self, shape, batch, device, remembered, report):
+        self.key, self.device, self.report = "x".join(map(str, shape)), device, report
+        self.remembered = remembered
+        known = [
+            value for key, value in remembered.items() if _voxels(key) <= math.prod(map(int, shape))
+        ]
+        self.batch = min([batch, *(value[0] for value in known)])
+        self.on_cpu = any(value[1] for value in known)
+
+    @property
+    def slab_device(self):
+        return torch.device("cpu") if self.on_cpu else self.device
+
+    def lower(self, error):
+        """Ask for less memory after an error. Raises it if it is another one, and
+        `stopping.CannotGoOn` if nothing is left that could be less."""
+        if not out_of_memory(error):
+            raise error
+        if self.batch == 1 and self.on_cpu:
+            raise CannotGoOn(
+                f"{self.device} ran out of memory{figures(self.device)} in the prediction of a "
+                f"volume of {self.key} with one window at a time and the results on the CPU; lower "
+                "inference.window"
+            ) from error
+        if self.batch > 1:
+            self.batch //= 2
+            what = f"{self.batch} windows at once"
+        else:
+            self.on_cpu = True
+            what = "the results on the CPU"
+        self.remembered[self.key] = [self.batch, self.on_cpu]
+        error.__traceback__ = None  # its frames hold what was computed
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
+        self.report(
+            "cuda memory",
+            f"{self.device} ran out of memory{figures(self.device)} in the prediction of a volume "
+            f"of {self.key}: it goes on with {what}, as will others of this size",
+            windows=self.batch,
+            on_cpu=self.on_cpu,
+        )
+
+
+def _voxels(key):
+    return math.prod(map(int, key.split("x")))

@@ -1,0 +1,104 @@
+"""Steps whose loss or gradient is not finite: what it was, in which case, and what is done.
+
+Such a step changes no weight. Why it happened is looked for then, by running each sample of the
+step alone: a patch that holds NaN, a network that makes one of it, or fp16, whose largest number is
+65504, where fp32 has no trouble.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from runtime.signals import CannotGoOn
+
+SMALLEST_SCALE = 1.0  # of the loss in fp16: below it, it is not the scale that overflows
+
+
+class Fault(NamedTuple):
+    """A step without an update. broken: the batch or the weights are, and not fp16 alone."""
+
+    text: str
+    broken: bool
+    cases: list
+
+
+def find(parts, norm):
+    """Names of what is not finite: loss parts, "gradient"; [] if all is well.
+
+    parts: list of {name: scalar tensor}, one dict a batch; norm: of the gradient. Waits for the
+    device, once.
+    """
+    names = [name for batch in parts for name in batch]
+    values = [value for batch in parts for value in batch.values()]
+    found = torch.stack([*(v.detach().float() for v in values), norm.float()]).tolist()
+    wrong = [n for n, v in zip([*names, "gradient"], found, strict=True) if not math.isfinite(v)]
+    terms = [name for name in dict.fromkeys(wrong) if name != "total"]
+    return terms or wrong[:1]
+
+
+@torch.no_grad()
+def explain(names, samples, network, draw, *, fp16_scale=None):
+    """The `Fault` of a step in which these were not finite.
+
+    samples: of the whole step; draw(samples) -> (image, ...) as the step had it; network: sees them
+    in fp32; fp16_scale: of the loss, None where the network does not run in fp16.
+    """
+    weights = [n for n, p in network.named_parameters() if not bool(p.isfinite().all())]
+    devices = {p.device for p in network.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices):  # looking changes no later draw
+        looked = [(s["case"], _wrong(s, network, draw)) for s in samples if not weights]
+    found = {case: why for case, why in looked if why}  # of several patches of a case the broken
+    cases = list(found) or list(dict.fromkeys(sample["case"] for sample in samples))
+    what = f"{', '.join(names)} not finite"
+    if weights:
+        return Fault(f"{what}: the weights are not ({weights[0]}); lower optim.lr", True, cases)
+    if found:
+        where = ", ".join(f"case {case}: {why}" for case, why in found.items())
+        return Fault(f"{what}; {where}", True, cases)
+    listed = ", ".join(cases)
+    if fp16_scale is not None and fp16_scale >= SMALLEST_SCALE:
+        text = f"{what}, but is in fp32: an overflow of fp16 at a loss scale of {fp16_scale:g}"
+        return Fault(f"{text}, with the cases {listed}", False, cases)
+    return Fault(f"{what}, with the cases {listed}, none of them alone", True, cases)
+
+
+def note(fault, skipped, most, report):
+    """Report a fault and count it in {"in_a_row", "since_log", "cases": {case id: steps}}.
+
+    in_a_row: of broken batches. An overflow of fp16 is no sign of trouble: the loss scale adapts.
+    `stopping.CannotGoOn` where there are `most` of them.
+    """
+    report("step skipped", f"no update: {fault.text}", cases=fault.cases)
+    skipped["since_log"] += 1
+    skipped["in_a_row"] += fault.broken
+    for case in fault.cases if fault.broken else ():
+        skipped["cases"][case] = skipped["cases"].get(case, 0) + 1
+    if skipped["in_a_row"] >= most:
+        raise CannotGoOn(
+            f"{most} steps in a row had no finite loss and gradient (training.max_skipped), the "
+            f"last one: {fault.text}; {tell_of(skipped)[0]}"
+        )
+
+
+def tell_of(skipped):
+    """A line for people on the cases whose steps were without an update; none for none."""
+    cases = sorted(skipped["cases"].items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{case} ({number})" for case, number in cases)
+    return [f"steps without an update, by case: {listed}"] if cases else []
+
+
+def _wrong(sample, network, draw):
+    """What is not finite of a sample on its way through the network, or None."""
+    image = draw([sample])[0]
+    if not bool(image.isfinite().all()):
+        return f"the image is not (patch around voxel {_voxel(sample)})"
+    logits = network(image)
+    logits = logits if isinstance(logits, list | tuple) else [logits]
+    if not all(bool(scale.isfinite().all()) for scale in logits):
+        return f"the network's output is not (patch around voxel {_voxel(sample)})"
+    return None
+
+
+def _voxel(sample):
+    return "x".join(str(int(n)) for n in sample["voxel"])

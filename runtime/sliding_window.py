@@ -1,0 +1,355 @@
+"""Sliding-window prediction of volumes of any size: windows go in order of z, and only the slab
+of planes that they still touch is in memory.
+
+    probs = predict_volume(network, volume, (72, 136, 136))           # (1, D, H, W) float32
+    for z0, planes in predict_slabs(network, volume, (72, 136, 136)):  # (1, d, H, W), z in order
+        ...
+
+Windows stand on a Cartesian grid of starts. The Gaussian weight of a window is a product of three
+1-D weights, and each axis is normalised over its own windows (weight divided by the sum of the
+weights at that voxel). A product of three partitions of unity is one too, so no volume of summed
+weights is kept and no floor under a small sum is needed: the border has its full weight.
+
+Memory on the device: a slab of floor(window_z * ratio_z) x H x W float32 (twice that while it
+moves on), beside what the network needs for one batch. Where that is not there, fewer windows go at
+once, and then the slab lies on the CPU: see `fitting.WindowFit`.
+"""
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+
+from runtime.microbatch import WindowFit, nothing
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLIPS = [axes for n in range(4) for axes in combinations((-3, -2, -1), n)]  # all 8 of z, y, x
+SIGMAS_PER_WINDOW = 8
+# Sent to the device as stored (a uint8 box is a quarter of its float32 copy); others, among them
+# every type in foreign byte order, become float32 on the host.
+SENT_AS_STORED = [np.dtype(t) for t in ("u1", "i1", "i2", "i4", "f2", "f4")]
+
+
+# ---------------------------------------------------------------------------- where it runs
+
+
+def resolve_device(name):
+    """(torch.device, reason) for auto, cpu, cuda or cuda:N; ValueError if it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"the first of {torch.cuda.device_count()} GPUs"
+        return torch.device("cpu"), "no GPU is visible to torch"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # so that its generator is the one that is saved
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"run.device: expected auto, cpu or cuda:N, got {name} ({reason})"
+        ) from error
+    return device, "as set"
+
+
+def resolve_precision(name, device):
+    """(fp32, bf16 or fp16, reason) for auto or one of these on a device; a CPU always gets fp32."""
+    if device.type == "cpu":
+        return "fp32", "a CPU: bf16 autocast diverged there within 40 steps where fp32 trained well"
+    if name == "auto":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "the GPU supports it") if able else ("fp16", "the GPU has no bf16")
+    return name, "as set"
+
+
+def resolve_threads(wanted):
+    """CPU threads for run.threads; 0: one per core that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not every system has it
+    return wanted or (len(allowed(0)) if allowed else os.cpu_count() or 1)
+
+
+# ---------------------------------------------------------------------------- geometry of one axis
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Linear interpolation along one axis: out[i] = lerp(in[low[i]], in[high[i]], share[i])."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+    share: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """What one window does on one axis; start, stop and read count voxels of the volume."""
+
+    start: int  # voxels start..stop get this window's probabilities
+    stop: int
+    read: slice  # voxels that the network's input is drawn from
+    inward: Taps | None  # read voxels -> network voxels; None: they are the same
+    outward: Taps | None  # network voxels -> voxels start..stop; None: they are the same
+    weight: torch.Tensor  # (stop - start,) share of this window in the blend
+
+
+def window_starts(size, extent, overlap):
+    """Starts of the windows on an axis of `size` voxels: evenly spread integers.
+
+    The first is 0, the last size - extent, and no step is above extent * (1 - overlap) (or above
+    1 where that is less). A window at least as long as the axis is alone and centred on it, so
+    its start is 0 or negative.
+    """
+    if extent >= size:
+        return [(size - extent) // 2]
+    stride = max(1, math.floor(extent * (1 - overlap) + 1e-6))  # 10 * (1 - 0.8) is below 2
+    gaps = math.ceil((size - extent) / stride)
+    return [round(i * (size - extent) / gaps) for i in range(gaps + 1)]
+
+
+def blend_weights(size, extent, starts):
+    """Share of each window in each voxel of an axis: (windows, size) float64, columns sum to 1.
+
+    Gaussian around the middle of the window with sigma = extent / 8: at the window's ends it is
+    still 3e-4 of its top, so a voxel that only one window covers gets exactly 1.
+    """
+    offset = np.arange(size) - np.asarray(starts)[:, None] - (extent - 1) / 2
+    gauss = np.exp(-0.5 * (offset * SIGMAS_PER_WINDOW / extent) ** 2)
+    gauss[np.abs(offset) > (extent - 1) / 2] = 0.0
+    return gauss / gauss.sum(axis=0)
+
+
+def _taps(positions, size, device):
+    """Taps at fractional positions of an axis of `size` voxels, the edge voxel repeated beyond."""
+    positions = np.clip(positions, 0, size - 1)
+    low = np.floor(positions).astype(np.int64)
+    high = np.minimum(low + 1, size - 1)
+    share = (positions - low).astype(np.float32)
+    return Taps(*(torch.from_numpy(a).to(device) for a in (low, high, share)))
+
+
+def axis_spans(size, window, overlap, ratio, device):
+    """The `Span` of every window on one axis.
+
+    Network voxel j lies at volume coordinate centre + (j - (window - 1) / 2) * ratio. The window
+    is answerable for the whole volume voxels that it holds, floor(window * ratio) of them.
+    """
+    extent = max(1, math.floor(window * ratio + 1e-6))
+    starts = window_starts(size, extent, overlap)
+    weights = blend_weights(size, extent, starts)
+    spans = []
+    for begin, weight in zip(starts, weights, strict=True):
+        centre = begin + (extent - 1) / 2
+        drawn = centre + (np.arange(window) - (window - 1) / 2) * ratio
+        # Clipped to the volume twice: a padded window may begin or end wholly outside.
+        first = min(max(math.floor(drawn[0]), 0), size - 1)
+        last = min(max(math.ceil(drawn[-1]), 0), size - 1)
+        start, stop = max(begin, 0), min(begin + extent, size)
+        back = (np.arange(start, stop) - centre) / ratio + (window - 1) / 2
+        same = ratio == 1 and (start, stop) == (begin, begin + window)
+        spans.append(
+            Span(
+                start=start,
+                stop=stop,
+                read=slice(first, last + 1),
+                inward=None if same else _taps(drawn - first, last + 1 - first, device),
+                outward=None if same else _taps(back, window, device),
+                weight=torch.from_numpy(weight[start:stop]).float().to(device),
+            )
+        )
+    return spans
+
+
+# ---------------------------------------------------------------------------- one batch of windows
+
+
+def _resample(x, taps):
+    """x (C, D, H, W) drawn along z, y, x by the axis' taps; an axis whose taps are None stays."""
+    for axis, tap in enumerate(taps, start=1):
+        if tap is not None:
+            share = tap.share.view([-1 if a == axis else 1 for a in range(x.ndim)])
+            x = torch.lerp(x.index_select(axis, tap.low), x.index_select(axis, tap.high), share)
+    return x
+
+
+def _draw(volume, spans, normalize, device):
+    """One network input (C, *window) float32 from the box that its three spans read."""
+    box = volume[(slice(None), *(span.read for span in spans))]
+    dtype = box.dtype if box.dtype in SENT_AS_STORED else np.float32
+    box = torch.from_numpy(np.array(box, dtype=dtype, order="C")).to(device)
+    patch = _resample(box.float(), [span.inward for span in spans])
+    return patch if normalize is None else normalize(patch)
+
+
+def _call(network, patches, precision):
+    """Logits (B, 1, *window) of a batch; the one place where the network runs."""
+    dtype = PRECISIONS[precision]
+    with torch.autocast(patches.device.type, dtype=dtype, enabled=dtype is not None):
+        logits = network(patches)
+    logits = logits[0] if isinstance(logits, (list, tuple)) else logits
+    expected = (patches.shape[0], 1, *patches.shape[2:])
+    if tuple(logits.shape) != expected:
+        raise ValueError(
+            f"network: expected logits of shape {expected} for an input of "
+            f"{tuple(patches.shape)}, got {tuple(logits.shape)}; give a network with one output "
+            "channel that keeps the window's shape"
+        )
+    return logits
+
+
+def _probabilities(network, patches, flips, precision):
+    """Probabilities (B, 1, *window) float32, averaged over the 8 flips if asked for."""
+    if not flips:
+        return _call(network, patches, precision).float().sigmoid()
+    total = 0.0
+    for axes in FLIPS:
+        probs = _call(network, patches.flip(axes), precision).float().sigmoid()
+        total = total + probs.flip(axes)
+    return total / len(FLIPS)
+
+
+@torch.inference_mode()
+def _add_windows(slab, volume, windows, predict, normalize, device):
+    """Add the blended probabilities of a batch of windows of one z row to its slab, or none.
+
+    slab (1, d, H, W) begins at the plane where the windows begin; windows are (z, y, x) spans.
+    """
+    patches = torch.stack([_draw(volume, spans, normalize, device) for spans in windows])
+    weighted = []
+    for probs, (z, y, x) in zip(predict(patches), windows, strict=True):
+        probs = _resample(probs, [z.outward, y.outward, x.outward])
+        probs = probs * (z.weight[:, None, None] * y.weight[:, None] * x.weight)
+        weighted.append(probs.to(slab.device))
+    for probs, (z, y, x) in zip(weighted, windows, strict=True):  # takes no memory any more
+        slab[:, : z.stop - z.start, y.start : y.stop, x.start : x.stop] += probs
+
+
+# ---------------------------------------------------------------------------- volumes
+
+
+def _check(volume, window, overlap, ratio, precision, batch):
+    """ValueError with one sentence per argument that cannot work."""
+    faults = []
+    if len(volume.shape) != 4 or min(volume.shape) < 1:
+        shape = tuple(volume.shape)
+        faults.append(f"volume: expected (C, D, H, W) without an empty axis, got shape {shape}")
+    if len(window) != 3 or any(int(w) != w or w < 1 for w in window):
+        faults.append(f"window: expected three whole numbers (z, y, x) of 1 or more, got {window}")
+    if len(ratio) != 3 or not all(math.isfinite(r) and r > 0 for r in ratio):
+        faults.append(f"ratio: expected three numbers (z, y, x) above 0, got {ratio}")
+    if not 0 <= overlap < 1:
+        faults.append(f"overlap: expected a share of at least 0 and below 1, got {overlap}")
+    if precision not in PRECISIONS:
+        faults.append(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if batch < 1:
+        faults.append(f"batch: expected 1 or more windows at once, got {batch}")
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def predict_slabs(
+    network,
+    volume,
+    window,
+    overlap=0.5,
+    *,
+    ratio=(1, 1, 1),
+    normalize=None,
+    batch=1,
+    flips=False,
+    device="cpu",
+    precision="fp32",
+    progress=None,
+    remembered=None,
+    report=nothing,
+):
+    """Finished planes of the prediction in order of z: (z0, probs (1, d, H, W) float32 numpy).
+
+    The planes are disjoint and cover the volume.
+
+    network(patches (B, C, *window) float32) -> logits (B, 1, *window), or a list of logits of
+    which the first counts; the caller has put it on the device and in eval mode.
+    volume (C, D, H, W): array or HDF5 dataset, any real dtype; only boxes are read from it.
+    window (z, y, x) in voxels of the network; ratio (z, y, x) is the network's voxel size over
+    the volume's (target spacing / native spacing). Where it is not 1 each window is drawn
+    linearly at the network's spacing, and its probabilities are drawn back; blending happens in
+    voxels of the volume, which is never resampled whole. Where it is 1 nothing is interpolated.
+    An axis shorter than the window is padded with its edge voxels, cut off afterwards.
+    normalize(patch (C, *window) float32 on the device) -> the same shape, after interpolation as
+    in training; it sees one window at a time, so its numbers must not come from that window.
+    flips: mean of the probabilities over the 8 flips, at 8 times the cost. batch: windows of one
+    z row that go through the network at once.
+    precision: fp32, bf16 or fp16 (autocast); sums are float32 always. progress(done, total) is
+    called with numbers of windows. remembered, report(kind, text, **figures): what to do when the
+    device runs out of memory, see `fitting.WindowFit`; None forgets it after the call.
+
+    ValueError, at the call and naming all faults, for arguments that cannot work.
+    """
+    _check(volume, window, overlap, ratio, precision, batch)
+    predict = functools.partial(_probabilities, network, flips=flips, precision=precision)
+    axes = [
+        axis_spans(size, int(length), overlap, float(r), device)
+        for size, length, r in zip(volume.shape[1:], window, ratio, strict=True)
+    ]
+    fit = WindowFit(
+        volume.shape[1:], batch, device, {} if remembered is None else remembered, report
+    )
+    return _slabs(volume, axes, predict, normalize, fit, progress or nothing)
+
+
+def _slabs(volume, axes, predict, normalize, fit, progress):
+    """The generator behind predict_slabs, whose arguments are checked by then."""
+    rows, *plane = axes
+    columns = [(y, x) for y in plane[0] for x in plane[1]]
+    depth, height, width = volume.shape[1:]
+    slab = _fitting(fit, _empty_slab, min(depth, rows[0].stop), height, width)
+    done = 0
+    for row, z in enumerate(rows):
+        first = 0
+        while first < len(columns):
+            windows = [(z, y, x) for y, x in columns[first : first + fit.batch]]
+            try:
+                _add_windows(slab, volume, windows, predict, normalize, fit.device)
+            except RuntimeError as error:
+                fit.lower(error)
+                slab = slab.to(fit.slab_device)
+                continue
+            first += len(windows)
+            progress(done + first, len(rows) * len(columns))
+        done += len(columns)
+        reached = rows[row + 1].start if row + 1 < len(rows) else depth
+        yield z.start, slab[:, : reached - z.start].cpu().numpy().copy()
+        slab = _fitting(fit, _moved_on, slab, reached - z.start)
+
+
+def _fitting(fit, function, *arguments):
+    """What a function of the slab's device gives, asked again if that has no memory for it."""
+    while True:
+        try:
+            return function(fit.slab_device, *arguments)
+        except RuntimeError as error:
+            fit.lower(error)
+
+
+def _empty_slab(device, *shape):
+    return torch.zeros(1, *shape, device=device)
+
+
+def _moved_on(device, slab, finished):
+    """The slab without its first planes and as many empty ones at its end."""
+    slab = slab.to(device)
+    return torch.cat([slab[:, finished:], torch.zeros_like(slab[:, :finished])], dim=1)
+
+
+def predict_volume(network, volume, window, overlap=0.5, **settings):
+    """Probabilities (1, D, H, W) float32 numpy of a whole volume, in its own voxels.
+
+    Arguments and errors as in `predict_slabs`. Host memory: the result itself.
+    """
+    probs = np.empty((1, *volume.shape[1:]), np.float32)
+    for z0, planes in predict_slabs(network, volume, window, overlap, **settings):
+        probs[:, z0 : z0 + planes.shape[1]] = planes
+    return probs

@@ -1,0 +1,209 @@
+"""A network and its training step outside of a run, for those who measure them.
+
+    plan = planning.settle(settings)
+    trainer, source = trial.Trainer(plan), trial.batches(plan, planning.make_patches(plan), 20)
+    with contextlib.closing(source):                      # or the workers stay
+        step = functools.partial(trainer.step, trial.from_loader(plan, source))
+        steps = trial.run_steps(step, range(20), plan.device)
+    trial.medians(steps), trial.wait_share(steps)
+
+The step is that of train.py: the same parts, in the same order, under the same names. Nothing is
+written.
+"""
+
+import copy
+import statistics
+import threading
+
+import psutil
+import torch
+
+import loader
+from runtime import build as planning
+from runtime import composite_loss as composite
+from runtime import timer as clock
+
+SAMPLED_EVERY = 0.02  # seconds between two looks at the resident memory
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def batches(plan, patches, count, per_epoch=None):
+    """`count` lists of samples as train.py's loader yields them; per_epoch: batches, None: all.
+
+    Close it (contextlib.closing): its workers live until then.
+    """
+    training = plan.settings.training
+    return loader.Batches(
+        patches,
+        0,
+        count,
+        batches_per_epoch=per_epoch or count,
+        batch_size=training.train_batch_size,
+        workers=training.workers,
+        prefetch=training.prefetch_factor,
+        persistent=True,
+        pin=plan.device.type == "cuda",
+    )
+
+
+def from_loader(plan, source):
+    """What `Trainer.step` fetches batches with: read by workers, copied and drawn, as in a run."""
+    copying = loader.copy_stream(plan.device)
+
+    def fetch(ticks):
+        samples = next(source)
+        ticks.mark("wait")
+        samples = loader.to_device(samples, plan.device, copying)
+        ticks.mark("transfer")
+        drawn = planning.draw(plan, samples)
+        ticks.mark("draw")
+        return drawn
+
+    return fetch
+
+
+# ---------------------------------------------------------------------------- the step
+
+
+class Trainer:
+    """A fresh network of a plan, with all that a run keeps beside it, and its training step.
+
+    terms: of the loss, None: those of the settings.
+    """
+
+    def __init__(self, plan, terms=None):
+        self.plan, optim = plan, plan.settings.optim
+        self.terms = plan.terms if terms is None else terms
+        self.network = planning.make_network(plan)
+        if plan.settings.model.compile:
+            self.network.compile()
+        self.ema = copy.deepcopy(self.network).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(),
+            lr=optim.lr,
+            betas=optim.betas,
+            weight_decay=optim.weight_decay,
+        )
+        fp16 = plan.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(plan.device.type, enabled=fp16)
+
+    def step(self, fetch, number, ticks):
+        """Optimiser step `number` on what fetch(ticks) gives; marks its parts on the clock."""
+        accumulate = self.plan.settings.training.accumulate
+        for _ in range(accumulate):
+            image, *truth = fetch(ticks)
+            with self.plan.autocast():
+                logits = self.network(image)
+            ticks.mark("forward")
+            loss = self._loss(logits, *truth, number=number)
+            ticks.mark("loss")
+            self.scaler.scale(loss / accumulate).backward()
+            ticks.mark("backward")
+        self._update()
+        ticks.mark("optimiser")
+
+    def _loss(self, logits, target, valid, skeleton, *, number):
+        about = {"spacing": self.plan.spacing, "skeleton": skeleton, "step": number}
+        return composite.composite_loss(logits, target, valid, self.terms, **about)[0]
+
+    def _update(self):
+        optim, weights = self.plan.settings.optim, list(self.network.parameters())
+        self.scaler.unscale_(self.optimizer)
+        if optim.clip:
+            torch.nn.utils.clip_grad_norm_(weights, optim.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - optim.ema)
+
+
+# ---------------------------------------------------------------------------- time
+
+
+def run_steps(step, numbers, device):
+    """[{part: seconds}] of step(number, ticks), one for each number; see clock.PARTS.
+
+    Each step has a clock of its own, read when all are done, so that no step waits for one.
+    """
+    clocks = [clock.StepClock(device) for _ in numbers]
+    for number, ticks in zip(numbers, clocks, strict=True):
+        ticks.start()
+        step(number, ticks)
+    return [ticks.means(1) for ticks in clocks]
+
+
+def medians(steps):
+    """{part: median seconds}, and "step": that of the steps as a whole; {} for no steps."""
+    if not steps:
+        return {}
+    parts = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+    return parts | {"step": statistics.median(sum(step.values()) for step in steps)}
+
+
+def wait_share(steps):
+    """The share of all steps' time, 0 to 1, in which they waited for data; 0 for no steps."""
+    total = sum(sum(step.values()) for step in steps)
+    return sum(step.get("wait", 0.0) for step in steps) / total if total else 0.0
+
+
+# ---------------------------------------------------------------------------- memory, load
+
+
+def resident_bytes():
+    """Resident memory of this process."""
+    return psutil.Process().memory_info().rss
+
+
+class Sampler:
+    """Calls read() every `interval` seconds on a thread of its own while the block runs.
+
+    values: what it gave, the first from the start of the block and the last from its end.
+    """
+
+    def __init__(self, read, interval):
+        self.read, self.interval, self.values = read, interval, []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self):
+        while not self._stop.wait(self.interval):
+            self.values.append(self.read())
+
+    def __enter__(self):
+        self.values.append(self.read())
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._stop.set()
+        self._thread.join()
+        self.values.append(self.read())
+
+
+class PeakMemory:
+    """The most memory that a block took, known after it.
+
+    ram: bytes by which the resident memory of this process grew; gpu, reserved: bytes of live
+    tensors, and those that torch held for them, what was there before included; None on a CPU.
+    """
+
+    def __init__(self, device):
+        self.device, self.gpu, self.reserved = device, None, None
+        self._sampler = Sampler(resident_bytes, SAMPLED_EVERY)
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._sampler.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._sampler.__exit__(*error)
+        self.ram = max(self._sampler.values) - self._sampler.values[0]
+        if self.device.type == "cuda":
+            self.gpu = torch.cuda.max_memory_allocated(self.device)
+            self.reserved = torch.cuda.max_memory_reserved(self.device)

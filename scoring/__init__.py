@@ -1,0 +1,1 @@
+"""Scores of masks, as they are published, and what evaluate.py is made of."""

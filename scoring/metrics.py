@@ -1,0 +1,386 @@
+"""The judge: scores of a predicted mask against the truth, as numpy arrays (D, H, W).
+
+    scores = score(prediction, truth, spacing)                       # the cheap ones
+    scores = score(prediction, truth, spacing, names=["assd", "surface_dice@4", "toposcore"])
+    parts = vesuvius_score(prediction, truth)
+
+It shares no code with the losses, so that a mistake there cannot hide itself here. Scores equal
+their published reference implementations on the same masks. All of them, with what is better and
+what they cost, stand in SCORES at the end of the file; what needs more than a line is in
+corners.py, neighbours.py, surfaces.py, partitions.py and homology.py.
+"""
+
+import difflib
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from scoring import corners, homology, partitions
+from scoring import surface as surfaces
+from scoring.partitions import count_components
+from scoring.surface import surface_dice
+
+__all__ = [
+    "DEFAULT", "SCORES", "Comparison", "Score", "count_components", "entry", "labelled_masks",
+    "mean_scores", "otsu_threshold", "score", "surface_dice", "vesuvius_score",
+]  # fmt: skip
+
+VOXEL = (1.0, 1.0, 1.0)
+
+
+def score(
+    prediction,
+    truth,
+    spacing=VOXEL,
+    ignore_label=2,
+    tolerance=2.0,
+    *,
+    names=None,
+    threads=2,
+):
+    """Scores of a mask: {name: float or int} in the order of `names`, none of them NaN or infinite.
+
+    prediction (D, H, W): bool or integers 0 and 1. truth (D, H, W): the same, and `ignore_label`
+    where nobody labelled (None: nowhere). spacing (z, y, x) and tolerance (of surface_dice) share
+    one unit, that of distances. names: of SCORES, `surface_dice@4` (at that tolerance) and
+    `hausdorff@99` (that percentile); None: DEFAULT. threads: how much is worked out at one time.
+
+        dice, iou, precision, recall    over labelled voxels, in [0, 1]
+        surface_dice                    share of both surfaces within the tolerance of the other
+        hd95, hausdorff, assd           distances of the surfaces: that of 95 % of each, the
+                                        largest, and the mean over both
+        cldice                          harmonic mean of topology_precision and
+                                        topology_sensitivity, the share of the prediction's skeleton
+                                        inside of the truth and of the truth's in the prediction
+        voi_split, voi_merge            bits by which the prediction cuts and joins components
+        voi_score                       1 / (1 + 0.3 (split + merge))
+        components, handles, cavities   Betti numbers 0, 1 and 2 of the prediction, and with _truth
+                                        of the truth; foreground is 26-connected
+        betti_error_0, _1, _2           by how much these numbers differ, 0 or more
+        betti_matching_f1_0, _1, _2     F1 of pieces, handles and cavities at one place, over 2 x 2
+                                        x 2 tiles; foreground is 6-connected
+        toposcore, vesuvius_score       see `vesuvius_score`
+
+    Voxels of ignore_label are left out of the voxel counts, and are background in both masks for
+    all else: where the unlabeled region cuts a structure, the cut is a surface of both, and the
+    end of a skeleton. What several scores need is made once. Only the box around the foreground is
+    looked at, which changes none of them.
+
+    Both masks empty (also: no labelled voxel at all): each ratio and F1 is 1, each distance, error
+    and number 0. One of them empty: ratios are 0, distances the diagonal of the volume, Betti
+    errors what the other one has. VOI then sees one undivided component on the empty side, so that
+    voi_score is 1 if the other is of one piece, as published. An F1 is 0 where the truth has a
+    class of its dimension, else 0.5 / (predicted + 0.5).
+
+    ValueError, before any work, for shapes that differ or are not 3-D, dtypes that are not integer,
+    other values, an impossible spacing, tolerance, percentile, ignore_label or number of threads,
+    and a name that is not in SCORES.
+    """
+    if isinstance(names, str):
+        raise ValueError(f"names: expected a list of names of scores, got the text {names!r}")
+    asked = {name: entry(name) for name in (DEFAULT if names is None else names)}
+    prediction, truth = labelled_masks(prediction, truth, ignore_label)
+    pair = Comparison(prediction, truth, spacing, tolerance, threads=threads)
+    return {name: kind.of(pair, *number) for name, (kind, number) in asked.items()}
+
+
+def mean_scores(rows):
+    """The mean over cases of each score that `score` returned: {name: float}; {} of no case."""
+    return {name: float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())}
+
+
+def vesuvius_score(prediction, truth, ignore_label=2, *, threads=2):
+    """The score of the Vesuvius Challenge (surface detection, 2025) and its parts, as a dict.
+
+        score          0.30 toposcore + 0.35 surface_dice + 0.35 voi_score
+        toposcore      Betti matching over 2 x 2 x 2 tiles, see `homology.toposcore`
+        surface_dice   at a tolerance of 2 voxels
+        voi_score, voi_split, voi_merge   see `partitions`
+        counts         {dimension: (matched, predicted, true)} of the Betti matching
+
+    Masks as for `score`; voxels have no spacing here. Equal to the challenge's own package on its
+    masks: surface_dice and voi_score to rounding, predicted and true counts always, matched counts
+    but for ties (see homology.py). An empty prediction of one piece, and a piece predicted of
+    nothing, score 0.65, two empty masks 1: a lone piece counts nowhere in the TopoScore.
+    """
+    masks = labelled_masks(prediction, truth, ignore_label)
+    return Comparison(*masks, threads=threads).vesuvius
+
+
+def labelled_masks(prediction, truth, ignore_label=2):
+    """Both as bool masks (D, H, W) that are False where truth is ignore_label.
+
+    Takes and refuses (ValueError) what `score` does.
+    """
+    prediction, truth = np.asarray(prediction), np.asarray(truth)
+    if prediction.shape != truth.shape or truth.ndim != 3:
+        raise ValueError(
+            f"expected prediction and truth of one shape (D, H, W), got {prediction.shape} and "
+            f"{truth.shape}"
+        )
+    if not (ignore_label is None or _is_integer(ignore_label)) or ignore_label in (0, 1):
+        raise ValueError(
+            f"ignore_label: expected neither 0 nor 1 but another integer or None, got "
+            f"{ignore_label}"
+        )
+    ignored = None if ignore_label is None else truth == ignore_label
+    allowed = "0 and 1" if ignored is None else f"0, 1 and {ignore_label} (ignored)"
+    prediction = _as_mask("prediction", prediction, "0 and 1", None)
+    truth = _as_mask("truth", truth, allowed, ignored)
+    return [prediction if ignored is None else prediction & ~ignored, truth]
+
+
+def _is_integer(value):
+    whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
+    return whole or isinstance(value, (int, np.integer))
+
+
+def _as_mask(name, values, allowed, ignored):
+    """values == 1, after a look at whether all others are 0 or ignored."""
+    if values.dtype == bool:
+        return values
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{name}: expected a bool or integer mask, got {values.dtype}")
+    mask = values == 1
+    known = np.count_nonzero(mask) + values.size - np.count_nonzero(values)
+    known += 0 if ignored is None else np.count_nonzero(ignored)
+    if known != values.size:
+        found = ", ".join(map(str, np.unique(values)[:8]))
+        raise ValueError(f"{name}: expected the values {allowed}, got {found}")
+    return mask
+
+
+# ---------------------------------------------------------------------------- what scores share
+
+
+class Comparison:
+    """Two masks (D, H, W) bool; what scores share of them is made once, when first needed."""
+
+    def __init__(self, prediction, truth, spacing=VOXEL, tolerance=2.0, *, threads=2):
+        self.whole = prediction, truth
+        self.spacing = surfaces.checked_spacing(spacing)
+        self.tolerance = surfaces.checked_tolerance(tolerance)
+        if not _is_integer(threads) or threads < 1:
+            raise ValueError(f"threads: expected an integer of 1 or more, got {threads}")
+        self.threads = int(threads)
+        box = corners.bounding_box(prediction | truth)
+        self.masks = prediction[box], truth[box]
+
+    def both(self, function, *arguments):
+        """[function of the prediction, of the truth]: side by side if there are two threads."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(function, *arguments))
+
+    def ratio(self, part, *wholes):
+        """part / the sum of wholes; without any whole 1 if both masks are empty, else 0."""
+        whole = sum(wholes)
+        return part / whole if whole else float(not any(self.voxels))
+
+    @functools.cached_property
+    def voxels(self):
+        """How many the prediction and the truth have, and how many both."""
+        prediction, truth = self.masks
+        counted = (prediction, truth, prediction & truth)
+        return tuple(int(np.count_nonzero(mask)) for mask in counted)
+
+    @functools.cached_property
+    def corners(self):
+        """The `corners.Corners` of prediction and truth."""
+        return self.both(corners.extract, self.masks)
+
+    @functools.cached_property
+    def surfaces(self):
+        return self.surfaces_at(self.spacing)
+
+    def surfaces_at(self, spacing):
+        diagonal = surfaces.diagonal(self.whole[0].shape, spacing)
+        return surfaces.SurfacePair(*self.corners, spacing, diagonal, threads=self.threads)
+
+    def surface_dice(self, tolerance=None):
+        return self.surfaces.dice(self.tolerance if tolerance is None else tolerance)
+
+    @functools.cached_property
+    def partition(self):
+        return partitions.partition(*self.masks, threads=self.threads)
+
+    @functools.cached_property
+    def information(self):
+        """(split, merge) in bits."""
+        return self.partition.variation_of_information()
+
+    @functools.cached_property
+    def betti(self):
+        """(b0, b1, b2) of the prediction and of the truth, 26-connected."""
+        known = zip(self.corners, (self.partition.predicted, self.partition.true), strict=True)
+        known = [{"histogram": found.histogram, "components": count} for found, count in known]
+        return self.both(lambda mask, of: homology.betti_numbers(mask, **of), self.masks, known)
+
+    def betti_error(self, dimension):
+        return abs(self.betti[0][dimension] - self.betti[1][dimension])
+
+    @functools.cached_property
+    def matching(self):
+        """{dimension: (matched, predicted, true)} over 2 x 2 x 2 tiles of the whole volume."""
+        return homology.betti_matching(*self.whole, tiles=(2, 2, 2), threads=self.threads)
+
+    @functools.cached_property
+    def topology(self):
+        """(topology precision, topology sensitivity) of clDice."""
+        inside = map(_skeleton_inside, self.masks, self.masks[::-1])
+        return tuple(self.ratio(*counts) for counts in inside)
+
+    def cldice(self):
+        precision, sensitivity = self.topology
+        return 2 * precision * sensitivity / (precision + sensitivity or 1.0)
+
+    @functools.cached_property
+    def vesuvius(self):
+        split, merge = self.information
+        topology, surface = homology.toposcore(self.matching), self.surfaces_at(VOXEL).dice(2.0)
+        information = partitions.voi_score(split, merge)
+        return {
+            "score": 0.30 * topology + 0.35 * (surface + information),
+            "toposcore": topology,
+            "surface_dice": surface,
+            "voi_score": information,
+            "voi_split": split,
+            "voi_merge": merge,
+            "counts": self.matching,
+        }
+
+
+def _skeleton_inside(mask, other):
+    """(voxels of the mask's skeleton inside of `other`, voxels of that skeleton).
+
+    Of a mask without any: (0, 0). clDice (Shit et al. 2021, arXiv:2003.07311) thins masks with
+    scikit-image's `skeletonize`, in 3D Lee et al. 1994. That leaves nothing of some shapes of even
+    thickness, such as a bar of 2 x 2 x 10; then the mask stands for its skeleton, where the
+    published code divides by 0.
+    """
+    from skimage.morphology import skeletonize  # late: no other score needs it
+
+    if not mask.any():
+        return 0, 0
+    skeleton = skeletonize(mask) > 0
+    skeleton = skeleton if skeleton.any() else mask
+    return int(np.count_nonzero(skeleton & other)), int(np.count_nonzero(skeleton))
+
+
+# ---------------------------------------------------------------------------- a baseline
+
+
+def otsu_threshold(image):
+    """The threshold t of Otsu (1979) that best separates image > t from image <= t, as a float.
+
+    image: any shape, any real dtype. Exact for integers of at most 65 536 levels (t is then a level
+    of the image's range), else from a histogram of 256 bins (t is the edge of a bin). The lowest t
+    of equals. A constant image gives its value: nothing is above it.
+
+    ValueError for an empty image, or for NaN or Inf in it.
+    """
+    image = np.asarray(image)
+    if image.size == 0 or not np.isfinite(image).all():
+        raise ValueError("otsu_threshold: expected finite voxels, got none, or NaN or Inf in them")
+    low, high = image.min(), image.max()
+    if low == high:
+        return float(low)
+    exact = not np.issubdtype(image.dtype, np.floating) and int(high) - int(low) < 65_536
+    levels = int(high) - int(low) + 1 if exact else 256
+    width = 1.0 if exact else (float(high) - float(low)) / levels
+    counts = np.zeros(levels)
+    for part in np.array_split(image.reshape(-1), max(1, image.size // 1_000_000)):
+        index = (part.astype(np.float64) - float(low)) / width
+        counts += np.bincount(index.astype(np.int64).clip(0, levels - 1), minlength=levels)
+    below = np.cumsum(counts)[:-1]
+    moment = np.cumsum(counts * np.arange(levels))
+    mean_gap = moment[-1] / image.size * below - moment[:-1]
+    spread = mean_gap**2 / (below * (image.size - below))
+    best = int(np.argmax(spread))
+    return float(low) + (best * width if exact else (best + 1) * width)
+
+
+# ---------------------------------------------------------------------------- the scores
+
+
+@dataclass(frozen=True)
+class Score:
+    """What makes a score of a `Comparison`, which end of it is better, and what it costs.
+
+    better: "higher", "lower", or None: it describes a mask, and is better at no end.
+    cost: "cheap", "moderate" or "slow": up to about 0.5, 3 and 30 s for torn sheets of 320 x 320 x
+    320 on 2 cores; those that share their work cost that once.
+    number: what may follow the name after an @.
+    """
+
+    of: Callable
+    better: str | None
+    cost: str
+    number: str | None = None
+
+
+def entry(name):
+    """(the `Score`, its numbers after @ as a tuple) of a name; ValueError for a name of none."""
+    base, at, number = str(name).partition("@")
+    kind = SCORES.get(base)
+    if kind is None:
+        near = difflib.get_close_matches(base, SCORES, n=1, cutoff=0.0)
+        raise ValueError(f"expected the name of a score, got {name}; the nearest is {near[0]}")
+    if not at:
+        return kind, ()
+    try:
+        number = float(number)
+    except ValueError:
+        number = None
+    if number is not None and kind.number is not None:
+        return kind, (CHECKS[kind.number](number),)
+    wanted = f"{base}@{kind.number.upper()}" if kind.number else f"{base} without a number"
+    raise ValueError(f"expected {wanted}, got {name}")
+
+
+CHECKS = {
+    "tolerance": surfaces.checked_tolerance,
+    "percentile": surfaces.checked_percentile,
+}
+
+SCORES = {
+    "dice": Score(lambda c: c.ratio(2 * c.voxels[2], *c.voxels[:2]), "higher", "cheap"),
+    "iou": Score(lambda c: c.ratio(c.voxels[2], *c.voxels[:2], -c.voxels[2]), "higher", "cheap"),
+    "precision": Score(lambda c: c.ratio(c.voxels[2], c.voxels[0]), "higher", "cheap"),
+    "recall": Score(lambda c: c.ratio(c.voxels[2], c.voxels[1]), "higher", "cheap"),
+    "surface_dice": Score(Comparison.surface_dice, "higher", "cheap", "tolerance"),
+    "hd95": Score(lambda c: c.surfaces.hausdorff(95.0), "lower", "moderate"),
+    "hausdorff": Score(
+        lambda c, percentile=100.0: c.surfaces.hausdorff(percentile),
+        "lower",
+        "moderate",
+        "percentile",
+    ),
+    "assd": Score(lambda c: c.surfaces.assd(), "lower", "moderate"),
+    "cldice": Score(Comparison.cldice, "higher", "slow"),
+    "topology_precision": Score(lambda c: c.topology[0], "higher", "slow"),
+    "topology_sensitivity": Score(lambda c: c.topology[1], "higher", "slow"),
+    "voi_split": Score(lambda c: c.information[0], "lower", "cheap"),
+    "voi_merge": Score(lambda c: c.information[1], "lower", "cheap"),
+    "voi_score": Score(lambda c: partitions.voi_score(*c.information), "higher", "cheap"),
+    "components": Score(lambda c: c.partition.predicted, None, "cheap"),
+    "components_truth": Score(lambda c: c.partition.true, None, "cheap"),
+    "handles": Score(lambda c: c.betti[0][1], None, "cheap"),
+    "handles_truth": Score(lambda c: c.betti[1][1], None, "cheap"),
+    "cavities": Score(lambda c: c.betti[0][2], None, "cheap"),
+    "cavities_truth": Score(lambda c: c.betti[1][2], None, "cheap"),
+    "betti_error_0": Score(
+        lambda c: abs(c.partition.predicted - c.partition.true), "lower", "cheap"
+    ),
+    "betti_error_1": Score(lambda c: c.betti_error(1), "lower", "cheap"),
+    "betti_error_2": Score(lambda c: c.betti_error(2), "lower", "cheap"),
+    "betti_matching_f1_0": Score(lambda c: homology.matching_f1(*c.matching[0]), "higher", "slow"),
+    "betti_matching_f1_1": Score(lambda c: homology.matching_f1(*c.matching[1]), "higher", "slow"),
+    "betti_matching_f1_2": Score(lambda c: homology.matching_f1(*c.matching[2]), "higher", "slow"),
+    "toposcore": Score(lambda c: homology.toposcore(c.matching), "higher", "slow"),
+    "vesuvius_score": Score(lambda c: c.vesuvius["score"], "higher", "slow"),
+}
+
+DEFAULT = ("dice", "iou", "precision", "recall", "surface_dice", "components", "components_truth")

@@ -1,0 +1,130 @@
+"""From probabilities to a mask: hysteresis, small components, holes, closing.
+
+    low, high = probs >= settings["hysteresis"], probs >= threshold      # (D, H, W) bool
+    mask = finish(high, low, spacing=spacing, **settings)
+
+Each step is off unless its setting says otherwise. They follow one another in the order of STEPS,
+and `stages` gives the mask after each, so that it can be scored what each of them brings.
+"""
+
+import itertools
+
+import cc3d
+import numpy as np
+import torch
+
+from scoring import partitions
+from topology.distance import truncated_edt
+
+BEFORE = "threshold"  # the name of the mask that no step has touched
+
+
+def finish(high, low=None, *, spacing=None, **settings):
+    """The mask (D, H, W) bool after all steps; arguments as in `stages`."""
+    return list(stages(high, low, spacing=spacing, **settings))[-1][1]
+
+
+def stages(
+    high,
+    low=None,
+    *,
+    spacing=None,
+    hysteresis=None,
+    min_component_voxels=0,
+    max_hole_voxels=0,
+    closing_radius=0.0,
+):
+    """Yields (name, mask (D, H, W) bool) of the threshold, then of each step that is on.
+
+    high: voxels above the threshold; low: those above the lower one, which is needed where
+    hysteresis (that threshold) is given; spacing (z, y, x), None for voxels: the unit of the
+    radius. The input stays as it is.
+    """
+    mask = np.asarray(high, bool)
+    yield BEFORE, mask
+    if hysteresis is not None:
+        mask = join_weak(mask, low)
+        yield "hysteresis", mask
+    if min_component_voxels > 1:
+        mask = remove_small_components(mask, min_component_voxels)
+        yield "min_component_voxels", mask
+    if max_hole_voxels > 0:
+        mask = fill_holes(mask, max_hole_voxels)
+        yield "max_hole_voxels", mask
+    if closing_radius > 0:
+        mask = close(mask, closing_radius, spacing)
+        yield "closing_radius", mask
+
+
+def join_weak(high, low):
+    """Voxels of low whose 26-connected component holds one of high (hysteresis, Canny 1986).
+
+    high and low (D, H, W) bool; high lies within low, or counts as if it did.
+    """
+    labels, count = partitions.label(low | high)
+    kept = np.zeros(count + 1, bool)
+    kept[np.unique(labels[high])] = True
+    kept[0] = False
+    return kept[labels]
+
+
+def remove_small_components(mask, min_voxels):
+    """mask (D, H, W) bool without its 26-connected components of fewer than min_voxels voxels."""
+    if min_voxels <= 1 or not mask.any():
+        return mask
+    labels, count = partitions.label(mask)
+    kept = np.bincount(labels.reshape(-1), minlength=count + 1) >= min_voxels
+    kept[0] = False
+    return kept[labels]
+
+
+def fill_holes(mask, max_voxels):
+    """mask (D, H, W) bool with its holes of at most max_voxels voxels filled.
+
+    A hole is a face-connected component of the background that the foreground encloses: in the
+    volume (a cavity), or in a slice across one of the axes (a pinhole in a sheet that lies in it,
+    or a tunnel along the axis). What touches the border of the volume or slice is none.
+    """
+    filled = mask | _enclosed(mask, max_voxels, 6)
+    for axis in range(3):
+        for index in range(mask.shape[axis]):
+            place = (slice(None),) * axis + (index,)
+            plane = mask[place]
+            if plane.any() and not plane.all():
+                filled[place] |= _enclosed(plane, max_voxels, 4)
+    return filled
+
+
+def _enclosed(mask, max_voxels, connectivity):
+    """The background components of at most max_voxels that do not touch the border, as a mask."""
+    labels, count = cc3d.connected_components(~mask, connectivity=connectivity, return_N=True)
+    sizes = np.bincount(labels.reshape(-1), minlength=count + 1)
+    hole = sizes <= max_voxels
+    hole[0] = False
+    for axis, end in itertools.product(range(mask.ndim), (0, -1)):
+        hole[np.unique(np.take(labels, end, axis=axis))] = False
+    return hole[labels]
+
+
+def close(mask, radius, spacing=None):
+    """mask (D, H, W) bool closed by a ball: what no ball within the background reaches is filled.
+
+    radius in the unit of spacing (z, y, x), None: voxels. Beyond the border the volume is taken to
+    go on as it ends there. To close a slit in a sheet of one voxel the ball must reach over its
+    edges: a radius of 1.5 voxels closes one that is a voxel wide.
+    """
+    spacing = (1.0, 1.0, 1.0) if spacing is None else spacing
+    if not mask.any():
+        return mask
+    margin = [int(np.ceil(radius / step)) + 1 for step in spacing]
+    wide = np.pad(mask, [(m, m) for m in margin], mode="edge")
+    wide = _within(wide, radius, spacing)
+    wide = ~_within(~wide, radius, spacing)
+    inner = tuple(slice(m, m + n) for m, n in zip(margin, mask.shape, strict=True))
+    return wide[inner] | mask
+
+
+def _within(mask, radius, spacing):
+    """Voxels whose distance to a True voxel is at most the radius."""
+    bound = radius + 1e-3 * min(spacing)  # beyond which distances need not be told apart
+    return truncated_edt(torch.from_numpy(mask), bound, spacing).numpy() <= radius

@@ -1,0 +1,27 @@
+"""What settings and data settle before anything large is made."""
+
+import h5py
+import pytest
+
+from runtime import build as planning
+from tests.runtime.test_trial import make_root, make_settings
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ("data.root=nowhere", "data.root"),
+        ("run.device=tpu", "run.device"),
+        ("sampling.patch=[7,7,7]", "sampling.patch"),
+        ("data.train=[none]", "data.train"),
+        ("loss.skeleton_recall.weight=1", "prepare these cases again"),
+    ],
+)
+def test_settings_that_cannot_train_are_refused_by_name(tmp_path, change, named):
+    make_root(tmp_path)
+    if "skeleton" in change:
+        for path in tmp_path.glob("*.h5"):
+            with h5py.File(path, "a") as file:
+                del file["skeleton"]
+    with pytest.raises((ValueError, FileNotFoundError), match=named.replace(".", r"\.")):
+        planning.settle(make_settings(tmp_path, change))

@@ -1,0 +1,413 @@
+"""The weighted sum of terms: scales, steps, ranks, and what it refuses."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from losses import (
+    LOSSES,
+    boundary_loss,
+    soft_dice_loss,
+    soft_skeletons,
+    surface_distance_loss,
+    weighted_bce_loss,
+)
+from runtime.composite_loss import (
+    acting,
+    composite_loss,
+    pool_target,
+    takes_skeleton,
+    validation_losses,
+)
+from tests.test_losses import as_logits, bar, draw
+from topology.persistence import betti_numbers
+
+# ---------------------------------------------------------------------------- scales
+
+
+def test_pooling_averages_exact_blocks():
+    target = bar(2, length=3, size=8)
+    coarse, valid = pool_target(target, None, (1, 1, 4))
+    assert coarse.flatten().tolist() == [0.0, 1.0, 0.5, 0.0]
+    assert valid is None
+
+
+def test_pooling_counts_valid_voxels_only():
+    target = torch.tensor([1.0, 9.0, 0.0, 1.0, 1.0, 9.0, 9.0, 9.0]).reshape(1, 1, 1, 1, 8)
+    valid = torch.tensor([1, 0, 1, 1, 1, 0, 0, 0]).bool().reshape(1, 1, 1, 1, 8)
+    coarse, coarse_valid = pool_target(target, valid, (1, 1, 4))
+    assert coarse.flatten().tolist() == [1.0, 0.5, 1.0, 0.0]
+    assert coarse_valid.flatten().tolist() == [True, True, True, False]
+
+
+def test_pooling_to_a_shape_that_does_not_divide_is_adaptive():
+    target = torch.rand(1, 1, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    coarse, valid = pool_target(target, torch.ones(1, 1, 3, 5, 7).bool(), (2, 3, 4))
+    torch.testing.assert_close(coarse, F.adaptive_avg_pool3d(target, (2, 3, 4)))
+    assert bool(valid.all())
+
+
+def test_composite_is_the_weighted_sum_over_scales():
+    logits, target, valid = draw()
+    coarse = torch.randn(2, 1, 2, 5, 3, generator=torch.Generator().manual_seed(1))
+    terms = {
+        "weighted_bce": {"weight": 0.5, "positive_weight": 2.0},
+        "surface_distance": {"weight": 0.25, "scales": 1, "tolerance": 3.0},
+        "soft_dice": {"weight": 0.0},
+    }
+    total, parts = composite_loss([logits, coarse], target, valid, terms)
+    pooled = pool_target(target, valid, (2, 5, 3))
+    bce = 2 / 3 * weighted_bce_loss(logits, target, valid, positive_weight=2.0)
+    bce = bce + 1 / 3 * weighted_bce_loss(coarse, *pooled, positive_weight=2.0)
+    surface = surface_distance_loss(logits, target, valid, tolerance=3.0)
+    assert set(parts) == {"weighted_bce", "surface_distance", "total"}
+    torch.testing.assert_close(parts["weighted_bce"], bce)
+    torch.testing.assert_close(parts["surface_distance"], surface)
+    torch.testing.assert_close(total, 0.5 * bce + 0.25 * surface)
+    torch.testing.assert_close(parts["total"], total)
+
+
+def test_composite_scales_the_spacing_with_the_pooling():
+    coarse = as_logits(bar(3, length=1, size=4))
+    fine, target = as_logits(bar(0, length=2, size=8)), bar(0, length=2, size=8)
+    terms = {"surface_distance": {"weight": 1.0, "tolerance": 12.0}}
+    options = {"scale_weights": [1.0, 1.0], "spacing": (1.0, 1.0, 2.0)}
+    total, _ = composite_loss([fine, coarse], target, None, terms, **options)
+    # Coarse voxels are 4 wide; three of them lie between the two: 12, each way, over 4 voxels.
+    assert total.item() == pytest.approx(0.5 * (1.0 + 1.0) / 4, rel=1e-5)
+
+
+def test_composite_of_one_tensor_is_its_finest_scale():
+    logits, target, valid = draw()
+    total, parts = composite_loss(logits, target, valid, {"soft_dice": {"weight": 2.0}})
+    torch.testing.assert_close(parts["soft_dice"], soft_dice_loss(logits, target, valid))
+    torch.testing.assert_close(total, 2.0 * parts["soft_dice"])
+
+
+def test_composite_gives_ignored_voxels_no_gradient_at_any_scale():
+    logits, target, valid = draw()
+    valid[..., :2] = False  # whole blocks of the coarse scale
+    outputs = [logits, torch.zeros(2, 1, 2, 5, 3)]
+    outputs = [x.clone().requires_grad_() for x in outputs]
+    terms = {name: {"weight": 1.0} for name in LOSSES}
+    total, parts = composite_loss(outputs, torch.where(valid, target, math.nan), valid, terms)
+    total.backward()
+    assert math.isfinite(parts["total"])
+    assert bool((outputs[0].grad[~valid] == 0).all())
+    assert bool((outputs[1].grad[..., 0] == 0).all())
+    assert bool((outputs[1].grad[..., 1:] != 0).any())
+
+
+# ---------------------------------------------------------------------------- steps and ranks
+
+
+def test_term_of_an_interval_acts_on_one_step_of_so_many():
+    logits, target, valid = draw()
+    terms = {"soft_dice": {"weight": 1.0}, "cldice": {"weight": 2.0, "interval": 4}}
+    values = [composite_loss(logits, target, valid, terms, step=s)[1] for s in range(8)]
+    assert ["cldice" in parts for parts in values] == [True, False, False, False] * 2
+    for parts in values:
+        torch.testing.assert_close(
+            parts["total"], parts["soft_dice"] + 2.0 * parts.get("cldice", 0.0)
+        )
+
+
+def test_boundary_stands_in_between_under_its_own_name():
+    logits, target, valid = draw()
+    coarse = torch.zeros(2, 1, 2, 5, 3)
+    terms = {"surface_distance": {"weight": 0.5, "interval": 2, "between": "boundary"}}
+    total, parts = composite_loss([logits, coarse], target, valid, terms, step=1)
+    assert set(parts) == {"surface_distance_boundary", "total"}
+    torch.testing.assert_close(
+        parts["surface_distance_boundary"], boundary_loss(logits, target, valid)
+    )
+    torch.testing.assert_close(total, 0.5 * boundary_loss(logits, target, valid))
+    assert set(composite_loss([logits, coarse], target, valid, terms, step=2)[1]) == {
+        "surface_distance",
+        "total",
+    }
+
+
+@pytest.mark.parametrize("intervals", [(6, 6), (6, 12), (8, 16)])
+def test_ranks_and_terms_take_turns(intervals):
+    terms = {
+        "weighted_bce": {"weight": 1.0},
+        "cldice": {"weight": 1.0, "interval": intervals[0]},
+        "toploss": {"weight": 1.0, "interval": intervals[1]},
+    }
+    ranks = range(3)  # times two terms: six slots
+    seen = {(name, rank): 0 for name in ("cldice", "toploss") for rank in ranks}
+    for step in range(48):
+        busy = [(n, r) for r in ranks for n in acting(terms, step, r) if n != "weighted_bce"]
+        assert len(busy) <= 1
+        for key in busy:
+            seen[key] += 1
+    assert seen == {(n, r): 48 // terms[n]["interval"] for n, r in seen}
+
+
+def test_terms_of_one_scale_share_their_skeletons(monkeypatch):
+    made = []
+
+    def counting(*arguments, iterations):
+        made.append(iterations)
+        return soft_skeletons(*arguments, iterations=iterations)
+
+    monkeypatch.setattr("runtime.composite_loss.soft_skeletons", counting)
+    logits, target, valid = draw()
+    terms = {"cldice": {"weight": 1.0}, "morph_skeleton": {"weight": 1.0}}
+    _, parts = composite_loss(logits, target, valid, terms)
+    assert made == [3]
+    for name in terms:
+        torch.testing.assert_close(parts[name], LOSSES[name](logits, target, valid))
+    terms["morph_skeleton"]["iterations"] = 1
+    composite_loss(logits, target, valid, terms)
+    assert made == [3, 3, 1]
+
+
+def test_tubed_skeleton_goes_to_the_term_that_asks_for_it():
+    logits, target, valid = draw()
+    skeleton = (target > 0.7).float()
+    terms = {"skeleton_recall": {"weight": 1.0, "scales": 1}}
+    total, _ = composite_loss(logits, target, valid, terms, skeleton=skeleton)
+    expected = LOSSES["skeleton_recall"](logits, target, valid, skeleton=skeleton)
+    torch.testing.assert_close(total, expected)
+    assert takes_skeleton(terms)
+    assert not takes_skeleton({"cldice": {"weight": 1.0}, "skeleton_recall": {"weight": 0.0}})
+
+
+def test_tubed_skeleton_is_pooled_to_the_coarse_scale():
+    logits, coarse = as_logits(bar(0, 4, 8)), as_logits(bar(0, 2, 4))
+    target, skeleton = bar(0, 8, 8), bar(2, 6, 8)
+    terms = {"skeleton_recall": {"weight": 1.0}}
+    options = {"skeleton": skeleton, "scale_weights": [1.0, 1.0]}
+    _, parts = composite_loss([logits, coarse], target, None, terms, **options)
+    # Of 6 voxels 2 are found, of 3 coarse cells 1; one of smoothing each.
+    expected = (1 - (2 + 1) / (6 + 1) + 1 - (1 + 1) / (3 + 1)) / 2
+    assert parts["skeleton_recall"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_content_of_ignored_voxels_changes_no_step(step):
+    terms = {name: {"weight": 1.0, "interval": 2, "between": "boundary"} for name in LOSSES}
+    results = []
+    for fill in (0.0, 123.0):
+        logits, target, valid = draw()
+        coarse = torch.randn(2, 1, 2, 5, 3, generator=torch.Generator().manual_seed(1))
+        outputs = [torch.where(valid, logits, fill).requires_grad_(), coarse.requires_grad_()]
+        total, _ = composite_loss(
+            outputs, torch.where(valid, target, fill), valid, terms, step=step
+        )
+        total.backward()
+        assert bool((outputs[0].grad[~valid] == 0).all())
+        results.append((total.detach(), outputs[0].grad, outputs[1].grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("step", range(2))
+def test_all_ignored_gives_zero_loss_and_zero_gradient_in_every_step(step):
+    terms = {name: {"weight": 1.0, "interval": 2, "between": "boundary"} for name in LOSSES}
+    logits, target, valid = draw()
+    outputs = [logits.requires_grad_(), torch.randn(2, 1, 2, 5, 3).requires_grad_()]
+    total, _ = composite_loss(outputs, target, torch.zeros_like(valid), terms, step=step)
+    total.backward()
+    assert total == 0.0
+    assert all(bool((x.grad == 0).all()) for x in outputs)
+
+
+# ---------------------------------------------------------------------------- descent
+
+BASE = {"weighted_bce": {"weight": 0.5}, "soft_dice": {"weight": 0.5}}
+
+
+def repaired_within(steps, fault, target, terms, done, rate):
+    """Whether gradient descent on the logits of a faulty prediction repairs it in time."""
+    logits = as_logits(fault[None, None], sharp=2.0).requires_grad_()
+    for _ in range(steps + 1):
+        if done(logits.detach()[0, 0] > 0):
+            return True
+        total, _ = composite_loss(logits, target[None, None], None, terms)
+        (gradient,) = torch.autograd.grad(total, logits)
+        logits.data -= rate * gradient
+    return False
+
+
+def broken_bar():
+    target = torch.zeros(7, 8, 20)
+    target[2:5, 3:6, 1:19] = 1.0
+    fault = target.clone()
+    fault[..., 8:12] = 0.0
+    return fault, target
+
+
+def bridged_sheets():
+    target = torch.zeros(10, 12, 14)
+    target[2:4] = target[6:8] = 1.0
+    fault = target.clone()
+    fault[4:6, 5, 6] = 1.0
+    return fault, target
+
+
+def sheet_with_a_pinhole():
+    target = torch.zeros(7, 12, 14)
+    target[3] = 1.0
+    fault = target.clone()
+    fault[3, 5, 6] = 0.0
+    return fault, target
+
+
+def displaced_sheet():
+    target, fault = torch.zeros(2, 12, 10, 10)
+    target[4:6] = fault[6:8] = 1.0
+    return fault, target
+
+
+@pytest.mark.parametrize(
+    ("shape", "term", "steps"),
+    [
+        (broken_bar, "cldice", 20),
+        (bridged_sheets, "toploss", 5),
+        (sheet_with_a_pinhole, "toploss", 5),
+    ],
+)
+def test_term_repairs_the_topology_where_bce_and_dice_take_longer(shape, term, steps):
+    fault, target = shape()
+    with_term = {name: {"weight": 0.25} for name in BASE} | {term: {"weight": 0.5}}
+
+    def done(mask):
+        return betti_numbers(mask) == betti_numbers(target)
+
+    assert not done(fault)
+    assert repaired_within(steps, fault, target, with_term, done, rate=50.0)
+    assert not repaired_within(2 * steps, fault, target, BASE, done, rate=50.0)
+
+
+def test_surface_distance_added_to_bce_and_dice_pulls_a_displaced_sheet_back_sooner():
+    fault, target = displaced_sheet()
+    with_term = {**BASE, "surface_distance": {"weight": 1.0}}
+
+    def done(mask):
+        return torch.equal(mask, target > 0)
+
+    steps = next(n for n in range(80) if repaired_within(n, fault, target, with_term, done, 100.0))
+    assert not repaired_within(steps, fault, target, BASE, done, rate=100.0)
+
+
+# ---------------------------------------------------------------------------- classes
+
+
+def test_several_classes_are_shares_at_the_coarse_scale():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, 3, (1, 1, 4, 4, 4), generator=generator)
+    fine = torch.randn(1, 3, 4, 4, 4, generator=generator)
+    coarse = torch.randn(1, 3, 2, 2, 2, generator=generator)
+    total, _ = composite_loss([fine, coarse], target, None, {"soft_dice": {"weight": 1.0}})
+    one_hot = F.one_hot(target[:, 0], 3).movedim(-1, 1).float()
+    expected = 2 / 3 * soft_dice_loss(fine, one_hot)
+    expected = expected + 1 / 3 * soft_dice_loss(coarse, F.avg_pool3d(one_hot, 2))
+    torch.testing.assert_close(total, expected)
+
+
+# ---------------------------------------------------------------------------- validation
+
+
+def test_validation_only_terms_never_train():
+    logits, target, valid = draw()
+    terms = {"soft_dice": {"weight": 1.0}, "cldice": {"weight": 1.0, "validation_only": True}}
+    assert set(composite_loss(logits, target, valid, terms)[1]) == {"soft_dice", "total"}
+
+
+def test_validation_losses_are_means_over_tiles():
+    logits, target, valid = (x[0, 0] for x in draw())
+    valid[2:] = False
+    valid[3, 4, 5] = True  # one voxel in the last tile
+    terms = {
+        "soft_dice": {"weight": 1.0},
+        "weighted_bce": {"weight": 0.0, "validation_only": True},
+        "surface_distance": {"weight": 0.1, "validation_only": True, "tolerance": 3.0},
+    }
+    found = validation_losses(
+        torch.sigmoid(logits), target > 0.5, valid, terms, tile=(3, 5, 6), spacing=(2.0, 1.0, 1.0)
+    )
+    whole = [x[None, None] for x in (logits, (target > 0.5).float(), valid)]
+    assert set(found) == {"weighted_bce_loss", "surface_distance_loss"}
+    # A mean over voxels is the same with tiles and without.
+    assert found["weighted_bce_loss"] == pytest.approx(weighted_bce_loss(*whole).item(), rel=1e-4)
+    parts = [
+        surface_distance_loss(
+            *(x[:, :, part] for x in whole), tolerance=3.0, spacing=(2.0, 1.0, 1.0)
+        ).item()
+        for part in (slice(0, 3), slice(3, 4))
+    ]
+    counts = [int(valid[:3].sum()), int(valid[3:].sum())]
+    expected = sum(p * n for p, n in zip(parts, counts, strict=True)) / sum(counts)
+    assert found["surface_distance_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_validation_recalls_the_skeleton_that_is_given():
+    target = bar(0, 9)[0, 0]
+    probs, everywhere = torch.where(bar(0, 3)[0, 0] > 0, 1.0, 0.0), torch.ones_like(target) > 0
+    terms = {"skeleton_recall": {"weight": 0.0, "validation_only": True}}
+    options = {"tile": (9, 9, 9), "skeleton": bar(2, 3)[0, 0]}
+    found = validation_losses(probs, target, everywhere, terms, **options)
+    assert found["skeleton_recall_loss"] == pytest.approx(1 - (1 + 1) / (3 + 1), rel=1e-4)
+    assert takes_skeleton(terms, validation_only=True)
+    assert not takes_skeleton(terms)
+
+
+def test_validation_without_a_term_or_a_valid_voxel():
+    probs, target = torch.rand(4, 5, 6), torch.ones(4, 5, 6)
+    none = torch.zeros(4, 5, 6, dtype=torch.bool)
+    terms = {"cldice": {"weight": 1.0, "validation_only": True}}
+    assert validation_losses(probs, target, none, terms, tile=(4, 4, 4)) == {"cldice_loss": 0.0}
+    assert (
+        validation_losses(probs, target, ~none, {"cldice": {"weight": 1.0}}, tile=(4, 4, 4)) == {}
+    )
+
+
+# ---------------------------------------------------------------------------- checks
+
+
+def test_parts_are_detached_tensors():
+    logits, target, valid = draw()
+    _, parts = composite_loss(logits.requires_grad_(), target, valid, {"soft_dice": {"weight": 1}})
+    assert all(torch.is_tensor(part) and not part.requires_grad for part in parts.values())
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"soft_dise": {"weight": 1}}, "'soft_dise' is unknown; did you mean 'soft_dice'"),
+        ({"soft_dice": {"weight": 1, "smoth": 1}}, "no 'smoth'; did you mean 'smooth'"),
+        ({"soft_dice": {"weight": -1}}, "expected a weight of 0 or more, got -1"),
+        ({"soft_dice": {}}, "expected a weight of 0 or more, got None"),
+        ({"soft_dice": {"weight": 1, "scales": 0}}, "expected scales of 1 or more"),
+        ({"soft_dice": {"weight": 1, "interval": 0}}, "expected interval of 1 or more, got 0"),
+        ({"soft_dice": {"weight": 1, "between": "boundary"}}, "no step lies between"),
+        (
+            {"soft_dice": {"weight": 1, "interval": 2, "validation_only": True}},
+            "no interval with validation_only",
+        ),
+        ({"soft_dice": {"weight": 1, "between": "all"}}, "nothing or boundary, got 'all'"),
+        ({"soft_dice": {"weight": 1, "spacing": (1, 1, 1)}}, "has no 'spacing'"),
+        ({"soft_dice": {"weight": 1, "interval": 2}}, "acts on every step"),
+        ({"soft_dice": {"weight": 1, "validation_only": True}}, "acts on every step"),
+        ({"surface_distance": {"weight": 1, "tolerance": None}}, "positive number, got None"),
+        ({"toploss": {"weight": 1, "windows": 0}}, "toploss: expected windows >= 1"),
+        ({"soft_dice": {"weight": 0}}, "at least one term with a weight above 0"),
+        ({"soft_dice": {"weight": 1, "smooth": 0}}, "smooth: expected a positive number, got 0"),
+    ],
+)
+def test_wrong_terms_are_refused_by_name(terms, message):
+    logits, target, valid = draw()
+    with pytest.raises(ValueError, match=message):
+        composite_loss(logits, target, valid, terms)
+
+
+def test_scale_weights_must_match_the_outputs():
+    logits, target, valid = draw()
+    with pytest.raises(ValueError, match="scale_weights: expected 1 numbers"):
+        composite_loss(
+            logits, target, valid, {"soft_dice": {"weight": 1}}, scale_weights=[1.0, 0.5]
+        )

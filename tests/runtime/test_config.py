@@ -1,0 +1,130 @@
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from runtime import config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def fault(content=None, overrides=()):
+    with pytest.raises(config.ConfigError) as caught:
+        config.build(config.apply_overrides(content or {}, overrides))
+    return str(caught.value)
+
+
+def test_an_unknown_key_is_named_with_the_nearest_one():
+    assert fault({"training": {"train_batchsize": 1}}) == (
+        "training.train_batchsize: no such setting; the nearest valid key is "
+        "training.train_batch_size"
+    )
+    assert "nearest valid key is training" in fault({"traning": {}})
+    assert "loss.soft_dice" in fault({"loss": {"soft_dise": {"weight": 1}}})
+    assert "training.max_steps" in fault(overrides=["max_steps=3"])
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        ("training.workers=four", "training.workers: expected a valid integer, got 'four'"),
+        ("training.max_steps=1.5", "training.max_steps"),
+        ("training.precision=bf15", "'auto', 'fp32', 'bf16' or 'fp16', got 'bf15'"),
+        ("optim.lr=0", "optim.lr: expected a number greater than 0, got 0"),
+        ("sampling.patch=[1,2]", "sampling.patch"),
+        ("sampling.patch=64", "sampling.patch"),
+        ("data.spacing=[1,-1,1]", "data.spacing"),
+        ("augment.gamma_range=[2,1]", "low <= high"),
+        ("augment.scaling_range=[0,1]", "scaling_range above 0"),
+        ("augment.blur_range=[0,1]", "blur_range above 0, got [0.0, 1.0]"),
+        ("augment.dropout_range=[0,1]", "dropout_range below 1, got [0.0, 1.0]"),
+        ("augment.dropout_boxes=[5,2]", "dropout_boxes [low, high] with low <= high, got [5, 2]"),
+        ("augment.low_resolution_range=[0.5,1]", "low_resolution_range of 1 or more"),
+        ("augment.elastic_spacing=12", "both or neither, got 12.0 and None"),
+        ("augment.elastic_amplitude_range=[0,0.5]", "both or neither, got None and (0.0, 0.5)"),
+        (
+            "augment.elastic_spacing=12; augment.elastic_amplitude_range=[0.5,0.91]",
+            "elastic_amplitude_range from 0 to 0.075 of elastic_spacing",
+        ),
+        (
+            "augment.elastic_spacing=12; augment.elastic_amplitude_range=[-0.5,0.5]",
+            "elastic_amplitude_range from 0 to 0.075 of elastic_spacing",
+        ),
+        ("loss={weighted_bce: {weight: 0}, soft_dice: {weight: 0}}", "expected group.key"),
+        ("model.strides=[[1,2,2]]", "one row of strides"),
+        ("data.folds=1", "folds >= 2"),
+        ("optim.max_lr=1e-3", "schedule one_cycle"),
+        ("training=3", "expected group.key=value"),
+        ("a.b=[1", "not readable as YAML"),
+        ("run.seed=true", "run.seed"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_that_names_the_key(overrides, named):
+    text = fault(overrides=overrides.split("; "))
+    assert named in text and "\n" not in text
+
+
+def test_the_largest_elastic_amplitude_that_does_not_fold_is_taken():
+    # 0.075 x 12 is a little below 0.9 in floating point.
+    content = {"augment": {"elastic_spacing": 12.0, "elastic_amplitude_range": [0.5, 0.9]}}
+    assert config.build(content).augment.elastic_amplitude_range == (0.5, 0.9)
+
+
+def test_all_faults_are_told_at_once():
+    text = fault({"training": {"workers": -1, "worker": 1}, "optim": {"lr": "fast"}})
+    assert len(text.split("\n")) == 3
+
+
+def test_changing_a_number_of_a_term_leaves_its_weight():
+    content = {"loss": {"weighted_bce": {"positive_weight": 2.0}, "soft_dice": {"batch": True}}}
+    terms = config.build(content).terms()
+    assert terms["weighted_bce"]["weight"] == terms["soft_dice"]["weight"] == 0.5
+
+
+def test_surface_distance_has_the_tolerance_of_the_surface_dice_unless_it_has_its_own():
+    content = {"validation": {"tolerance": 20.0}}
+    assert config.build(content).terms()["surface_distance"]["tolerance"] == 20.0
+    content["loss"] = {"surface_distance": {"tolerance": 5.0}}
+    assert config.build(content).terms()["surface_distance"]["tolerance"] == 5.0
+
+
+def test_overrides_win_over_the_file_and_leave_its_other_keys(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("training: {max_steps: 3, workers: 0}\noptim: {lr: 1e-4}\n")
+    settings = config.load(path, ["training.max_steps=7", "data.spacing=[null, 1, 1]"])
+    assert (settings.training.max_steps, settings.training.workers) == (7, 0)
+    assert settings.optim.lr == 1e-4  # YAML 1.1 would have read a string
+    assert settings.data.spacing == (None, 1, 1)
+    assert settings.run.name == "my"
+
+
+def test_a_file_that_is_no_config_is_named(tmp_path):
+    for name, text in (("absent.yaml", None), ("list.yaml", "[1]"), ("bad.yaml", "a: [")):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(config.ConfigError, match=re.escape(name)):
+            config.load(tmp_path / name)
+
+
+def test_plain_settings_give_the_same_settings_back():
+    settings = config.build({"data": {"train": ["a*"], "spacing": [0, 1, None]}})
+    text = yaml.safe_dump(settings.plain())
+    assert config.build(yaml.safe_load(text)) == settings
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_configs_load_and_hold_at_most_thirty_lines_of_differences(path):
+    settings = config.load(path)
+    lines = [line for line in path.read_text().splitlines() if line.split("#")[0].strip()]
+    assert len(lines) <= 30
+    defaults = config.Settings().plain()
+    for group, keys in yaml.safe_load(path.read_text()).items():
+        for key in keys:
+            same = settings.plain()[group][key] == defaults[group][key]
+            assert not same, f"{path.name}: {group}.{key} is the default"
+
+
+def test_valid_keys_reach_the_numbers_of_each_loss_term():
+    keys = config.valid_keys()
+    assert {"loss.surface_distance.tolerance", "training.train_batch_size"} <= set(keys)

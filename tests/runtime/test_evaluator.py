@@ -1,0 +1,306 @@
+"""What validation chooses and says: masks drawn by hand, and runs that choose."""
+
+import json
+import os
+import signal
+
+import h5py
+import nibabel
+import numpy as np
+import pytest
+
+import infer
+import train
+from runtime import checkpoint, validation
+from runtime import evaluator as judging
+from runtime import run as keeping
+from scoring import metrics
+from tests.test_survival import after_step, kills, run_folder
+from tests.test_train import SHAPE, events, root, settings, weights_of
+from volumes import casefile as cases
+
+__all__ = ["root"]  # a fixture
+
+
+def make_case(tmp_path, label, ignore_label=2, case_id="x"):
+    about = {"spacing": (1, 1, 1), "unit": "", "affine": None, "group": case_id}
+    path = tmp_path / f"{case_id}.h5"
+    cases.write_case(path, label[None], label, ignore_label=ignore_label, **about)
+    return cases.read_case(path)
+
+
+def sheet():
+    """A label of one sheet, and probabilities: sure in it, doubtful beside it, a sure speck."""
+    label = np.zeros((9, 12, 12), np.uint8)
+    label[4] = 1
+    probs = np.full(label.shape, 0.05, np.float32)
+    probs[4], probs[5], probs[0, 0, 0:2] = 0.65, 0.45, 0.9
+    return label, probs
+
+
+def asked(**changes):
+    base = {"by": "dice", "names": ("precision",), "thresholds": (0.5, 0.4, 0.6), "sizes": (0,)}
+    return judging.Questions(**(base | changes))
+
+
+def verdict(tmp_path, questions, *pairs):
+    """The judgement on [(label, probs), ...]."""
+    predictions = []
+    for number, (label, probs) in enumerate(pairs):
+        case = make_case(tmp_path, label, case_id=f"c{number}")
+        found = judging.levels(probs, questions.levels)
+        predictions.append(judging.Predicted(case, found))
+    return judging.judge(questions, predictions)
+
+
+# ---------------------------------------------------------------------------- levels
+
+
+def test_a_level_tells_of_every_threshold_whether_it_is_reached():
+    thresholds = (0.25, 0.5, 0.75)
+    probs = np.array([0.0, 0.25, 0.3, 0.5, 0.74, 0.75, 1.0], np.float32)
+    found = judging.levels(probs, thresholds)
+    assert found.tolist() == [0, 1, 1, 2, 2, 3, 3]
+    for index, threshold in enumerate(thresholds):
+        assert np.array_equal(found > index, probs >= threshold)
+
+
+def test_the_usual_threshold_and_that_of_hysteresis_are_among_the_levels():
+    assert asked(thresholds=(0.7, 0.3), hysteresis=0.2).levels == (0.2, 0.3, 0.5, 0.7)
+
+
+# ---------------------------------------------------------------------------- choices
+
+
+def test_the_threshold_with_the_best_mean_score_is_chosen(tmp_path):
+    label, probs = sheet()
+    probs[4, :6] = 0.45  # half of the sheet is doubtful, and so is what lies beside it
+    probs[5] = 0.35
+    found = verdict(tmp_path, asked(), (label, probs))
+    assert found["threshold"] == 0.4
+    assert found["scores"]["dice"] == pytest.approx(2 * 144 / (146 + 144))
+    steps = [(step["step"], step["value"]) for step in found["steps"]]
+    assert steps == [("threshold", 0.5), ("threshold", 0.4)]
+    assert found["steps"][0]["dice"] == pytest.approx(2 * 72 / (74 + 144))
+
+
+def test_of_equal_choices_the_first_is_taken(tmp_path):
+    found = verdict(tmp_path, asked(), sheet())
+    assert found["threshold"] == 0.5 and found["steps"][0]["step"] == "threshold"
+    assert len(found["steps"]) == 1
+
+
+def test_a_score_of_which_less_is_better_chooses_the_least(tmp_path):
+    label, probs = sheet()
+    probs[8] = 0.55  # far away
+    questions = asked(by="hd95", thresholds=(0.5, 0.6))
+    assert verdict(tmp_path, questions, (label, probs))["threshold"] == 0.6
+    assert judging.better(1.0, 2.0, "hd95") and not judging.better(2.0, 1.0, "hd95")
+    assert judging.better(2.0, 1.0, "dice") and not judging.better(1.0, 1.0, "dice")
+    assert judging.better(None, 1.0, "dice") and judging.better(0.0, None, "dice")
+
+
+def test_the_size_of_components_is_chosen_at_the_chosen_threshold(tmp_path):
+    found = verdict(tmp_path, asked(sizes=(0, 3, 10**6)), sheet())
+    assert found["min_component_voxels"] == 3
+    assert found["scores"] == {"dice": 1.0, "precision": 1.0}
+    assert [step["step"] for step in found["steps"]] == ["threshold", "min_component_voxels"]
+    assert found["steps"][0]["precision"] == pytest.approx(144 / 146)
+
+
+def test_every_step_that_is_on_is_told_with_its_scores(tmp_path):
+    label, probs = sheet()
+    probs[4, :, 0:3] = 0.35  # weak, but it touches what is sure
+    probs[4, 6, 6] = 0.1
+    questions = asked(hysteresis=0.3, max_hole_voxels=1, closing_radius=1.5, thresholds=(0.6,))
+    found = verdict(tmp_path, questions, (label, probs))
+    steps = [(step["step"], step["value"]) for step in found["steps"]]
+    assert steps == [
+        ("threshold", 0.5),
+        ("threshold", 0.6),
+        ("hysteresis", 0.3),
+        ("max_hole_voxels", 1),
+        ("closing_radius", 1.5),
+    ]
+    # Weak are 35 % of the sheet and all of the slice beside it, at 0.45.
+    voxels = [144 - 36 - 1 + 2] * 2 + [144 - 1 + 144 + 2] + [288 + 2] * 2
+    right = [107, 107, 143, 144, 144]
+    for step, size, hits in zip(found["steps"], voxels, right, strict=True):
+        assert step["precision"] == pytest.approx(hits / size), step["step"]
+
+
+def test_the_mean_is_over_cases_and_each_is_told(tmp_path):
+    empty = np.zeros((9, 12, 12), np.uint8)
+    found = verdict(tmp_path, asked(thresholds=(0.5,)), sheet(), (empty, 0.1 * sheet()[1]))
+    assert found["cases"]["c1"]["dice"] == 1.0  # nothing there, nothing found
+    assert found["scores"]["dice"] == pytest.approx((found["cases"]["c0"]["dice"] + 1) / 2)
+
+
+def test_unlabelled_voxels_do_not_count(tmp_path):
+    label, probs = sheet()
+    label[0] = 2  # where the speck is
+    assert verdict(tmp_path, asked(), (label, probs))["scores"]["precision"] == 1.0
+
+
+def test_of_no_case_there_are_no_scores_and_the_first_choices():
+    found = judging.judge(asked(sizes=(7, 3)), [])
+    assert (found["threshold"], found["min_component_voxels"]) == (0.5, 7)
+    assert found["scores"] == {} and found["steps"] == [] and found["cases"] == {}
+
+
+def test_a_label_that_cannot_be_read_is_named_and_counts_nowhere(tmp_path):
+    questions = asked(thresholds=(0.5,))
+    label, probs = sheet()
+    found = judging.levels(probs, questions.levels)
+    there, gone = (make_case(tmp_path, label, case_id=name) for name in ("there", "gone"))
+    os.unlink(gone.path)
+    told = judging.judge(questions, [judging.Predicted(c, found) for c in (there, gone)])
+    assert told["unread"] == ["gone"] and list(told["cases"]) == ["there"]
+
+
+@pytest.mark.parametrize(
+    ("by", "names", "said"),
+    [
+        ("surface_dise", (), "validation.score: .*surface_dice"),
+        ("components", (), "describes a mask"),
+        ("dice", ("dize",), "validation.scores: .*dice"),
+        ("dice@3", (), "dice without a number"),
+    ],
+)
+def test_names_of_no_score_are_refused(by, names, said):
+    with pytest.raises(ValueError, match=said):
+        judging.check(by, names)
+    judging.check("vesuvius_score", ("surface_dice@4", "assd", "components"))
+
+
+# ---------------------------------------------------------------------------- runs
+
+
+def test_a_wrong_name_of_a_score_is_refused_before_anything_is_written(root, tmp_path, capsys):
+    assert train.main(settings(root, tmp_path, "validation.score=dicee")) == 2
+    assert "validation.score" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_what_validation_chose_is_what_infer_uses(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    changes = ["validation.thresholds=[0.2]", "validation.min_component_voxels=[30]"]
+    assert train.main(settings(root, tmp_path, *changes, "training.max_epochs=1")) == 0
+    chosen = weights_of(run_folder(tmp_path))["loop"]["chosen"]
+    assert chosen == {"threshold": 0.2, "min_component_voxels": 30}
+    best = run_folder(tmp_path) / "checkpoints" / "best.pt"
+    assert checkpoint.load(best)["loop"]["chosen"] == chosen
+    about = ["--ckpt", str(best), "inference.save_probabilities=true", "--output", "out"]
+    assert infer.main(about) == 0
+    assert "threshold 0.2, min_component_voxels 30" in capsys.readouterr().out
+    mask, probs = (
+        np.asarray(nibabel.load(tmp_path / "out" / folder / "bar3.nii.gz").dataobj)
+        for folder in ("", "probabilities")
+    )
+    assert np.array_equal(mask > 0, cc_kept(probs >= 0.2, 30))
+    assert infer.main([*about, "inference.threshold=0.9"]) == 0
+    assert "threshold 0.9" in capsys.readouterr().out
+
+
+def cc_kept(mask, size):
+    """Its 26-connected components of at least this size, by another package."""
+    from scipy import ndimage
+
+    labels, _ = ndimage.label(mask, np.ones((3, 3, 3)))
+    return (np.bincount(labels.ravel()) >= size)[labels] & mask
+
+
+def test_choices_see_validation_cases_alone(root, tmp_path, monkeypatch):
+    seen, judge = [], judging.judge
+
+    def watched(questions, predictions):
+        seen.extend(one.case.id for one in predictions)
+        return judge(questions, predictions)
+
+    monkeypatch.setattr(judging, "judge", watched)
+    assert train.main(settings(root, tmp_path, "training.max_epochs=2")) == 0
+    assert set(seen) == {"bar2"} and len(seen) == 3
+
+
+def test_a_judge_beside_training_says_the_same_as_one_within(root, tmp_path):
+    for name in ("within", "beside"):
+        background = f"validation.background={str(name == 'beside').lower()}"
+        assert train.main(settings(root, tmp_path / name, background)) == 0
+    within, beside = (run_folder(tmp_path / name) for name in ("within", "beside"))
+    assert kills.lines(within) == kills.lines(beside)
+    first, second = (checkpoint.load(f / "checkpoints" / "best.pt") for f in (within, beside))
+    for key in ("best_score", "best_step", "chosen"):
+        assert first["loop"][key] == second["loop"][key]
+    assert kills.same(first["ema"], second["ema"])
+
+
+def test_a_run_that_is_stopped_while_the_judge_is_at_work_asks_it_again(
+    root, tmp_path, monkeypatch
+):
+    background = "validation.background=true"
+    assert train.main(settings(root, tmp_path / "straight", background)) == 0
+    # Nothing arrives before the run is stopped, in mid-epoch.
+    monkeypatch.setattr(validation.workers.Pool, "receive", lambda self, timeout: ({}, []))
+    changes = [background, "validation.untrained=false"]
+    after_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    waits = []
+    result = validation.Validator.result
+
+    def never_wait(self, *, wait=False):
+        waits.append(wait)
+        return result(self, wait=False)
+
+    monkeypatch.setattr(validation.Validator, "result", never_wait)
+    assert train.main(settings(root, tmp_path, *changes)) == 75
+    assert weights_of(run_folder(tmp_path))["loop"]["pending"] == 3
+    assert events(run_folder(tmp_path), "evaluation") == []
+    monkeypatch.undo()
+    assert train.main(settings(root, tmp_path, *changes), resume=True) == 0
+    told = events(run_folder(tmp_path), "evaluation")
+    expected = events(run_folder(tmp_path / "straight"), "evaluation")[1:]
+    assert [(e["step"], e["scores"]) for e in told] == [(e["step"], e["scores"]) for e in expected]
+
+
+def test_a_judge_that_dies_costs_an_evaluation_and_no_more(root, tmp_path, monkeypatch):
+    send, judges = validation.workers.Worker.send, []
+
+    def killed(self, message):
+        if not judges:
+            judges.append(self.pid)
+            self.process.kill()
+            self.process.join()
+        send(self, message)
+
+    monkeypatch.setattr(validation.workers.Worker, "send", killed)
+    changes = ["validation.background=true", "training.max_epochs=1"]
+    assert train.main(settings(root, tmp_path, *changes)) == 0
+    (trouble,) = events(run_folder(tmp_path), "trouble")
+    assert trouble["kind"] == "judge died" and trouble["pid"] == judges[0]
+    first, last = events(run_folder(tmp_path), "evaluation")
+    assert first["scores"] == {} and last["scores"]["surface_dice"] >= 0
+    best = checkpoint.load(run_folder(tmp_path) / "checkpoints" / "best.pt")
+    assert best["loop"]["best_step"] == 3
+
+
+def test_every_named_score_can_pick_the_best(root, tmp_path):
+    changes = ["validation.score=assd", "validation.scores=[dice,vesuvius_score]"]
+    assert train.main(settings(root, tmp_path, *changes)) == 0
+    told = events(run_folder(tmp_path), "evaluation")
+    assert set(told[0]["scores"]) == {"assd", "dice", "vesuvius_score"}
+    best = weights_of(run_folder(tmp_path))["loop"]
+    assert best["best_score"] == min(e["scores"]["assd"] for e in told)
+
+
+def test_the_scores_of_the_log_are_those_of_the_judge(root, tmp_path):
+    changes = ["training.max_steps=0", "validation.thresholds=[0.01]"]
+    changes += ["validation.min_component_voxels=[0]", "validation.scores=[dice,assd]"]
+    assert train.main(settings(root, tmp_path, *changes)) == 0
+    (told,) = events(run_folder(tmp_path), "evaluation")
+    with h5py.File(root / "bar2.h5") as file:
+        truth = file["label"][:]
+    everything = np.ones(SHAPE, bool)  # 0.01: an untrained network says so everywhere
+    expected = metrics.score(
+        everything, truth, (2, 1, 1), 2, names=("surface_dice", "dice", "assd")
+    )
+    assert told["scores"] == pytest.approx(expected)
+    assert json.dumps(told["chosen"]) == '{"threshold": 0.01, "min_component_voxels": 0}'
+    assert keeping.judging is judging

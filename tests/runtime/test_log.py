@@ -1,0 +1,245 @@
+"""The log of a run: whole lines, one story, on a disk that takes no more and in a terminal that
+nobody reads."""
+
+import errno
+import io
+import json
+import math
+import os
+import sys
+
+import pytest
+from rich.console import Console
+
+from runtime import log as runlog
+from runtime.log import RunLog, read_log
+
+
+def start(folder, **how):
+    return RunLog(folder, tensorboard=False, **how)
+
+
+def steps_of(folder):
+    return [(e["event"], e["step"]) for e in read_log(folder / "log.jsonl")]
+
+
+@pytest.fixture
+def five(tmp_path):
+    """A log of a start, four steps, and a trouble after the third."""
+    log = start(tmp_path)
+    log.write("start", step=0, epoch=0)
+    for step in (1, 2, 3, 4):
+        log.write("step", step=step, epoch=0, loss={"total": step / 4})
+        if step == 3:
+            log.write("trouble", step=3, epoch=0, text="something")
+    log.close()
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------- lines
+
+
+def test_numbers_that_json_does_not_know_are_null_at_any_depth(tmp_path):
+    log = start(tmp_path)
+    log.write("step", step=1, epoch=0, loss={"a": math.nan, "b": [math.inf, 1.5]}, lr=-math.inf)
+    log.close()
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    event = json.loads(line, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert event["loss"] == {"a": None, "b": [None, 1.5]} and event["lr"] is None
+
+
+def test_a_line_is_in_the_file_when_write_returns(tmp_path):
+    log = start(tmp_path)
+    log.write("start", step=0, epoch=0)
+    assert steps_of(tmp_path) == [("start", 0)]
+    log.close()
+
+
+def test_only_lines_of_training_are_counted(five):
+    log = start(five, keep=4, step=4)
+    assert log.lines == 4
+    log.write("saved", step=4, epoch=0)
+    log.write("evaluation", step=4, epoch=0)
+    log.write("epoch", step=4, epoch=0)
+    log.close()
+    assert log.lines == 6
+
+
+def test_a_new_log_holds_nothing_of_the_one_before(five):
+    (five / "tensorboard").mkdir()
+    log = start(five)
+    log.close()
+    assert log.lines == 0 and steps_of(five) == [] and not (five / "tensorboard").exists()
+
+
+# ---------------------------------------------------------------------------- resumed
+
+
+def test_lines_of_training_after_the_state_go_and_the_history_stays(five):
+    log = start(five, keep=2, step=2)
+    log.write("step", step=3, epoch=0)
+    log.close()
+    assert log.lines == 3
+    assert steps_of(five) == [
+        ("start", 0),
+        ("step", 1),
+        ("step", 2),
+        ("trouble", 3),
+        ("step", 3),
+    ]
+
+
+@pytest.mark.parametrize("cut", [1, 20, 60])
+def test_a_line_cut_short_is_taken_out_when_the_run_is_resumed(five, cut):
+    path = five / "log.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    log = start(five, keep=4, step=4)
+    log.write("step", step=5, epoch=0)
+    log.close()
+    whole = [("start", 0), ("step", 1), ("step", 2), ("step", 3), ("trouble", 3)]
+    last = [("step", 4)] if cut == 1 else []  # it lacks but the end of its line
+    assert steps_of(five) == [*whole, *last, ("step", 5)]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("damage", [b"\x00\x00\x00", b"\xff\xfe\x80", b"12", b"[1]", b'{"a": 1}'])
+def test_a_damaged_line_is_taken_out_and_the_others_stay(five, damage):
+    path = five / "log.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([*lines[:2], damage, *lines[2:]]))
+    log = start(five, keep=4, step=4)
+    log.close()
+    assert [e["event"] for e in read_log(path)] == [
+        "start",
+        "step",
+        "step",
+        "step",
+        "trouble",
+        "step",
+    ]
+    assert log.lines == 4
+
+
+def test_a_log_that_is_gone_begins_anew(tmp_path):
+    log = start(tmp_path, keep=7, step=7)
+    log.write("step", step=8, epoch=0)
+    log.close()
+    assert log.lines == 1 and steps_of(tmp_path) == [("step", 8)]
+
+
+# ---------------------------------------------------------------------------- a full disk
+
+
+class Full(io.FileIO):
+    """A file that takes a few bytes more, and then none."""
+
+    room = 10
+
+    def write(self, content):
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken, self.room = min(self.room, len(content)), 0
+        return super().write(content[:taken])
+
+
+def test_what_a_full_disk_took_of_a_line_is_taken_back(five):
+    log = start(five, keep=4, step=4)
+    log.file.close()
+    log.file = Full(five / "log.jsonl", "ab")
+    before = (five / "log.jsonl").read_bytes()
+    with pytest.raises(OSError, match="No space left"):
+        log.write("step", step=5, epoch=0)
+    assert (five / "log.jsonl").read_bytes() == before and log.lines == 4
+    log.close()
+
+
+def test_a_line_that_is_taken_in_pieces_is_whole(five, monkeypatch):
+    log = start(five, keep=4, step=4)
+    real = log.file.write
+
+    class Pieces:
+        seek, truncate, close = log.file.seek, log.file.truncate, log.file.close
+        write = staticmethod(lambda content: real(content[:7]))
+
+    log.file = Pieces
+    log.write("step", step=5, epoch=0)
+    log.close()
+    assert steps_of(five)[-1] == ("step", 5)
+
+
+# ---------------------------------------------------------------------------- means
+
+
+def test_a_term_that_acts_on_some_steps_is_the_mean_of_those():
+    sums = {}
+    for parts in ({"total": 2.0, "a": 1.0}, {"total": 4.0}, {"total": 6.0, "a": 3.0}):
+        runlog.add_parts(sums, parts)
+    means = runlog.means_of(sums)
+    assert means == {"a": 2.0, "total": 4.0} and list(means)[-1] == "total"
+
+
+def test_the_epoch_is_the_mean_over_its_steps_however_lines_divide_them():
+    loop = {"sums": {}, "draws": {}, "epoch_parts": {}, "epoch_draws": {}}
+    for values in ([1.0, 2.0, 3.0], [10.0]):  # a line of three steps, and one of one
+        for value in values:
+            runlog.add_parts(loop["sums"], {"total": value})
+            runlog.add_parts(loop["draws"], {"share": value / 10})
+        runlog.take_means(loop)
+    means, shares = runlog.take_epoch(loop)
+    assert means == {"total": pytest.approx(4.0)} and shares == {"share": pytest.approx(0.4)}
+    assert loop == {"sums": {}, "draws": {}, "epoch_parts": {}, "epoch_draws": {}}
+    assert runlog.take_means(loop) == {} and runlog.take_epoch(loop) == ({}, {})
+
+
+# ---------------------------------------------------------------------------- a terminal
+
+
+def goes_nowhere(stream):
+    return os.path.sameopenfile(stream.fileno(), os.open(os.devnull, os.O_WRONLY))
+
+
+@pytest.fixture
+def nobody():
+    """A pipe that nobody reads any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        yield stream
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_where_nobody_reads_any_more_a_run_falls_silent_and_goes_on(nobody, terminal, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", nobody)  # here: what a fixture puts there is taken away
+    console = Console(file=runlog.Output(), force_terminal=terminal)
+    with runlog.ProgressLine(console, 2, 0) as show:
+        show.say("something " * 2000)
+        show.advance(1, "a line of its own", short="short")
+        show.say("something else")
+    nobody.flush()  # as the interpreter does at its end
+    assert goes_nowhere(nobody)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_an_output_on_a_full_disk_does_not_end_a_run(monkeypatch):
+    stream = open("/dev/full", "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    console = Console(file=runlog.Output())
+    console.print("something")
+    console.print("something else")
+    assert goes_nowhere(stream)
+    stream.close()
+
+
+def test_a_run_without_any_output_says_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    show = runlog.ProgressLine(Console(file=runlog.Output()), 2, 0)
+    show.say("something")
+    assert runlog.Output().stream is None
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_is_said_stands_in_the_output_once(capsys, terminal):
+    console = Console(file=runlog.Output(), force_terminal=terminal)
+    with runlog.ProgressLine(console, 2, 0) as show:
+        show.say("a sentence")
+    assert capsys.readouterr().out.count("a sentence") == 1

@@ -1,0 +1,319 @@
+"""Batches that go through the network in parts, and predictions that make do with less memory."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import losses
+import model
+from runtime import composite_loss as composite
+from runtime import microbatch as fitting
+from runtime.microbatch import Parts, WindowFit
+from runtime.signals import CannotGoOn
+
+SHAPE = (8, 16, 16)
+NO_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads of a busy machine wait for each other a hundred times as long as they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def network(dropout=0.0):
+    torch.manual_seed(0)
+    return model.UNet3D(
+        1,
+        1,
+        strides=[(1, 1, 1), (1, 2, 2), (2, 2, 2)],
+        kernels=[(3, 3, 3)] * 3,
+        base=4,
+        multipliers=[1, 2, 2],
+        blocks=1,
+        dropout=dropout,
+    )
+
+
+def batch(size=5):
+    """(image, target, valid, skeleton): bars of several lengths in noise, a face not labelled."""
+    generator = torch.Generator().manual_seed(1)
+    target = torch.zeros(size, 1, *SHAPE)
+    for i in range(size):
+        target[i, 0, 2:5, 4 + i : 7 + i, 2 : 8 + i] = 1
+    image = target + 0.3 * torch.randn(target.shape, generator=generator)
+    valid = torch.ones_like(target, dtype=torch.bool)
+    valid[1:, :, -2:] = False  # other numbers of voxels in each patch
+    return image, target, valid, F.max_pool3d(target, 3, 1, 1)
+
+
+def parts_of(net, **how):
+    reports = []
+    autocast = contextlib.nullcontext
+    parts = Parts(
+        net, autocast=autocast, report=lambda kind, text, **f: reports.append((text, f)), **how
+    )
+    return parts, reports
+
+
+TERMS = {
+    "surface_distance": {"tolerance": 2.0, "scales": 1},
+    "cldice": {"between": "boundary", "interval": 2},
+    "soft_dice": {"batch": True},
+    "toploss": {"window": [8, 8, 8]},
+}
+
+
+def loss_of(logits, terms, step=0):
+    _, target, valid, skeleton = batch()
+    total, _ = composite.composite_loss(
+        logits, target, valid, terms, spacing=(2.0, 1.0, 1.0), skeleton=skeleton, step=step
+    )
+    return total
+
+
+def gradients(net):
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+
+def trained(terms, size=None, step=0, recompute=False):
+    net = network()
+    parts, _ = parts_of(net, size=size, recompute=recompute)
+    parts.backward(loss_of(parts.forward(batch()[0]), terms, step))
+    return gradients(net)
+
+
+# ---------------------------------------------------------------------------- the same gradient
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_the_gradient_in_parts_is_that_of_the_whole_batch_for_every_term(name):
+    terms = {name: {"weight": 1.0, **TERMS.get(name, {})}}
+    whole = trained(terms)
+    assert whole.abs().max() > 1e-4
+    for size in (1, 2):  # 5 patches: the last part is a short one
+        assert torch.allclose(trained(terms, size), whole, rtol=0, atol=1e-6)
+
+
+def test_the_gradient_in_parts_is_that_of_the_whole_batch_for_all_terms_at_once():
+    terms = {name: {"weight": 0.3, **TERMS.get(name, {})} for name in losses.LOSSES}
+    for step in (0, 1):  # on the second, boundary stands in for cldice
+        whole = trained(terms, step=step)
+        assert torch.allclose(trained(terms, 3, step), whole, rtol=0, atol=1e-6)
+        assert torch.allclose(trained(terms, 1, step, True), whole, rtol=0, atol=1e-6)
+
+
+def test_a_mean_of_gradients_of_parts_would_be_another_one():
+    terms, net = {"weighted_bce": {"weight": 1.0}}, network()
+    image, target, valid, _ = batch()
+    for i in range(5):
+        part = slice(i, i + 1)
+        loss, _ = composite.composite_loss(net(image[part]), target[part], valid[part], terms)
+        (loss / 5).backward()
+    assert not torch.allclose(gradients(net), trained(terms), rtol=0, atol=1e-4)
+
+
+def test_gradients_of_several_batches_add_up():
+    net = network()
+    parts, _ = parts_of(net, size=2)
+    for _ in range(3):
+        parts.backward(parts.forward(batch()[0])[0].mean())
+    one = network()
+    one(batch()[0])[0].mean().backward()
+    assert torch.allclose(gradients(net), 3 * gradients(one), rtol=0, atol=1e-6)
+
+
+def test_a_scale_that_no_term_looks_at_gets_no_gradient():
+    net = network()
+    parts, _ = parts_of(net, size=2)
+    logits = parts.forward(batch()[0])
+    assert len(logits) == 2
+    parts.backward(logits[0].mean())
+    whole = network()
+    whole(batch()[0])[0].mean().backward()
+    assert torch.allclose(gradients(net), gradients(whole), rtol=0, atol=1e-6)
+
+
+def test_each_part_drops_the_same_units_both_times_and_the_generator_moves_on_once():
+    net = network(dropout=0.5)
+    parts, _ = parts_of(net, size=2)
+    seen = []
+    net.register_forward_hook(lambda module, given, logits: seen.append(logits[0].detach()))
+    torch.manual_seed(3)
+    logits = parts.forward(batch()[0])
+    after = torch.get_rng_state()
+    parts.backward(logits[0].mean())
+    assert torch.equal(torch.get_rng_state(), after)
+    assert len(seen) == 6 and all(map(torch.equal, seen[:3], seen[3:]))
+    assert not torch.equal(seen[0], network(dropout=0.5)(batch()[0][:2])[0])  # it does drop
+
+
+def test_a_part_as_large_as_the_batch_is_the_batch():
+    net = network()
+    parts, _ = parts_of(net, size=5)
+    assert parts.forward(batch()[0])[0].grad_fn is not None and parts._parts is None
+
+
+# ---------------------------------------------------------------------------- out of memory
+
+
+def failing(net, most, where):
+    """The network finds no memory for more than `most` patches, in its forward or backward pass."""
+    calls, forward = [], net.forward
+
+    def limited(x):
+        logits = forward(x)
+        if torch.is_grad_enabled() and len(x) > most:
+            calls.append(len(x))
+            if where == "forward":
+                raise torch.OutOfMemoryError(NO_MEMORY)
+            logits[0].register_hook(raising)
+        return logits
+
+    def raising(gradient):
+        raise torch.OutOfMemoryError(NO_MEMORY)
+
+    net.forward = limited
+    return calls
+
+
+def step_of(parts, terms):
+    losses_seen = []
+    for attempt in parts.attempts():
+        with attempt:
+            for _ in range(2):
+                loss = loss_of(parts.forward(batch()[0]), terms)
+                parts.backward(loss / 2)
+                losses_seen.append(float(loss.detach()))
+    return losses_seen
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_step_that_finds_no_memory_is_done_again_in_ever_smaller_parts(where):
+    terms = {"soft_dice": {"weight": 1.0, "batch": True}}
+    net = network()
+    parts, reports = parts_of(net)
+    calls = failing(net, 1, where)
+    step_of(parts, terms)
+    assert calls == [5, 3, 2] and [f["micro_batch"] for _, f in reports] == [3, 2, 1]
+    assert (
+        "batches of 5 go through the network 3 at a time, with the same gradient" in reports[0][0]
+    )
+    assert torch.allclose(gradients(net), trained(terms), rtol=0, atol=1e-6)  # and none twice
+    step_of(parts, terms)
+    assert len(reports) == 3  # it is remembered
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_when_one_patch_is_too_much_activations_are_recomputed_and_then_nothing_is_left(where):
+    net = network()
+    parts, reports = parts_of(net)
+    failing(net, 0, where)
+    before = torch.get_rng_state()
+    with pytest.raises(CannotGoOn, match=r"^cpu ran out of memory with one patch at a time.*patch"):
+        step_of(parts, {"soft_dice": {"weight": 1.0}})
+    assert [f["micro_batch"] for _, f in reports] == [3, 2, 1, 1]
+    assert [f["checkpointing"] for _, f in reports] == [False] * 3 + [True]
+    assert net.checkpointing and parts.recompute and "model.checkpointing" in reports[-1][0]
+    assert all(p.grad is None for p in net.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_another_attempt_draws_what_the_first_one_drew():
+    net = network(dropout=0.3)
+    parts, _ = parts_of(net)
+    drawn = []
+    for attempt in parts.attempts():
+        with attempt:
+            drawn.append(float(torch.rand(1)))
+            if len(drawn) < 3:
+                parts.forward(batch()[0])
+                raise torch.OutOfMemoryError(NO_MEMORY)
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_any_other_error_is_raised_as_it_is():
+    parts, reports = parts_of(network())
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
+        for attempt in parts.attempts():
+            with attempt:
+                raise RuntimeError("shapes differ")
+    assert reports == [] and parts.size is None
+
+
+def test_what_was_learnt_before_a_run_was_resumed_holds_from_the_start():
+    net = network()
+    parts, _ = parts_of(net, size=1, recompute=True)
+    assert net.checkpointing
+    assert parts.forward(batch()[0])[0].is_leaf and len(parts._parts) == 5
+
+
+@pytest.mark.parametrize(
+    "error, memory",
+    [
+        (torch.OutOfMemoryError("x"), True),
+        (
+            RuntimeError("[enforce fail] CPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("size mismatch"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_errors_of_memory_are_known_whoever_raises_them(error, memory):
+    assert fitting.out_of_memory(error) is memory
+
+
+# ---------------------------------------------------------------------------- prediction
+
+
+def lowered(fit, times):
+    """(windows, where the slab lies) at first and after each of so many errors."""
+    found = [(fit.batch, fit.slab_device)]
+    for _ in range(times):
+        fit.lower(torch.OutOfMemoryError(NO_MEMORY))
+        found.append((fit.batch, fit.slab_device))
+    return found
+
+
+def test_windows_are_halved_and_then_the_results_lie_on_the_cpu():
+    reports, device = [], torch.device("meta")  # as a device that is not the CPU
+    fit = WindowFit((4, 5, 6), 6, device, {}, lambda kind, text, **f: reports.append(text))
+    cpu = torch.device("cpu")
+    assert lowered(fit, 3) == [(6, device), (3, device), (1, device), (1, cpu)]
+    assert "3 windows at once" in reports[0] and "results on the CPU" in reports[2]
+    assert "volume of 4x5x6" in reports[0]
+    with pytest.raises(CannotGoOn, match=r"volume of 4x5x6 with one window.*inference.window"):
+        fit.lower(torch.OutOfMemoryError(NO_MEMORY))
+
+
+def test_what_a_size_needed_is_where_it_and_larger_ones_begin_and_smaller_ones_do_not():
+    known = {}
+    lowered(WindowFit((4, 10, 10), 8, "meta", known, fitting.nothing), 1)
+    lowered(WindowFit((9, 10, 10), 8, "meta", known, fitting.nothing), 3)
+    assert known == {"4x10x10": [4, False], "9x10x10": [1, True]}
+    begin = {
+        shape: WindowFit(shape, 8, "meta", known, fitting.nothing)
+        for shape in [(3, 10, 10), (10, 4, 10), (8, 10, 10), (30, 30, 30)]
+    }
+    assert [fit.batch for fit in begin.values()] == [8, 4, 4, 1]
+    assert [fit.on_cpu for fit in begin.values()] == [False, False, False, True]
+
+
+def test_fewer_windows_than_what_fitted_stay_as_they_are():
+    fit = WindowFit((4, 4, 4), 1, "meta", {"2x2x2": [4, False]}, fitting.nothing)
+    assert (fit.batch, fit.on_cpu) == (1, False)
+
+
+def test_an_error_of_another_kind_in_a_prediction_is_raised_and_nothing_is_learnt():
+    known = {}
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
+        WindowFit((4, 4, 4), 2, "meta", known, fitting.nothing).lower(RuntimeError("shapes differ"))
+    assert known == {}

@@ -1,0 +1,288 @@
+"""What keeps a run: how it leaves for each kind of error, and which state is the best."""
+
+import errno
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from runtime import checkpoint
+from runtime import run as keeping
+from runtime.run import Keeper
+from runtime.signals import CannotGoOn, Stopped
+from runtime.validation import Evaluation
+from tests.runtime.test_checkpoint import state_of
+
+NO_ROOM = OSError(errno.ENOSPC, "No space left on device")
+
+
+class Log:
+    """A log that may be on a full disk."""
+
+    def __init__(self):
+        self.events, self.full, self.lines = [], False, 5
+
+    def write(self, event, *, step, epoch, **fields):
+        if self.full:
+            raise NO_ROOM
+        self.events.append({"event": event, "step": step, "epoch": epoch, **fields})
+
+    def of(self, event):
+        return [e for e in self.events if e["event"] == event]
+
+
+class Saver:
+    """A saver that writes when it is asked what was written; error: what comes of it then."""
+
+    def __init__(self, folder, step):
+        self.folder, self.step, self.on_disk = folder, step, step
+        self.given, self.promoted, self.error, self.lost = [], [], None, []
+        self.closed, self.busy = False, False
+
+    def save(self, name, loop, also=None):
+        self.step = loop["step"]
+        self.given.append((name, dict(loop), also))
+
+    def promote(self, name, to, *, step, changes):
+        self.promoted.append((name, to, step, changes))
+
+    def written(self, *, wait=False):
+        if self.error is not None:
+            raise self.error
+        self.on_disk, lost, self.lost = self.step, self.lost, []
+        return [checkpoint.Saved(self.folder / "last.pt", 9, 0.25), *lost]
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def made(tmp_path):
+    """make(step, saved) -> (keeper, log, saver, said): a run at a step whose last save is older."""
+
+    def make(step=7, saved=5, by="dice"):
+        log, saver, said = Log(), Saver(tmp_path / "checkpoints", saved), []
+        loop = {"step": step, "best_score": 0.5, "best_step": 3, "worse": 0}
+        loop |= {"pending": step, "chosen": {}}
+        keeper = Keeper(
+            tmp_path,
+            loop,
+            SimpleNamespace(cache=None, cases=[], left_out={}),
+            log=log,
+            show=SimpleNamespace(say=said.append),
+            stop=SimpleNamespace(reason=lambda: None),
+            saver=saver,
+            iterations=4,
+            save_minutes=None,
+            limit=None,
+            by=by,
+            picture=False,
+        )
+        keeper.parts = SimpleNamespace(size=2, recompute=False)
+        return keeper, log, saver, said
+
+    return make
+
+
+# ---------------------------------------------------------------------------- leaving
+
+
+def test_a_stopped_run_saves_its_last_whole_step_and_says_how_to_go_on(made, capsys):
+    keeper, log, saver, said = made()
+    assert keeper.leave(Stopped("signal SIGTERM")) == 75
+    ((name, loop, also),) = saver.given
+    assert (name, loop["step"], also) == ("last.pt", 7, None)
+    assert (loop["part"], loop["lines"], loop["left_out"]) == (2, 5, {})
+    assert [e["event"] for e in log.events] == ["saved", "stop"]  # a stop that is told is saved
+    assert log.of("stop") == [
+        {"event": "stop", "step": 7, "epoch": 1, "reason": "signal SIGTERM", "status": 75}
+    ]
+    (text,) = said
+    assert "stopped at step 7: signal SIGTERM; the state of step 7 is saved" in text
+    assert text.endswith("go on with --resume") and capsys.readouterr().err == ""
+
+
+def test_a_state_that_is_saved_already_is_not_saved_again(made):
+    keeper, log, saver, _ = made(step=5, saved=5)
+    assert keeper.leave(Stopped("enough")) == 75
+    assert saver.given == [] and log.of("stop")[0]["reason"] == "enough"
+
+
+def test_a_run_that_cannot_go_on_is_saved_and_tells_so_on_the_error_output(made, capsys):
+    keeper, log, saver, said = made()
+    assert keeper.leave(CannotGoOn("all is NaN")) == 1
+    assert saver.given[0][1]["step"] == 7 and log.of("stop")[0]["status"] == 1
+    error = capsys.readouterr().err
+    assert "all is NaN" in error and len(error.splitlines()) == 1 and said == []
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG]
+)
+def test_a_disk_that_takes_nothing_is_one_sentence_with_the_state_that_is_kept(
+    made, capsys, number
+):
+    keeper, log, saver, _ = made()
+    assert keeper.leave(OSError(number, "told by the disk")) == 1
+    assert saver.given == [] and saver.closed  # nothing more is tried, what was begun is waited for
+    error = capsys.readouterr().err
+    assert "told by the disk" in error and "the state of step 5 is kept" in error
+    assert len(error.splitlines()) == 1 and log.of("stop")[0]["status"] == 1
+
+
+@pytest.mark.parametrize("why", [Stopped("signal SIGTERM"), CannotGoOn("all is NaN")])
+def test_a_disk_that_is_full_when_the_run_leaves_keeps_the_state_before(made, capsys, why):
+    keeper, log, saver, _ = made()
+    saver.error = NO_ROOM
+    log.full = True  # nor has the log any room
+    assert keeper.leave(why) == 1
+    error = capsys.readouterr().err
+    assert "the state of step 5 is kept" in error and len(error.splitlines()) == 1
+
+
+def test_a_full_disk_before_anything_was_saved_says_that_nothing_is_kept(made, capsys):
+    keeper, _, _, _ = made(step=0, saved=None)
+    assert keeper.leave(NO_ROOM) == 1
+    assert "no state is kept in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), MemoryError()]
+)
+def test_memory_that_runs_out_beside_the_network_is_one_sentence(made, capsys, error):
+    keeper, log, saver, _ = made()
+    assert keeper.leave(error) == 1
+    told = capsys.readouterr().err
+    assert "memory ran out" in told and "the state of step 5 is kept" in told
+    assert len(told.splitlines()) == 1 and saver.given == [] and saver.closed
+    assert log.of("crash") and log.of("stop")[0]["status"] == 1  # the lines, and the last word
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("what"), KeyboardInterrupt(), OSError(errno.ENOENT, "gone")]
+)
+def test_what_nobody_expected_is_recorded_with_its_lines_and_raised(made, error):
+    keeper, log, saver, _ = made()
+    with pytest.raises(type(error)) as caught:
+        try:
+            raise error
+        except BaseException as raised:
+            keeper.leave(raised)
+    assert caught.value is error and saver.given == []
+    (crash,) = log.of("crash")
+    assert crash["error"].startswith(type(error).__name__) and "test_run.py" in crash["traceback"]
+
+
+def test_a_crash_on_a_full_disk_is_still_the_crash(made):
+    keeper, log, _, _ = made()
+    log.full = True
+    with pytest.raises(ZeroDivisionError):
+        keeper.leave(ZeroDivisionError("what"))
+
+
+def test_a_best_state_that_was_lost_does_not_keep_a_run_from_leaving_with_its_state(made):
+    keeper, log, saver, _ = made()
+    saver.lost = [checkpoint.CheckpointError("candidate.pt: gone")]
+    assert keeper.leave(Stopped("enough")) == 75
+    assert [e["event"] for e in log.events] == ["saved", "trouble", "stop"]
+
+
+# ---------------------------------------------------------------------------- the best
+
+
+def evaluated(score, step=6, unread=(), name="dice"):
+    verdict = {"scores": {name: score}, "cases": {}, "steps": [], "threshold": 0.4}
+    return Evaluation(step, verdict | {"min_component_voxels": 10}, list(unread), None)
+
+
+def test_a_better_score_makes_the_state_that_was_evaluated_the_best(made):
+    keeper, log, saver, said = made()
+    keeper.evaluation(evaluated(0.6))
+    chosen = {"threshold": 0.4, "min_component_voxels": 10}
+    changes = {"best_score": 0.6, "best_step": 6, "worse": 0, "pending": None, "chosen": chosen}
+    assert saver.promoted == [("candidate.pt", "best.pt", 6, changes)]
+    assert keeper.loop | changes == keeper.loop and saver.given[0][1]["best_step"] == 6
+    (event,) = log.of("evaluation")
+    assert (event["step"], event["epoch"], event["chosen"]) == (6, 1, chosen)
+    assert "evaluation of step 6: dice 0.6" in said[0]
+
+
+@pytest.mark.parametrize("score", [0.5, 0.4])
+def test_a_score_that_is_no_better_is_counted_and_its_choice_is_used(made, score):
+    keeper, _, saver, _ = made()
+    keeper.evaluation(evaluated(score))
+    keeper.evaluation(evaluated(score))
+    assert saver.promoted == [] and keeper.loop["best_step"] == 3 and keeper.loop["worse"] == 2
+    assert keeper.loop["pending"] is None and keeper.loop["chosen"]["threshold"] == 0.4
+
+
+def test_where_less_is_better_less_is_the_best(made):
+    keeper, _, saver, _ = made(by="assd")
+    keeper.evaluation(evaluated(0.6, name="assd"))
+    assert saver.promoted == []
+    keeper.evaluation(evaluated(0.4, name="assd"))
+    assert keeper.loop["best_score"] == 0.4 and len(saver.promoted) == 1
+
+
+def test_an_evaluation_that_lacks_a_case_or_its_judge_chooses_nothing(made):
+    keeper, log, saver, _ = made()
+    keeper.evaluation(evaluated(0.9, unread=["bar2"]))
+    keeper.evaluation(Evaluation(6, None, [], None))
+    assert saver.promoted == [] and keeper.loop["best_score"] == 0.5
+    assert keeper.loop["chosen"] == {} and keeper.loop["pending"] is None
+    assert [e["unread"] for e in log.of("evaluation")] == [["bar2"], []]
+    assert [e["scores"] for e in log.of("evaluation")] == [{"dice": 0.9}, {}]
+
+
+def test_no_evaluation_is_no_line(made):
+    keeper, log, saver, _ = made()
+    keeper.evaluation(None)
+    assert log.events == [] and saver.given == []
+
+
+@pytest.mark.parametrize("kept", [4, None])
+def test_a_best_state_that_was_lost_gives_its_place_back_to_the_one_in_the_file(made, kept):
+    keeper, log, saver, said = made()
+    if kept is not None:
+        known = {"step": kept, "best_step": kept, "best_score": 0.3}
+        checkpoint.save(state_of(kept, loop=known), saver.folder / "best.pt")
+    saver.lost = [checkpoint.CheckpointError("candidate.pt: gone")]
+    keeper.tell_of_saved()
+    assert keeper.loop["best_step"] == kept
+    assert keeper.loop["best_score"] == (None if kept is None else 0.3)
+    (trouble,) = log.of("trouble")
+    assert trouble["kind"] == "best lost" and "candidate.pt: gone" in trouble["text"] == said[0][8:]
+    expected = "there is no best.pt" if kept is None else "best.pt stays that of step 4"
+    assert expected in trouble["text"]
+
+
+# ---------------------------------------------------------------------------- when to save
+
+
+def test_a_save_is_due_when_its_minutes_have_passed_and_none_is_under_way(made, monkeypatch):
+    keeper, _, saver, _ = made()
+    now = [keeper.saved_at]
+    monkeypatch.setattr(keeping.time, "monotonic", lambda: now[0])
+    assert not keeper.due()
+    now[0] += 1e6
+    assert not keeper.due()  # save_minutes is None
+    keeper.save_minutes = 10
+    assert keeper.due()
+    saver.busy = True
+    assert not keeper.due()
+    saver.busy = False
+    keeper.save("last.pt")
+    now[0] += 599
+    assert not keeper.due()
+    now[0] += 2
+    assert keeper.due()
+
+
+def test_a_reason_is_that_to_stop_or_that_of_the_memory(made):
+    keeper, _, _, _ = made()
+    keeper.check()
+    keeper.guard = SimpleNamespace(look=lambda batches: "memory is short")
+    with pytest.raises(Stopped, match="memory is short"):
+        keeper.check()
+    keeper.stop = SimpleNamespace(reason=lambda: "signal SIGTERM")
+    assert keeper.reason() == "signal SIGTERM"

@@ -1,0 +1,301 @@
+import math
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from runtime.sliding_window import (
+    blend_weights,
+    predict_slabs,
+    predict_volume,
+    resolve_device,
+    resolve_precision,
+    window_starts,
+)
+
+torch.set_num_threads(1)
+
+
+def constant(value):
+    return lambda x: torch.full_like(x[:, :1], math.log(value / (1 - value)))
+
+
+def same(x):
+    """The probability that it predicts is its input, which lies inside (0, 1)."""
+    return torch.logit(x[:, :1].double()).float()
+
+
+def random_volume(*shape, seed=0):
+    return np.random.default_rng(seed).uniform(0.1, 0.9, (1, *shape)).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------- layout and blending
+
+
+@pytest.mark.parametrize("size", [7, 8, 9, 16, 31, 100])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.8])
+def test_starts_are_even_and_reach_both_ends(size, overlap):
+    starts = window_starts(size, 7, overlap)
+    steps = np.diff(starts)
+    assert starts[0] == 0 and starts[-1] == size - 7
+    assert (steps <= 7 * (1 - overlap) + 1e-6).all() and (steps >= 1).all()
+    assert steps.size == 0 or steps.max() - steps.min() <= 1
+
+
+def test_starts_of_known_axes():
+    assert window_starts(10, 10, 0.8) == [0]
+    assert window_starts(14, 10, 0.8) == [0, 2, 4]  # a step of 2, although 10 * (1 - 0.8) < 2
+    assert window_starts(20, 8, 0.5) == [0, 4, 8, 12]
+    assert window_starts(3, 8, 0.5) == [-3]  # alone, the volume in its middle
+
+
+def test_blend_weights_sum_to_one_and_follow_the_gaussian():
+    weights = blend_weights(12, 8, [0, 4])
+    np.testing.assert_allclose(weights.sum(axis=0), 1, atol=1e-15)
+    np.testing.assert_array_equal(weights[:, :4], [[1] * 4, [0] * 4])  # the border has all of it
+    near, far = math.exp(-0.5 * 0.5**2), math.exp(-0.5 * 3.5**2)  # sigma 1, middles 3.5 and 7.5
+    np.testing.assert_allclose(weights[0, 4], near / (near + far), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(9, 21, 17), (8, 8, 8), (1, 30, 5), (25, 3, 8)])
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.75])
+def test_constant_network_gives_the_constant_up_to_the_border(shape, overlap):
+    probs = predict_volume(constant(0.3), np.zeros((1, *shape), np.uint8), (8, 8, 8), overlap)
+    assert probs.shape == (1, *shape) and probs.dtype == np.float32
+    np.testing.assert_allclose(probs, 0.3, atol=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [(1, 2.5, 0.4), (0.37, 1, 3.1), (7, 0.2, 1)])
+def test_constant_network_gives_the_constant_at_any_ratio(ratio):
+    volume = np.zeros((1, 9, 23, 14), np.float32)
+    probs = predict_volume(constant(0.7), volume, (4, 6, 5), 0.5, ratio=ratio)
+    np.testing.assert_allclose(probs, 0.7, atol=1e-6)
+
+
+def test_touching_windows_without_overlap_are_not_mixed():
+    volume = random_volume(4, 8, 8)
+    halves = predict_volume(lambda x: x.mean((2, 3, 4), True).expand_as(x), volume, (4, 8, 4), 0.0)
+    for columns in (slice(0, 4), slice(4, 8)):
+        mean = volume[..., columns].mean()
+        np.testing.assert_allclose(halves[..., columns], 1 / (1 + math.exp(-mean)), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------- places of voxels
+
+
+@pytest.mark.parametrize("shape", [(11, 19, 23), (1, 17, 8), (2, 3, 5), (7, 9, 9), (30, 8, 1)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_identity_network_reproduces_the_volume(shape, batch):
+    volume = random_volume(*shape)
+    probs = predict_volume(same, volume, (7, 9, 9), 0.5, batch=batch)
+    np.testing.assert_allclose(probs, volume, atol=1e-6)
+
+
+def test_volume_up_to_the_window_is_one_call_padded_with_its_edge():
+    seen = []
+
+    def network(x):
+        seen.append(x.clone())
+        return same(x)
+
+    volume = random_volume(2, 8, 5)
+    probs = predict_volume(network, volume, (6, 8, 8), 0.5)
+    expected = np.pad(volume[0], ((2, 2), (0, 0), (2, 1)), mode="edge")
+    assert len(seen) == 1
+    np.testing.assert_array_equal(seen[0][0, 0].numpy(), expected)
+    np.testing.assert_allclose(probs, volume, atol=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [(1, 2, 2), (1, 0.5, 0.7), (1.6, 1, 0.3)])
+def test_linear_ramp_survives_the_way_to_the_network_spacing_and_back(ratio):
+    z, y, x = np.meshgrid(*(np.arange(n) for n in (14, 24, 20)), indexing="ij")
+    volume = (0.2 + 0.01 * z + 0.01 * y + 0.008 * x)[None].astype(np.float32)
+    probs = predict_volume(same, volume, (6, 8, 8), 0.5, ratio=ratio)
+    interior = (0, *(slice(math.ceil(r), -math.ceil(r)) for r in ratio))
+    np.testing.assert_allclose(probs[interior], volume[interior], atol=1e-4)
+    assert np.abs(probs - volume).max() < 0.05  # the edge is a voxel repeated, no more
+
+
+def test_network_sees_the_volume_at_its_own_spacing():
+    seen = []
+
+    def network(x):
+        seen.append(x.clone())
+        return x[:, :1]
+
+    volume = random_volume(4, 20, 20)
+    predict_volume(network, volume, (4, 10, 40), 0.5, ratio=(1, 2, 0.5))
+    # A ratio of 2 puts network voxel j at 2 j + 0.5, one of 0.5 at (j - 0.5) / 2.
+    at = np.meshgrid(np.arange(4), np.arange(10) * 2 + 0.5, np.arange(40) / 2 - 0.25, indexing="ij")
+    expected = ndimage.map_coordinates(volume[0], at, order=1, mode="nearest")
+    assert len(seen) == 1
+    np.testing.assert_allclose(seen[0][0, 0].numpy(), expected, atol=1e-5)
+
+
+def test_smooth_volume_at_a_ratio_matches_whole_volume_resampling():
+    smooth = ndimage.gaussian_filter(random_volume(12, 30, 30)[0], 3)
+    volume = (0.5 + 10 * (smooth - smooth.mean()))[None]
+    probs = predict_volume(same, volume, (6, 8, 8), 0.5, ratio=(1, 1.5, 1.5))
+    grid, back = np.arange(20) * 1.5 + 0.25, (np.arange(30) - 0.25) / 1.5
+    at = np.meshgrid(np.arange(12), grid, grid, indexing="ij")
+    coarse = ndimage.map_coordinates(volume[0], at, order=1)
+    at = np.meshgrid(np.arange(12), back, back, indexing="ij")
+    expected = ndimage.map_coordinates(coarse, at, order=1, mode="nearest")
+    # Windows start at whole voxels of the volume, so their grids lie up to a voxel beside that
+    # of the whole: equal up to what linear interpolation loses, here a tenth of the contrast.
+    assert volume.std() > 0.09
+    np.testing.assert_allclose(probs[0], expected, atol=0.02)
+
+
+def test_flips_average_a_lopsided_network():
+    def first_column(x):  # 1 at x = 0 of the window, whatever it shows
+        logits = torch.full_like(x[:, :1], -30.0)
+        logits[..., 0] = 30.0
+        return logits
+
+    probs = predict_volume(first_column, np.zeros((1, 2, 3, 4)), (2, 3, 4), flips=True)
+    np.testing.assert_allclose(probs[0, 0, 0], [0.5, 0, 0, 0.5], atol=1e-6)
+    corner = predict_volume(
+        lambda x: first_column(x).where(torch.arange(3)[:, None] == 0, -30.0),
+        np.zeros((1, 2, 3, 4)),
+        (2, 3, 4),
+        flips=True,
+    )
+    np.testing.assert_allclose(corner[0, 0, :, 0], [0.25, 0, 0.25], atol=1e-6)
+
+
+def test_flips_leave_an_equivariant_network_alone():
+    volume = random_volume(9, 11, 10)
+    np.testing.assert_allclose(
+        predict_volume(same, volume, (5, 6, 6), flips=True), volume, atol=1e-6
+    )
+
+
+# ---------------------------------------------------------------------------- slabs and memory
+
+
+def test_slabs_are_the_volume_in_order():
+    volume = random_volume(23, 10, 9)
+    slabs = list(predict_slabs(same, volume, (8, 6, 6), 0.5))
+    assert [z0 for z0, _ in slabs] == [0, *np.cumsum([p.shape[1] for _, p in slabs])[:-1]]
+    np.testing.assert_array_equal(
+        np.concatenate([p for _, p in slabs], axis=1), predict_volume(same, volume, (8, 6, 6), 0.5)
+    )
+    assert max(planes.shape[1] for _, planes in slabs) <= 8
+
+
+def test_planes_leave_before_the_next_rows_are_read():
+    class Watched:
+        shape = (1, 40, 8, 8)
+        deepest = 0
+
+        def __getitem__(self, box):
+            self.deepest = max(self.deepest, box[1].stop)
+            return np.zeros([s.stop - s.start for s in (slice(0, 1), *box[1:])], np.float32)
+
+    watched = Watched()
+    for z0, planes in predict_slabs(constant(0.5), watched, (8, 8, 8), 0.5):
+        assert watched.deepest <= z0 + 8 and planes.shape[1] <= 8
+    assert watched.deepest == 40
+
+
+def test_consumer_of_slabs_is_not_left_in_inference_mode():
+    for _ in predict_slabs(same, random_volume(9, 4, 4), (4, 4, 4)):
+        assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("ratio, most", [((1, 1, 1), 4 * 5 * 6), ((1, 2, 0.5), 4 * 12 * 5)])
+def test_only_the_box_of_a_window_is_read(ratio, most):
+    class Recorder:
+        shape = (2, 30, 40, 50)
+        largest = 0
+
+        def __getitem__(self, box):
+            out = np.zeros(self.shape, np.uint8)[box]
+            self.largest = max(self.largest, out[0].size)
+            return out
+
+    volume = Recorder()
+    predict_volume(constant(0.5), volume, (4, 5, 6), 0.25, ratio=ratio, batch=64)
+    assert 0 < volume.largest <= most
+
+
+def test_hdf5_dataset_and_array_give_the_same(tmp_path):
+    volume = np.random.default_rng(1).integers(0, 255, (1, 9, 12, 11), dtype=np.uint8)
+    with h5py.File(tmp_path / "case.h5", "w") as file:
+        dataset = file.create_dataset("image", data=volume)
+        from_file = predict_volume(same, dataset, (4, 8, 8), normalize=lambda x: x / 300 + 0.1)
+    np.testing.assert_allclose(from_file, volume / 300 + 0.1, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", ">u2", "i2", ">i2", "i4", "f2", "f4", "f8", ">f4"])
+def test_any_dtype_and_byte_order_is_read(dtype):
+    volume = np.random.default_rng(1).integers(1, 100, (2, 5, 6, 7)).astype(dtype)
+    probs = predict_volume(same, volume, (4, 4, 4), normalize=lambda x: x / 128)
+    np.testing.assert_allclose(probs[0], volume[0] / 128, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------- the call
+
+
+def test_list_of_logits_counts_by_its_first_and_progress_counts_windows():
+    calls = []
+    volume = random_volume(6, 8, 8)
+    probs = predict_volume(
+        lambda x: [same(x), x[..., ::2]],
+        volume,
+        (4, 4, 4),
+        0.5,
+        batch=4,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    np.testing.assert_allclose(probs, volume, atol=1e-6)
+    assert calls == [(n, 18) for n in (4, 8, 9, 13, 17, 18)]
+
+
+def test_bf16_runs_under_autocast_and_returns_float32():
+    seen = []
+
+    def network(x):
+        logits = torch.nn.functional.conv3d(x, torch.ones(1, 1, 1, 1, 1))
+        seen.append(logits.dtype)
+        return logits
+
+    probs = predict_volume(network, random_volume(4, 4, 4), (4, 4, 4), precision="bf16")
+    assert seen == [torch.bfloat16] and probs.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"window": (4, 4)}, "window"),
+        ({"window": (4, 0, 4)}, "window"),
+        ({"overlap": 1.0}, "overlap"),
+        ({"ratio": (1, 0, 1)}, "ratio"),
+        ({"precision": "fp8"}, "precision"),
+        ({"batch": 0}, "batch"),
+        ({"volume": np.zeros((4, 4, 4))}, "volume"),
+        ({"volume": np.zeros((1, 0, 4, 4))}, "volume"),
+        ({"network": lambda x: x[..., 1:]}, "network"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named(change, word):
+    good = {"network": same, "volume": np.zeros((1, 4, 4, 4)), "window": (4, 4, 4)}
+    with pytest.raises(ValueError, match=f"^{word}: expected"):
+        predict_volume(**{**good, **change})
+
+
+def test_faults_are_raised_at_the_call_and_together():
+    with pytest.raises(ValueError, match=r"overlap.*precision"):
+        predict_slabs(same, np.zeros((1, 4, 4, 4)), (4, 4, 4), 2.0, precision="half")
+
+
+def test_device_and_precision_are_resolved_with_a_reason():
+    assert resolve_device("cpu") == (torch.device("cpu"), "as set")
+    assert resolve_device("auto")[0].type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("cuda:99", "gpu"):
+        with pytest.raises(ValueError, match=rf"run\.device: expected .* got {name} \("):
+            resolve_device(name)
+    assert resolve_precision("bf16", torch.device("cpu"))[0] == "fp32"

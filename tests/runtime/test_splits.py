@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+
+from runtime import splits
+from volumes import casefile as cases
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for number, group in enumerate("aabc"):
+        cases.write_case(
+            folder / f"bar{number}.h5",
+            np.ones((1, 4, 4, 4), np.uint8),
+            np.eye(4, dtype=np.uint8)[None].repeat(4, axis=0),
+            spacing=(1, 1, 1),
+            unit="",
+            affine=None,
+            group=group,
+            skeleton=False,
+        )
+    ids = [f"bar{number}" for number in range(4)]
+    cases.write_dataset(
+        folder, classes={"background": 0, "bar": 1}, ignore_label=None, unit="", case_ids=ids
+    )
+    return folder
+
+
+def test_folds_keep_groups_whole_and_cover_every_case(root):
+    dataset = cases.read_dataset(root)
+    held_out = []
+    for fold in range(3):
+        split, _ = splits.choose_cases(
+            dataset, train=None, validation=(), test=(), folds=3, fold=fold
+        )
+        groups = [{c.group for c in part} for part in (split.train, split.validation)]
+        assert not groups[0] & groups[1]
+        held_out += [c.id for c in split.validation]
+    assert sorted(held_out) == ["bar0", "bar1", "bar2", "bar3"]
+
+
+def test_fewer_groups_than_folds_is_said_and_one_group_trains_without(root):
+    dataset = cases.read_dataset(root)
+    several = {"validation": (), "test": (), "folds": 5, "fold": 4}
+    split, notes = splits.choose_cases(dataset, train=None, **several)
+    assert split.validation and "only 3 groups" in notes[0]
+    split, notes = splits.choose_cases(dataset, train=("a",), **several)
+    assert len(split.train) == 2 and not split.validation
+
+
+def test_several_classes_need_a_named_foreground():
+    classes = {"background": 0, "artery": 1, "vein": 2}
+    assert splits.foreground_ids({"background": 0, "sheet": 1}, None) == [1]
+    assert splits.foreground_ids(classes, ("vein",)) == [2]
+    for wanted in (None, ("nerve",)):
+        with pytest.raises(
+            ValueError, match=r"data\.foreground: expected names among artery, vein"
+        ):
+            splits.foreground_ids(classes, wanted)
+
+
+def test_an_empty_list_of_foreground_classes_is_none():
+    with pytest.raises(ValueError, match=r"data\.foreground"):
+        splits.foreground_ids({"background": 0, "a": 1, "b": 2}, ())
+
+
+def test_facts_are_plain_and_name_the_cases_of_each_part(root):
+    dataset = cases.read_dataset(root)
+    split, _ = splits.choose_cases(
+        dataset, train=("a",), validation=("b",), test=("bar3",), folds=0, fold=0
+    )
+    assert splits.facts(dataset, split, [1]) == {
+        "root": str(root.resolve()),
+        "train": ["bar0", "bar1"],
+        "validation": ["bar2"],
+        "test": ["bar3"],
+        "channels": 1,
+        "classes": {"background": 0, "bar": 1},
+        "foreground": [1],
+        "ignore_label": None,
+        "unit": "",
+    }

@@ -1,0 +1,1 @@
+"""Distances, soft skeletons and persistent homology: what the losses stand on."""

@@ -1,0 +1,1 @@
+"""Volumes of every format, raw files and case files."""

@@ -1,0 +1,308 @@
+"""Case files: what prepare.py writes and training reads.
+
+One HDF5 file per case holds everything that training needs, in the source's own dtype:
+
+    image               (C, D, H, W)   source dtype
+    label               (D, H, W)      uint8 class ids, if the case is labelled
+    skeleton            (D, H, W)      uint8 0 and 1: the tube around the skeleton of all foreground
+                                       classes together (skeletons.py); training with a term that
+                                       asks for it needs it, nothing else does
+    foreground/<class>  (N, 3) int32   voxel coordinates of that class, at most 20 000
+    background          (N, 3) int32   the same of labelled background
+    attributes          spacing (z, y, x), unit, affine, ignore_label (-1: none), intensity (JSON),
+                        source_image, source_label, group
+
+`dataset.json` beside them lists cases, groups and classes.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from volumes.skeletons import tubed_skeleton
+
+DATASET_FILE = "dataset.json"
+MAX_COORDINATES = 20_000
+PERCENTILES = (0.5, 1.0, 5.0, 50.0, 95.0, 99.0, 99.5)
+IGNORE_NONE = -1  # HDF5 attributes know no None
+CHUNK = (16, 32, 32)  # of what is compressed: benchmarks/store.py
+VOLUMES = ("image", "label", "skeleton")
+
+
+# ---------------------------------------------------------------------------- case files
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is known of a case without reading its voxels. spacing and shape are z, y, x."""
+
+    id: str
+    path: str
+    group: str
+    shape: tuple[int, int, int]
+    channels: int
+    dtype: str  # of the stored image
+    spacing: tuple[float, float, float]
+    unit: str
+    labelled: bool
+    ignore_label: int | None
+    intensity: dict
+    # Where each dataset lies, so that it can be read without HDF5: {name: (offset in the file,
+    # shape, dtype)}, or {name: None} if it is stored in chunks or empty.
+    layout: dict
+    counts: dict  # {class id: number of stored coordinates, "background": the same}
+    stamp: tuple[int, int]  # bytes and time (ns) of the file: its layout holds for these only
+    skeleton: bool = False
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The content of `dataset.json`: classes maps a name to its id, background (0) included."""
+
+    root: str
+    classes: dict[str, int]
+    ignore_label: int | None
+    unit: str
+    cases: dict[str, Case]
+
+
+def sample_coordinates(label, class_id, rng, most=MAX_COORDINATES):
+    """Up to `most` voxel coordinates of one class, without repeats: (N, 3) int32, sorted.
+
+    Dense classes are found by rejection, so that no index array of the volume's size is made.
+    """
+    flat = label.reshape(-1)
+    count = int(np.count_nonzero(flat == class_id))
+    if count > 20 * most:
+        share = count / flat.size
+        found = np.empty(0, np.int64)
+        while found.size < most:
+            trial = rng.integers(0, flat.size, size=int(1.2 * most / share))
+            found = np.unique(np.concatenate([found, trial[flat[trial] == class_id]]))
+        chosen = rng.choice(found, most, replace=False)
+    else:
+        chosen = np.flatnonzero(flat == class_id)
+        if chosen.size > most:
+            chosen = rng.choice(chosen, most, replace=False)
+    return np.stack(np.unravel_index(np.sort(chosen), label.shape), axis=1).astype(np.int32)
+
+
+def intensity_statistics(image):
+    """Mean, std and percentiles of the non-zero finite voxels, per channel, as lists.
+
+    image (C, D, H, W). A channel without such a voxel gets mean 0, std 1 and percentiles 0.
+    """
+    out = {"mean": [], "std": [], "percentiles": {str(p): [] for p in PERCENTILES}}
+    for channel in image:
+        values = channel[channel != 0]
+        if np.issubdtype(values.dtype, np.floating):
+            values = values[np.isfinite(values)]
+        empty = values.size == 0
+        out["mean"].append(0.0 if empty else float(values.mean(dtype=np.float64)))
+        out["std"].append(1.0 if empty else float(values.std(dtype=np.float64)))
+        cuts = np.zeros(len(PERCENTILES)) if empty else np.percentile(values, PERCENTILES)
+        for p, cut in zip(PERCENTILES, cuts, strict=True):
+            out["percentiles"][str(p)].append(float(cut))
+    return out
+
+
+def write_case(
+    path,
+    image,
+    label=None,
+    *,
+    spacing,
+    unit,
+    affine,
+    group,
+    ignore_label=None,
+    source_image="",
+    source_label="",
+    seed=0,
+    skeleton=True,
+    compression=None,
+):
+    """Write one case file whole: under a temporary name first, then renamed.
+
+    image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x;
+    affine (4, 4) voxel x, y, z to world as NIfTI has it, or None; skeleton: whether a labelled case
+    gets one, which takes 3 s and 250 MB of memory for 320 x 320 x 320 voxels; compression: None,
+    "lzf" or "gzip", of image and label.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with h5py.File(partial, "w") as file:
+            # As it is, a box is a strided read from the page cache, which all workers share: 2 ms
+            # for a patch of 72 x 136 x 136, where lzf takes 18 and gzip 43 (benchmarks/store.py).
+            file.create_dataset("image", data=image, **_stored(image.shape, compression))
+            if label is not None:
+                label = np.ascontiguousarray(label, dtype=np.uint8)
+                stored = _stored(label.shape, compression)
+                _write_label(file, label, ignore_label, np.random.default_rng(seed), stored)
+                if skeleton:
+                    _write_skeleton(file, label, ignore_label, spacing)
+            file.attrs["spacing"] = np.asarray(spacing, np.float64)
+            file.attrs["unit"] = unit
+            if affine is not None:
+                file.attrs["affine"] = np.asarray(affine, np.float64)
+            file.attrs["ignore_label"] = IGNORE_NONE if ignore_label is None else ignore_label
+            file.attrs["intensity"] = json.dumps(intensity_statistics(image))
+            file.attrs["source_image"] = str(source_image)
+            file.attrs["source_label"] = str(source_label)
+            file.attrs["group"] = group
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _stored(shape, compression):
+    """How h5py stores a volume: as it is, or in chunks, each compressed and with a checksum."""
+    if compression is None:
+        return {}
+    chunk = tuple(min(most, n) for most, n in zip(CHUNK, shape[-3:], strict=True))
+    return {
+        "chunks": (*(1,) * (len(shape) - 3), *chunk),
+        "compression": compression,
+        "fletcher32": True,
+    }
+
+
+def _write_label(file, label, ignore_label, rng, stored):
+    file.create_dataset("label", data=label, **stored)
+    present = np.flatnonzero(np.bincount(label.reshape(-1), minlength=256))
+    for class_id in (c for c in present if c not in (0, ignore_label)):
+        coordinates = sample_coordinates(label, class_id, rng)
+        file.create_dataset(f"foreground/{class_id}", data=coordinates)
+    file.create_dataset("background", data=sample_coordinates(label, 0, rng))
+
+
+def _write_skeleton(file, label, ignore_label, spacing):
+    foreground = label != 0
+    if ignore_label is not None:
+        foreground &= label != ignore_label
+    # Compressed, unlike the rest: a twelfth of the bytes in the file and in the page cache, for
+    # 4 ms more per box of 72 x 136 x 136.
+    tube = tubed_skeleton(foreground, spacing=spacing).view(np.uint8)
+    file.create_dataset("skeleton", data=tube, **_stored(tube.shape, "lzf"))
+
+
+def read_case(path):
+    """The `Case` of a case file. ValueError if the file is not one."""
+    path = Path(path)
+    try:
+        with h5py.File(path, "r") as file:
+            channels, *shape = file["image"].shape
+            ignore = int(file.attrs["ignore_label"])
+            classes = list(file["foreground"]) if "foreground" in file else []
+            coordinates = {"background": "background"} if "background" in file else {}
+            coordinates |= {int(c): f"foreground/{c}" for c in classes}
+            names = [name for name in VOLUMES if name in file] + list(coordinates.values())
+            status = path.stat()
+            return Case(
+                id=path.stem,
+                path=str(path),
+                group=str(file.attrs["group"]),
+                shape=tuple(shape),
+                channels=channels,
+                dtype=file["image"].dtype.str,
+                spacing=tuple(float(s) for s in file.attrs["spacing"]),
+                unit=str(file.attrs["unit"]),
+                labelled="label" in file,
+                ignore_label=None if ignore == IGNORE_NONE else ignore,
+                intensity=json.loads(file.attrs["intensity"]),
+                layout={name: _place(file[name]) for name in names},
+                counts={key: len(file[name]) for key, name in coordinates.items()},
+                stamp=(status.st_size, status.st_mtime_ns),
+                skeleton="skeleton" in file,
+            )
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a case file written by prepare.py, got one that cannot be read as "
+            f"such ({error}); prepare this case again"
+        ) from error
+
+
+def _place(dataset):
+    offset = dataset.id.get_offset()  # None: stored in chunks, or nothing is stored
+    return None if offset is None else (offset, dataset.shape, dataset.dtype.str)
+
+
+def check_skeletons(cases):
+    """ValueError that names those of the cases whose files hold no skeleton."""
+    without = [case.id for case in cases if not case.skeleton]
+    if without:
+        more = f" and {len(without) - 5} more" if len(without) > 5 else ""
+        raise ValueError(
+            f"data.root: expected a skeleton in every case file, got none in "
+            f"{', '.join(without[:5])}{more}; prepare these cases again without --no-skeletons, or "
+            "set loss.skeleton_recall.weight to 0"
+        )
+
+
+def read_truth(file, foreground, ignore_label):
+    """The label of a case file as 0, 1 and ignore_label: (D, H, W) uint8."""
+    label = file["label"][:]
+    truth = np.isin(label, foreground).astype(np.uint8)
+    if ignore_label is not None:
+        truth[label == ignore_label] = ignore_label
+    return truth
+
+
+def write_dataset(root, *, classes, ignore_label, unit, case_ids):
+    """Write `dataset.json` for the case files `<id>.h5` that stand in root."""
+    root = Path(root)
+    cases = [read_case(root / f"{case_id}.h5") for case_id in sorted(case_ids)]
+    content = {
+        "format": "lamina-dataset-1",
+        "classes": classes,
+        "ignore_label": ignore_label,
+        "unit": unit,
+        "groups": sorted({case.group for case in cases}),
+        "cases": [
+            {
+                "id": case.id,
+                "file": f"{case.id}.h5",
+                "group": case.group,
+                "shape": case.shape,
+                "channels": case.channels,
+                "spacing": case.spacing,
+                "labelled": case.labelled,
+            }
+            for case in cases
+        ],
+    }
+    partial = root / (DATASET_FILE + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, root / DATASET_FILE)
+
+
+def read_dataset(root, source=""):
+    """The `Dataset` in a folder made by prepare.py; FileNotFoundError if there is none.
+
+    source: where its data come from, for that message.
+    """
+    root = Path(root)
+    path = root / DATASET_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data.root: expected a folder made by prepare.py with a {DATASET_FILE}, got {root}; "
+            + (f"the data: {source}; " if source else "")
+            + "prepare files of your own with `python prepare.py --images PATH --labels PATH "
+            "--out DIR`, synthetic ones with `python prepare.py --phantom scroll --out DIR`"
+        )
+    try:
+        content = json.loads(path.read_text())
+        if "lamina" not in str(content.get("format")):
+            raise TypeError("another format, such as nnU-Net's: prepare that folder first")
+        ids = [entry["id"] for entry in content["cases"]]
+        files = [root / entry["file"] for entry in content["cases"]]
+        classes, ignore, unit = content["classes"], content["ignore_label"], content["unit"]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected what prepare.py writes, got {error}") from error
+    cases = {i: read_case(file) for i, file in zip(ids, files, strict=True)}
+    return Dataset(str(root), classes, ignore, unit, cases)

@@ -1,0 +1,353 @@
+"""Which raw files make a case: pairs by name, nnU-Net / MSD folders, Vesuvius folders, groups.
+
+Nothing here opens a volume. What does not fit is not raised one by one: it is collected as
+sentences, so that whoever prepares a folder sees all of it at once.
+"""
+
+import csv
+import fnmatch
+import json
+import math
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from volumes.files import Source, VolumeError, find_volumes, is_label_name, stem_of
+from volumes.formats import UNITS
+
+VESUVIUS_IGNORE_LABEL = 2
+_CHANNEL = re.compile(r"^(.+)_(\d{4})$")
+
+
+class Faults(ValueError):
+    """Everything that is wrong with an input: `sentences`, one string each."""
+
+    def __init__(self, *sentences):
+        super().__init__("\n".join(sentences))
+        self.sentences = list(sentences)
+
+
+@dataclass(frozen=True)
+class RawCase:
+    """One case before preparation: a path per channel, and the label's path if there is one."""
+
+    id: str
+    images: tuple[str, ...]
+    label: str | None
+    group: str
+
+
+@dataclass
+class Layout:
+    """The cases of a folder, what it declares (None: nothing), and what was noticed."""
+
+    cases: list[RawCase] = field(default_factory=list)
+    classes: dict[str, int] | None = None
+    ignore_label: int | None = None
+    notes: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def find_cases(images, labels=None, test_images=False):
+    """The `Layout` of images: a root in a known layout, or anything `find_volumes` understands.
+
+    labels is given for pairs only; test_images adds the imagesTs of an nnU-Net root, unlabeled.
+    """
+    root = Path(images)
+    known = _nnunet if (root / "imagesTr").is_dir() else None
+    known = _vesuvius if (root / "train_images").is_dir() else known
+    if known is None:
+        return _pairs(images, labels)
+    if labels is not None:
+        sentence = (
+            f"--labels {labels}: expected no --labels, for {root} brings its own; "
+            "leave it out, or give the folder with the images alone as --images"
+        )
+        return Layout(faults=[sentence])
+    return known(root, test_images)
+
+
+# ---------------------------------------------------------------------------- pairs by name
+
+
+def match_pairs(images, labels):
+    """Images and labels of one id, as a list of (id, image, label).
+
+    images, labels: lists of `Source`, each id once. An image whose id no label has takes the
+    label whose id is the longest beginning of its own, up to a `_`, `-` or `.`: `a_denoised`
+    goes with `a`. What finds no partner stands alone, with None on the other side.
+    """
+    by_id = {label.id: label for label in labels}
+    free = by_id.keys() - {image.id for image in images}
+    pairs = []
+    for image in images:
+        begins = [i for i in free if re.match(re.escape(i) + r"[_.-]", image.id)]
+        name = image.id if image.id in by_id else max(begins, key=len, default=image.id)
+        pairs.append((name, image, by_id.get(name)))
+    used = {name for name, _, _ in pairs}
+    return pairs + [(label.id, None, label) for label in labels if label.id not in used]
+
+
+def _pairs(images_text, labels_text):
+    layout = Layout()
+    images = _found("--images", images_text, layout)
+    labels = [] if labels_text is None else _found("--labels", labels_text, layout)
+    if layout.faults:
+        return layout
+    if {s.path for s in images} == {s.path for s in labels}:
+        images = [s for s in images if not is_label_name(s.path)]
+        labels = [s for s in labels if is_label_name(s.path)]
+    labelled = {s.path for s in labels}
+    images = [s for s in images if s.path not in labelled]
+    pictured = {s.path for s in images}
+    labels = [s for s in labels if s.path not in pictured]
+    if not images:
+        layout.faults.append(f"--images {images_text}: expected images, got labels only")
+    images, labels = _without_twins(images, layout), _without_twins(labels, layout)
+
+    if len(images) == len(labels) == 1 and _names_files(images_text, labels_text):
+        pairs = [(images[0].id, images[0], labels[0])]
+    else:
+        pairs = match_pairs(images, labels)
+    by_name = [Source(name, image.path) for name, image, _ in pairs if image is not None]
+    once = {source.path for source in _without_twins(by_name, layout)}
+    for name, image, label in pairs:
+        if image is None:
+            layout.faults.append(_without_partner(name, "an image", label.path))
+        elif label is None and labels_text is not None:
+            layout.faults.append(_without_partner(name, "a label", image.path))
+        elif image.path in once:
+            path = None if label is None else label.path
+            layout.cases.append(RawCase(name, (image.path,), path, name))
+    return layout
+
+
+def _found(option, text, layout):
+    try:
+        return find_volumes(text)
+    except VolumeError as error:
+        layout.faults.append(f"{option} {error}")
+        return []
+
+
+def _names_files(*texts):
+    return not any(os.path.isdir(text) or "{id}" in text or "*" in text for text in texts)
+
+
+def _without_partner(name, what, path):
+    return (
+        f"case {name}: expected {what} of this id for {path}, got none; add it, or name the pairs "
+        "by patterns such as 'folder/{id}_img.tif'"
+    )
+
+
+def _without_twins(sources, layout):
+    """The first source of every id; each id that comes again is a fault."""
+    paths = {}
+    for source in sources:
+        paths.setdefault(source.id, []).append(source)
+    for name, same in paths.items():
+        if len(same) > 1:
+            layout.faults.append(
+                f"case {name}: expected one file of this id, got {len(same)} "
+                f"({', '.join(s.path for s in same)}); rename or remove all but one, or choose "
+                "them by a pattern such as 'folder/{id}_img.tif'"
+            )
+    return [same[0] for same in paths.values()]
+
+
+# ---------------------------------------------------------------------------- nnU-Net and MSD
+
+
+def _nnunet(root, test_images):
+    """imagesTr and labelsTr with dataset.json; files `<id>_0000`, `<id>_0001` are channels."""
+    layout = Layout()
+    try:
+        declared = json.loads((root / "dataset.json").read_text())
+        layout.classes, layout.ignore_label = _declared_classes(declared["labels"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        layout.faults.append(
+            f"{root / 'dataset.json'}: expected nnU-Net's or MSD's description with `labels` as "
+            f"names and whole numbers, got {type(error).__name__}: {error}"
+        )
+        return layout
+    labels = {}
+    if (root / "labelsTr").is_dir():
+        found = _found("--images", root / "labelsTr", layout)
+        labels = {stem_of(s.path): s.path for s in found}
+    _channel_cases(root / "imagesTr", labels, declared, layout)
+    if test_images:
+        _channel_cases(root / "imagesTs", None, declared, layout)
+    repeated = [i for i, n in Counter(case.id for case in layout.cases).items() if n > 1]
+    layout.faults += [f"case {i}: expected one case of this id, got another" for i in repeated]
+    return layout
+
+
+def _declared_classes(labels):
+    """(classes, ignore label) from {"name": id} of nnU-Net v2 or {"id": "name"} of MSD."""
+    if all(str(key).isdigit() for key in labels):
+        labels = {name: int(key) for key, name in labels.items()}
+    if not all(isinstance(value, int) for value in labels.values()):
+        raise ValueError("classes made of regions (lists of ids), which need one id per class")
+    ignore = labels.pop("ignore", None)
+    return {"background": 0, **{name: i for name, i in labels.items() if i != 0}}, ignore
+
+
+def _channel_cases(folder, labels, declared, layout):
+    """Add the cases of one folder; labels maps id to path, None for a folder without labels."""
+    files = {stem_of(s.path): s.path for s in _found("--images", folder, layout)}
+    # MSD's `la_0001` may be an id and not a channel: then a label of that very name exists.
+    split = all(_CHANNEL.match(stem) and stem not in (labels or ()) for stem in files)
+    grouped = {}
+    for stem, path in sorted(files.items()):
+        name = _CHANNEL.match(stem)[1] if split else stem
+        grouped.setdefault(name, []).append(path)
+    names = declared.get("channel_names") or declared.get("modality") or {}
+    for name, paths in grouped.items():
+        if split and names and len(paths) != len(names):
+            layout.faults.append(
+                f"case {name}: expected {len(names)} channels as in dataset.json, "
+                f"got {len(paths)} ({', '.join(paths)})"
+            )
+        elif labels is not None and labels and name not in labels:
+            layout.faults.append(_without_partner(name, "a label", paths[0]))
+        else:
+            layout.cases.append(RawCase(name, tuple(paths), (labels or {}).get(name), name))
+    for name in sorted((labels or {}).keys() - grouped.keys()):
+        layout.faults.append(_without_partner(name, "an image", labels[name]))
+
+
+# ---------------------------------------------------------------------------- Vesuvius
+
+
+def _vesuvius(root, _test_images):
+    """train_images, train_labels and train.csv (id, scroll_id); the scroll is the group."""
+    layout = Layout(ignore_label=VESUVIUS_IGNORE_LABEL)
+    try:
+        scrolls = {
+            row["id"]: row["scroll_id"] for row in read_table(root / "train.csv", "scroll_id", "id")
+        }
+    except Faults as faults:
+        layout.faults += faults.sentences
+        return layout
+    images = {s.id: s.path for s in _found("--images", root / "train_images", layout)}
+    labels = {s.id: s.path for s in _found("--images", root / "train_labels", layout)}
+    gone = [name for name in scrolls if name not in images or name not in labels]
+    if gone:
+        layout.notes.append(
+            f"{root / 'train.csv'} lists {len(gone)} ids that have no file any more; skipped: "
+            + ", ".join(gone)
+        )
+    for name, path in images.items():
+        if name in gone:
+            continue
+        if name not in labels:
+            layout.faults.append(_without_partner(name, "a label", path))
+        elif name not in scrolls:
+            layout.faults.append(f"case {name}: expected its scroll_id in train.csv, got no row")
+        else:
+            layout.cases.append(RawCase(name, (path,), labels[name], scrolls[name]))
+    return layout
+
+
+# ---------------------------------------------------------------------------- tables and groups
+
+
+def read_table(path, *columns):
+    """The rows of a CSV file as dicts. Faults if it cannot be read or lacks one of columns."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True, strict=True)
+            rows, names = list(reader), reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise Faults(f"{path}: expected a readable CSV file, got {error}") from error
+    missing = [column for column in columns if column not in names]
+    if missing:
+        raise Faults(
+            f"{path}: expected the columns {', '.join(missing)}, got {', '.join(names) or 'none'}"
+        )
+    return rows
+
+
+def assign_groups(cases, rule, images):
+    """The cases with the group that rule gives them. Faults if a case gets none.
+
+    rule: None keeps them; `csv:COLUMN` and `csv:FILE:COLUMN` look the id up (column `id`, else
+    the first); `regex:PATTERN` takes the first capture group, else the match, on the id. A CSV
+    that is not named is train.csv, or the only CSV, of the folder images or of its parent.
+    """
+    if rule is None:
+        return cases
+    kind, _, rest = rule.partition(":")
+    if kind == "csv" and rest:
+        file, _, column = rest.rpartition(":")
+        groups = _groups_of_table(file or _only_csv(images), column)
+    elif kind == "regex" and rest:
+        groups = _groups_of_pattern(rest, [case.id for case in cases])
+    else:
+        raise Faults(f"--group-from {rule}: expected csv:COLUMN, csv:FILE:COLUMN or regex:PATTERN")
+    lost = [case.id for case in cases if not groups.get(case.id)]
+    if lost:
+        raise Faults(
+            *(f"case {i}: expected a group by --group-from {rule}, got none" for i in lost)
+        )
+    return [replace(case, group=groups[case.id]) for case in cases]
+
+
+def _groups_of_table(path, column):
+    rows = read_table(path, column)
+    key = "id" if rows and "id" in rows[0] else next(iter(rows[0]), "") if rows else ""
+    return {row[key]: row[column] for row in rows}
+
+
+def _groups_of_pattern(pattern, names):
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise Faults(f"--group-from regex:{pattern}: expected a pattern, got {error}") from error
+    found = {name: regex.search(name) for name in names}
+    return {name: m[1] if regex.groups else m[0] for name, m in found.items() if m}
+
+
+def _only_csv(images):
+    """The CSV that a rule without a file means."""
+    root = Path(images)
+    root = root if root.is_dir() else root.parent
+    for folder in (root, root.parent):
+        files = sorted(folder.glob("*.csv"))
+        train = [file for file in files if file.name == "train.csv"]
+        if len(train or files) == 1:
+            return (train or files)[0]
+    raise Faults(
+        f"--group-from: expected train.csv or one CSV file in {root} or {root.parent}, got none or "
+        "several; name it as csv:FILE:COLUMN"
+    )
+
+
+def read_spacings(path):
+    """Rows (id pattern, (z, y, x), unit or "") of a CSV with columns id, z, y, x[, unit]."""
+    rows, faults = [], []
+    for number, row in enumerate(read_table(path, "id", "z", "y", "x"), start=2):
+        unit = (row.get("unit") or "").strip()
+        try:
+            spacing = tuple(float(row[axis]) for axis in "zyx")
+        except (TypeError, ValueError):
+            spacing = (math.nan,) * 3
+        if not all(math.isfinite(s) and s > 0 for s in spacing):
+            faults.append(f"{path}, line {number}: expected positive numbers for z, y and x")
+        if unit and unit not in UNITS:
+            faults.append(f"{path}, line {number}: expected a unit, one of mm, micron, nm, m")
+        rows.append((row["id"], spacing, UNITS.get(unit, "")))
+    if faults:
+        raise Faults(*faults)
+    return rows
+
+
+def spacing_of(rows, name):
+    """(spacing, unit) of the first row whose id or fnmatch pattern fits name, else None."""
+    for pattern, spacing, unit in rows:
+        if name == pattern or fnmatch.fnmatchcase(name, pattern):
+            return spacing, unit
+    return None
