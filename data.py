@@ -20,7 +20,7 @@ PAUSES = (0.2, 1.0)  # seconds before a case file that cannot be read is tried a
 UNREADABLE = (Unreadable, OSError)
 
 
-class Unread(NamedTuple):
+class ReadFailure(NamedTuple):
     """Stands for the sample of a case that cannot be read, after it was tried again."""
 
     case: str
@@ -30,9 +30,9 @@ class Unread(NamedTuple):
 class PatchDataset:
     """Patches as boxes of source voxels, each a function of (seed, epoch, index) alone.
 
-    cases: list of `Case`, all labelled; cache: a `cache.VolumeCache` of them; patch: voxels z, y,
-    x; spacing: target spacing per axis, 0 or None keeps the case's own; draw_spatial,
-    draw_intensity, place_patch: see augment.py, intensity.py, grid.py (picklable: they travel to
+    cases: list of `Case`, all labeled; cache: a `cache.VolumeCache` of them; patch: voxels z, y,
+    x; spacing: target spacing per axis, 0 or None keeps the case's own; sample_spatial_params,
+    sample_intensity_params, place_patch: see augment.py, intensity.py, grid.py (picklable: they travel to
     the workers); foreground: {class id: weight}, of foreground draws each class gets its share of
     the weights, if any case has it; foreground_share: of draws that are around a foreground voxel;
     jitter: how far off-centre that voxel lies, as a share of half the patch; clip: percentiles to
@@ -41,7 +41,7 @@ class PatchDataset:
 
     dataset[epoch, index] reads only the box that the patch covers and returns plain values and
     tensors: image, label and, if wanted, skeleton (the box, as stored); matrix, control, step,
-    roll, origin, start, inside, shape (grid.draw_patch); intensity (what to do to it), mean, std,
+    roll, origin, start, inside, shape (grid.resample_patch); intensity (what to do to it), mean, std,
     low, high (how to normalise), spacing, case, around (the class drawn around, 0: background) and
     voxel (where).
 
@@ -50,7 +50,7 @@ class PatchDataset:
     ValueError if no case has a voxel to draw around. missing: classes that were asked for and that
     no case holds; the others take their share.
 
-    A case whose file cannot be read gives `Unread` instead of a sample. `leave_out` draws it no
+    A case whose file cannot be read gives `ReadFailure` instead of a sample. `exclude` draws it no
     more: another case stands in at its turns, the same one whenever and wherever it is drawn.
     """
 
@@ -66,32 +66,35 @@ class PatchDataset:
         jitter,
         clip,
         seed,
-        draw_spatial,
-        draw_intensity,
+        sample_spatial_params,
+        sample_intensity_params,
         place_patch,
         skeletons=False,
     ):
-        self.cases, self.cache, self.left_out = list(cases), cache, {}
+        self.cases, self.cache, self.excluded = list(cases), cache, {}
         self.patch, self.seed, self.clip = tuple(patch), seed, clip
         self.spacing, self.jitter = spacing, jitter
-        self.draw_spatial, self.draw_intensity = draw_spatial, draw_intensity
+        self.sample_spatial_params, self.sample_intensity_params = (
+            sample_spatial_params,
+            sample_intensity_params,
+        )
         self.place_patch = place_patch
         self.names = ("image", "label", "skeleton") if skeletons else ("image", "label")
-        self.holders = {  # the cases in which a voxel of a class can be drawn around
+        self.cases_with_class = {  # the cases in which a voxel of a class can be drawn around
             class_id: [case for case in self.cases if case.counts.get(key, 0)]
             for class_id, key in {**{c: c for c in foreground}, BACKGROUND: "background"}.items()
         }
-        weights = {c: w for c, w in foreground.items() if self.holders[c] and w > 0}
-        self.missing = [c for c, w in foreground.items() if w > 0 and not self.holders[c]]
+        weights = {c: w for c, w in foreground.items() if self.cases_with_class[c] and w > 0}
+        self.missing = [c for c, w in foreground.items() if w > 0 and not self.cases_with_class[c]]
         self.classes, shares = list(weights), np.cumsum(list(weights.values()))
         self.class_edges = shares / shares[-1] if weights else shares
-        if not weights and not self.holders[BACKGROUND]:
+        if not weights and not self.cases_with_class[BACKGROUND]:
             raise ValueError(
-                "data.train: expected cases with labelled voxels to draw patches around, got none; "
+                "data.train: expected cases with labeled voxels to draw patches around, got none; "
                 "look at the labels that prepare.py was given"
             )
         self.foreground_share = foreground_share if weights else 0.0
-        if not self.holders[BACKGROUND]:
+        if not self.cases_with_class[BACKGROUND]:
             self.foreground_share = 1.0
 
     def _around(self, epoch, index):
@@ -107,34 +110,34 @@ class PatchDataset:
             point = (phases[1] + before * GOLDEN) % 1.0
             class_id = self.classes[int(np.searchsorted(self.class_edges, point, side="right"))]
             number = before
-        holders = self.holders[class_id]
-        turn, position = divmod(number, len(holders))
+        cases_with_class = self.cases_with_class[class_id]
+        turn, position = divmod(number, len(cases_with_class))
         order = np.random.default_rng((self.seed, epoch, 1, class_id, turn))
-        case = holders[int(order.permutation(len(holders))[position])]
-        if case.id in self.left_out:
-            case = self._stand_in(epoch, index, holders)
+        case = cases_with_class[int(order.permutation(len(cases_with_class))[position])]
+        if case.id in self.excluded:
+            case = self._stand_in(epoch, index, cases_with_class)
         return class_id, case
 
-    def _stand_in(self, epoch, index, holders):
+    def _stand_in(self, epoch, index, cases_with_class):
         """Another case. Of one sequence the first that is there, so that it is still the one after
         others were left out whose turn it is not."""
         sequence = np.random.default_rng((self.seed, epoch, 3, index))
         while True:
-            case = holders[int(sequence.integers(len(holders)))]
-            if case.id not in self.left_out:
+            case = cases_with_class[int(sequence.integers(len(cases_with_class)))]
+            if case.id not in self.excluded:
                 return case
 
     def case_of(self, place):
         """Id of the case that dataset[place] reads."""
         return self._around(*place)[1].id
 
-    def leave_out(self, case_id, reason):
+    def exclude(self, case_id, reason):
         """Draw this case no more. ValueError if a class or the background is then in no case."""
-        self.left_out[case_id] = reason
+        self.excluded[case_id] = reason
         drawn = (*self.classes, *[BACKGROUND] * (self.foreground_share < 1))
         for class_id in drawn:
-            holders = self.holders[class_id]
-            if all(case.id in self.left_out for case in holders):
+            cases_with_class = self.cases_with_class[class_id]
+            if all(case.id in self.excluded for case in cases_with_class):
                 what = "background" if class_id == BACKGROUND else f"class {class_id}"
                 raise ValueError(
                     f"case {case_id}: no other case that can be read has {what} to draw around"
@@ -145,7 +148,7 @@ class PatchDataset:
         class_id, case = self._around(epoch, index)
         rng = np.random.default_rng((self.seed, epoch, 2, index))
         spacing = network_spacing(case.spacing, self.spacing)
-        drawn = self.draw_spatial(rng, case.spacing, spacing, patch=self.patch)
+        drawn = self.sample_spatial_params(rng, case.spacing, spacing, patch=self.patch)
         key = "background" if class_id == BACKGROUND else class_id
         rows = "background" if class_id == BACKGROUND else f"foreground/{class_id}"
         voxel = self.cache.row(case, rows, int(rng.integers(case.counts[key])))
@@ -158,7 +161,7 @@ class PatchDataset:
         try:
             return read_patiently(lambda: self._sample(*place))
         except UNREADABLE as error:
-            return Unread(self.case_of(place), " ".join(str(error).split()))
+            return ReadFailure(self.case_of(place), " ".join(str(error).split()))
 
     def _sample(self, epoch, index):
         rng, class_id, case, voxel, spacing, drawn, where = self._placed(epoch, index)
@@ -179,7 +182,7 @@ class PatchDataset:
             "inside": where.inside,
             "shape": case.shape,
             "spacing": spacing,
-            "intensity": self.draw_intensity(rng),
+            "intensity": self.sample_intensity_params(rng),
             **normalisation(case.intensity, self.clip),
         }
 

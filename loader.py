@@ -17,9 +17,9 @@ import time
 import torch
 
 import workers as worker_processes
-from data import Unread
+from data import ReadFailure
 from monitoring import memory
-from monitoring.memory import amount
+from monitoring.memory import format_bytes
 from runtime.signals import CannotGoOn
 
 WAIT = 1.0  # seconds between two looks at whether the run shall stop, while it waits for data
@@ -53,7 +53,7 @@ class Batches:
     for each epoch; pin: samples go to pinned memory. Close it, or its workers stay.
 
     report(kind, text, **figures) is told of workers that die and of cases that are left out; at
-    most a share `max_left_out` of the cases may be, else `stopping.CannotGoOn` is raised. poll() is
+    most a share `max_excluded` of the cases may be, else `stopping.CannotGoOn` is raised. poll() is
     called every second of waiting, and may raise.
 
     Every sample is a function of its place in the plan and of the cases left out by then, whoever
@@ -76,13 +76,13 @@ class Batches:
         ranks=1,
         report=lambda kind, text, **figures: None,
         poll=lambda: None,
-        max_left_out=1.0,
+        max_excluded=1.0,
     ):
         share = {"batch_size": batch_size, "rank": rank, "ranks": ranks}
         self.plan = PatchPlan(batches_per_epoch=batches_per_epoch, **share)
         self.dataset, self.number, self.last = dataset, first, last
         self.wanted, self.prefetch, self.persistent, self.pin = workers, prefetch, persistent, pin
-        self.report, self.poll, self.max_left_out = report, poll, max_left_out
+        self.report, self.poll, self.max_excluded = report, poll, max_excluded
         self.ready, self.given, self.faults = {}, first, {}
         self.oom_kills = memory.oom_kills()
         self.pool = None
@@ -177,26 +177,26 @@ class Batches:
         """
         settled = []
         for place, sample in zip(self.plan[self.number], samples, strict=True):
-            while isinstance(sample, Unread) or sample["case"] in self.dataset.left_out:
-                if isinstance(sample, Unread) and sample.case not in self.dataset.left_out:
+            while isinstance(sample, ReadFailure) or sample["case"] in self.dataset.excluded:
+                if isinstance(sample, ReadFailure) and sample.case not in self.dataset.excluded:
                     self._leave_out(sample)
                 sample = self.dataset[place]
             settled.append(sample)
         return settled
 
     def _leave_out(self, unread):
-        count, most = len(self.dataset.left_out) + 1, len(self.dataset.cases)
+        count, most = len(self.dataset.excluded) + 1, len(self.dataset.cases)
         text = f"{unread.reason}; {count} of {most} training cases are left out"
-        if count > self.max_left_out * most:
+        if count > self.max_excluded * most:
             raise CannotGoOn(
-                f"{text}, more than the share of {self.max_left_out} that data.max_left_out allows"
+                f"{text}, more than the share of {self.max_excluded} that data.max_excluded allows"
             )
         try:
-            self.dataset.leave_out(unread.case, unread.reason)
+            self.dataset.exclude(unread.case, unread.reason)
         except ValueError as error:
             raise CannotGoOn(f"{unread.reason}; {error}") from None
         if self.pool:
-            self.pool.tell("leave_out", unread.case, unread.reason)
+            self.pool.tell("exclude", unread.case, unread.reason)
         self.report("case left out", text, case=unread.case, reason=unread.reason)
 
     def _bury(self, worker):
@@ -218,8 +218,10 @@ class Batches:
         )
         if -code in FAULTS and case is not None:
             self.faults[case] = self.faults.get(case, 0) + 1
-            if self.faults[case] >= SEVERAL and case not in self.dataset.left_out:
-                self._leave_out(Unread(case, f"case {case}: {SEVERAL} workers died reading it"))
+            if self.faults[case] >= SEVERAL and case not in self.dataset.excluded:
+                self._leave_out(
+                    ReadFailure(case, f"case {case}: {SEVERAL} workers died reading it")
+                )
         self._give_again(worker.tasks.values())
 
     def _left(self):
@@ -247,11 +249,11 @@ class Batches:
 
     def _circumstances(self, worker):
         """Memory of it and around it, and which setting to turn."""
-        held = f"it held {amount(worker.resident)}, " if worker.resident else ""
+        held = f"it held {format_bytes(worker.resident)}, " if worker.resident else ""
         shared, killed = memory.shared_memory_free(), memory.oom_kills()
-        shared = "" if shared is None else f", {amount(shared)} of /dev/shm free"
+        shared = "" if shared is None else f", {format_bytes(shared)} of /dev/shm free"
         text = (
-            f"{held}all processes of the run hold {amount(memory.resident_memory())}; "
+            f"{held}all processes of the run hold {format_bytes(memory.resident_memory())}; "
             f"{memory.available().reason}{shared}"
         )
         if killed is not None and killed > (self.oom_kills or 0):
@@ -279,28 +281,28 @@ def _who(worker):
 # ---------------------------------------------------------------------------- cases left out
 
 
-def left_out(dataset):
+def excluded(dataset):
     """The cases that a dataset leaves out, for a checkpoint: {case id: [why, bytes, time]}."""
     stamps = {case.id: case.stamp for case in dataset.cases}
-    return {case: [why, *stamps[case]] for case, why in dataset.left_out.items()}
+    return {case: [why, *stamps[case]] for case, why in dataset.excluded.items()}
 
 
-def leave_out_again(dataset, saved):
-    """Leave out what `left_out` gave, but for files that have changed; lines for people."""
+def exclude_again(dataset, saved):
+    """Leave out what `excluded` gave, but for files that have changed; lines for people."""
     lines = []
     for case in dataset.cases:
         if case.id in saved:
             why, *stamp = saved[case.id]
             if tuple(stamp) == tuple(case.stamp):
-                dataset.leave_out(case.id, why)
+                dataset.exclude(case.id, why)
             else:
                 lines.append(f"case {case.id}: its file has changed, it is drawn again")
-    return lines + tell_of_left_out(dataset)
+    return lines + describe_excluded(dataset)
 
 
-def tell_of_left_out(dataset):
+def describe_excluded(dataset):
     """A line for people for each case that a dataset leaves out."""
-    return [f"left out: {why}" for why in dataset.left_out.values()]
+    return [f"left out: {why}" for why in dataset.excluded.values()]
 
 
 # ---------------------------------------------------------------------------- to the device

@@ -4,7 +4,7 @@ Every term is `<name>_loss(logits, target, valid=None, *, ...) -> scalar float32
 
     logits   (B, 1, D, H, W)   any float dtype; the arithmetic is float32
     target   (B, 1, D, H, W)   float in [0, 1] (soft at coarse scales) or bool
-    valid    (B, 1, D, H, W)   bool, True where the voxel is labelled; None: everywhere
+    valid    (B, 1, D, H, W)   bool, True where the voxel is labeled; None: everywhere
 
 One channel of logits is a foreground against the rest, by a sigmoid. K > 1 channels are classes by
 a softmax, 0 the background; target is then (B, 1, ...) class ids (K and above: of no class) or
@@ -68,8 +68,8 @@ def _foreground(logits, target, valid):
 
 def _mean_per_sample(values, valid):
     """The mean of (B, C) values over the samples that have a valid voxel; 0 if none has."""
-    labelled = valid.flatten(2).any(2)
-    return torch.where(labelled, values, 0.0).sum() / labelled.sum().clamp(min=1)
+    labeled = valid.flatten(2).any(2)
+    return torch.where(labeled, values, 0.0).sum() / labeled.sum().clamp(min=1)
 
 
 def _positive(name, value):
@@ -214,7 +214,7 @@ def surface_distance_loss(
     so that no far voxel outweighs the rest.
 
     An unlabeled voxel is foreground of neither side: a surface that goes on inside the unlabeled
-    region attracts nothing, and the labelled voxels beside it are as far as the labelled surface.
+    region attracts nothing, and the labeled voxels beside it are as far as the labeled surface.
     Empty target: the mean of p. Empty prediction: the second term is the mean of target * (1 - p).
 
     A thin structure averaged to a coarse scale falls under 0.5 and is then empty here: let this

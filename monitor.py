@@ -65,7 +65,7 @@ class Watch:
 
     def __init__(self, folder):
         self.run = history.History(folder)
-        self.pulse = vitals.Pulse(self.run)
+        self.pulse = vitals.RunHealth(self.run)
 
     def look(self):
         """What its files say at this moment, as a `view.View`."""

@@ -9,7 +9,7 @@ Every case is checked first: all faults of a folder are printed at once, one sen
 then nothing is written (exit status 2). Leaves `<out>/<case>.h5` and `<out>/dataset.json`; cases
 are added to a dataset that is already there, and those of the same id are replaced.
 
-A labelled case also gets the skeleton of its label, for the loss skeleton_recall: 3 s of a core and
+A labeled case also gets the skeleton of its label, for the loss skeleton_recall: 3 s of a core and
 3 MB for 320 x 320 x 320 voxels. Give --no-skeletons if you do not train with it. --compression lzf
 halves the files, and makes a box that is read from one take 26 ms instead of 1.4.
 """
@@ -34,7 +34,7 @@ from volumes.casefile import DATASET_FILE, read_dataset, write_dataset
 from volumes.files import split_dataset
 from volumes.formats import UNITS
 from volumes.ingest import PhantomCase, Rules, prepare_case
-from volumes.layouts import Faults
+from volumes.layouts import InputErrors
 
 MAX_NAMED = 8  # cases that a note spells out
 MAX_ROWS = 40  # of the summary
@@ -210,7 +210,7 @@ def parse(argv):
 def make_rules(options, layout):
     """The `Rules` (without a folder) of the command line and of what the layout declares.
 
-    Faults with everything that is wrong with the options.
+    InputErrors with everything that is wrong with the options.
     """
     classes = layout.classes or {"background": 0, "foreground": 1}
     if options.classes is not None:
@@ -225,7 +225,7 @@ def make_rules(options, layout):
     if len({name for name, _, _ in crops}) < len(crops):
         faults.append(f"--crop: expected distinct names, got {' '.join(options.crop)}")
     if faults:
-        raise Faults(*faults)
+        raise InputErrors(*faults)
     unit = options.unit and UNITS[options.unit]
     store = {"skeleton": not options.no_skeletons, "compression": options.compression}
     return Rules(classes, ignore, options.spacing, unit, rows, crops, store, "")
@@ -235,7 +235,7 @@ def make_rules(options, layout):
 def _collected(faults):
     try:
         yield
-    except Faults as error:
+    except InputErrors as error:
         faults += error.sentences
 
 
@@ -273,7 +273,7 @@ def _crop(text):
     """`NAME=Z0:Z1` as (name, z0, z1); either end may be left out."""
     match = re.fullmatch(r"([\w-]+)=(-?\d*):(-?\d*)", text)
     if not match or "-" in match.groups()[1:]:
-        raise Faults(f"--crop {text}: expected NAME=Z0:Z1, such as train=0:80")
+        raise InputErrors(f"--crop {text}: expected NAME=Z0:Z1, such as train=0:80")
     name, *ends = match.groups()
     return (name, *(int(end) if end else None for end in ends))
 
@@ -354,7 +354,7 @@ def main(argv=None):
     cases, faults, notes = layout.cases, layout.faults, layout.notes
     try:
         rules = make_rules(options, layout)
-    except Faults as error:
+    except InputErrors as error:
         return refuse(error.sentences + faults, cases)
     with _collected(faults):
         cases = layouts.assign_groups(cases, options.group_from, options.images)

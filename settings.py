@@ -51,7 +51,7 @@ class Data(Group):
     root: str = "data"  # a folder made by prepare.py
     source: str = ""  # where the data come from: said when root is not there
     # Case ids, groups, or patterns of either (burgess2014_*).
-    train: tuple[str, ...] | None = None  # null: all labelled cases not named below
+    train: tuple[str, ...] | None = None  # null: all labeled cases not named below
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     folds: Whole = 0  # 0: no cross-validation; k: validation is fold number `fold` of k
@@ -65,7 +65,7 @@ class Data(Group):
     cache_gb: NonNegative | None = None
     # The share of training cases that may be left out because their files cannot be read; more than
     # that stop the run.
-    max_left_out: Probability = 0.25
+    max_excluded: Probability = 0.25
     clip_percentiles: Literal["none", "0.5-99.5", "1-99", "5-95"] = "0.5-99.5"
 
     @property
@@ -203,7 +203,7 @@ class Term(Group):
     weight: NonNegative = 0.0
     scales: Count | None = None  # how many scales, from the finest, it acts on; null: all
     interval: Count = 1  # acts on one step of this many
-    between: Literal["nothing", "boundary"] = "nothing"  # what stands in on the other steps
+    off_step: Literal["nothing", "boundary"] = "nothing"  # what stands in on the other steps
     validation_only: bool = False  # computed at each validation, never trained
 
 

@@ -124,7 +124,7 @@ def _train(settings, resume, stack):
         **{"evaluated_step": None, "pending": None, "best_score": None, "best_step": None},
         **{"worse": 0, "chosen": {}},
         "skipped": {"in_a_row": 0, "since_log": 0, "cases": {}},  # steps without an update
-        "left_out": {},  # what loader.left_out gives
+        "excluded": {},  # what loader.excluded gives
         # What the device's memory has taught: see fitting.py.
         **{"part": None, "recompute": False, "window_fits": {}},
     }
@@ -143,7 +143,7 @@ def _train(settings, resume, stack):
         if state["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
         loop |= state["loop"]
-        notes += loader.leave_out_again(patches, loop["left_out"])
+        notes += loader.exclude_again(patches, loop["excluded"])
         checkpoint.set_rng_state(state["rng"])
     del state
     if settings.model.compile:
@@ -222,7 +222,7 @@ def _train(settings, resume, stack):
         pin=device.type == "cuda",
         report=keep.report,
         poll=keep.check,
-        max_left_out=settings.data.max_left_out,
+        max_excluded=settings.data.max_excluded,
     )
     stack.callback(batches.close)
     stack.enter_context(
@@ -279,7 +279,7 @@ def _train(settings, resume, stack):
     try:
         keep.record(
             "start",
-            **runs.whereabouts(),
+            **runs.process_info(),
             steps=stop_step,
             iterations=iterations,
             log_every=settings.monitor.log_every,
@@ -394,7 +394,7 @@ def _train(settings, resume, stack):
     if loop["best_score"] is not None:
         best = f"{settings.validation.score} {loop['best_score']:.4f}"
         console.print(f"best: {best} at step {loop['best_step']}, in best.pt")
-    for line in [*loader.tell_of_left_out(patches), *nonfinite.tell_of(loop["skipped"])]:
+    for line in [*loader.describe_excluded(patches), *nonfinite.tell_of(loop["skipped"])]:
         console.print(line)
     last = Path(settings.run.folder) / "last.pt"
     console.print(f"state in {run_folder / 'checkpoints'}; next: python infer.py --ckpt {last}")

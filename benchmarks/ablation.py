@@ -100,7 +100,7 @@ def score_case(case, prediction, foreground, tolerance):
     with h5py.File(case.path) as file:
         truth = cases.read_truth(file, foreground, case.ignore_label)
     scores = metrics.score(prediction, truth, case.spacing, case.ignore_label, tolerance)
-    masks = metrics.labelled_masks(prediction, truth, case.ignore_label)
+    masks = metrics.labeled_masks(prediction, truth, case.ignore_label)
     scores["cldice"] = centreline_dice(*masks)
     numbers = zip(*map(betti_numbers, masks), strict=True)
     scores |= {f"b{i}_error": abs(ours - true) for i, (ours, true) in enumerate(numbers)}

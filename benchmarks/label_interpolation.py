@@ -40,7 +40,7 @@ def main():
     for name, label in shapes():
         rng, rows = np.random.default_rng(0), []
         for _ in range(30):
-            matrix = augment.draw_spatial(
+            matrix = augment.sample_spatial_params(
                 rng, (1, 1, 1), (1, 1, 1), patch=PATCH, settings=settings
             ).matrix
             centre = SIZE / 2 + rng.uniform(-0.5, 0.5, 3)

@@ -378,9 +378,9 @@ def main(argv=None):
         print(json.dumps(measure(arguments.measure, device, arguments.leak)))
         return 0
     show_machine(arguments.threads, device)
-    shape, labelled = "×".join(map(str, SHAPE)), f"{100 - 100 * UNLABELED:g} % labelled"
+    shape, labeled = "×".join(map(str, SHAPE)), f"{100 - 100 * UNLABELED:g} % labeled"
     hold = show(
-        f"Forward and backward, {shape}, {labelled} or no mask",
+        f"Forward and backward, {shape}, {labeled} or no mask",
         time_rows(device, arguments.repeats),
     )
     hold &= show("Peak memory above the inputs", memory_rows(arguments))

@@ -4,7 +4,7 @@
     python benchmarks/metrics.py --sizes 160 --rounds 3
 
 One pair of 160 x 160 x 160 voxels and one of 320 x 320 x 320: sheets of a scroll phantom, all of
-them labelled, and a prediction that lies a voxel aside, is of uneven thickness, torn elsewhere and
+them labeled, and a prediction that lies a voxel aside, is of uneven thickness, torn elsewhere and
 bridged. Each part runs in a process of its own, first once for the peak of resident memory above
 what the process held before, then for the median of the rounds that begin within 5 s: of the time,
 and of the processor time of all threads, which other work on the cores changes less. The

@@ -2,7 +2,7 @@
 
 number, size, sizes, duration, clock    quantities for people, in few characters
 sparkline                               a curve of one line
-labelled, table, flowing, bars, with_curves
+labeled, table, flowing, bars, with_curves
                                         lines, as texts of rich, of a section of a view
 """
 
@@ -131,7 +131,7 @@ def _mean(values):
     return sum(present) / len(present) if present else None
 
 
-def labelled(label, lines):
+def labeled(label, lines):
     """Lines with a label before the first, as text, and all indented."""
     labels = [label, *[""] * len(lines)]
     pairs = zip(labels, lines, strict=False)

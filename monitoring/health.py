@@ -32,7 +32,7 @@ class Verdict(NamedTuple):
     notes: tuple = ()
 
 
-class Pulse:
+class RunHealth:
     """Tells whether a run lives; remembers since when its process is missing."""
 
     def __init__(self, run):

@@ -19,7 +19,7 @@ import psutil
 GB = 10**9
 
 
-class Room(NamedTuple):
+class MemoryLimit(NamedTuple):
     """One limit: bytes still free, bytes in all, and whose limit it is, for people."""
 
     free: int
@@ -27,10 +27,10 @@ class Room(NamedTuple):
     what: str
 
     def __str__(self):
-        return f"{amount(self.free)} free of {amount(self.total)}, {self.what}"
+        return f"{format_bytes(self.free)} free of {format_bytes(self.total)}, {self.what}"
 
 
-def amount(size):
+def format_bytes(size):
     """Bytes as people read them: 1.5 GB, 28 MB."""
     return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
 
@@ -49,17 +49,17 @@ def available(proc="/proc", cgroup="/sys/fs/cgroup"):
 
 
 def rooms(proc="/proc", cgroup="/sys/fs/cgroup"):
-    """The `Room` of the host and of each cgroup around this process that has a limit.
+    """The `MemoryLimit` of the host and of each cgroup around this process that has a limit.
 
     A cgroup leaves limit - usage, and its file cache on top: the kernel drops that before it kills.
     One that cannot be read is taken as none.
     """
     host = psutil.virtual_memory()
-    found = [Room(host.available, host.total, "memory of this machine")]
+    found = [MemoryLimit(host.available, host.total, "memory of this machine")]
     for folder, read in _cgroups(Path(proc), Path(cgroup)):
         limit = read(folder)
         if limit is not None:
-            found.append(Room(*limit, "cgroup limit"))
+            found.append(MemoryLimit(*limit, "cgroup limit"))
     return found
 
 

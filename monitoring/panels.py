@@ -18,7 +18,7 @@ from monitoring.formatting import (
     clock,
     duration,
     flowing,
-    labelled,
+    labeled,
     number,
     size,
     sizes,
@@ -92,14 +92,14 @@ def _where(view):
 def progress(view, width):
     """How far the run and its epoch are, when they will be done, and how fast it goes."""
     pace, room = view.pace, width - LABEL
-    rate = labelled("rate", [Text(_rate(pace))])
+    rate = labeled("rate", [Text(_rate(pace))])
     if not pace.steps:
-        return labelled("run", [Text(f"step {pace.step}")]) + rate
+        return labeled("run", [Text(f"step {pace.step}")]) + rate
     rows = [(pace.step / pace.steps, _far(view), FILL)]
     if pace.iterations:
         rows.append((pace.in_epoch / pace.iterations, _epoch(view), FILL))
     run, *epoch = bars(rows, room)
-    return labelled("run", [run]) + labelled("epoch", epoch) + rate
+    return labeled("run", [run]) + labeled("epoch", epoch) + rate
 
 
 def _far(view):
@@ -144,7 +144,7 @@ def events(view, width):
         marked = (f"{kind:9}", MARKS.get(kind, ""))
         lines.append(Text.assemble((f"{when:{column}}", FAINT), marked, first))
         lines += [Text(" " * indent + line) for line in others]
-    return labelled("events", lines)
+    return labeled("events", lines)
 
 
 def _history(run, count):
@@ -202,7 +202,7 @@ def losses(view, width):
         lines = with_curves(rows, curves, width - LABEL)
     if last.get("skipped"):
         lines.append(Text(f"{last['skipped']} of the last steps made no update", BAD))
-    return labelled("loss", lines)
+    return labeled("loss", lines)
 
 
 def _curve(run, *keys):
@@ -228,7 +228,7 @@ def scores(view, width):
     """The scores of the last evaluation, and the best with its step; the one that chooses first."""
     found = vitals.evaluations(view.run)
     if not found:
-        return labelled("score", [Text("no evaluation yet", FAINT)])
+        return labeled("score", [Text("no evaluation yet", FAINT)])
     chooses = (view.run.config.get("validation") or {}).get("score")
     step, last = found[-1]
     names = [name for name in last if name != "components_truth"]
@@ -246,8 +246,8 @@ def scores(view, width):
     if view.compact:
         rest = [(f"{name} {value}",) for (name, _), (value, _), _ in rows[2:]]
         lines = with_curves(rows[1:2], curves[1:2], width - LABEL)
-        return labelled("score", lines + flowing(rest, width - LABEL))
-    return labelled("score", with_curves(rows, curves, width - LABEL))
+        return labeled("score", lines + flowing(rest, width - LABEL))
+    return labeled("score", with_curves(rows, curves, width - LABEL))
 
 
 def times(view, width):
@@ -267,7 +267,7 @@ def times(view, width):
         texts.append(((mark + " ", style), f"{name} {100 * value / total:.0f} %"))
     waits = seconds.get("wait", 0) > WAITS * total
     hint = [Text(_waiting(view.run), BAD)] * waits
-    return labelled("time", [whole, *hint, *flowing(texts, width - LABEL)])
+    return labeled("time", [whole, *hint, *flowing(texts, width - LABEL)])
 
 
 def _waiting(run):
@@ -287,14 +287,14 @@ def memories(view, width):
     """What the run takes against each limit, the tightest first, and what each process takes."""
     line, room = vitals.last_line(view.run), width - LABEL
     if not line:
-        return labelled("memory", [Text("system.jsonl tells nothing", FAINT)])
+        return labeled("memory", [Text("system.jsonl tells nothing", FAINT)])
     rooms = sorted(line.get("rooms") or (), key=lambda one: one[0])
     lines = bars([_room(*one) for one in rooms[: 1 if view.compact else None]], room)
     tree = [[("all processes", ""), (size(line.get("tree")), "")]]
     lines += with_curves(tree, [[one.get("tree") for one in view.run.samples]], room)
     found = line.get("processes") or []
     lines += _roles(found, room) if view.compact else _processes(view.run, found)
-    return labelled("memory", lines)
+    return labeled("memory", lines)
 
 
 def _room(free, total, what):
@@ -345,7 +345,7 @@ def gpus(view, width):
         name = str(gpu.get("name") or "").removeprefix("NVIDIA ")
         texts = [", ".join([*facts, name]), ", ".join(facts), ", ".join(facts[:3])]
         rows.append((share, texts, BAD if share > FULL_GPU else FILL))
-    return labelled("GPU", bars(rows, width - LABEL))
+    return labeled("GPU", bars(rows, width - LABEL))
 
 
 def host(view, width):
@@ -361,7 +361,7 @@ def host(view, width):
             texts.append(f"{name} {sizes(first, total)} {'used' if key == 'swap' else 'free'}")
     if line.get("oom_kills"):
         texts.append(f"OOM kills {line['oom_kills']}")
-    return labelled("host", flowing([(text,) for text in texts], width - LABEL)) if texts else []
+    return labeled("host", flowing([(text,) for text in texts], width - LABEL)) if texts else []
 
 
 def _newest(run, key):
@@ -379,7 +379,7 @@ def cache(view, width):
     reads = (counts.get("hits") or 0) + (counts.get("misses") or 0)
     texts += [f"hit by {counts['hits'] / reads:.0%} of reads"] if reads else []
     texts += [f"{counts['evictions']} given back"] if counts.get("evictions") else []
-    return labelled("cache", flowing([(text,) for text in texts], width - LABEL))
+    return labeled("cache", flowing([(text,) for text in texts], width - LABEL))
 
 
 def saved(view, width):
@@ -391,7 +391,7 @@ def saved(view, width):
     elif path.exists():
         when, text = path.stat().st_mtime, f"last.pt, {size(path.stat().st_size)}"
     else:
-        return labelled("saved", [Text("no state yet", FAINT)])
+        return labeled("saved", [Text("no state yet", FAINT)])
     ago = "" if when is None else f", {duration(view.now - when)} ago"
     texts = [(clock(when, view.now) + ago + ":",), (text,)]
-    return labelled("saved", flowing(texts, width - LABEL))
+    return labeled("saved", flowing(texts, width - LABEL))

@@ -37,17 +37,17 @@ def middle_slices(image, truth, ignore_label):
     image (C, D, H, W), an array or dataset, of which one slice is read; truth (D, H, W) class ids.
     Returns a dict of (H, W) arrays, and "z".
     """
-    labelled = truth != (-1 if ignore_label is None else ignore_label)
-    z = int(np.argmax(((truth > 0) & labelled).sum(axis=(1, 2))))
+    labeled = truth != (-1 if ignore_label is None else ignore_label)
+    z = int(np.argmax(((truth > 0) & labeled).sum(axis=(1, 2))))
     return {
         "z": z,
         "image": np.asarray(image[0, z], np.float32),
-        "truth": (truth[z] > 0) & labelled[z],
-        "labelled": labelled[z],
+        "truth": (truth[z] > 0) & labeled[z],
+        "labeled": labeled[z],
     }
 
 
-def overlay(image, truth, mask, labelled):
+def overlay(image, truth, mask, labeled):
     """(H, W, 3) picture: FOUND, MISSED and FALSE in their colours, darkened where unlabeled."""
     from matplotlib.colors import to_rgb
 
@@ -55,9 +55,9 @@ def overlay(image, truth, mask, labelled):
     grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1)
     picture = np.repeat(grey[..., None], 3, axis=2)
     for is_truth, is_mask, colour in ((1, 1, FOUND), (1, 0, MISSED), (0, 1, FALSE)):
-        where = (truth == is_truth) & (mask == is_mask) & labelled
+        where = (truth == is_truth) & (mask == is_mask) & labeled
         picture[where] = 0.35 * picture[where] + 0.65 * np.asarray(to_rgb(colour))
-    picture[~labelled] *= 0.5
+    picture[~labeled] *= 0.5
     return picture
 
 
@@ -345,7 +345,7 @@ def _slices(axes, slices, threshold):
     from matplotlib.patches import Patch
 
     mask = slices["probs"] >= threshold
-    picture = overlay(slices["image"], slices["truth"], mask, slices["labelled"])
+    picture = overlay(slices["image"], slices["truth"], mask, slices["labeled"])
     axes[0].imshow(_shrunk(slices["image"]), cmap="gray")
     shown = axes[1].imshow(_shrunk(slices["probs"]), cmap="magma", vmin=0, vmax=1)
     bar = axes[1].figure.colorbar(shown, ax=axes[1], fraction=0.05, pad=0.02)

@@ -30,7 +30,7 @@ LAYOUTS = {
 class View:
     """What a `history.History` says of a run at the time `now`, in seconds since 1970.
 
-    verdict: of a `vitals.Pulse`; pace: of `vitals.pace`. A renderable of rich.
+    verdict: of a `vitals.RunHealth`; pace: of `vitals.pace`. A renderable of rich.
     """
 
     run: object

@@ -5,9 +5,9 @@
 
 As a script it draws a contact sheet: one case under each transformation alone, with label and valid
 laid over it (contact_sheet.py). It leaves one PNG; exit status 2: the input is wrong (one sentence,
-nothing written). As a module, `draw_spatial` draws the parameters of the map from patch to source
+nothing written). As a module, `sample_spatial_params` draws the parameters of the map from patch to source
 (grid.py) with a numpy generator, in a worker, on the CPU, a few numbers; intensity.py those of what
-happens to grey values; `draw_batch` does the work on the device.
+happens to grey values; `augment_batch` does the work on the device.
 """
 
 import argparse
@@ -29,7 +29,7 @@ ELASTIC_AMPLITUDE = (0.5, 1.5)  # the same
 CANDIDATES = 16  # places that the contact sheet chooses from
 
 
-def draw_spatial(rng, source_spacing, spacing, *, patch, settings):
+def sample_spatial_params(rng, source_spacing, spacing, *, patch, settings):
     """Draw the `grid.Map` of one patch.
 
     rng: numpy Generator; source_spacing: of the stored voxels, spacing: of the patch's, z, y, x in
@@ -144,15 +144,17 @@ def check(settings, spacings):
 
 
 def functions(settings):
-    """What data.PatchDataset takes of augmentation; settings: as in `draw_spatial`."""
+    """What data.PatchDataset takes of augmentation; settings: as in `sample_spatial_params`."""
     return {
-        "draw_spatial": functools.partial(draw_spatial, settings=settings),
-        "draw_intensity": functools.partial(intensity.draw_intensity, settings=settings),
+        "sample_spatial_params": functools.partial(sample_spatial_params, settings=settings),
+        "sample_intensity_params": functools.partial(
+            intensity.sample_intensity_params, settings=settings
+        ),
         "place_patch": grid.place_patch,
     }
 
 
-def draw_batch(samples, patch, *, foreground, ignore_label, device):
+def augment_batch(samples, patch, *, foreground, ignore_label, device):
     """Samples of data.PatchDataset to (image, target, valid, skeleton).
 
     Each (B, C or 1, D, H, W); the skeleton is None if the samples carry none.
@@ -164,7 +166,7 @@ def draw_batch(samples, patch, *, foreground, ignore_label, device):
             for name in ("image", "label", "skeleton")
             if name in sample
         }
-        patch_image, *masks = grid.draw_patch(
+        patch_image, *masks = grid.resample_patch(
             **boxes, about=sample, patch=patch, foreground=foreground, ignore_label=ignore_label
         )
         scale = {key: sample[key] for key in ("mean", "std", "low", "high")}
@@ -227,7 +229,7 @@ def _chosen_case(dataset, data_settings, case_id):
     if case_id not in dataset.cases:
         known = ", ".join(list(dataset.cases)[:8])
         raise ValueError(f"--case: expected a case of {dataset.root}, {known}; got {case_id}")
-    if not dataset.cases[case_id].labelled:
+    if not dataset.cases[case_id].labeled:
         raise ValueError(f"--case: case {case_id} has no label; prepare it with --labels")
     return dataset.cases[case_id]
 
@@ -253,7 +255,7 @@ def _draw_alone(case, kept, settings, index, chosen, *, seed, about, centre=None
         **{**functions(chosen), "place_patch": place},
     )
     sample = patches[0, index]
-    image, target, valid, _ = draw_batch(
+    image, target, valid, _ = augment_batch(
         [sample], settings.sampling.patch, device=torch.device("cpu"), **about
     )
     return sample, (image[0, 0].numpy(), target[0, 0].numpy() > 0, valid[0, 0].numpy())
@@ -285,7 +287,7 @@ def _blocks(case, draw, settings, seed):
         f"{settings.run.name}, case {case.id}, seed {seed}: patch of {_times(patch)} voxels, "
         f"{size} each, middle at voxel {_times(np.round(centre))} (z, y, x)",
         "Each picture: the patch's middle z slice (y down, x right), below it its middle y slice "
-        "(z down, x right). Orange: border of the label. Hatched: not valid, that is unlabelled or "
+        "(z down, x right). Orange: border of the label. Hatched: not valid, that is unlabeled or "
         "outside the volume.",
         f"Black to white is {grey[0]:.1f} to {grey[1]:.1f} standard deviations of the volume in "
         "all. Each transformation alone, its range from the lowest part to the highest.",

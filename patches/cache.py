@@ -131,7 +131,7 @@ class VolumeCache:
                 "evictions": int(self._header[EVICTIONS]),
             }
 
-    def give_back(self, keep_bytes):
+    def shrink(self, keep_bytes):
         """Lower the budget to keep_bytes, for good; returns how many bytes were given back.
 
         Decoded volumes leave memory at once, and the system is told that the pages of the others

@@ -1,7 +1,7 @@
 """The intensity part of augmentation, on the device where the patches lie.
 
 Nothing but torch, numpy and the standard library is imported, so that this file can be lifted out
-with one copy. `draw_intensity` chooses what is done to a patch, in a worker, as a few plain
+with one copy. `sample_intensity_params` chooses what is done to a patch, in a worker, as a few plain
 numbers; `normalise` and `change_intensity` do the work.
 
 Each transform runs on the samples that chose it, one after the other, in place, and takes its
@@ -25,7 +25,7 @@ TINY = 1e-12  # below any deviation that float32 noise could make of a constant 
 # ---------------------------------------------------------------------------- parameters
 
 
-def draw_intensity(rng, *, settings):
+def sample_intensity_params(rng, *, settings):
     """Draw what `change_intensity` does to one patch.
 
     rng: numpy Generator; settings: plain dict of the `augment` settings with, for each name of
@@ -69,7 +69,7 @@ def normalise(image, *, mean, std, low=None, high=None):
 
 
 def change_intensity(images, chosen, spacings):
-    """Do what `draw_intensity` chose, to each sample of a batch.
+    """Do what `sample_intensity_params` chose, to each sample of a batch.
 
     images (B, C, D, H, W) float32, normalised, so that 1 is a standard deviation of the volume;
     chosen: B dicts; spacings: B tuples, the patch's voxels z, y, x in any unit. Returns a new

@@ -6,7 +6,7 @@ to source voxels (z, y, x, voxel centres at whole numbers):
     source = origin + matrix @ patch_index + field(patch_index)
 
 `field` is a cubic B-spline of a coarse lattice of displacements. `place_patch` says which box of
-source voxels a patch needs, on the host, in a few numbers; `draw_patch` draws it on the device of
+source voxels a patch needs, on the host, in a few numbers; `resample_patch` draws it on the device of
 the box, with one interpolation.
 """
 
@@ -174,7 +174,7 @@ def spline_weights(positions, step, count):
 # ---------------------------------------------------------------------------- on the device
 
 
-def draw_patch(image, label, skeleton=None, *, about, patch, foreground, ignore_label):
+def resample_patch(image, label, skeleton=None, *, about, patch, foreground, ignore_label):
     """Draw one patch from its box, on the box's device.
 
     image (C, d, h, w) any dtype, label (d, h, w) uint8 or None: the box source[start:start+dhw] of
@@ -182,7 +182,7 @@ def draw_patch(image, label, skeleton=None, *, about, patch, foreground, ignore_
     dict with the matrix, control, step and roll of a `Map`, the origin, start and inside of a
     `Place`, and the volume's shape; foreground: class ids that are foreground.
     Returns image (C, D, H, W) float32, target (1, D, H, W) float32 of 0 and 1, valid
-    (1, D, H, W) bool: inside the volume and labelled, and skeleton (1, D, H, W) float32 of 0 and 1,
+    (1, D, H, W) bool: inside the volume and labeled, and skeleton (1, D, H, W) float32 of 0 and 1,
     within the target, or None without one. Outside, the image repeats its border.
     The image is interpolated linearly; label and skeleton take the nearest voxel. Interpolating
     each class and taking the heaviest breaks thin tubes: benchmarks/label_interpolation.py.

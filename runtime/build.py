@@ -125,8 +125,8 @@ def make_network(plan, outputs=1):
 
 
 def draw(plan, samples):
-    """(image, target, valid, skeleton) of a list of samples, on the device: augment.draw_batch."""
-    return augment.draw_batch(
+    """(image, target, valid, skeleton) of a list of samples, on the device: augment.augment_batch."""
+    return augment.augment_batch(
         samples,
         plan.settings.sampling.patch,
         foreground=plan.foreground,

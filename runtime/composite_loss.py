@@ -7,7 +7,7 @@
     weight           on the steps on which the term acts; 0: it is not computed
     scales           acts on this many scales, from the finest; None: on all
     interval         acts on one step of this many
-    between          "boundary": `losses.boundary_loss` of the finest scale stands in on the other
+    off_step         "boundary": `losses.boundary_loss` of the finest scale stands in on the other
                      steps, with the term's weight; "nothing": they go without
     validation_only  never in training, see `validation_losses`
 
@@ -29,7 +29,7 @@ OF_THE_SUM = {
     "weight": None,
     "scales": None,
     "interval": 1,
-    "between": "nothing",
+    "off_step": "nothing",
     "validation_only": False,
 }
 # What the sum hands to the terms that take it.
@@ -103,7 +103,7 @@ def acting(terms, step, rank=0):
         name: (step + phases.get(name, 0)) % term["interval"] == 0
         for name, term in training.items()
     }
-    return {n: on for n, on in acts.items() if on or training[n]["between"] == "boundary"}
+    return {n: on for n, on in acts.items() if on or training[n]["off_step"] == "boundary"}
 
 
 def _scales(outputs, target, valid, spacing, skeleton):
@@ -248,11 +248,11 @@ def check_terms(terms, *, in_training=False):
         if fault:
             raise ValueError(f"loss term {name!r}: expected {fault}")
     if in_training and not any(
-        term["interval"] == 1 or term["between"] == "boundary" for term in _trained(terms).values()
+        term["interval"] == 1 or term["off_step"] == "boundary" for term in _trained(terms).values()
     ):
         raise ValueError(
             "loss: expected at least one term with a weight above 0 that acts on every step "
-            "(interval 1, or between: boundary), got none"
+            "(interval 1, or off_step: boundary), got none"
         )
 
 
@@ -263,10 +263,10 @@ def _fault(term):
     for key in ("scales", "interval"):
         if term[key] is not None and term[key] < 1:
             return f"{key} of 1 or more, got {term[key]}"
-    if term["between"] not in ("nothing", "boundary"):
-        return f"between to be nothing or boundary, got {term['between']!r}"
-    if term["between"] == "boundary" and term["interval"] == 1:
-        return "an interval above 1 with between: boundary, got 1, and then no step lies between"
+    if term["off_step"] not in ("nothing", "boundary"):
+        return f"off_step to be nothing or boundary, got {term['between']!r}"
+    if term["off_step"] == "boundary" and term["interval"] == 1:
+        return "an interval above 1 with off_step: boundary, got 1, and then no step lies between"
     if term["validation_only"] and term["interval"] > 1:
         return f"no interval with validation_only, which is never trained, got {term['interval']}"
     return None

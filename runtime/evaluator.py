@@ -82,7 +82,7 @@ class Judge:
 
 
 def judge(questions, predictions):
-    """The verdict on predictions of labelled cases, plain values:
+    """The verdict on predictions of labeled cases, plain values:
 
         threshold, min_component_voxels   the best of those asked for, by the mean of the score
         scores, cases      at these, after all of postprocess.py: means, and {case id: scores}

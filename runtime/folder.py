@@ -189,7 +189,7 @@ def versions():
     }
 
 
-def whereabouts():
+def process_info():
     """Which process this is: pid, host, and created, its start in seconds since 1970."""
     process = psutil.Process()
     return {

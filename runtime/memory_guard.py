@@ -48,8 +48,10 @@ class MemoryGuard:
         room = self.tightest(batches)
         if room is not None and not self.gave_back:
             self.gave_back = True
-            freed = self.cache.give_back(0)
-            self._tell(room, f"the cache gives back {memory.amount(freed)} and keeps nothing more")
+            freed = self.cache.shrink(0)
+            self._tell(
+                room, f"the cache gives back {memory.format_bytes(freed)} and keeps nothing more"
+            )
             room = self.tightest(batches)
         while room is not None and batches.workers:
             batches.drop_worker()
@@ -63,12 +65,12 @@ class MemoryGuard:
         return None if room is None else f"memory is short: {room}; {ADVICE}"
 
     def tightest(self, batches):
-        """The `memory.Room` that is nearly used up, the least of several; None if there is none."""
+        """The `memory.MemoryLimit` that is nearly used up, the least of several; None if there is none."""
         rooms = memory.rooms()
         if self.limit is not None:
             pids = [os.getpid(), *(worker.pid for worker in batches.workers)]
             used = memory.resident_memory(pids)
-            rooms.append(memory.Room(max(0, self.limit - used), self.limit, SETTING))
+            rooms.append(memory.MemoryLimit(max(0, self.limit - used), self.limit, SETTING))
         tight = [room for room in rooms if room.free < min(SHARE * room.total, MOST)]
         return min(tight, default=None)
 

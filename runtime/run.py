@@ -185,7 +185,7 @@ class Keeper:
         also: a second name for the file.
         """
         learnt = {"part": self.parts.size, "recompute": self.parts.recompute}
-        learnt |= {"left_out": loader.left_out(self.patches), "lines": self.log.lines}
+        learnt |= {"excluded": loader.excluded(self.patches), "lines": self.log.lines}
         self.saver.save(name, self.loop | learnt, also)
         self.saved_at = time.monotonic()
 

@@ -91,8 +91,8 @@ class Span:
     start: int  # voxels start..stop get this window's probabilities
     stop: int
     read: slice  # voxels that the network's input is drawn from
-    inward: Taps | None  # read voxels -> network voxels; None: they are the same
-    outward: Taps | None  # network voxels -> voxels start..stop; None: they are the same
+    to_network: Taps | None  # read voxels -> network voxels; None: they are the same
+    to_volume: Taps | None  # network voxels -> voxels start..stop; None: they are the same
     weight: torch.Tensor  # (stop - start,) share of this window in the blend
 
 
@@ -155,8 +155,8 @@ def axis_spans(size, window, overlap, ratio, device):
                 start=start,
                 stop=stop,
                 read=slice(first, last + 1),
-                inward=None if same else _taps(drawn - first, last + 1 - first, device),
-                outward=None if same else _taps(back, window, device),
+                to_network=None if same else _taps(drawn - first, last + 1 - first, device),
+                to_volume=None if same else _taps(back, window, device),
                 weight=torch.from_numpy(weight[start:stop]).float().to(device),
             )
         )
@@ -180,7 +180,7 @@ def _draw(volume, spans, normalize, device):
     box = volume[(slice(None), *(span.read for span in spans))]
     dtype = box.dtype if box.dtype in SENT_AS_STORED else np.float32
     box = torch.from_numpy(np.array(box, dtype=dtype, order="C")).to(device)
-    patch = _resample(box.float(), [span.inward for span in spans])
+    patch = _resample(box.float(), [span.to_network for span in spans])
     return patch if normalize is None else normalize(patch)
 
 
@@ -220,7 +220,7 @@ def _add_windows(slab, volume, windows, predict, normalize, device):
     patches = torch.stack([_draw(volume, spans, normalize, device) for spans in windows])
     weighted = []
     for probs, (z, y, x) in zip(predict(patches), windows, strict=True):
-        probs = _resample(probs, [z.outward, y.outward, x.outward])
+        probs = _resample(probs, [z.to_volume, y.to_volume, x.to_volume])
         probs = probs * (z.weight[:, None, None] * y.weight[:, None] * x.weight)
         weighted.append(probs.to(slab.device))
     for probs, (z, y, x) in zip(weighted, windows, strict=True):  # takes no memory any more

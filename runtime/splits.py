@@ -15,7 +15,7 @@ class Split:
 def choose_cases(dataset, *, train, validation, test, folds, fold):
     """The `Split` of a dataset, and notes to print. ValueError names every fault, a line each.
 
-    train, validation, test: ids, groups or patterns of either; train None: all labelled cases not
+    train, validation, test: ids, groups or patterns of either; train None: all labeled cases not
     named elsewhere. folds > 0: whole groups go to folds, the largest first to the emptiest fold,
     and validation is fold number `fold`.
     """
@@ -41,7 +41,7 @@ def choose_cases(dataset, *, train, validation, test, folds, fold):
     chosen_train = named("train", train)
     if train is None:
         taken = chosen_test | chosen_validation
-        chosen_train = {i: c for i, c in dataset.cases.items() if i not in taken and c.labelled}
+        chosen_train = {i: c for i, c in dataset.cases.items() if i not in taken and c.labeled}
     if folds:
         chosen_validation, note = _fold(chosen_train, folds, fold)
         chosen_train = {i: c for i, c in chosen_train.items() if i not in chosen_validation}
@@ -85,10 +85,10 @@ def _fold(cases, folds, fold):
 
 def _split_faults(split):
     if not split.train:
-        yield "data.train: expected at least one labelled case, got none"
+        yield "data.train: expected at least one labeled case, got none"
     for key in ("train", "validation"):
         for case in getattr(split, key):
-            if not case.labelled:
+            if not case.labeled:
                 yield f"data.{key}: case {case.id} has no label; prepare it with --labels"
     for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
         shared = {c.group for c in getattr(split, a)} & {c.group for c in getattr(split, b)}

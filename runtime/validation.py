@@ -40,7 +40,7 @@ class Evaluation(NamedTuple):
 
 
 class Validator:
-    """Validates on a list of labelled `cases.Case`, one evaluation at a time.
+    """Validates on a list of labeled `cases.Case`, one evaluation at a time.
 
     questions: a `judging.Questions`; background: whether a process of its own judges; how: what
     `predict` takes. report(kind, text, **figures): see runlog.py; poll() is called after each batch

@@ -145,7 +145,7 @@ def _check_truth(truth, ignore_label, faults):
     _check_values(truth, ignore_label, advice, faults)
     if ignore_label is not None and (truth.array == ignore_label).all():
         faults.append(
-            f"{truth.path}: expected labelled voxels, got {ignore_label} (ignored) in all of them; "
+            f"{truth.path}: expected labeled voxels, got {ignore_label} (ignored) in all of them; "
             "leave this case out with --cases"
         )
 

@@ -24,7 +24,7 @@ from scoring.partitions import count_components
 from scoring.surface import surface_dice
 
 __all__ = [
-    "DEFAULT", "SCORES", "Comparison", "Score", "count_components", "entry", "labelled_masks",
+    "DEFAULT", "SCORES", "Comparison", "Score", "count_components", "entry", "labeled_masks",
     "mean_scores", "otsu_threshold", "score", "surface_dice", "vesuvius_score",
 ]  # fmt: skip
 
@@ -44,11 +44,11 @@ def score(
     """Scores of a mask: {name: float or int} in the order of `names`, none of them NaN or infinite.
 
     prediction (D, H, W): bool or integers 0 and 1. truth (D, H, W): the same, and `ignore_label`
-    where nobody labelled (None: nowhere). spacing (z, y, x) and tolerance (of surface_dice) share
+    where nobody labeled (None: nowhere). spacing (z, y, x) and tolerance (of surface_dice) share
     one unit, that of distances. names: of SCORES, `surface_dice@4` (at that tolerance) and
     `hausdorff@99` (that percentile); None: DEFAULT. threads: how much is worked out at one time.
 
-        dice, iou, precision, recall    over labelled voxels, in [0, 1]
+        dice, iou, precision, recall    over labeled voxels, in [0, 1]
         surface_dice                    share of both surfaces within the tolerance of the other
         hd95, hausdorff, assd           distances of the surfaces: that of 95 % of each, the
                                         largest, and the mean over both
@@ -69,7 +69,7 @@ def score(
     end of a skeleton. What several scores need is made once. Only the box around the foreground is
     looked at, which changes none of them.
 
-    Both masks empty (also: no labelled voxel at all): each ratio and F1 is 1, each distance, error
+    Both masks empty (also: no labeled voxel at all): each ratio and F1 is 1, each distance, error
     and number 0. One of them empty: ratios are 0, distances the diagonal of the volume, Betti
     errors what the other one has. VOI then sees one undivided component on the empty side, so that
     voi_score is 1 if the other is of one piece, as published. An F1 is 0 where the truth has a
@@ -82,7 +82,7 @@ def score(
     if isinstance(names, str):
         raise ValueError(f"names: expected a list of names of scores, got the text {names!r}")
     asked = {name: entry(name) for name in (DEFAULT if names is None else names)}
-    prediction, truth = labelled_masks(prediction, truth, ignore_label)
+    prediction, truth = labeled_masks(prediction, truth, ignore_label)
     pair = Comparison(prediction, truth, spacing, tolerance, threads=threads)
     return {name: kind.of(pair, *number) for name, (kind, number) in asked.items()}
 
@@ -106,11 +106,11 @@ def vesuvius_score(prediction, truth, ignore_label=2, *, threads=2):
     but for ties (see homology.py). An empty prediction of one piece, and a piece predicted of
     nothing, score 0.65, two empty masks 1: a lone piece counts nowhere in the TopoScore.
     """
-    masks = labelled_masks(prediction, truth, ignore_label)
+    masks = labeled_masks(prediction, truth, ignore_label)
     return Comparison(*masks, threads=threads).vesuvius
 
 
-def labelled_masks(prediction, truth, ignore_label=2):
+def labeled_masks(prediction, truth, ignore_label=2):
     """Both as bool masks (D, H, W) that are False where truth is ignore_label.
 
     Takes and refuses (ValueError) what `score` does.

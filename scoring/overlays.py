@@ -24,7 +24,7 @@ class Slice(NamedTuple):
     image: np.ndarray
     truth: np.ndarray
     mask: np.ndarray
-    labelled: np.ndarray
+    labeled: np.ndarray
     missed: int
     false: int
 
@@ -36,8 +36,8 @@ def worst_slices(prediction, truth, image, spacing, *, tolerance, ignore_label, 
     tolerance from all predicted ones, a false one from all true ones, in the unit of the spacing.
     Where nothing is, slices follow with most voxels that are wrong at all, then with most truth.
     """
-    labelled = truth != (-1 if ignore_label is None else ignore_label)
-    prediction, truth = (prediction == 1) & labelled, (truth == 1) & labelled
+    labeled = truth != (-1 if ignore_label is None else ignore_label)
+    prediction, truth = (prediction == 1) & labeled, (truth == 1) & labeled
     missed = truth & _further(prediction, tolerance, spacing)
     false = prediction & _further(truth, tolerance, spacing)
     per_slice = [m.sum(axis=(1, 2)) for m in (missed | false, truth ^ prediction, truth)]
@@ -52,7 +52,7 @@ def worst_slices(prediction, truth, image, spacing, *, tolerance, ignore_label, 
             np.zeros(truth.shape[1:], np.float32) if image is None else np.asarray(image[z], float),
             truth[z],
             prediction[z],
-            labelled[z],
+            labeled[z],
             int(missed[z].sum()),
             int(false[z].sum()),
         )
@@ -90,7 +90,7 @@ def sheet(path, cases, *, title, tolerance):
         for panel in row:
             panel.axis("off")
         for panel, found in zip(row, slices, strict=False):
-            shown = picture.overlay(found.image, found.truth, found.mask, found.labelled)
+            shown = picture.overlay(found.image, found.truth, found.mask, found.labeled)
             panel.imshow(shown, interpolation="antialiased")
             panel.set_title(f"z {found.z}: {found.missed} missed, {found.false} false", fontsize=9)
         row[0].text(
@@ -102,7 +102,7 @@ def sheet(path, cases, *, title, tolerance):
             fontsize=9,
         )
     named = (("found", picture.FOUND), ("missed", picture.MISSED), ("false", picture.FALSE))
-    if not all(found.labelled.all() for _, _, slices in cases for found in slices):
+    if not all(found.labeled.all() for _, _, slices in cases for found in slices):
         named += (("unlabeled: darker", "#505050"),)
     patches = [Patch(color=colour, label=label) for label, colour in named]
     figure.suptitle(f"{title}: the worst slices; counts of voxels off by more than {tolerance}")

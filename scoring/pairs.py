@@ -54,7 +54,7 @@ def find_sources(text, role, faults):
 
 def _of_dataset(dataset, role):
     name = "image" if role == "image" else "label"
-    wanted = (case for case in dataset.cases.values() if role == "image" or case.labelled)
+    wanted = (case for case in dataset.cases.values() if role == "image" or case.labeled)
     return [volumes.Source(case.id, f"{case.path}:{name}") for case in wanted]
 
 

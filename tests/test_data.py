@@ -64,8 +64,8 @@ def still(stored, **changes):
     return patches(stored, augmentation=None, **changes)
 
 
-def draw_batch(samples, patch=(4, 12, 12), foreground=(1,)):
-    return augment.draw_batch(
+def augment_batch(samples, patch=(4, 12, 12), foreground=(1,)):
+    return augment.augment_batch(
         samples, patch, foreground=foreground, ignore_label=2, device=torch.device("cpu")
     )
 
@@ -115,7 +115,7 @@ def test_every_source_dtype_is_drawn_as_what_was_stored(tmp_path, dtype):
 
 def test_drawn_batches_have_the_patch_shape_and_hold_the_foreground(stored):
     drawn = patches(stored, foreground_share=1.0)
-    image, target, valid, _ = draw_batch([drawn[0, i] for i in range(4)])
+    image, target, valid, _ = augment_batch([drawn[0, i] for i in range(4)])
     assert image.shape == target.shape == valid.shape == (4, 1, 4, 12, 12)
     assert torch.isfinite(image).all() and target.sum() > 0
     assert not (target.bool() & ~valid).any()
@@ -158,7 +158,7 @@ def test_an_outlier_of_large_voxels_costs_what_its_patch_needs(outlier):
     for i in range(5):
         sample = drawn[0, i]
         assert (np.array(sample["image"].shape[1:]) <= (8, 25, 25)).all()
-        patch, target, valid, _ = draw_batch([sample], (24, 96, 96))
+        patch, target, valid, _ = augment_batch([sample], (24, 96, 96))
         assert patch.shape == (1, 1, 24, 96, 96) and valid.all() and target.any()
         places = sample["origin"][:, None] + np.array([[0, 5, 23], [0, 50, 95], [0, 7, 95]]) / 4.97
         expected = ndimage.map_coordinates(image.astype(float), places, order=1)
@@ -175,11 +175,11 @@ def test_drawing_an_outlier_takes_less_than_50_mb(outlier, budget):
     turned = Augment(rotation=1.0, elastic=1.0, scaling=1.0).model_dump()
     about = {"patch": (24, 96, 96), "spacing": (1, 1, 1), "augmentation": turned}
     drawn = patches([outlier[1]], budget=budget, **about)
-    draw_batch([drawn[0, 0]], (24, 96, 96))  # what torch loads once
+    augment_batch([drawn[0, 0]], (24, 96, 96))  # what torch loads once
     before = psutil.Process().memory_info().rss
     peak.write_text("5")  # forget the highest resident size so far
     for i in range(10):
-        draw_batch([drawn[0, i]], (24, 96, 96))
+        augment_batch([drawn[0, i]], (24, 96, 96))
     status = dict(s.split(":") for s in Path("/proc/self/status").read_text().splitlines())
     assert int(status["VmHWM"].split()[0]) * 1024 - before < 50e6
 

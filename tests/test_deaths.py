@@ -10,7 +10,7 @@ import pytest
 import data
 import loader
 import workers
-from data import Unread
+from data import ReadFailure
 from monitoring import memory
 from runtime.signals import CannotGoOn
 from tests.test_data import HUGE, SHAPES, patches, write
@@ -271,7 +271,7 @@ class Broken(data.PatchDataset):
 
     def __getitem__(self, place):
         if self.case_of(place) == self.broken:
-            return Unread(self.broken, f"case {self.broken}: cut short")
+            return ReadFailure(self.broken, f"case {self.broken}: cut short")
         return super().__getitem__(place)
 
 
@@ -308,10 +308,10 @@ def test_every_other_sample_is_the_one_that_it_would_have_been(made, stored, bro
 
 
 def test_more_cases_than_allowed_stop_the_run(made, broken):
-    batches, _, reports = made(dataset=broken(), count=0, max_left_out=0.3)  # one of three is more
+    batches, _, reports = made(dataset=broken(), count=0, max_excluded=0.3)  # one of three is more
     with pytest.raises(CannotGoOn, match=r"cut short; 1 of 3 .* than the share of 0\.3"):
         list(batches)
-    assert reports == [] and batches.dataset.left_out == {}
+    assert reports == [] and batches.dataset.excluded == {}
 
 
 def test_a_case_in_which_workers_die_of_a_fault_is_left_out_after_the_second(made, stored):
@@ -328,11 +328,11 @@ def test_a_case_in_which_workers_die_of_a_fault_is_left_out_after_the_second(mad
         return pool.some_work()
 
     batches, _, reports = made(script)
-    found = [(batch, "case0" in batches.dataset.left_out) for batch in batches]
+    found = [(batch, "case0" in batches.dataset.excluded) for batch in batches]
     kinds = [kind for kind, *_ in reports]
     assert len(found) == 8 and kinds == ["worker died", "worker died", "case left out"]
     assert reports[2][2]["case"] == "case0" and "2 workers died reading it" in reports[2][1]
-    after = [sample["case"] for batch, left_out in found if left_out for sample in batch]
+    after = [sample["case"] for batch, excluded in found if excluded for sample in batch]
     assert len(after) > 4 and "case0" not in after
 
 
@@ -342,18 +342,18 @@ def test_a_killed_worker_is_no_fault_of_its_case(made):
 
     batches, _, reports = made(script)
     list(batches)
-    assert {kind for kind, *_ in reports} == {"worker died"} and batches.dataset.left_out == {}
+    assert {kind for kind, *_ in reports} == {"worker died"} and batches.dataset.excluded == {}
 
 
 def test_cases_left_out_stay_so_when_a_run_is_resumed_unless_their_file_has_changed(stored):
     dataset, other = (whole(stored) for _ in range(2))
-    dataset.leave_out("case0", "case case0: cut short")
-    dataset.leave_out("case1", "case case1: cut short")
-    saved = loader.left_out(dataset)
+    dataset.exclude("case0", "case case0: cut short")
+    dataset.exclude("case1", "case case1: cut short")
+    saved = loader.excluded(dataset)
     assert saved["case0"] == ["case case0: cut short", *stored[0].stamp]
     saved["case1"][1] += 1  # bytes
-    lines = loader.leave_out_again(other, saved)
-    assert list(other.left_out) == ["case0"]
+    lines = loader.exclude_again(other, saved)
+    assert list(other.excluded) == ["case0"]
     assert lines == [
         "case case1: its file has changed, it is drawn again",
         "left out: case case0: cut short",

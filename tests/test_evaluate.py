@@ -219,7 +219,7 @@ def test_all_faults_of_a_folder_are_named_at_once_and_nothing_is_written(tmp_pat
     assert "expected the values 0, 1, got 0, 3" in errors[0]
     assert "(3, 5, 12), got (3, 5, 13)" in errors[2]
     assert "1 1 1 micron, got 1 1 1.02 micron" in errors[3]
-    assert "expected labelled voxels, got 2 (ignored) in all of them" in errors[5]
+    assert "expected labeled voxels, got 2 (ignored) in all of them" in errors[5]
     assert not out.exists()
 
 

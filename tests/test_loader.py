@@ -6,7 +6,7 @@ import torch
 
 import loader
 from settings import Augment
-from tests.test_data import HUGE, SHAPES, draw_batch, patches, same_sample, still, write
+from tests.test_data import HUGE, SHAPES, augment_batch, patches, same_sample, still, write
 from volumes import casefile as cases
 
 EVERYTHING = Augment(
@@ -33,7 +33,7 @@ def check_same(some, others):
     assert len(some) == len(others) > 0
     for a, b in zip(some, others, strict=True):
         assert len(a) == len(b) and all(map(same_sample, a, b))
-        assert all(map(torch.equal, draw_batch(a), draw_batch(b)))
+        assert all(map(torch.equal, augment_batch(a), augment_batch(b)))
 
 
 # ---------------------------------------------------------------------------- the same batches

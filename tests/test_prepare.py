@@ -156,7 +156,7 @@ def test_the_spacing_table_wins_over_the_option_and_both_over_the_header(raw, ou
     found = cases.read_dataset(out).cases
     assert found["a1"].spacing == (5.0, 0.994, 0.994)
     assert found["b1"].spacing == (3.0, 2.0, 1.0)
-    assert not found["a1"].labelled
+    assert not found["a1"].labeled
     said = capsys.readouterr().out
     assert "spacing from --spacing-csv replaces the header's (1 case: a1)" in said
     assert "spacing from --spacing replaces the header's (1 case: b1)" in said
@@ -237,7 +237,7 @@ def test_an_nnunet_root_gives_channels_classes_and_ignore_label(raw, out):
     dataset = cases.read_dataset(out)
     assert dataset.classes == {"background": 0, "wall": 1, "lumen": 2}
     assert dataset.ignore_label == 3
-    assert {i: (c.channels, c.labelled) for i, c in dataset.cases.items()} == {
+    assert {i: (c.channels, c.labeled) for i, c in dataset.cases.items()} == {
         "a": (2, True),
         "t": (2, False),
     }

@@ -13,7 +13,7 @@ import torch
 import data
 from patches import resample as grid
 from settings import Augment
-from tests.test_data import SHAPES, draw_batch, patches, still, write
+from tests.test_data import SHAPES, augment_batch, patches, still, write
 from volumes import files as volumes
 
 SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[2] / "shared")) / "data"
@@ -49,7 +49,7 @@ def test_the_voxel_drawn_around_is_of_its_class_and_valid_in_the_patch(stored):
             place = sample["voxel"] - sample["origin"].astype(int)
             assert (place >= 0).all() and (place < (4, 12, 12)).all()
             assert sample["label"][tuple(sample["voxel"] - sample["start"])] == sample["around"]
-            _, target, valid, _ = draw_batch([sample])
+            _, target, valid, _ = augment_batch([sample])
             assert valid[0, 0][tuple(place)]
             assert target[0, 0][tuple(place)] == (sample["around"] == 1)
 
@@ -60,7 +60,7 @@ def test_the_voxel_drawn_around_stays_in_a_turned_patch(tmp_path):
     dataset, within = patches(stored, augmentation=turned, patch=(12, 16, 16)), []
     for i in range(300):
         sample = dataset[0, i]
-        target = draw_batch([sample], patch=(12, 16, 16))[1]
+        target = augment_batch([sample], patch=(12, 16, 16))[1]
         within.append(bool(target.any()) or sample["around"] == 0)
         reached = grid._place_in_patch(
             grid.Map(sample["matrix"], None, sample["control"].numpy(), sample["step"]),
@@ -136,9 +136,9 @@ def test_without_foreground_or_without_background_all_draws_are_around_the_other
     assert {c for c, _ in around(patches(full, foreground_share=0.0), 20)} == {1}
 
 
-def test_cases_without_any_labelled_voxel_are_refused(tmp_path):
+def test_cases_without_any_labeled_voxel_are_refused(tmp_path):
     stored = [write(tmp_path, 0, (6, 20, 20), np.full((6, 20, 20), 2, np.uint8))]
-    with pytest.raises(ValueError, match=r"expected cases with labelled voxels .* got none"):
+    with pytest.raises(ValueError, match=r"expected cases with labeled voxels .* got none"):
         patches(stored)
 
 
@@ -292,5 +292,5 @@ def test_a_field_of_distant_points_leaves_the_patch_at_its_place(tmp_path):
     ).model_dump()  # fmt: skip
     dataset = patches(stored, augmentation=bent, patch=(8, 24, 24), foreground_share=1.0)
     for i in range(60):
-        _, target, valid, _ = draw_batch([dataset[0, i]], patch=(8, 24, 24))
+        _, target, valid, _ = augment_batch([dataset[0, i]], patch=(8, 24, 24))
         assert target.any() and valid.float().mean() > 0.8

@@ -249,12 +249,12 @@ def test_a_case_that_is_cut_short_is_named_left_out_and_listed(root, tmp_path, m
     own = copy_of(root, tmp_path)
     monkeypatch.setattr(data, "PAUSES", (0.0,))
     after_step(monkeypatch, 2, lambda: os.truncate(own / "bar1.h5", 2000))
-    changes = ["data.max_left_out=0.5", "training.max_epochs=2"]
+    changes = ["data.max_excluded=0.5", "training.max_epochs=2"]
     assert train.main(settings(own, tmp_path, *changes)) == 0
     (report,) = troubles(tmp_path, "case left out")
     assert report["case"] == "bar1" and "bar1.h5" in report["text"]
     assert "left out: case bar1" in capsys.readouterr().out.split("done:")[1]
-    assert list(weights_of(run_folder(tmp_path))["loop"]["left_out"]) == ["bar1"]
+    assert list(weights_of(run_folder(tmp_path))["loop"]["excluded"]) == ["bar1"]
 
 
 def test_more_cases_left_out_than_allowed_stop_the_run_with_its_state(
@@ -265,7 +265,7 @@ def test_more_cases_left_out_than_allowed_stop_the_run_with_its_state(
     after_step(monkeypatch, 2, lambda: (own / "bar1.h5").unlink())
     assert train.main(settings(own, tmp_path)) == 1  # one of two
     error = capsys.readouterr().err
-    assert "bar1" in error and "data.max_left_out" in error and len(error.splitlines()) == 1
+    assert "bar1" in error and "data.max_excluded" in error and len(error.splitlines()) == 1
     assert weights_of(run_folder(tmp_path))["loop"]["step"] >= 3
 
 

@@ -106,7 +106,7 @@ def test_four_epochs_straight_equal_two_then_two_resumed_bit_for_bit(root, tmp_p
 
 
 EVERY_TERM = [
-    "loss.cldice={weight: 0.1, interval: 2, between: boundary}",
+    "loss.cldice={weight: 0.1, interval: 2, off_step: boundary}",
     "loss.morph_skeleton.weight=0.1",
     "loss.skeleton_recall.weight=0.1",
     "loss.toploss={weight: 0.05, interval: 3, window: [8, 8, 8]}",
@@ -179,7 +179,7 @@ def test_skeleton_spacing_and_step_reach_the_sum(root, tmp_path, monkeypatch):
         assert bool((skeleton <= options["target"]).all())
 
 
-def test_validation_terms_see_labelled_voxels_and_the_stored_skeleton(root, tmp_path, monkeypatch):
+def test_validation_terms_see_labeled_voxels_and_the_stored_skeleton(root, tmp_path, monkeypatch):
     seen, real = [], judging.composite.validation_losses
 
     def watched(probs, target, valid, terms, **options):
@@ -283,7 +283,7 @@ def test_unknown_cases_are_named_all_at_once(root, tmp_path, capsys):
     assert "data.test: no case or group is named 'x1'" in text and "'y2'" in text
 
 
-def test_an_unlabelled_case_cannot_train(root, tmp_path, capsys):
+def test_an_unlabeled_case_cannot_train(root, tmp_path, capsys):
     wrong = settings(root, tmp_path, "data.train=[bar4]", "data.test=[]")
     assert "case bar4 has no label" in fault(capsys, wrong)
 
@@ -423,7 +423,7 @@ def test_what_is_slow_is_named_and_validation_is_no_part_of_a_step(root, tmp_pat
 
     slower(data.PatchDataset, "__getitem__", 0.04)  # two patches, in this process
     slower(loader, "to_device", 0.10)
-    slower(augment, "draw_batch", 0.12)
+    slower(augment, "augment_batch", 0.12)
     slower(composite, "composite_loss", 0.14)
     slower(model, "update_ema", 0.16)
     slower(validation.Validator, "start", 5.0)
@@ -465,7 +465,7 @@ def test_the_size_of_the_cache_changes_no_weight(root, tmp_path, workers):
     assert events(tmp_path / "runs" / "c0", "step")[0]["loss"] != {}
 
 
-def test_training_cases_without_a_labelled_voxel_are_refused(tmp_path, capsys):
+def test_training_cases_without_a_labeled_voxel_are_refused(tmp_path, capsys):
     blank = np.full(SHAPE, 2, np.uint8)
     about = {"spacing": (1, 1, 1), "unit": "", "affine": None, "group": "a", "ignore_label": 2}
     cases.write_case(tmp_path / "x.h5", blank[None], blank, skeleton=False, **about)
@@ -473,7 +473,7 @@ def test_training_cases_without_a_labelled_voxel_are_refused(tmp_path, capsys):
         tmp_path, classes={"background": 0, "bar": 1}, ignore_label=2, unit="", case_ids=["x"]
     )
     text = fault(capsys, settings(tmp_path, tmp_path, "data.validation=[]", "data.test=[]"))
-    assert "data.train: expected cases with labelled voxels" in text
+    assert "data.train: expected cases with labeled voxels" in text
     assert not (tmp_path / "runs").exists()
 
 

@@ -11,8 +11,8 @@ that foreground touches by faces (6 neighbours) and background by faces, edges a
 
 Unlabeled voxels enter last, at level 2, and what is born or dies there is dropped: whether it is a
 hole was for them to say. So their content changes nothing. Two consequences. A loop around
-unlabeled voxels that labelled background can close stays a loop, in prediction and label alike. Of
-labelled regions that only unlabeled voxels join, one keeps its most persistent component and each
+unlabeled voxels that labeled background can close stays a loop, in prediction and label alike. Of
+labeled regions that only unlabeled voxels join, one keeps its most persistent component and each
 of the others loses that one (a second component in it still counts).
 
 The homology is cripser's, on one core of the host and without Python's lock: windows in threads run
@@ -179,8 +179,8 @@ def _to_host(probs, target, valid):
             f"got {', '.join(map(str, shapes))}"
         )
     valid = torch.ones_like(probs, dtype=torch.bool) if valid is None else valid.bool()
-    window, label, labelled = torch.stack([probs, target > 0.5, valid]).cpu().numpy()
-    return window, label > 0, labelled > 0
+    window, label, labeled = torch.stack([probs, target > 0.5, valid]).cpu().numpy()
+    return window, label > 0, labeled > 0
 
 
 def _plan(arrays):

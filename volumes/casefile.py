@@ -3,12 +3,12 @@
 One HDF5 file per case holds everything that training needs, in the source's own dtype:
 
     image               (C, D, H, W)   source dtype
-    label               (D, H, W)      uint8 class ids, if the case is labelled
+    label               (D, H, W)      uint8 class ids, if the case is labeled
     skeleton            (D, H, W)      uint8 0 and 1: the tube around the skeleton of all foreground
                                        classes together (skeletons.py); training with a term that
                                        asks for it needs it, nothing else does
     foreground/<class>  (N, 3) int32   voxel coordinates of that class, at most 20 000
-    background          (N, 3) int32   the same of labelled background
+    background          (N, 3) int32   the same of labeled background
     attributes          spacing (z, y, x), unit, affine, ignore_label (-1: none), intensity (JSON),
                         source_image, source_label, group
 
@@ -48,7 +48,7 @@ class Case:
     dtype: str  # of the stored image
     spacing: tuple[float, float, float]
     unit: str
-    labelled: bool
+    labeled: bool
     ignore_label: int | None
     intensity: dict
     # Where each dataset lies, so that it can be read without HDF5: {name: (offset in the file,
@@ -129,7 +129,7 @@ def write_case(
     """Write one case file whole: under a temporary name first, then renamed.
 
     image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x;
-    affine (4, 4) voxel x, y, z to world as NIfTI has it, or None; skeleton: whether a labelled case
+    affine (4, 4) voxel x, y, z to world as NIfTI has it, or None; skeleton: whether a labeled case
     gets one, which takes 3 s and 250 MB of memory for 320 x 320 x 320 voxels; compression: None,
     "lzf" or "gzip", of image and label.
     """
@@ -212,7 +212,7 @@ def read_case(path):
                 dtype=file["image"].dtype.str,
                 spacing=tuple(float(s) for s in file.attrs["spacing"]),
                 unit=str(file.attrs["unit"]),
-                labelled="label" in file,
+                labeled="label" in file,
                 ignore_label=None if ignore == IGNORE_NONE else ignore,
                 intensity=json.loads(file.attrs["intensity"]),
                 layout={name: _place(file[name]) for name in names},
@@ -271,7 +271,7 @@ def write_dataset(root, *, classes, ignore_label, unit, case_ids):
                 "shape": case.shape,
                 "channels": case.channels,
                 "spacing": case.spacing,
-                "labelled": case.labelled,
+                "labeled": case.labeled,
             }
             for case in cases
         ],

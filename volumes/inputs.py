@@ -137,8 +137,8 @@ def check_inputs(texts, state, root, output):
         if texts:
             for text in texts:
                 with collected(faults):
-                    pairs, left_out = expand(text)
-                    found, notes = found + pairs, notes + left_out
+                    pairs, excluded = expand(text)
+                    found, notes = found + pairs, notes + excluded
         else:
             files, why = default_inputs(facts, root)
             found, notes = [(Path(file).stem, file) for file in files], [f"inputs     {why}"]

@@ -21,7 +21,7 @@ VESUVIUS_IGNORE_LABEL = 2
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
 
 
-class Faults(ValueError):
+class InputErrors(ValueError):
     """Everything that is wrong with an input: `sentences`, one string each."""
 
     def __init__(self, *sentences):
@@ -99,8 +99,8 @@ def _pairs(images_text, labels_text):
     if {s.path for s in images} == {s.path for s in labels}:
         images = [s for s in images if not is_label_name(s.path)]
         labels = [s for s in labels if is_label_name(s.path)]
-    labelled = {s.path for s in labels}
-    images = [s for s in images if s.path not in labelled]
+    labeled = {s.path for s in labels}
+    images = [s for s in images if s.path not in labeled]
     pictured = {s.path for s in images}
     labels = [s for s in labels if s.path not in pictured]
     if not images:
@@ -229,7 +229,7 @@ def _vesuvius(root, _test_images):
         scrolls = {
             row["id"]: row["scroll_id"] for row in read_table(root / "train.csv", "scroll_id", "id")
         }
-    except Faults as faults:
+    except InputErrors as faults:
         layout.faults += faults.sentences
         return layout
     images = {s.id: s.path for s in _found("--images", root / "train_images", layout)}
@@ -256,23 +256,23 @@ def _vesuvius(root, _test_images):
 
 
 def read_table(path, *columns):
-    """The rows of a CSV file as dicts. Faults if it cannot be read or lacks one of columns."""
+    """The rows of a CSV file as dicts. InputErrors if it cannot be read or lacks one of columns."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True, strict=True)
             rows, names = list(reader), reader.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise Faults(f"{path}: expected a readable CSV file, got {error}") from error
+        raise InputErrors(f"{path}: expected a readable CSV file, got {error}") from error
     missing = [column for column in columns if column not in names]
     if missing:
-        raise Faults(
+        raise InputErrors(
             f"{path}: expected the columns {', '.join(missing)}, got {', '.join(names) or 'none'}"
         )
     return rows
 
 
 def assign_groups(cases, rule, images):
-    """The cases with the group that rule gives them. Faults if a case gets none.
+    """The cases with the group that rule gives them. InputErrors if a case gets none.
 
     rule: None keeps them; `csv:COLUMN` and `csv:FILE:COLUMN` look the id up (column `id`, else
     the first); `regex:PATTERN` takes the first capture group, else the match, on the id. A CSV
@@ -287,10 +287,12 @@ def assign_groups(cases, rule, images):
     elif kind == "regex" and rest:
         groups = _groups_of_pattern(rest, [case.id for case in cases])
     else:
-        raise Faults(f"--group-from {rule}: expected csv:COLUMN, csv:FILE:COLUMN or regex:PATTERN")
+        raise InputErrors(
+            f"--group-from {rule}: expected csv:COLUMN, csv:FILE:COLUMN or regex:PATTERN"
+        )
     lost = [case.id for case in cases if not groups.get(case.id)]
     if lost:
-        raise Faults(
+        raise InputErrors(
             *(f"case {i}: expected a group by --group-from {rule}, got none" for i in lost)
         )
     return [replace(case, group=groups[case.id]) for case in cases]
@@ -306,7 +308,9 @@ def _groups_of_pattern(pattern, names):
     try:
         regex = re.compile(pattern)
     except re.error as error:
-        raise Faults(f"--group-from regex:{pattern}: expected a pattern, got {error}") from error
+        raise InputErrors(
+            f"--group-from regex:{pattern}: expected a pattern, got {error}"
+        ) from error
     found = {name: regex.search(name) for name in names}
     return {name: m[1] if regex.groups else m[0] for name, m in found.items() if m}
 
@@ -320,7 +324,7 @@ def _only_csv(images):
         train = [file for file in files if file.name == "train.csv"]
         if len(train or files) == 1:
             return (train or files)[0]
-    raise Faults(
+    raise InputErrors(
         f"--group-from: expected train.csv or one CSV file in {root} or {root.parent}, got none or "
         "several; name it as csv:FILE:COLUMN"
     )
@@ -341,7 +345,7 @@ def read_spacings(path):
             faults.append(f"{path}, line {number}: expected a unit, one of mm, micron, nm, m")
         rows.append((row["id"], spacing, UNITS.get(unit, "")))
     if faults:
-        raise Faults(*faults)
+        raise InputErrors(*faults)
     return rows
 
 

@@ -33,7 +33,7 @@ def run_of(folder, log=(), system=()):
 
 def verdict(run, seconds):
     """At so many seconds after NOW."""
-    return vitals.Pulse(run).verdict(NOW + seconds)
+    return vitals.RunHealth(run).verdict(NOW + seconds)
 
 
 FAR = {"host": "far", "pid": 7, "created": NOW - 3}
@@ -79,7 +79,7 @@ def test_a_process_that_is_killed_turns_a_running_run_into_a_dead_one(tmp_path):
     child.stdout.readline()
     created = psutil.Process(child.pid).create_time()
     run = run_of(tmp_path, [start(host=HERE, pid=child.pid, created=created)])
-    pulse = vitals.Pulse(run)
+    pulse = vitals.RunHealth(run)
     assert pulse.verdict(NOW + 1).state == vitals.RUNNING
     child.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 20
@@ -103,7 +103,7 @@ def test_another_process_with_the_same_pid_is_not_the_run(tmp_path):
 def test_a_process_that_is_not_seen_but_writes_is_alive(tmp_path):
     # In a container that has the name of its machine, processes have other numbers.
     run = run_of(tmp_path, [start(host=HERE, pid=2**22 + 5)], [line(0, pid=2**22 + 5)])
-    pulse = vitals.Pulse(run)
+    pulse = vitals.RunHealth(run)
     assert pulse.verdict(NOW + 1).state == vitals.DEAD
     write_lines(tmp_path / "system.jsonl", [line(3, pid=2**22 + 5)], mode="a")
     run.refresh(NOW + 3)

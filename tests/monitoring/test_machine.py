@@ -120,7 +120,9 @@ def test_a_reading_that_is_too_early_gives_nothing_also_after_one_that_failed(wa
 
 
 def test_limits_are_those_of_the_machine_its_cgroups_and_the_settings(monkeypatch):
-    monkeypatch.setattr(memory, "rooms", lambda: [memory.Room(5, 16, "memory of this machine")])
+    monkeypatch.setattr(
+        memory, "rooms", lambda: [memory.MemoryLimit(5, 16, "memory of this machine")]
+    )
     monkeypatch.setattr(memory, "resident_memory", lambda pids: 3)
     found = system.System().read({}, memory_limit=10)
     assert found["tree"] == 3

@@ -248,10 +248,10 @@ def slices(height=40, width=60):
     truth = np.zeros((height, width), bool)
     truth[10:20] = True
     probs = np.where(np.roll(truth, 5, axis=0), 0.75, 0.25).astype(np.float32)
-    labelled = np.ones_like(truth)
-    labelled[:, : width // 2] = False
+    labeled = np.ones_like(truth)
+    labeled[:, : width // 2] = False
     image = np.arange(height * width, dtype=np.float32).reshape(height, width)
-    return {"image": image, "truth": truth, "labelled": labelled, "probs": probs}
+    return {"image": image, "truth": truth, "labeled": labeled, "probs": probs}
 
 
 def test_the_picture_is_wide_enough_to_read_and_has_a_row_more_with_slices(tmp_path, panels):
@@ -269,7 +269,7 @@ def test_the_picture_is_wide_enough_to_read_and_has_a_row_more_with_slices(tmp_p
 def test_found_missed_and_false_voxels_have_their_colours_and_unlabeled_ones_none():
     given = slices()
     flat = np.zeros((40, 60), np.float32)
-    shown = picture.overlay(flat, given["truth"], given["probs"] >= 0.5, given["labelled"])
+    shown = picture.overlay(flat, given["truth"], given["probs"] >= 0.5, given["labeled"])
     for z, colour in ((17, picture.FOUND), (12, picture.MISSED), (22, picture.FALSE)):
         assert shown[z, 45] == pytest.approx(0.65 * np.array(to_rgb(colour)))
         assert tuple(shown[z, 10]) == (0, 0, 0)
@@ -279,7 +279,7 @@ def test_found_missed_and_false_voxels_have_their_colours_and_unlabeled_ones_non
 def test_unlabeled_voxels_are_half_as_bright():
     given = slices()
     nothing = np.zeros_like(given["truth"])
-    shown = picture.overlay(given["image"], nothing, nothing, given["labelled"])
+    shown = picture.overlay(given["image"], nothing, nothing, given["labeled"])
     bright = picture.overlay(given["image"], nothing, nothing, np.ones_like(nothing))
     assert shown[:, :30] == pytest.approx(bright[:, :30] / 2)
     assert shown[:, 30:] == pytest.approx(bright[:, 30:])
@@ -294,7 +294,7 @@ def test_a_large_slice_is_drawn_as_means_of_blocks():
     assert picture._shrunk(np.ones((700, 10, 3))).shape == (350, 5, 3)
 
 
-def test_the_slice_with_most_foreground_among_labelled_voxels_is_chosen():
+def test_the_slice_with_most_foreground_among_labeled_voxels_is_chosen():
     image = np.arange(4 * 2 * 3).reshape(4, 2, 3)
     truth = np.zeros((4, 2, 3), np.uint8)
     truth[1, 0] = 1

@@ -62,7 +62,7 @@ def full_run(folder, *, number=150, **changes):
 def view_of(folder, seconds):
     """The view at so many seconds after NOW."""
     run, now = read(folder), NOW + seconds
-    return view.View(run, vitals.Pulse(run).verdict(now), vitals.pace(run, now), now)
+    return view.View(run, vitals.RunHealth(run).verdict(now), vitals.pace(run, now), now)
 
 
 def text_of(shown, width=100, height=None):
@@ -84,7 +84,7 @@ def row(shown, begin, width=100):
     return found
 
 
-def labelled_with(shown, label, width=100):
+def labeled_with(shown, label, width=100):
     """The line of a view that has this label."""
     lines = [text.plain for text in shown.lines(width)]
     (found,) = [text for text in lines if text.startswith(label.ljust(glyphs.LABEL))]
@@ -101,24 +101,24 @@ def test_the_head_tells_name_state_place_and_start(shown):
 def test_steps_and_epoch_are_told_with_what_is_left(shown):
     # 150 steps of 2 s and two more evaluations of 30 s, less 2 s that have gone.
     done = time.strftime("%H:%M", time.localtime(NOW + 302 + 358))
-    run = labelled_with(shown, "run").split(" ", 1)
+    run = labeled_with(shown, "run").split(" ", 1)
     assert run[1] == f"50% step 150 of 300 · done {done}, in 6 min"
     assert run[0].count("█") == run[0].count("░") == 12
-    assert labelled_with(shown, "epoch").endswith(" 50% 2 of 3, step 50 of 100 · 98 s left")
+    assert labeled_with(shown, "epoch").endswith(" 50% 2 of 3, step 50 of 100 · 98 s left")
     rate = "2 s/step, 1800 steps/h · 30 s between epochs"
-    assert labelled_with(shown, "rate") == rate
+    assert labeled_with(shown, "rate") == rate
 
 
 def test_each_part_of_the_loss_has_value_change_and_curve(shown):
     # Means of seven lines: 0.8 after 1.5; the first of 15 is in neither.
-    assert labelled_with(shown, "loss").startswith("total 0.5000 ▼ 46.7 % ██")
-    assert labelled_with(shown, "loss").endswith("▁")
+    assert labeled_with(shown, "loss").startswith("total 0.5000 ▼ 46.7 % ██")
+    assert labeled_with(shown, "loss").endswith("▁")
     assert row(shown, "cldice").startswith("cldice 0.5000 0.0 % ▄▄▄▄")
     assert row(shown, "learning rate").startswith("learning rate 0.0003 ▄")
 
 
 def test_scores_are_told_with_the_best_and_the_one_that_chooses_first(shown):
-    assert labelled_with(shown, "score") == "at 100 best"
+    assert labeled_with(shown, "score") == "at 100 best"
     lines = [text.plain.split()[:1] for text in sections.scores(shown, 100)]
     assert [words[0] for words in lines[1:]] == ["surface_dice", "dice", "components"]
     assert row(shown, "surface_dice").startswith("surface_dice 0.9000 0.9000 at 100")
@@ -166,22 +166,22 @@ def test_a_process_that_stands_still_is_marked(tmp_path):
 
 
 def test_gpu_host_cache_and_state_are_told(shown):
-    gpu = labelled_with(shown, "GPU")
+    gpu = labeled_with(shown, "GPU")
     assert gpu.endswith(" 50% 40.0 of 80.0 GB, load 64 %, 58 °C, 412 W, H100")
     text = " ".join(text_of(shown).split())
     assert "load 3.5 of 16 cores CPU 61 °C swap 1.0 of 8.0 GB used" in text
     assert "/dev/shm 3.0 of 4.0 GB free disk 0.5 of 2.0 TB free" in text
     cache = "1.0 of 4.0 GB 12 cases hit by 90% of reads 3 given back"
-    assert labelled_with(shown, "cache") == cache
+    assert labeled_with(shown, "cache") == cache
     when = time.strftime("%H:%M:%S", time.localtime(NOW + 230))
     saved = f"{when}, 72 s ago: last.pt at step 100, 541 MB in 1.2 s"
-    assert labelled_with(shown, "saved") == saved
+    assert labeled_with(shown, "saved") == saved
 
 
 def test_a_gpu_whose_driver_has_gone_is_still_named(tmp_path):
     gone = {"index": 0, "name": "NVIDIA H100", "used": None, "total": None, "load": None}
     found = view_of(full_run(tmp_path, gpus=[gone]), 302)
-    assert labelled_with(found, "GPU").endswith("0% – of –, H100")
+    assert labeled_with(found, "GPU").endswith("0% – of –, H100")
 
 
 def test_the_newest_events_stand_first_and_troubles_in_their_own_words(shown):
@@ -246,7 +246,7 @@ def test_an_empty_folder_is_shown(tmp_path):
 def test_the_state_that_lies_there_is_told_where_the_log_tells_none(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.pt").write_bytes(b"1" * 3_000_000)
-    assert labelled_with(view_of(tmp_path, 0), "saved").endswith("ago: last.pt, 3 MB")
+    assert labeled_with(view_of(tmp_path, 0), "saved").endswith("ago: last.pt, 3 MB")
 
 
 def test_a_loss_that_was_not_finite_has_no_value_and_a_gap_in_its_curve(tmp_path):
@@ -254,7 +254,7 @@ def test_a_loss_that_was_not_finite_has_no_value_and_a_gap_in_its_curve(tmp_path
     log = [step(i, loss={"total": value}, skipped=2) for i, value in enumerate(losses)]
     write_lines(tmp_path / "log.jsonl", [start(**FAR), *log])
     found = view_of(tmp_path, 9)
-    assert labelled_with(found, "loss") == "total – ▼ 33.3 % ▁█ ▅"
+    assert labeled_with(found, "loss") == "total – ▼ 33.3 % ▁█ ▅"
     assert "2 of the last steps made no update" in text_of(found)
 
 

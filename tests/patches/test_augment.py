@@ -1,4 +1,4 @@
-"""What draw_spatial draws, against what its settings ask for; batches drawn from samples."""
+"""What sample_spatial_params draws, against what its settings ask for; batches drawn from samples."""
 
 import collections
 import itertools
@@ -26,7 +26,7 @@ def draws(count, spacing=CUBE, patch=(8, 8, 8), **changes):
     """Maps at the source's own spacing, each from a generator of its own, as a worker has it."""
     chosen = settings(**changes)
     return [
-        augment.draw_spatial(
+        augment.sample_spatial_params(
             np.random.default_rng((0, 0, 2, i)), spacing, spacing, patch=patch, settings=chosen
         )
         for i in range(count)
@@ -58,7 +58,7 @@ def angles_of(drawn):
 
 @pytest.mark.parametrize("chosen", [None, settings()])
 def test_probability_zero_changes_nothing(chosen):
-    drawn = augment.draw_spatial(
+    drawn = augment.sample_spatial_params(
         np.random.default_rng(0), (2, 1, 1), (2, 1, 1), patch=(4, 4, 4), settings=chosen
     )
     assert np.array_equal(drawn.matrix, np.eye(3)) and np.array_equal(drawn.upright, np.eye(3))
@@ -256,7 +256,7 @@ def test_displacement_is_drawn_in_the_unit_of_the_spacing_along_the_axes_of_the_
     how = {"elastic": 1.0, "elastic_spacing": 20.0, "elastic_amplitude_range": (1.0, 1.0)}
     rotation = {"rotation": 1.0, "rotation_axes": "z", "rotation_degrees": (90.0, 90.0)}
     turned, still = (
-        augment.draw_spatial(
+        augment.sample_spatial_params(
             np.random.default_rng(3), CUBE, (2.0, 2.0, 2.0), patch=(6, 6, 6), settings=settings(**s)
         )
         for s in (
@@ -308,15 +308,15 @@ def sample(number, *, image_size=9):
     }
 
 
-def draw_batch(samples, foreground=(1, 3)):
-    return augment.draw_batch(
+def augment_batch(samples, foreground=(1, 3)):
+    return augment.augment_batch(
         samples, (4, 5, 6), foreground=foreground, ignore_label=2, device=torch.device("cpu")
     )
 
 
 def test_a_batch_holds_normalised_images_and_the_masks_of_its_samples():
     samples = [sample(i) for i in range(3)]
-    images, targets, valids, skeletons = draw_batch(samples)
+    images, targets, valids, skeletons = augment_batch(samples)
     assert images.shape == (3, 2, 4, 5, 6) and images.dtype == torch.float32
     assert targets.shape == valids.shape == skeletons.shape == (3, 1, 4, 5, 6)
     for i, one in enumerate(samples):
@@ -331,18 +331,18 @@ def test_a_batch_holds_normalised_images_and_the_masks_of_its_samples():
 
 def test_each_sample_of_a_batch_gets_the_intensities_that_were_drawn_for_it():
     samples = [sample(0), {**sample(1), "intensity": {"brightness": 0.5, "noise_seed": 1}}]
-    images, *_ = draw_batch(samples)
-    plain, *_ = draw_batch([sample(0), sample(1)])
+    images, *_ = augment_batch(samples)
+    plain, *_ = augment_batch([sample(0), sample(1)])
     assert torch.equal(images[0], plain[0]) and torch.allclose(images[1], plain[1] + 0.5)
     several = {"noise": 0.2, "gamma": 1.3, "noise_seed": 5}
-    images, *_ = draw_batch([{**sample(1), "intensity": several}])
+    images, *_ = augment_batch([{**sample(1), "intensity": several}])
     alone = intensity.change_intensity(plain[1:], [several], [(2.0, 1.0, 1.0)])
     assert torch.equal(images, alone)
 
 
 def test_what_is_drawn_of_a_sample_does_not_depend_on_its_batch():
     samples = [sample(i) for i in range(3)]
-    together, alone = draw_batch(samples), [draw_batch([one]) for one in samples]
+    together, alone = augment_batch(samples), [augment_batch([one]) for one in samples]
     for k in range(4):
         assert torch.equal(together[k], torch.cat([one[k] for one in alone]))
 
@@ -350,6 +350,6 @@ def test_what_is_drawn_of_a_sample_does_not_depend_on_its_batch():
 def test_a_batch_without_skeletons_has_none():
     plain = sample(0)
     del plain["skeleton"]
-    *masks, none = draw_batch([plain])
-    *beside, _ = draw_batch([sample(0)])
+    *masks, none = augment_batch([plain])
+    *beside, _ = augment_batch([sample(0)])
     assert none is None and all(torch.equal(a, b) for a, b in zip(masks, beside, strict=True))

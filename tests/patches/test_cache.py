@@ -82,13 +82,13 @@ def test_what_is_given_back_is_gone_and_stays_gone(tmp_path, stored):
     cache = VolumeCache([case for case, _ in written], HUGE)
     for case, arrays in written:
         check(cache, case, arrays)
-    assert cache.give_back(10 * size) == 0
-    assert cache.give_back(size) == 2 * size
+    assert cache.shrink(10 * size) == 0
+    assert cache.shrink(size) == 2 * size
     for case, arrays in written:
         check(cache, case, arrays)
     counts = cache.counts()
     assert (counts["cases"], counts["bytes"], counts["evictions"]) == (1, size, 2)
-    assert cache.give_back(0) == size and cache.give_back(HUGE) == 0
+    assert cache.shrink(0) == size and cache.shrink(HUGE) == 0
     assert cache.counts()["budget"] == 0
 
 
@@ -99,7 +99,7 @@ def test_memory_given_back_returns_to_the_system(tmp_path):
     check(cache, case, arrays)
     before = os.fstat(cache._arena_fd).st_blocks
     assert 512 * before >= held(case)
-    cache.give_back(0)
+    cache.shrink(0)
     assert os.fstat(cache._arena_fd).st_blocks == 0
 
 
@@ -115,7 +115,7 @@ def test_a_budget_that_is_not_0_or_more_is_refused(tmp_path, budget):
     with pytest.raises(ValueError, match=f"got {budget}"):
         VolumeCache([], budget)
     with pytest.raises(ValueError, match=f"got {budget}"):
-        VolumeCache([], 0).give_back(budget)
+        VolumeCache([], 0).shrink(budget)
 
 
 @pytest.mark.parametrize("budget", [1e30, math.inf])
@@ -133,7 +133,7 @@ def test_the_system_is_told_to_drop_the_pages_of_mapped_volumes(tmp_path, monkey
     cache = VolumeCache([case for case, _ in stored], HUGE)
     read_all(cache, stored, 1)
     assert told == []
-    cache.give_back(held(stored[0][0]))
+    cache.shrink(held(stored[0][0]))
     assert sorted(told) == [("case1", "image"), ("case1", "label")]  # the skeleton is decoded
 
 
@@ -230,7 +230,7 @@ def test_a_cache_pickled_elsewhere_starts_empty_and_on_its_own(tmp_path):
     for other in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)):
         assert other.counts() == {**cache.counts(), "cases": 0, "bytes": 0, "misses": 0}
         check(other, case, arrays)
-        other.give_back(0)
+        other.shrink(0)
     assert cache.counts()["bytes"] == held(case)
 
 
@@ -267,10 +267,10 @@ def test_the_place_of_a_killed_worker_can_be_given_back(tmp_path):
     ours, theirs = SPAWN.Pipe()
     worker = work(fill_and_hang, cache, case, theirs)
     ours.recv()
-    assert cache.give_back(0) == 0  # at work
+    assert cache.shrink(0) == 0  # at work
     worker.kill()
     worker.join()
-    assert cache.give_back(0) == held(case)
+    assert cache.shrink(0) == held(case)
 
 
 def lock_and_hang(cache, connection):
@@ -297,7 +297,7 @@ def test_voxels_given_back_while_they_are_copied_come_from_the_file(tmp_path, mo
     check(cache, case, arrays)
 
     def give_back_and_copy(*arguments):
-        cache.give_back(0)
+        cache.shrink(0)
         return copy_box(*arguments)
 
     monkeypatch.setattr(boxes, "copy_box", give_back_and_copy)
@@ -311,7 +311,7 @@ def test_a_copy_is_not_trusted_if_its_voxels_went_and_came_again(tmp_path, monke
 
     def copy_between(*arguments):
         monkeypatch.setattr(boxes, "copy_box", copy_box)
-        cache.give_back(0)
+        cache.shrink(0)
         copied = copy_box(*arguments)
         assert not copied.any()
         set_budget(cache, HUGE)
@@ -333,7 +333,7 @@ def test_a_budget_lowered_while_a_case_is_filled_holds(tmp_path, monkeypatch):
     cache, decode = VolumeCache([case], HUGE), boxes.decode
 
     def give_back_and_decode(*arguments):
-        assert cache.give_back(0) == 0
+        assert cache.shrink(0) == 0
         decode(*arguments)
 
     monkeypatch.setattr(boxes, "decode", give_back_and_decode)
@@ -354,7 +354,7 @@ def test_giving_back_in_a_loop_yields_no_wrong_voxels(tmp_path):
     while cache.counts()["hits"] == 0:
         time.sleep(0.01)
     for _ in range(100):
-        cache.give_back(0)
+        cache.shrink(0)
         set_budget(cache, HUGE)
         time.sleep(0.005)
     stop.set()

@@ -153,7 +153,7 @@ def test_the_grey_range_is_wider_than_the_slices_even_of_a_constant_patch():
 
 
 def write_case(root, name, label):
-    """A curved sheet on noise; the label is made unlabelled (2) below it."""
+    """A curved sheet on noise; the label is made unlabeled (2) below it."""
     rng = np.random.default_rng(len(name))
     shape = (10, 24, 24) if label is None else label.shape
     image = rng.normal(100, 10, shape)
@@ -174,7 +174,7 @@ def curved():
 
 @pytest.fixture
 def config_file(tmp_path):
-    """A config beside a dataset: case a is labelled, b is not, c is unlabelled everywhere."""
+    """A config beside a dataset: case a is labeled, b is not, c is unlabeled everywhere."""
     root = tmp_path / "data"
     root.mkdir()
     for name, label in {"a": curved(), "b": None, "c": np.full((4, 8, 8), 2, np.uint8)}.items():
@@ -291,7 +291,7 @@ def test_a_case_without_foreground_has_a_sheet_too(config_file, monkeypatch):
     [
         (["--case", "d"], "--case: expected a case of"),
         (["--case", "b"], "--case: case b has no label"),
-        (["--case", "c"], "expected cases with labelled voxels"),
+        (["--case", "c"], "expected cases with labeled voxels"),
         (["data.train=[b]"], "data.train: case b has no label"),
         (["data.root=nowhere"], "data.root: expected a folder made by prepare.py"),
         (["augment.gama=0.5"], "augment.gama: no such setting"),

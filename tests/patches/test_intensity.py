@@ -47,9 +47,9 @@ def random_patch(shape=(1, 12, 14, 16), seed=0):
 
 
 def test_probability_zero_chooses_nothing_and_one_chooses_all_as_plain_numbers():
-    assert intensity.draw_intensity(np.random.default_rng(0), settings=None) == {}
-    off = intensity.draw_intensity(np.random.default_rng(0), settings=settings(0.0))
-    on = intensity.draw_intensity(np.random.default_rng(0), settings=settings(1.0))
+    assert intensity.sample_intensity_params(np.random.default_rng(0), settings=None) == {}
+    off = intensity.sample_intensity_params(np.random.default_rng(0), settings=settings(0.0))
+    on = intensity.sample_intensity_params(np.random.default_rng(0), settings=settings(1.0))
     assert set(off) == {"noise_seed"}
     assert set(on) == {*intensity.NAMES, "dropout_boxes", "noise_seed"}
     assert json.loads(json.dumps(on)) == on
@@ -57,7 +57,10 @@ def test_probability_zero_chooses_nothing_and_one_chooses_all_as_plain_numbers()
 
 def test_values_lie_in_their_ranges_and_reach_over_them():
     asked = settings(1.0)
-    drawn = [intensity.draw_intensity(np.random.default_rng(s), settings=asked) for s in range(400)]
+    drawn = [
+        intensity.sample_intensity_params(np.random.default_rng(s), settings=asked)
+        for s in range(400)
+    ]
     for name in intensity.NAMES:
         low, high = asked[f"{name}_range"]
         found = [chosen[name] for chosen in drawn]
@@ -68,7 +71,7 @@ def test_values_lie_in_their_ranges_and_reach_over_them():
 
 def test_each_transform_is_chosen_as_often_as_asked():
     rng, asked = np.random.default_rng(0), settings(0.3)
-    drawn = [intensity.draw_intensity(rng, settings=asked) for _ in range(2000)]
+    drawn = [intensity.sample_intensity_params(rng, settings=asked) for _ in range(2000)]
     for name in intensity.NAMES:
         assert abs(sum(name in chosen for chosen in drawn) / 2000 - 0.3) < 0.04
 
@@ -78,7 +81,8 @@ def test_one_setting_does_not_shift_the_draws_of_the_others():
     narrow = settings(1.0, dropout_boxes=(3, 3), gamma_range=(1.0, 1.0))
     asked = settings(1.0), settings(0.0, noise=1.0), narrow
     all_on, only_noise, fixed = (
-        intensity.draw_intensity(rng, settings=each) for rng, each in zip(rngs, asked, strict=True)
+        intensity.sample_intensity_params(rng, settings=each)
+        for rng, each in zip(rngs, asked, strict=True)
     )
     assert only_noise == {key: all_on[key] for key in ("noise", "noise_seed")}
     assert fixed == {**all_on, "gamma": 1.0, "dropout_boxes": 3}

@@ -48,7 +48,7 @@ def of(matrix, **parts):
 def wild(rng, source_spacing=CUBE, spacing=CUBE, *, patch, **changes):
     """A random map with everything at once."""
     chosen = {**WILD, **changes}
-    return augment.draw_spatial(rng, source_spacing, spacing, patch=patch, settings=chosen)
+    return augment.sample_spatial_params(rng, source_spacing, spacing, patch=patch, settings=chosen)
 
 
 def volume(shape=(9, 12, 15), seed=0):
@@ -64,7 +64,7 @@ def draw(image, label, drawn, centre, patch, *, ignore_label=None, skeleton=None
     """((image, target, valid, skeleton), place): from the box alone, as a worker ships it."""
     place = grid.place_patch(drawn, centre, patch, image.shape[1:])
     box = tuple(slice(a, b) for a, b in zip(place.start, place.stop, strict=True))
-    patches = grid.draw_patch(
+    patches = grid.resample_patch(
         torch.from_numpy(image[(slice(None), *box)]),
         torch.from_numpy(label[box]),
         None if skeleton is None else torch.from_numpy(skeleton[box]),
@@ -174,7 +174,7 @@ def test_target_spacing_agrees_with_resampling_the_whole_volume_and_cropping():
     ratio = np.array(spacing) / source_spacing
     whole = ndimage.affine_transform(image, ratio, output_shape=(23, 25, 25), order=1)
     patch, corner = (8, 9, 10), np.array([5, 6, 7])
-    native = augment.draw_spatial(
+    native = augment.sample_spatial_params(
         np.random.default_rng(0), source_spacing, spacing, patch=patch, settings=None
     )
     centre = (corner + (np.array(patch) - 1) / 2) * ratio
@@ -198,9 +198,9 @@ def test_everything_at_once_agrees_with_scipy_on_the_whole_volume(case):
         places = places_of(drawn, place.origin, patch)
         assert np.allclose(seen[0].numpy(), sampled(image, places), atol=3e-3)
         nearest, decided = sampled(label, places, order=0), ~undecided(places)
-        labelled = inside(places, shape) & (nearest != 2)
-        assert np.array_equal(valid[0].numpy()[decided], labelled[decided])
-        assert np.array_equal(target[0].numpy()[decided], (labelled & (nearest == 1))[decided])
+        labeled = inside(places, shape) & (nearest != 2)
+        assert np.array_equal(valid[0].numpy()[decided], labeled[decided])
+        assert np.array_equal(target[0].numpy()[decided], (labeled & (nearest == 1))[decided])
 
 
 def test_channels_are_drawn_at_the_same_places():
@@ -222,7 +222,7 @@ def test_the_image_is_drawn_from_any_dtype_as_float32(dtype):
 def test_a_volume_without_a_label_gives_no_target_and_nothing_valid():
     place = grid.place_patch(of(np.eye(3)), (2, 2, 2), (3, 3, 3), (5, 5, 5))
     about = {**of(np.eye(3))._asdict(), **place._asdict(), "shape": (5, 5, 5)}
-    image, target, valid, skeleton = grid.draw_patch(
+    image, target, valid, skeleton = grid.resample_patch(
         torch.ones(2, 3, 3, 3), None, about=about, patch=(3, 3, 3), foreground=[1], ignore_label=2
     )
     assert image.shape == (2, 3, 3, 3) and target.shape == valid.shape == (1, 3, 3, 3)
@@ -412,7 +412,7 @@ def test_slices_that_are_not_turned_are_not_blended_with_their_neighbours():
         centre = rng.uniform(3, 6), rng.uniform(8, 12), rng.uniform(8, 12)
         place = grid.place_patch(drawn, centre, (4, 6, 6), image.shape)
         box = tuple(slice(a, b) for a, b in zip(place.start, place.stop, strict=True))
-        found, *_ = grid.draw_patch(
+        found, *_ = grid.resample_patch(
             torch.from_numpy(image[box])[None],
             None,
             about={**drawn._asdict(), **place._asdict(), "shape": image.shape},
@@ -438,7 +438,7 @@ def test_a_patch_that_ends_at_a_face_takes_the_last_voxels_there(axis, below):
     centre[axis] = shape[axis] - 0.5 - below - (np.abs(turn) @ ((np.array(patch) - 1) / 2))[axis]
     place = grid.place_patch(drawn, centre, patch, shape)
     box = tuple(slice(a, b) for a, b in zip(place.start, place.stop, strict=True))
-    _, target, valid, _ = grid.draw_patch(
+    _, target, valid, _ = grid.resample_patch(
         torch.from_numpy(label[box].astype(np.float32))[None],
         torch.from_numpy(label[box]),
         about={**drawn._asdict(), **place._asdict(), "shape": shape},

@@ -117,7 +117,7 @@ def test_term_of_an_interval_acts_on_one_step_of_so_many():
 def test_boundary_stands_in_between_under_its_own_name():
     logits, target, valid = draw()
     coarse = torch.zeros(2, 1, 2, 5, 3)
-    terms = {"surface_distance": {"weight": 0.5, "interval": 2, "between": "boundary"}}
+    terms = {"surface_distance": {"weight": 0.5, "interval": 2, "off_step": "boundary"}}
     total, parts = composite_loss([logits, coarse], target, valid, terms, step=1)
     assert set(parts) == {"surface_distance_boundary", "total"}
     torch.testing.assert_close(
@@ -190,7 +190,7 @@ def test_tubed_skeleton_is_pooled_to_the_coarse_scale():
 
 @pytest.mark.parametrize("step", range(4))
 def test_content_of_ignored_voxels_changes_no_step(step):
-    terms = {name: {"weight": 1.0, "interval": 2, "between": "boundary"} for name in LOSSES}
+    terms = {name: {"weight": 1.0, "interval": 2, "off_step": "boundary"} for name in LOSSES}
     results = []
     for fill in (0.0, 123.0):
         logits, target, valid = draw()
@@ -207,7 +207,7 @@ def test_content_of_ignored_voxels_changes_no_step(step):
 
 @pytest.mark.parametrize("step", range(2))
 def test_all_ignored_gives_zero_loss_and_zero_gradient_in_every_step(step):
-    terms = {name: {"weight": 1.0, "interval": 2, "between": "boundary"} for name in LOSSES}
+    terms = {name: {"weight": 1.0, "interval": 2, "off_step": "boundary"} for name in LOSSES}
     logits, target, valid = draw()
     outputs = [logits.requires_grad_(), torch.randn(2, 1, 2, 5, 3).requires_grad_()]
     total, _ = composite_loss(outputs, target, torch.zeros_like(valid), terms, step=step)
@@ -384,12 +384,12 @@ def test_parts_are_detached_tensors():
         ({"soft_dice": {}}, "expected a weight of 0 or more, got None"),
         ({"soft_dice": {"weight": 1, "scales": 0}}, "expected scales of 1 or more"),
         ({"soft_dice": {"weight": 1, "interval": 0}}, "expected interval of 1 or more, got 0"),
-        ({"soft_dice": {"weight": 1, "between": "boundary"}}, "no step lies between"),
+        ({"soft_dice": {"weight": 1, "off_step": "boundary"}}, "no step lies between"),
         (
             {"soft_dice": {"weight": 1, "interval": 2, "validation_only": True}},
             "no interval with validation_only",
         ),
-        ({"soft_dice": {"weight": 1, "between": "all"}}, "nothing or boundary, got 'all'"),
+        ({"soft_dice": {"weight": 1, "off_step": "all"}}, "nothing or boundary, got 'all'"),
         ({"soft_dice": {"weight": 1, "spacing": (1, 1, 1)}}, "has no 'spacing'"),
         ({"soft_dice": {"weight": 1, "interval": 2}}, "acts on every step"),
         ({"soft_dice": {"weight": 1, "validation_only": True}}, "acts on every step"),

@@ -136,7 +136,7 @@ def test_the_mean_is_over_cases_and_each_is_told(tmp_path):
     assert found["scores"]["dice"] == pytest.approx((found["cases"]["c0"]["dice"] + 1) / 2)
 
 
-def test_unlabelled_voxels_do_not_count(tmp_path):
+def test_unlabeled_voxels_do_not_count(tmp_path):
     label, probs = sheet()
     label[0] = 2  # where the speck is
     assert verdict(tmp_path, asked(), (label, probs))["scores"]["precision"] == 1.0

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from monitoring import memory
-from monitoring.memory import GB, Room
+from monitoring.memory import GB, MemoryLimit
 from runtime import memory_guard as guard
 from runtime.memory_guard import MemoryGuard
 
@@ -17,7 +17,9 @@ class Scene:
         self.cached, self.others, self.trimmed, self.done = GB, others, 0, []
         self.workers = [SimpleNamespace(pid=100 + i) for i in range(workers)]
         self.now = 1000.0
-        monkeypatch.setattr(memory, "rooms", lambda: [Room(self.free, 10 * GB, "this machine")])
+        monkeypatch.setattr(
+            memory, "rooms", lambda: [MemoryLimit(self.free, 10 * GB, "this machine")]
+        )
         monkeypatch.setattr(memory, "resident_memory", lambda pids: self.taken)
         monkeypatch.setattr(guard, "release", self.release)
         monkeypatch.setattr(guard.time, "monotonic", lambda: self.now)
@@ -32,7 +34,7 @@ class Scene:
     def free(self):
         return int(max(0, 10 * GB - self.taken - self.others))
 
-    def give_back(self, keep):
+    def shrink(self, keep):
         freed, self.cached = self.cached - keep, keep
         self.done.append("cache")
         return freed
@@ -121,14 +123,14 @@ def test_a_limit_of_the_run_counts_what_all_its_processes_take(monkeypatch):
 )
 def test_a_twentieth_stays_free_but_no_more_than_a_gigabyte(monkeypatch, free, total, tight):
     scene = Scene(monkeypatch, workers=0, others=0)
-    room = Room(int(free * GB), total * GB, "here")
-    monkeypatch.setattr(memory, "rooms", lambda: [Room(50 * GB, 99 * GB, "there"), room])
+    room = MemoryLimit(int(free * GB), total * GB, "here")
+    monkeypatch.setattr(memory, "rooms", lambda: [MemoryLimit(50 * GB, 99 * GB, "there"), room])
     assert scene.guard.tightest(scene) == (room if tight else None)
 
 
 def test_of_several_limits_the_one_with_least_left_is_told(monkeypatch):
     scene = Scene(monkeypatch, workers=0, others=0)
-    rooms = [Room(3 * 10**7, 10 * GB, "one"), Room(10**7, 10 * GB, "other")]
+    rooms = [MemoryLimit(3 * 10**7, 10 * GB, "one"), MemoryLimit(10**7, 10 * GB, "other")]
     monkeypatch.setattr(memory, "rooms", lambda: rooms)
     assert scene.guard.tightest(scene).what == "other"
 

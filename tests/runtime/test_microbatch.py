@@ -41,7 +41,7 @@ def network(dropout=0.0):
 
 
 def batch(size=5):
-    """(image, target, valid, skeleton): bars of several lengths in noise, a face not labelled."""
+    """(image, target, valid, skeleton): bars of several lengths in noise, a face not labeled."""
     generator = torch.Generator().manual_seed(1)
     target = torch.zeros(size, 1, *SHAPE)
     for i in range(size):

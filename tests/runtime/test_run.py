@@ -67,7 +67,7 @@ def made(tmp_path):
         keeper = Keeper(
             tmp_path,
             loop,
-            SimpleNamespace(cache=None, cases=[], left_out={}),
+            SimpleNamespace(cache=None, cases=[], excluded={}),
             log=log,
             show=SimpleNamespace(say=said.append),
             stop=SimpleNamespace(reason=lambda: None),
@@ -92,7 +92,7 @@ def test_a_stopped_run_saves_its_last_whole_step_and_says_how_to_go_on(made, cap
     assert keeper.leave(Stopped("signal SIGTERM")) == 75
     ((name, loop, also),) = saver.given
     assert (name, loop["step"], also) == ("last.pt", 7, None)
-    assert (loop["part"], loop["lines"], loop["left_out"]) == (2, 5, {})
+    assert (loop["part"], loop["lines"], loop["excluded"]) == (2, 5, {})
     assert [e["event"] for e in log.events] == ["saved", "stop"]  # a stop that is told is saved
     assert log.of("stop") == [
         {"event": "stop", "step": 7, "epoch": 1, "reason": "signal SIGTERM", "status": 75}

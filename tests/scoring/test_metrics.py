@@ -78,7 +78,7 @@ def test_components_touch_over_corners():
 
 def test_ignored_voxels_are_left_out_of_every_score():
     truth, prediction = bar(2, 4), bar(2, 4)
-    prediction[0] = 1  # a false plate, all of it where nobody labelled
+    prediction[0] = 1  # a false plate, all of it where nobody labeled
     truth[0] = 2
     scores = score(prediction, truth)
     assert [scores[name] for name in RATIOS] == [1.0, 1.0, 1.0, 1.0]
@@ -216,7 +216,7 @@ def test_what_scores_share_is_made_once_for_each_mask(monkeypatch):
         counted(monkeypatch, skimage.morphology, "skeletonize"),
     ]
     tiles = counted(monkeypatch, homology, "_deaths")
-    # Components of the background, for cavities, are labelled apart.
+    # Components of the background, for cavities, are labeled apart.
     names = [
         name for name in SCORES if not name.startswith(("cav", "hand", "betti", "topos", "ves"))
     ]
@@ -325,7 +325,7 @@ def test_the_challenge_scores_degenerate_masks_as_documented(prediction, truth, 
     assert found["counts"] == dict.fromkeys(range(3), (0, 0, 0))
 
 
-def test_the_challenge_ignores_what_nobody_labelled():
+def test_the_challenge_ignores_what_nobody_labeled():
     truth, prediction = bar(2, 6), bar(2, 6)
     prediction[0], truth[0] = 1, 2
     assert vesuvius_score(prediction, truth)["score"] == 1.0

@@ -156,8 +156,8 @@ def matching(p, t):
 
 
 def brute_force(prediction, truth, spacing, tolerance, ignore_label):
-    labelled = truth != ignore_label
-    p, t = (prediction == 1) & labelled, truth == 1
+    labeled = truth != ignore_label
+    p, t = (prediction == 1) & labeled, truth == 1
     found = overlaps(p, t) | distances(p, t, spacing, tolerance) | skeleton_scores(p, t)
     found |= information(p, t) | betti(p, t) | matching(p, t)
     surface_share = distances(p, t, (1.0, 1.0, 1.0), 2.0)["surface_dice"]

@@ -216,8 +216,8 @@ def test_a_negative_ignore_label_ignores_as_another():
     ignored = np.random.default_rng(1).random(truth.shape) < 0.3
     expected = everything(prediction * ~ignored, truth * ~ignored)
     for label, dtype in ((-1, np.int8), (-100, np.int64), (2, np.uint8), (255, np.uint8)):
-        labelled = np.where(ignored, label, truth.astype(np.int64)).astype(dtype)
-        assert everything(prediction, labelled, ignore_label=label) == expected
+        labeled = np.where(ignored, label, truth.astype(np.int64)).astype(dtype)
+        assert everything(prediction, labeled, ignore_label=label) == expected
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_unlabeled_voxels_are_never_wrong():
     prediction[9, :, 11] = 1
     found = worst(prediction, truth)
     assert all(s.missed == s.false == 0 for s in found)
-    assert not worst(prediction, truth)[0].labelled.all() or found[0].z != 9
+    assert not worst(prediction, truth)[0].labeled.all() or found[0].z != 9
 
 
 def test_neighbours_of_a_chosen_slice_are_passed_over():

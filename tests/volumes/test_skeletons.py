@@ -127,10 +127,10 @@ def test_the_tube_is_what_a_distance_transform_finds_within_the_mask():
 def test_a_sheet_that_runs_into_the_unlabeled_region_keeps_its_skeleton_up_to_there():
     whole = empty((20, 20, 24))
     whole[8:10, 2:18] = True  # two voxels thick, along the whole of x
-    labelled = np.indices(whole.shape)[2] < 14
-    tube = skeletons.tubed_skeleton(whole & labelled)
+    labeled = np.indices(whole.shape)[2] < 14
+    tube = skeletons.tubed_skeleton(whole & labeled)
     assert np.array_equal(tube[..., 10:14], whole[..., 10:14])
-    line = skeletons.thin(whole & labelled)
+    line = skeletons.thin(whole & labeled)
     assert (line.any(0)[3:17, 12]).all()  # at most one voxel short of the edge
 
 
@@ -226,7 +226,7 @@ def patches(case, *, augmentation=None, **changes):
 
 
 def drawn(samples, foreground=(1,)):
-    return augment.draw_batch(
+    return augment.augment_batch(
         samples,
         (8, 12, 12),
         foreground=foreground,
@@ -266,7 +266,7 @@ def test_the_skeleton_is_drawn_for_the_foreground_that_is_trained_alone(tmp_path
     case = write(tmp_path, two_classes())
     samples = [patches(case, skeletons=True, patch=(12, 20, 24))[0, 0]]
     for classes in ([1], [3], [1, 3]):
-        _, target, _, skeleton = augment.draw_batch(
+        _, target, _, skeleton = augment.augment_batch(
             samples, (12, 20, 24), foreground=classes, ignore_label=2, device=torch.device("cpu")
         )
         tube = skeletons.tubed_skeleton(np.isin(two_classes(), (1, 3)))
@@ -277,7 +277,7 @@ def test_the_skeleton_is_drawn_for_the_foreground_that_is_trained_alone(tmp_path
 def draw_whole(label, matrix, skeleton):
     """A patch of the label's own shape (a cube's), drawn around its centre."""
     n = label.shape[0]
-    return grid.draw_patch(
+    return grid.resample_patch(
         torch.zeros(1, *label.shape),
         torch.from_numpy(label),
         torch.from_numpy(skeleton),
