@@ -264,7 +264,7 @@ def _fault(term):
         if term[key] is not None and term[key] < 1:
             return f"{key} of 1 or more, got {term[key]}"
     if term["off_step"] not in ("nothing", "boundary"):
-        return f"off_step to be nothing or boundary, got {term['between']!r}"
+        return f"off_step to be nothing or boundary, got {term['off_step']!r}"
     if term["off_step"] == "boundary" and term["interval"] == 1:
         return "an interval above 1 with off_step: boundary, got 1, and then no step lies between"
     if term["validation_only"] and term["interval"] > 1:

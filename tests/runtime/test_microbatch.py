@@ -63,7 +63,7 @@ def parts_of(net, **how):
 
 TERMS = {
     "surface_distance": {"tolerance": 2.0, "scales": 1},
-    "cldice": {"between": "boundary", "interval": 2},
+    "cldice": {"off_step": "boundary", "interval": 2},
     "soft_dice": {"batch": True},
     "toploss": {"window": [8, 8, 8]},
 }
