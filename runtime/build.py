@@ -1,6 +1,6 @@
-"""What settings and data settle before anything large is made.
+"""From settings to objects: what a training script is made of.
 
-plan = settle(settings)                 # all checks; ValueError or FileNotFoundError
+plan = resolve(settings)                # all checks; ValueError or FileNotFoundError
 patches, network = make_patches(plan), make_network(plan)
 """
 
@@ -15,16 +15,15 @@ import model
 from monitoring import memory
 from patches import augment, cache
 from runtime import composite_loss as composite
-from runtime import evaluator as judging
+from runtime import evaluator, splits, validation
 from runtime import sliding_window as windows
-from runtime import splits, validation
 from settings import Settings
 from volumes import casefile as cases
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is settled. *_reason: for people; spacing: z, y, x."""
+    """Settings with what follows from the data. *_reason: for people; spacing: z, y, x."""
 
     settings: Settings
     device: torch.device
@@ -51,7 +50,7 @@ class Plan:
         )
 
 
-def settle(settings):
+def resolve(settings):
     """The `Plan` of settings.
 
     ValueError and FileNotFoundError, one sentence per fault, for what cannot be trained.
@@ -63,7 +62,7 @@ def settle(settings):
     split, notes = splits.choose_cases(dataset, **which)
     terms = settings.terms()
     composite.check_terms(terms, in_training=True)
-    judging.check(settings.validation.score, settings.validation.scores)
+    evaluator.check(settings.validation.score, settings.validation.scores)
     skeletons = composite.takes_skeleton(terms)
     in_validation = composite.takes_skeleton(terms, validation_only=True)
     cases.check_skeletons(split.train * skeletons + split.validation * in_validation)
@@ -124,8 +123,9 @@ def make_network(plan, outputs=1):
     return network.to(plan.device)
 
 
-def draw(plan, samples):
-    """(image, target, valid, skeleton) of a list of samples, on the device: augment.augment_batch."""
+def augment_batch(plan, samples):
+    """(image, target, valid, skeleton) of a list of samples, on the device, each (B, C, D, H, W):
+    see augment.augment_batch."""
     return augment.augment_batch(
         samples,
         plan.settings.sampling.patch,
@@ -135,16 +135,39 @@ def draw(plan, samples):
     )
 
 
-def questions(plan):
-    """What validation asks of predictions: a `judging.Questions`."""
+def make_batches(plan, patches, run, *, rank=0, ranks=1):
+    """The `data.Batches` from the step that a `run.Run` is at to its last."""
+    training = plan.settings.training
+    accumulate = training.accumulate
+    return data.Batches(
+        patches,
+        run.step * accumulate,
+        run.stop_step * accumulate,
+        batches_per_epoch=run.iterations * accumulate,
+        batch_size=training.train_batch_size,
+        workers=training.workers,
+        prefetch=training.prefetch_factor,
+        persistent=training.persistent_workers,
+        pin=plan.device.type == "cuda",
+        rank=rank,
+        ranks=ranks,
+        report=run.report,
+        poll=run.check,
+        max_excluded=plan.settings.data.max_excluded,
+    )
+
+
+def evaluation_spec(plan):
+    """What validation asks of predictions: an `evaluator.EvaluationSpec`."""
     settings = plan.settings
     asked, post = settings.validation, settings.postprocess
     threshold, size = settings.inference.threshold, post.min_component_voxels
-    usual_first = sorted(asked.thresholds, key=lambda t: (abs(t - judging.USUAL), t))
-    return judging.Questions(
-        by=asked.score,
+    default = evaluator.DEFAULT_THRESHOLD
+    default_first = sorted(asked.thresholds, key=lambda t: (abs(t - default), t))
+    return evaluator.EvaluationSpec(
+        metric=asked.score,
         names=asked.scores,
-        thresholds=tuple(usual_first) if threshold is None else (threshold,),
+        thresholds=tuple(default_first) if threshold is None else (threshold,),
         sizes=tuple(sorted(asked.min_component_voxels)) if size is None else (size,),
         hysteresis=post.hysteresis,
         max_hole_voxels=post.max_hole_voxels,
@@ -156,26 +179,27 @@ def questions(plan):
     )
 
 
-def make_validator(plan, *, remembered, report, poll):
-    """The `validation.Validator` of a plan. remembered: see fitting.WindowFit."""
+def make_validator(plan, run):
+    """The `validation.Validator` of a plan and a `run.Run`."""
     settings = plan.settings
-    wanted = settings.validation.background
+    background = settings.validation.background
+    window_fits = run.evaluations.standing.window_fits
     return validation.Validator(
         plan.split.validation[: settings.validation.max_cases],
-        questions(plan),
-        background=plan.device.type == "cuda" if wanted is None else wanted,
-        report=report,
-        poll=poll,
+        evaluation_spec(plan),
+        background=plan.device.type == "cuda" if background is None else background,
+        report=run.report,
+        poll=run.check,
         spacing=settings.data.spacing,
         clip=settings.data.percentiles,
-        window=settings.window_arguments() | {"remembered": remembered},
+        window=settings.window_arguments() | {"remembered": window_fits},
         device=plan.device,
         precision=plan.precision,
     )
 
 
 def announce(plan, network, patches):
-    """Lines for people: what was settled, and why."""
+    """Lines for people: what was chosen, and why."""
     settings, split = plan.settings, plan.split
     training = settings.training
     steps = training.max_epochs * training.train_iterations_per_epoch
@@ -193,7 +217,7 @@ def announce(plan, network, patches):
     ]
 
 
-def data_facts(plan):
+def metadata(plan):
     """All that infer.py must know of the data, as plain values."""
     return {
         **splits.facts(plan.dataset, plan.split, plan.foreground),

@@ -4,7 +4,7 @@
     path, state, reasons = load_newest("runs/exp001/checkpoints")
 
     saver = Saver("runs/exp001/checkpoints", ...)      # while training goes on
-    saver.save("last.pt", loop)
+    saver.save(loop)                                   # as last.pt
     saver.written()                                    # what is done; raises what went wrong
 
 A checkpoint is a dict of tensors and plain values (None, bool, int, float, str, and dicts, lists
@@ -29,7 +29,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-FORMAT = "lamina-checkpoint-1"
+from volumes import atomic
+
+FORMAT, FORMAT_1 = "lamina-checkpoint-2", "lamina-checkpoint-1"
 CHANGING = ("model", "ema", "optimizer", "scheduler", "scaler", "loop", "rng")
 KEYS = ("format", *CHANGING, "config", "data", "versions")
 PLAIN = (type(None), bool, int, float, str)
@@ -62,48 +64,18 @@ def previous_path(path):
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def sync_folder(folder):
-    """Make renames in a folder survive a power cut."""
-    if os.name == "nt":  # a folder cannot be opened there
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def give_name(path, name):
-    """Let the file at path have another name too, which costs nothing; a copy where it cannot."""
+    """Give the file at path another name too, at no cost; a copy where there are no hard links."""
     link = path.with_name(path.name + ".link")
     try:
         link.unlink(missing_ok=True)
         try:
             os.link(path, link)
-        except OSError:  # a file system without hard links
+        except OSError:
             shutil.copyfile(path, link)
         os.replace(link, name)
     finally:
-        link.unlink(missing_ok=True)  # rename is a no-op between two names of one file
-
-
-def _keep_previous(path):
-    """Give the file at path the name of the generation before, too, if it is a whole one.
-
-    A second name for the same bytes costs nothing and leaves `path` in place all the time. A
-    truncated file is not kept: it would push out the last good generation.
-    """
-    if not _is_archive(path):
-        return
-    link = path.with_name(path.name + ".link")
-    try:
-        link.unlink(missing_ok=True)
-        os.link(path, link)
-        os.replace(link, previous_path(path))
-    except OSError:  # a file system without hard links: then the name moves
-        os.replace(path, previous_path(path))
-    finally:
-        link.unlink(missing_ok=True)  # rename is a no-op between two names of one file
+        link.unlink(missing_ok=True)  # rename does nothing between two names of one file
 
 
 class Saved(NamedTuple):
@@ -136,30 +108,23 @@ def save(state, path):
             f"{'; '.join(foreign[:5])}; turn these into tensors, numbers or strings"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with atomic.replacing(path) as partial:
         size = _write(state, partial)
-        if path.exists():
-            _keep_previous(path)
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+        if _is_archive(path):  # a truncated file would push out the last good generation
+            give_name(path, previous_path(path))
     return Saved(path, size, time.perf_counter() - started)
 
 
 def _write(state, path):
-    """Bytes of the file, which is on disk when this returns."""
+    """Write a file; how many bytes it has."""
     with open(path, "wb") as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            # Its archive is short of the bytes that the disk did not take, and that it says.
+            # The archive is short of the bytes that the disk did not take, which torch says.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
-        file.flush()
-        os.fsync(file.fileno())
         return file.tell()
 
 
@@ -183,40 +148,33 @@ def snapshot(value):
 class Saver:
     """Writes the state of a run on a thread of its own while training goes on, one file at a time.
 
-    folder: of the files; constant: what does not change, by KEYS; stateful: {key: what has a
+    folder: of the files; constant: what does not change, by KEYS; stateful: {key: object with
     state_dict()}. On that thread before() is called before each file, and after(path) when a new
-    last.pt lies there. step: of the state that last.pt holds, None if there is none; afterwards
-    that of the newest one given to it, while on_disk is that of the newest one written.
+    last.pt lies there. step: of the state in last.pt, None if there is none; afterwards that of the
+    newest state given to `save`, while on_disk is that of the newest one written.
     """
 
     def __init__(self, folder, constant, stateful, *, step, before, after):
         self.folder, self.constant, self.stateful = Path(folder), constant, stateful
         self.step, self.on_disk, self.before, self.after = step, step, before, after
-        self.thread, self.pending, self.copy = ThreadPoolExecutor(1, "saver"), [], {}
+        self.thread, self.pending = ThreadPoolExecutor(1, "saver"), []
 
-    def save(self, name, loop, also=None):
-        """Copy the state as it is now, once for all files of a step, and have it written.
+    def save(self, loop, also=None):
+        """Copy the state as it is now, and write it as last.pt while training goes on.
 
-        also: another name that the file shall have too, until something else gets that name.
+        also: a second name for the file, until something else gets that name.
         """
-        if self.copy.get("step") != loop["step"]:
-            state = {key: part.state_dict() for key, part in self.stateful.items()}
-            self.copy = {"state": snapshot(state) | {"rng": rng_state()}, "step": loop["step"]}
-        if name == "last.pt":
-            self.step = loop["step"]
-        state = {**self.constant, **self.copy["state"], "loop": snapshot(loop)}
-        self._submit(self._write, state, self.folder / name, also and self.folder / also)
+        state = snapshot({key: part.state_dict() for key, part in self.stateful.items()})
+        state |= {**self.constant, "loop": snapshot(loop), "rng": rng_state()}
+        self.step = loop["step"]
+        self._submit(self._write, state, self.folder / "last.pt", also and self.folder / also)
 
     def promote(self, name, to, *, step, changes):
-        """Have the state of a step, in file `name`, written as `to`, with changes to its loop."""
+        """Write the state of a step, in file `name`, as `to`, with changes to its loop."""
         self._submit(self._promote, self.folder / name, self.folder / to, step, changes)
 
     def _submit(self, function, *arguments):
         self.pending.append(self.thread.submit(function, *arguments))
-
-    def release(self):
-        """The state will change: what is copied is of no use any more."""
-        self.copy = {}
 
     @property
     def busy(self):
@@ -228,29 +186,28 @@ class Saver:
 
         Raises what went wrong with the first of them; those after it are not written.
         """
-        done = []
+        results = []
         while self.pending and (wait or self.pending[0].done()):
             future = self.pending.pop(0)
             if future.exception() is not None:
                 for later in self.pending:
                     later.cancel()
                 self.pending = []
-            done.append(future.result())
-        return done
+            results.append(future.result())
+        return results
 
     def close(self):
-        """Waits for the files. Errors that nobody has asked for are dropped."""
+        """Wait for the files. Errors that nobody has asked for are dropped."""
         self.thread.shutdown()
 
     def _write(self, state, path, also):
         self.before()
-        written = save(state, path)
+        saved = save(state, path)
         if also is not None:
             give_name(path, also)
-        if path.name == "last.pt":
-            self.on_disk = state["loop"]["step"]
-            self.after(path)
-        return written
+        self.on_disk = state["loop"]["step"]
+        self.after(path)
+        return saved
 
     def _promote(self, path, to, step, changes):
         try:
@@ -289,12 +246,31 @@ def load(path, map_location="cpu"):
     if not isinstance(state, dict):
         raise _refuse(path, f"a {type(state).__name__}")
     found = state.get("format")
-    if found != FORMAT:
+    if found not in (FORMAT, FORMAT_1):
         got = "a file of tensors without a format" if found is None else f"format {found!r}"
         raise _refuse(path, got, f"this version reads {FORMAT!r} as written by train.py")
     if missing := sorted(set(KEYS) - set(state)):
         raise _refuse(path, f"one without {', '.join(missing)}", "write it again with train.py")
-    return state
+    return _upgraded(state) if found == FORMAT_1 else state
+
+
+def _upgraded(state):
+    """A state of the first format as one of this."""
+    loop, settings = state["loop"], state["config"]
+    names = ("best_score", "best_step", "evaluated_step", "pending", "chosen", "window_fits")
+    evaluations = {name: loop[name] for name in names} | {"without_better": loop["worse"]}
+    line = {"loss": loop["sums"], "patches": loop["draws"]}
+    epoch = {"loss": loop["epoch_parts"], "patches": loop["epoch_draws"]}
+    settings["data"]["max_excluded"] = settings["data"].pop("max_left_out")
+    for term in settings["loss"].values():
+        term["off_step"] = term.pop("between")
+    new = {name: loop[name] for name in ("step", "seconds", "lines", "skipped")} | {
+        "means": {"line": line, "epoch": epoch},
+        "evaluations": evaluations,
+        "micro_batch": {"size": loop["part"], "checkpointing": loop["recompute"]},
+        "excluded": loop["left_out"],
+    }
+    return state | {"format": FORMAT, "loop": new}
 
 
 def load_step(path, step):

@@ -21,7 +21,8 @@ import numpy as np
 import psutil
 import torch
 
-from runtime.checkpoint import load_newest, sync_folder
+from runtime.checkpoint import load_newest
+from volumes import atomic
 
 ROOT = Path(__file__).resolve().parents[1]  # of the project
 ROOMS = (".", "volumes", "topology", "monitoring", "scoring", "patches", "runtime")
@@ -98,8 +99,8 @@ def claim(folder, resumed_from):
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
-            for partial in (path / "checkpoints").glob("*.partial"):  # of one that was killed
-                partial.unlink(missing_ok=True)
+            for place in (path, path / "checkpoints"):
+                atomic.remove_partial(place)
             last = path / "checkpoints" / "last.pt"
             if resumed_from is not None and resumed_from != last and last.exists():
                 os.replace(last, last.with_name("last.pt.broken"))
@@ -150,17 +151,11 @@ def link_last(runs_folder, run_checkpoint):
     """
     folder, target = Path(runs_folder).resolve(), Path(run_checkpoint)
     target = target.parent.resolve() / target.name
-    partial = folder / "last.pt.partial"
-    partial.unlink(missing_ok=True)
-    try:
+    with atomic.replacing(folder / "last.pt") as partial:
         try:
             os.symlink(os.path.relpath(target, folder), partial)
         except OSError:
             shutil.copyfile(target, partial)
-        os.replace(partial, folder / "last.pt")
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(folder)
 
 
 def _git(*arguments):

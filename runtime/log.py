@@ -6,9 +6,9 @@
 
 Events of training, which a resumed run writes again from where its state was saved:
 
-    step         loss: parts, means since the line before; lr; step_seconds; seconds: of each part
-                 of a step; skipped: steps without an update, if any
-    epoch        loss: means over the epoch; draws: shares of its patches; cache: what it holds,
+    step         loss: components, means since the line before; lr; step_seconds; seconds: of each
+                 part of a step; skipped: steps without an update
+    epoch        loss: means over the epoch; patches: shares of them; cache: what it holds,
                  and how often it was hit since the start
     evaluation   scores: means; cases: those of each; chosen: threshold and size of components;
                  steps: means before and after each step of postprocess.py; unread: cases left out
@@ -35,6 +35,8 @@ import time
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from volumes import atomic
 
 TRAINING = ("step", "epoch", "evaluation")
 
@@ -132,12 +134,8 @@ def _cut(path, keep):
         lines += event["event"] in TRAINING
         if event["event"] not in TRAINING or lines <= keep:
             events.append(event)
-    partial = path.with_suffix(".partial")
-    try:
+    with atomic.replacing(path) as partial:
         partial.write_text("".join(json.dumps(event) + "\n" for event in events))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # of a disk that is full
     return min(lines, keep)
 
 
@@ -173,39 +171,57 @@ def _numbers(fields, prefix=""):
 # ---------------------------------------------------------------------------- means of many steps
 
 
-def add_parts(sums, parts, share=1.0):
-    """Add to {name: (sum, count)}: a term that acts on some steps only has a count of its own."""
-    for name, value in parts.items():
+class Means:
+    """Means of loss components and of shares of patches: of a line of the log, and of an epoch.
+
+    A term that acts on some steps only is the mean over those.
+    """
+
+    def __init__(self):
+        self.line, self.epoch = _empty(), _empty()
+
+    def state_dict(self):
+        return {"line": self.line, "epoch": self.epoch}
+
+    def load_state_dict(self, state):
+        self.line, self.epoch = state["line"], state["epoch"]
+
+    def add(self, components, shares, weight):
+        """Add a batch: {name: scalar} of its loss, which counts `weight`, and of its patches."""
+        _add(self.line["loss"], components, weight)
+        _add(self.line["patches"], shares, 1.0)
+
+    def take_line(self):
+        """{name: mean} of the loss since the last line; {} if no step had an update. Waits for the
+        device."""
+        means = {kind: _means_of(sums) for kind, sums in self.line.items()}
+        for kind, sums in self.line.items():
+            for name, (_, count) in sums.items():
+                _add(self.epoch[kind], {name: means[kind][name]}, count)
+        self.line = _empty()
+        return means["loss"]
+
+    def take_epoch(self):
+        """{"loss": means, "patches": shares} of the epoch so far, which begins anew."""
+        means = {kind: _means_of(sums) for kind, sums in self.epoch.items()}
+        self.epoch = _empty()
+        return means
+
+
+def _empty():
+    return {"loss": {}, "patches": {}}
+
+
+def _add(sums, values, weight):
+    """Add to {name: (sum, count)}."""
+    for name, value in values.items():
         total, count = sums.get(name, (0.0, 0.0))
-        sums[name] = (total + share * value, count + share)
+        sums[name] = (total + weight * value, count + weight)
 
 
-def means_of(sums):
-    """{name: mean} of what `add_parts` gathered, in the order of names, the total last."""
+def _means_of(sums):
     names = sorted(sums, key=lambda name: (name == "total", name))
     return {name: float(sums[name][0]) / sums[name][1] for name in names}
-
-
-def take_means(loop):
-    """Means of the loss parts since the last line, which begin anew; the epoch's take them up.
-
-    loop: the state of the loop, with sums and draws of the line, epoch_parts and epoch_draws, each
-    as `add_parts` gathers. {} where no step had an update.
-    """
-    means, shares = means_of(loop["sums"]), means_of(loop["draws"])
-    for name, (_, count) in loop["sums"].items():
-        add_parts(loop["epoch_parts"], {name: means[name]}, count)
-    for name, (_, count) in loop["draws"].items():
-        add_parts(loop["epoch_draws"], {name: shares[name]}, count)
-    loop |= {"sums": {}, "draws": {}}
-    return means
-
-
-def take_epoch(loop):
-    """(means of the loss parts, shares of what was drawn) of the epoch, which begin anew."""
-    found = means_of(loop["epoch_parts"]), means_of(loop["epoch_draws"])
-    loop |= {"epoch_parts": {}, "epoch_draws": {}}
-    return found
 
 
 # ---------------------------------------------------------------------------- terminal
@@ -241,7 +257,7 @@ class Output:
 
 
 class ProgressLine:
-    """A progress bar on a terminal, plain lines elsewhere; as a context. `say` prints above it."""
+    """A progress bar on a terminal, plain lines elsewhere; a context. `print` prints above it."""
 
     def __init__(self, console, total, done):
         self.console = console
@@ -262,11 +278,11 @@ class ProgressLine:
         if self.console.is_terminal:
             self.bar.stop()
 
-    def say(self, text):
+    def print(self, text):
         self.console.print(text)
 
     def advance(self, step, text, short):
         """text: a plain line of its own; short: what a bar has room for."""
         self.bar.update(self.task, completed=step, description=short)
         if not self.console.is_terminal:
-            self.say(f"step {step}/{self.total} {text}")
+            self.print(f"step {step}/{self.total} {text}")

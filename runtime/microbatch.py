@@ -1,10 +1,15 @@
 """Training steps and predictions that fit into the memory of the device.
 
-    whole = Parts(network, autocast=autocast, report=report)
-    for attempt in whole.attempts():          # a second one if the device ran out of memory
-        with attempt:
-            logits = whole.forward(image)     # (B, C, D, H, W)
-            whole.backward(loss(logits))
+    micro_batch = MicroBatch(network, autocast)
+    micro_batch.start()                         # of a step
+    while True:
+        try:
+            logits = micro_batch.forward(image)     # (B, C, D, H, W)
+            micro_batch.backward(loss(logits))
+            break
+        except RuntimeError as error:
+            logits = None                       # what still refers to the activations
+            micro_batch.shrink(error, report)   # raises what is no lack of memory
 
 A batch that does not fit goes through the network in parts, with the gradient of the whole batch,
 whatever the loss: the logits of all parts are made first, without a graph; the loss and its
@@ -15,40 +20,46 @@ Averaging the gradients of parts would save a forward pass and give another grad
 means over the valid voxels of a batch, and the topological one chooses its windows among them.
 """
 
-import contextlib
+import gc
 import math
+import traceback
 
 import torch
 
 from runtime.signals import CannotGoOn
 
 # What allocators that are not torch's own say: cuDNN, cuBLAS, the driver, the CPU's.
-SAID = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+MESSAGES = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
 
 
 def out_of_memory(error):
     """Whether an exception says that a device has no memory left."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in SAID)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in MESSAGES)
 
 
-class Parts:
+class MicroBatch:
     """Runs a network on a batch, in parts if the device's memory asks for it.
 
-    autocast() gives the context in which the network runs; report(kind, text, **figures) is told
-    when something changes. size: patches in a part, None: all; recompute: whether activations are
-    recomputed in the backward pass though the network would keep them, the last resort (it needs a
-    network with an attribute `checkpointing`). Both are kept for the rest of the run.
+    autocast() makes the context in which the network runs. size: patches in a part, None: all;
+    checkpointing: whether activations are recomputed in the backward pass though the network would
+    keep them, the last resort (it needs a network with an attribute `checkpointing`). Both hold for
+    the rest of the run, and are its state.
     """
 
-    def __init__(self, network, *, autocast, report, size=None, recompute=False):
-        self.network, self.autocast, self.report = network, autocast, report
-        self.size, self.batch = size, None
-        self.recompute = recompute
-        if recompute:
-            network.checkpointing = True
-        self._logits, self._parts = None, None
+    def __init__(self, network, autocast):
+        self.network, self.autocast = network, autocast
+        self.size, self.checkpointing, self.batch = None, False, None
+        self._generators = self._logits = self._parts = None
+
+    def state_dict(self):
+        return {"size": self.size, "checkpointing": self.checkpointing}
+
+    def load_state_dict(self, state):
+        self.size, self.checkpointing = state["size"], state["checkpointing"]
+        if self.checkpointing:
+            self.network.checkpointing = True
 
     # ------------------------------------------------------------------------ the two passes
 
@@ -59,14 +70,13 @@ class Parts:
         if self.size is None or self.size >= len(image):
             with self.autocast():
                 return self.network(image)
-        self._parts, found = [], []
+        self._parts, outputs = [], []
         for part in image.split(self.size):
             self._parts.append((part, _generators(part.device)))
             with torch.no_grad(), self.autocast():
-                found.append(_listed(self.network(part)))
-        scales = [torch.cat(scale).requires_grad_() for scale in zip(*found, strict=True)]
-        self._logits = scales
-        return scales if len(scales) > 1 else scales[0]
+                outputs.append(_listed(self.network(part)))
+        self._logits = [torch.cat(scale).requires_grad_() for scale in zip(*outputs, strict=True)]
+        return self._logits if len(self._logits) > 1 else self._logits[0]
 
     def backward(self, loss):
         """Add the gradient of a loss of these logits to that of the weights."""
@@ -89,63 +99,58 @@ class Parts:
             torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
             start = stop
         _set_generators(device, after)
-        self._logits, self._parts = None, None
+        self._logits = self._parts = None
 
-    # ------------------------------------------------------------------------ attempts
+    # ------------------------------------------------------------------------ out of memory
 
-    def attempts(self):
-        """Contexts for a step, one after another until one has not run out of memory.
+    def start(self):
+        """A step begins here: if it is done again, it draws the same random numbers."""
+        self._generators = _generators(self._device)
 
-        Each begins without gradients and with the generators where the first began. Running out
-        of memory ends a context in silence, as long as there is something left to be tried, and
-        is `stopping.CannotGoOn` then.
+    def shrink(self, error, report):
+        """After an error of a step: take less memory from now on, and let the step begin again.
+
+        Gradients are dropped and the generators put back. Any other error is raised as it is, and
+        `CannotGoOn` if nothing is left that could be smaller. report(kind, text, **figures).
         """
-        device = next(self.network.parameters()).device
-        generators, done = _generators(device), False
-
-        @contextlib.contextmanager
-        def attempt():
-            nonlocal done
-            try:
-                yield
-                done = True
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
-                _set_generators(device, generators)
-                self.network.zero_grad(set_to_none=True)
-                self._logits, self._parts = None, None
-                if not out_of_memory(error):
-                    raise
-                if not self._lower(device):
-                    raise CannotGoOn(
-                        f"{device} ran out of memory{figures(device)} with one patch at a time and "
-                        "activations recomputed; lower sampling.patch or model.base, or end what "
-                        "else runs there"
-                    ) from error
-
-        while not done:
-            yield attempt()
-            if not done and device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def _lower(self, device):
-        """Change what the next attempt does; False if nothing is left."""
+        if not out_of_memory(error):
+            raise error
+        device = self._device
+        text = f"{device} ran out of memory{memory_figures(device)}"
+        _set_generators(device, self._generators)
+        self.network.zero_grad(set_to_none=True)
+        self._logits = self._parts = None
+        free_memory(error, device)
         size = min(self.size or self.batch or 1, self.batch or 1)
         if size > 1:
             self.size = -(-size // 2)
-            what = f"batches of {self.batch} go through the network {self.size} at a time"
+            change = f"batches of {self.batch} go through the network {self.size} at a time"
         elif not getattr(self.network, "checkpointing", True):
-            self.network.checkpointing = self.recompute = True
-            what = "activations are recomputed in the backward pass (model.checkpointing)"
+            self.network.checkpointing = self.checkpointing = True
+            change = "activations are recomputed in the backward pass (model.checkpointing)"
         else:
-            return False
-        self.report(
+            raise CannotGoOn(
+                f"{text} with one patch at a time and activations recomputed; lower sampling.patch "
+                "or model.base, or end what else runs there"
+            ) from error
+        report(
             "cuda memory",
-            f"{device} ran out of memory{figures(device)}: from now on {what}, with the same "
-            "gradient",
+            f"{text}: from now on {change}, with the same gradient",
             micro_batch=self.size,
-            checkpointing=self.recompute,
+            checkpointing=self.checkpointing,
         )
-        return True
+
+    @property
+    def _device(self):
+        return next(self.network.parameters()).device
+
+
+def free_memory(error, device):
+    """Let go of what a pass that failed has computed: the frames of its error hold it all."""
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()  # what refers to itself in a circle, such as an error that another one came from
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def nothing(*arguments, **named):
@@ -156,7 +161,7 @@ def _listed(logits):
     return list(logits) if isinstance(logits, list | tuple) else [logits]
 
 
-def figures(device):
+def memory_figures(device):
     """The memory of a device as text to follow its name; "" for a CPU."""
     device = torch.device(device)
     if device.type != "cuda":
@@ -211,9 +216,9 @@ class WindowFit:
             raise error
         if self.batch == 1 and self.on_cpu:
             raise CannotGoOn(
-                f"{self.device} ran out of memory{figures(self.device)} in the prediction of a "
-                f"volume of {self.key} with one window at a time and the results on the CPU; lower "
-                "inference.window"
+                f"{self.device} ran out of memory{memory_figures(self.device)} in the prediction "
+                f"of a volume of {self.key} with one window at a time and the results on the CPU; "
+                "lower inference.window"
             ) from error
         if self.batch > 1:
             self.batch //= 2
@@ -222,13 +227,11 @@ class WindowFit:
             self.on_cpu = True
             what = "the results on the CPU"
         self.remembered[self.key] = [self.batch, self.on_cpu]
-        error.__traceback__ = None  # its frames hold what was computed
-        if torch.device(self.device).type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(error, self.device)
         self.report(
             "cuda memory",
-            f"{self.device} ran out of memory{figures(self.device)} in the prediction of a volume "
-            f"of {self.key}: it goes on with {what}, as will others of this size",
+            f"{self.device} ran out of memory{memory_figures(self.device)} in the prediction of a "
+            f"volume of {self.key}: it goes on with {what}, as will others of this size",
             windows=self.batch,
             on_cpu=self.on_cpu,
         )

@@ -23,38 +23,40 @@ class Fault(NamedTuple):
     cases: list
 
 
-def find(parts, norm):
-    """Names of what is not finite: loss parts, "gradient"; [] if all is well.
+def find(batches, norm):
+    """Names of what is not finite: loss components, "gradient"; [] if all is well.
 
-    parts: list of {name: scalar tensor}, one dict a batch; norm: of the gradient. Waits for the
+    batches: list of {name: scalar tensor}, one dict a batch; norm: of the gradient. Waits for the
     device, once.
     """
-    names = [name for batch in parts for name in batch]
-    values = [value for batch in parts for value in batch.values()]
-    found = torch.stack([*(v.detach().float() for v in values), norm.float()]).tolist()
-    wrong = [n for n, v in zip([*names, "gradient"], found, strict=True) if not math.isfinite(v)]
+    names = [name for components in batches for name in components]
+    tensors = [value for components in batches for value in components.values()]
+    values = torch.stack([*(v.detach().float() for v in tensors), norm.float()]).tolist()
+    wrong = [n for n, v in zip([*names, "gradient"], values, strict=True) if not math.isfinite(v)]
     terms = [name for name in dict.fromkeys(wrong) if name != "total"]
     return terms or wrong[:1]
 
 
 @torch.no_grad()
-def explain(names, samples, network, draw, *, fp16_scale=None):
+def explain(names, samples, network, augment, *, fp16_scale=None):
     """The `Fault` of a step in which these were not finite.
 
-    samples: of the whole step; draw(samples) -> (image, ...) as the step had it; network: sees them
-    in fp32; fp16_scale: of the loss, None where the network does not run in fp16.
+    samples: of the whole step; augment(samples) -> (image, ...) as the step had it; network: sees
+    them in fp32; fp16_scale: of the loss, None where the network does not run in fp16.
     """
     weights = [n for n, p in network.named_parameters() if not bool(p.isfinite().all())]
     devices = {p.device for p in network.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices):  # looking changes no later draw
-        looked = [(s["case"], _wrong(s, network, draw)) for s in samples if not weights]
-    found = {case: why for case, why in looked if why}  # of several patches of a case the broken
-    cases = list(found) or list(dict.fromkeys(sample["case"] for sample in samples))
+    causes = {}
+    with torch.random.fork_rng(devices):  # looking changes no later random number
+        for sample in samples if not weights else []:
+            if cause := _wrong(sample, network, augment):
+                causes[sample["case"]] = cause
+    cases = list(causes) or list(dict.fromkeys(sample["case"] for sample in samples))
     what = f"{', '.join(names)} not finite"
     if weights:
         return Fault(f"{what}: the weights are not ({weights[0]}); lower optim.lr", True, cases)
-    if found:
-        where = ", ".join(f"case {case}: {why}" for case, why in found.items())
+    if causes:
+        where = ", ".join(f"case {case}: {cause}" for case, cause in causes.items())
         return Fault(f"{what}; {where}", True, cases)
     listed = ", ".join(cases)
     if fp16_scale is not None and fp16_scale >= SMALLEST_SCALE:
@@ -63,34 +65,45 @@ def explain(names, samples, network, draw, *, fp16_scale=None):
     return Fault(f"{what}, with the cases {listed}, none of them alone", True, cases)
 
 
-def note(fault, skipped, most, report):
-    """Report a fault and count it in {"in_a_row", "since_log", "cases": {case id: steps}}.
+class SkippedSteps:
+    """Counts steps without an update; `most` broken ones in a row are too many.
 
-    in_a_row: of broken batches. An overflow of fp16 is no sign of trouble: the loss scale adapts.
-    `stopping.CannotGoOn` where there are `most` of them.
+    An overflow of fp16 counts for no case and is no sign of trouble: the loss scale adapts.
     """
-    report("step skipped", f"no update: {fault.text}", cases=fault.cases)
-    skipped["since_log"] += 1
-    skipped["in_a_row"] += fault.broken
-    for case in fault.cases if fault.broken else ():
-        skipped["cases"][case] = skipped["cases"].get(case, 0) + 1
-    if skipped["in_a_row"] >= most:
-        raise CannotGoOn(
-            f"{most} steps in a row had no finite loss and gradient (training.max_skipped), the "
-            f"last one: {fault.text}; {tell_of(skipped)[0]}"
-        )
+
+    def __init__(self, most):
+        self.most, self.in_a_row, self.since_log, self.cases = most, 0, 0, {}
+
+    def state_dict(self):
+        return {"in_a_row": self.in_a_row, "since_log": self.since_log, "cases": self.cases}
+
+    def load_state_dict(self, state):
+        self.in_a_row, self.since_log = state["in_a_row"], state["since_log"]
+        self.cases = dict(state["cases"])
+
+    def add(self, fault, report):
+        """Report a `Fault` and count it. `CannotGoOn` where there were too many."""
+        report("step skipped", f"no update: {fault.text}", cases=fault.cases)
+        self.since_log += 1
+        self.in_a_row += fault.broken
+        for case in fault.cases if fault.broken else ():
+            self.cases[case] = self.cases.get(case, 0) + 1
+        if self.in_a_row >= self.most:
+            raise CannotGoOn(
+                f"{self.most} steps in a row had no finite loss and gradient "
+                f"(training.max_skipped), the last one: {fault.text}; {self.describe()[0]}"
+            )
+
+    def describe(self):
+        """A line for people on the cases whose steps were without an update; none for none."""
+        cases = sorted(self.cases.items(), key=lambda item: -item[1])
+        listed = ", ".join(f"{case} ({number})" for case, number in cases)
+        return [f"steps without an update, by case: {listed}"] if cases else []
 
 
-def tell_of(skipped):
-    """A line for people on the cases whose steps were without an update; none for none."""
-    cases = sorted(skipped["cases"].items(), key=lambda item: -item[1])
-    listed = ", ".join(f"{case} ({number})" for case, number in cases)
-    return [f"steps without an update, by case: {listed}"] if cases else []
-
-
-def _wrong(sample, network, draw):
+def _wrong(sample, network, augment):
     """What is not finite of a sample on its way through the network, or None."""
-    image = draw([sample])[0]
+    image = augment([sample])[0]
     if not bool(image.isfinite().all()):
         return f"the image is not (patch around voxel {_voxel(sample)})"
     logits = network(image)

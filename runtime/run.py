@@ -1,145 +1,340 @@
-"""What keeps a run: its records, the state that it saves, and how it leaves.
+"""One run: its folder, log and saved states, why it stops, and how it ends.
 
-keep = Keeper(run_folder, loop, ...)
-keep.record("evaluation", scores=...)     # a line of the log
-keep.report("worker died", "...")         # a line of trouble, also for the terminal
-keep.reason()                             # why to leave after this step, or None
-keep.save("last.pt")                      # copied now, written while training goes on
-status = keep.leave(error)                # in place of an end
+run = Run(plan, patches, state, micro_batch, stop_step=1000, resume=True)   # loads what is there
+with run:                              # the folder is ours
+    run.begin(batches, validator)
+    while not run.why_stop():
+        ...                            # a learning step; then run.step += 1
+On the way out, however that comes, the state of the last whole step is saved: see `Run.leave`.
 """
 
+import contextlib
+import math
+import os
 import sys
 import time
 import traceback
+from pathlib import Path
 
-import loader
-from monitoring import picture
-from runtime import checkpoint
-from runtime import evaluator as judging
-from runtime import microbatch as fitting
-from runtime import signals as stopping
+import yaml
+from rich.console import Console
+
+from monitoring import memory, recorder
+from runtime import build, checkpoint, config, evaluator, folder, microbatch, nonfinite, timer
+from runtime.evaluations import Evaluations
+from runtime.log import Means, Output, ProgressLine, RunLog
 from runtime.memory_guard import MemoryGuard
+from runtime.signals import CannotGoOn, Stop, Stopped
 
-FAILED, STOPPED = 1, 75
+DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
+console = Console(file=Output(), highlight=False, soft_wrap=True)
 
 
-class Keeper:
-    """Writes down what happens to a run, saves its state, and says when it must leave.
+class WrongInput(ValueError):
+    """What a person must change before a run can begin: one sentence a line."""
 
-    loop: the state of the loop, by reference; log, show: a RunLog and a ProgressLine; stop: a
-    `stopping.Stop`; saver: a `checkpoint.Saver`; iterations: steps of an epoch; save_minutes: from
-    one save to the next, None for none within an epoch; limit: bytes of memory for the whole run or
-    None; by: the score that picks best.pt; picture: whether progress.png is drawn. batches and
-    parts are given once they are made: they need `report` themselves.
+    status = WRONG_INPUT
+
+
+@contextlib.contextmanager
+def checked():
+    """In this context a ValueError or a missing file is the input's fault: `WrongInput`."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise WrongInput(str(error)) from error
+
+
+class Run:
+    """What happens to a run between its learning steps.
+
+    plan: a `build.Plan`; patches: the `data.PatchDataset`; state: {key of a checkpoint: network,
+    averaged network, optimizer, scaler}; micro_batch: a `microbatch.MicroBatch`; stop_step: of the
+    last step. resume loads the newest state of a run of this name, if there is one, into all these.
+    `WrongInput` if that cannot be. step: optimizer steps done; status: what the script exits with.
     """
 
-    def __init__(
-        self,
-        run_folder,
-        loop,
-        patches,
-        *,
-        log,
-        show,
-        stop,
-        saver,
-        iterations,
-        save_minutes,
-        limit,
-        by,
-        picture,
-    ):
-        self.run_folder, self.loop, self.patches = run_folder, loop, patches
-        self.log, self.show, self.stop, self.saver = log, show, stop, saver
-        self.iterations, self.save_minutes = iterations, save_minutes
-        self.by, self.picture = by, picture
-        self.guard = MemoryGuard(patches.cache, limit=limit, report=self.report)
-        self.batches = self.parts = None
-        self.saved_at = time.monotonic()
+    def __init__(self, plan, patches, state, micro_batch, *, stop_step, resume):
+        self.plan, self.settings, self.patches, self.state = plan, plan.settings, patches, state
+        self.stop_step, self.resumed_from, self.status = stop_step, None, DONE
+        self.iterations = self.settings.training.train_iterations_per_epoch
+        self.step, self.seconds, self.lines = 0, 0.0, None  # seconds of steps, lines of the log
+        self.means, self.evaluations = Means(), Evaluations(self)
+        self.skipped = nonfinite.SkippedSteps(self.settings.training.max_skipped)
+        self.parts = {  # what has a state of its own, beside the network's
+            "means": self.means,
+            "skipped": self.skipped,
+            "evaluations": self.evaluations,
+            "micro_batch": micro_batch,
+            "excluded": patches,
+        }
+        self.stop, self.versions = Stop(self.settings.training.max_hours), folder.versions()
+        self.timed, self.saved_at, self.limit = 0, time.monotonic(), None
+        if self.settings.run.memory_gb:
+            self.limit = int(self.settings.run.memory_gb * memory.GB)
+        self.notes = list(plan.notes)
+        if patches.missing:
+            self.notes.append(f"sampling: no training case has a voxel of class {patches.missing}")
+        with checked():
+            self._open(resume)
 
-    # ------------------------------------------------------------------------ records
-
-    def record(self, event, **fields):
-        """A line of the log, at the step and epoch that is now."""
-        step = self.loop["step"]
-        self.log.write(event, step=step, epoch=step // self.iterations, **fields)
-
-    def report(self, kind, text, **figures):
-        """Something went wrong, and the run goes on."""
-        self.show.say(f"step {self.loop['step']}: {text}")
-        self.record("trouble", kind=kind, text=text, **figures)
-
-    def evaluation(self, found):
-        """Log a `validation.Evaluation`, and keep the state that it was of if that is the best.
-
-        None is no evaluation. One without all of its scores (a case that could not be read, a judge
-        that died) chooses nothing.
-        """
-        if found is None:
+    def _open(self, resume):
+        wanted = self.settings.run
+        self.folder, self.resumed_from, saved, notes = folder.open_run(
+            wanted.folder, wanted.name, resume=resume
+        )
+        self.notes += notes
+        if saved is None:
             return
-        verdict = found.verdict or {"scores": {}, "cases": {}, "steps": []}
-        chosen = {key: verdict[key] for key in judging.CHOICES if key in verdict}
-        content = {key: verdict[key] for key in ("scores", "cases", "steps")}
-        content |= {"chosen": chosen, "unread": found.unread}
-        epoch = found.step // self.iterations
-        self.log.write("evaluation", step=found.step, epoch=epoch, **content)
-        if verdict["scores"]:
-            scores = " ".join(f"{name} {value:.4g}" for name, value in verdict["scores"].items())
-            self.show.say(f"evaluation of step {found.step}: {scores}")
-        self.loop.update(pending=None, worse=self.loop["worse"] + 1)
-        if chosen and not found.unread:
-            self._choose(found.step, verdict["scores"].get(self.by), chosen)
-        self.save("last.pt")
-        if self.picture:
-            threshold = chosen.get("threshold", judging.USUAL)
-            picture.draw_progress(self.run_folder, self.run_folder.name, found.slices, threshold)
+        self.notes += config.changes(saved["config"], self.settings.plain())
+        try:
+            for key, part in self.state.items():
+                if saved[key] or key != "scaler":
+                    part.load_state_dict(saved[key])
+        except (RuntimeError, ValueError, KeyError) as error:
+            *_, reason = str(error).split("\n\t")[:2]
+            raise WrongInput(
+                f"{self.resumed_from}: its network does not fit these settings ({reason}); resume "
+                f"with the settings in {self.folder / 'config.yaml'}"
+            ) from error
+        loop = saved["loop"]
+        self.step, self.seconds, self.lines = loop["step"], loop["seconds"], loop["lines"]
+        for name, part in self.parts.items():
+            self.notes += part.load_state_dict(loop[name]) or []
+        checkpoint.set_rng_state(saved["rng"])
 
-    def _choose(self, step, score, chosen):
-        self.loop["chosen"] = chosen
-        if judging.better(score, self.loop["best_score"], self.by):
-            best = {"best_score": score, "best_step": step, "worse": 0}
-            self.loop.update(best)
-            changes = best | {"pending": None, "chosen": chosen}
-            self.saver.promote("candidate.pt", "best.pt", step=step, changes=changes)
+    # ------------------------------------------------------------------------ beginning and end
 
-    # ------------------------------------------------------------------------ leaving
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.stop)
+            self._claim_folder(stack)
+            seed, commit = self.settings.run.seed, self.versions["lamina"]
+            console.print(f"run        {self.folder}, seed {seed}, lamina {commit}")
+            for line in build.announce(self.plan, self.state["model"], self.patches) + self.notes:
+                console.print(line)
+            self.show = stack.enter_context(ProgressLine(console, self.stop_step, self.step))
+            self.guard = MemoryGuard(self.patches.cache, limit=self.limit, report=self.report)
+            self.saver = self._make_saver()
+            stack.callback(self.saver.close)
+            self.stack = stack.pop_all()
+        return self
 
-    def reason(self):
-        """Why the run shall leave, or None; gives memory back where that is short."""
+    def _claim_folder(self, stack):
+        try:
+            with checked():
+                self.folder = stack.enter_context(folder.claim(self.folder, self.resumed_from))
+                self.stop.look_for(self.folder / "stop")
+                folder.record(self.folder, yaml.safe_dump(self.settings.plain(), sort_keys=False))
+                tensorboard = self.settings.monitor.tensorboard
+                self.log = RunLog(
+                    self.folder, tensorboard=tensorboard, keep=self.lines, step=self.step
+                )
+        except OSError as error:
+            wrong = WrongInput(f"run.folder: expected a folder to write to, got {error}")
+            wrong.status = FAILED if checkpoint.no_room(error) else WRONG_INPUT
+            raise wrong from error
+        stack.callback(self.log.close)
+
+    def _make_saver(self):
+        constant = {
+            "format": checkpoint.FORMAT,
+            "scheduler": None,  # the learning rate is a function of the step
+            "config": self.settings.plain(),
+            "data": build.metadata(self.plan),
+            "versions": self.versions,
+        }
+        is_last = self.resumed_from is not None and self.resumed_from.name == "last.pt"
+        return checkpoint.Saver(
+            self.folder / "checkpoints",
+            constant,
+            self.state,
+            step=self.step if is_last else None,
+            before=self.log.sync,  # a state counts lines of the log
+            after=lambda path: folder.link_last(self.settings.run.folder, path),
+        )
+
+    def begin(self, batches, validator):
+        """Watch over these until the run ends, and write down that it begins."""
+        self.batches = batches
+        self.stack.callback(batches.close)
+        self.stack.callback(validator.close)
+        monitor = recorder.SystemMonitor(
+            self.folder,
+            seconds=self.settings.monitor.seconds,
+            roles=lambda: {os.getpid(): "training"} | batches.roles() | validator.roles(),
+            step=lambda: self.step,
+            memory_limit=self.limit,
+        )
+        self.stack.enter_context(monitor)
+        self.stack.enter_context(folder.fault_file(self.folder))
+        self.record(
+            "start",
+            **folder.process_info(),
+            steps=self.stop_step,
+            iterations=self.iterations,
+            log_every=self.settings.monitor.log_every,
+            score=self.settings.validation.score,
+            better=evaluator.directions(validator.spec),
+            resumed=self.resumed_from is not None,
+            versions=self.versions,
+            notes=self.notes,
+        )
+        self.evaluations.begin(validator, self.state["ema"], self.resumed_from)
+
+    def __exit__(self, kind, error, trace):
+        with self.stack:
+            if error is None:
+                try:
+                    self.evaluations.finish(wait=True)
+                    self._record_saved(wait=True)
+                    self.record("end")
+                    self._say_goodbye()
+                    return False
+                except BaseException as late:
+                    error = late
+            self.status = self.leave(error)  # raises what nobody expected
+        return True
+
+    def _say_goodbye(self):
+        console.print(f"done: step {self.step} in {self.seconds:.0f} s of training")
+        best, score = self.evaluations.standing, self.settings.validation.score
+        if best.best_score is not None:
+            console.print(
+                f"best: {score} {best.best_score:.4f} at step {best.best_step}, in best.pt"
+            )
+        for line in [*self.patches.describe_excluded(), *self.skipped.describe()]:
+            console.print(line)
+        last, where = Path(self.settings.run.folder) / "last.pt", self.folder / "checkpoints"
+        console.print(f"state in {where}; next: python infer.py --ckpt {last}")
+
+    # ------------------------------------------------------------------------ between two steps
+
+    def why_stop(self):
+        """Why the run must stop now, or None; gives memory back where that is short."""
+        self._record_saved()
         return self.stop.reason() or self.guard.look(self.batches)
 
     def check(self):
-        """Raises `stopping.Stopped` if there is a reason; for what takes longer than a step."""
-        if reason := self.reason():
-            raise stopping.Stopped(reason)
+        """Raises `Stopped` if there is a reason; for what takes longer than a step."""
+        if reason := self.why_stop():
+            raise Stopped(reason)
+
+    def skip(self, names, samples, scaler):
+        """A step had no update, for these were not finite: find out why, and count it."""
+        fault = nonfinite.explain(
+            names,
+            samples,
+            self.state["model"],
+            lambda samples: build.augment_batch(self.plan, samples),
+            fp16_scale=scaler.get_scale() if scaler.is_enabled() else None,
+        )
+        self.skipped.add(fault, self.report)
+
+    def count(self, results):
+        """Add the batches of a step: a list of (loss components, shares of patches)."""
+        self.skipped.in_a_row = 0
+        for components, shares in results:
+            self.means.add(components, shares, 1 / len(results))
+
+    def log_step(self, lr, step_timer):
+        """A line of the log and of the terminal where one is due; one of the epoch at its end."""
+        step, self.timed = self.step, self.timed + 1
+        if all(
+            step % n for n in (self.settings.monitor.log_every, self.iterations, self.stop_step)
+        ):
+            return
+        means, seconds = self.means.take_line(), step_timer.means(self.timed)
+        step_seconds, epoch = sum(seconds.values()), (step - 1) // self.iterations
+        self.seconds += step_seconds * self.timed
+        self.log.write(
+            "step",
+            step=step,
+            epoch=epoch,
+            loss=means,
+            lr=lr,
+            skipped=self.skipped.since_log,
+            step_seconds=round(step_seconds, 4),
+            seconds={name: round(value, 6) for name, value in seconds.items()},
+        )
+        speed, wait = f"{step_seconds:.2f} s/step", seconds["wait"] / step_seconds
+        self.show.advance(
+            step,
+            f"epoch {epoch} loss {_numbers(means)} lr {lr:.1e} {speed}: {timer.shares(seconds)}",
+            short=f"loss {means.get('total', math.nan):.3f} {speed}, wait {wait:.0%}",
+        )
+        self.skipped.since_log = self.timed = 0
+        if step % self.iterations == 0 and (means := self.means.take_epoch())["loss"]:
+            cache = self.patches.cache.counts()
+            self.log.write("epoch", step=step, epoch=epoch, **means, cache=cache)
+            self.show.print(f"epoch {epoch}: shares of patches: {_numbers(means['patches'])}")
+
+    # ------------------------------------------------------------------------ records and saving
+
+    def record(self, event, **fields):
+        """A line of the log, at the step and epoch that is now."""
+        self.log.write(event, step=self.step, epoch=self.step // self.iterations, **fields)
+
+    def report(self, kind, text, **figures):
+        """Something went wrong, and the run goes on."""
+        self.show.print(f"step {self.step}: {text}")
+        self.record("trouble", kind=kind, text=text, **figures)
+
+    @property
+    def saved(self):
+        """Whether the state of this step is saved, or on its way to the disk."""
+        return self.saver.step == self.step
+
+    def save_due(self):
+        """Whether so much time has passed since the last save that the next one is due."""
+        waited, minutes = time.monotonic() - self.saved_at, self.settings.training.save_minutes
+        return bool(minutes) and waited > 60 * minutes and not self.saver.busy
+
+    def save(self, also=None):
+        """Copy the state as it is, and have it written as last.pt while training goes on."""
+        loop = {"step": self.step, "seconds": self.seconds, "lines": self.log.lines}
+        loop |= {name: part.state_dict() for name, part in self.parts.items()}
+        self.saver.save(loop, also)
+        self.saved_at = time.monotonic()
+
+    def _record_saved(self, *, wait=False):
+        """Record what was written; wait for all of it. OSError if the disk did not take it."""
+        for saved in self.saver.written(wait=wait):
+            if isinstance(saved, checkpoint.CheckpointError):
+                self.evaluations.best_is_lost(saved)
+                continue
+            seconds = round(saved.seconds, 3)
+            self.record("saved", file=saved.path.name, bytes=saved.bytes, seconds=seconds)
+
+    # ------------------------------------------------------------------------ leaving
 
     def leave(self, error):
-        """The exit status of a run that this ended; the state of its last whole step is saved.
+        """The exit status of a run that this error ended; the state of its last step is saved.
 
-        stopping.Stopped is 75, what a run cannot get over is 1, and of anything else the traceback
-        is recorded and it is raised again.
+        `Stopped` is 75, what a run cannot get over is 1; of anything else the traceback is recorded
+        and it is raised again.
         """
         if isinstance(error, OSError) and checkpoint.no_room(error):
             return self._leave_full_disk(error)
-        if isinstance(error, MemoryError) or fitting.out_of_memory(error):
-            self._record_crash(error)  # the lines tell where
+        if isinstance(error, MemoryError) or microbatch.out_of_memory(error):
+            self._record_crash(error)  # the lines say where
             reason = str(error).split("\n")[0] or "MemoryError"
             return self._leave_as_saved(
                 f"memory ran out where no step can be made smaller ({reason}); lower model.base or "
                 "data.cache_gb, or end what else runs there"
             )
-        if not isinstance(error, stopping.Stopped | stopping.CannotGoOn):
+        if not isinstance(error, Stopped | CannotGoOn):
             self._record_crash(error)
             raise error
-        status = STOPPED if isinstance(error, stopping.Stopped) else FAILED
+        status = STOPPED if isinstance(error, Stopped) else FAILED
         try:
-            if self.saver.step != self.loop["step"]:
-                self.save("last.pt")
-            self.tell_of_saved(wait=True)
+            if not self.saved:
+                self.save()
+            self._record_saved(wait=True)
             self.record("stop", reason=str(error), status=status)
         except OSError as disk:
             return self._leave_full_disk(disk)
-        self._say(f"{error}; the state of step {self.loop['step']} is saved", status)
+        self._say_stopped(f"{error}; the state of step {self.step} is saved", status)
         return status
 
     def _leave_full_disk(self, error):
@@ -150,61 +345,24 @@ class Keeper:
         self.saver.close()
         step = self.saver.on_disk
         text += "; no state is kept" if step is None else f"; the state of step {step} is kept"
-        try:
+        with contextlib.suppress(OSError):  # the text says so itself
             self.record("stop", reason=text, status=FAILED)
-        except OSError:
-            pass  # it says so itself
-        self._say(text, FAILED)
+        self._say_stopped(text, FAILED)
         return FAILED
 
     def _record_crash(self, error):
-        try:
+        with contextlib.suppress(OSError):  # the error itself is what counts
             text = "".join(traceback.format_exception(error))
             self.record("crash", error=f"{type(error).__name__}: {error}", traceback=text)
-        except OSError:
-            pass  # the error itself is what counts
 
-    def _say(self, text, status):
-        where = self.run_folder / "checkpoints"
-        text = f"stopped at step {self.loop['step']}: {text} in {where}; go on with --resume"
+    def _say_stopped(self, text, status):
+        where = self.folder / "checkpoints"
+        text = f"stopped at step {self.step}: {text} in {where}; go on with --resume"
         if status == FAILED:
             print(text, file=sys.stderr, flush=True)
         else:
-            self.show.say(text)
+            self.show.print(text)
 
-    # ------------------------------------------------------------------------ saving
 
-    def due(self):
-        """Whether so much time has passed since the last save that the next one is due."""
-        waited = time.monotonic() - self.saved_at
-        return bool(self.save_minutes) and waited > 60 * self.save_minutes and not self.saver.busy
-
-    def save(self, name, also=None):
-        """Copy the state as it is, and have it written while training goes on.
-
-        also: a second name for the file.
-        """
-        learnt = {"part": self.parts.size, "recompute": self.parts.recompute}
-        learnt |= {"excluded": loader.excluded(self.patches), "lines": self.log.lines}
-        self.saver.save(name, self.loop | learnt, also)
-        self.saved_at = time.monotonic()
-
-    def tell_of_saved(self, *, wait=False):
-        """Record what was written; wait for all of it. OSError if the disk did not take it."""
-        for written in self.saver.written(wait=wait):
-            if isinstance(written, checkpoint.CheckpointError):
-                self._best_is_lost(written)
-                continue
-            path, size, seconds = written
-            self.record("saved", file=path.name, bytes=size, seconds=round(seconds, 3))
-
-    def _best_is_lost(self, error):
-        """The best state could not be kept: the one in best.pt, if any, is it again."""
-        try:
-            known = checkpoint.load(self.saver.folder / "best.pt")["loop"]
-        except checkpoint.CheckpointError:
-            known = {}
-        self.loop.update({key: known.get(key) for key in ("best_score", "best_step")})
-        step = self.loop["best_step"]
-        kept = "there is no best.pt" if step is None else f"best.pt stays that of step {step}"
-        self.report("best lost", f"the best state is not kept, {kept}: {error}")
+def _numbers(values):
+    return " ".join(f"{name} {value:.4g}" for name, value in values.items())

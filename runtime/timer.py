@@ -1,11 +1,11 @@
 """Where the time of a training step goes: waiting for data, or one of its parts.
 
-    clock = StepClock(device)
-    clock.start()                  # also after anything that is no part of a step
-    samples = next(batches); clock.mark("wait")
-    logits = network(image); clock.mark("forward")
+    timer = StepTimer(device)
+    timer.start()                  # also after anything that is no part of a step
+    samples = next(batches); timer.mark("wait")
+    logits = network(image); timer.mark("forward")
     ...
-    clock.means(steps)             # {"wait": seconds per step, ...}; begins anew
+    timer.means(steps)             # {"wait": seconds per step, ...}; begins anew
 
 On CUDA a mark is an event in the device's own queue, so that none of them makes the host wait, and
 a part is the device's time for it. "wait" is then the time in which the device had nothing to do
@@ -16,10 +16,10 @@ import time
 
 import torch
 
-PARTS = ("wait", "transfer", "draw", "forward", "loss", "backward", "optimiser")
+PARTS = ("wait", "transfer", "augment", "forward", "loss", "backward", "optimizer")
 
 
-class StepClock:
+class StepTimer:
     """Adds up the time between marks, by name. Not for use from several threads."""
 
     def __init__(self, device):

@@ -1,0 +1,144 @@
+"""When a run evaluates its network, what comes of that, and which state is its best.
+
+Predictions are made in the training process, and may be scored beside training (validation.py). So
+the state that is being evaluated is kept as candidate.pt: a second name for the same bytes, which
+becomes best.pt when its scores are the best so far.
+"""
+
+import copy
+import dataclasses
+from dataclasses import dataclass, field
+
+from monitoring import picture
+from runtime import checkpoint, evaluator
+
+CANDIDATE, BEST = "candidate.pt", "best.pt"
+
+
+@dataclass
+class Standing:
+    """What the evaluations of a run have come to; plain values, saved with every state."""
+
+    best_score: float | None = None
+    best_step: int | None = None
+    without_better: int = 0  # evaluations since that step
+    evaluated_step: int | None = None  # newest step that was evaluated
+    pending: int | None = None  # the same while its scores are still awaited
+    chosen: dict = field(default_factory=dict)  # for prediction, by the newest evaluation
+    window_fits: dict = field(default_factory=dict)  # see sliding_window.WindowFit
+
+
+class Evaluations:
+    """Those of a `run.Run`, whose log, saver and `save` it uses; a part of its state."""
+
+    def __init__(self, run):
+        self.run, self.settings, self.standing = run, run.settings.validation, Standing()
+        self.validator = None
+
+    def state_dict(self):
+        return dataclasses.asdict(self.standing)
+
+    def load_state_dict(self, state):
+        self.standing = Standing(**state)
+
+    def begin(self, validator, network, resumed_from):
+        """Use this `validation.Validator`; evaluate again what a killed run was evaluating.
+
+        network: the averaged one; resumed_from: the file that the run goes on from, or None.
+        """
+        self.validator, step = validator, self.standing.pending
+        if step is None:
+            return
+        candidate = self.run.saver.folder / CANDIDATE
+        if step == self.run.step:  # it may have been killed before the file had that name
+            checkpoint.give_name(resumed_from, candidate)
+            validator.start(network, step)
+            return
+        try:
+            saved = checkpoint.load_step(candidate, step)
+        except checkpoint.CheckpointError as error:
+            self.standing.pending = None
+            text = f"the evaluation of step {step} is lost: {error}"
+            self.run.report("evaluation lost", text)
+            return
+        network = copy.deepcopy(network)
+        network.load_state_dict(saved["ema"])
+        validator.start(network, step)
+
+    def due(self, done):
+        """Whether the network is evaluated before this step; done: there is no further step."""
+        step = self.run.step
+        epoch, within = divmod(step, self.run.iterations)
+        due = done or (within == 0 and epoch % self.settings.every == 0)
+        if step == 0 and not done:
+            due = self.settings.untrained
+        return due and self.standing.evaluated_step != step
+
+    def start(self, network, *, wait):
+        """Save the state and evaluate its network; wait: until it is scored."""
+        self.standing.evaluated_step = self.standing.pending = self.run.step
+        self.run.save(also=CANDIDATE)
+        self.validator.start(network, self.run.step)
+        if wait or not self.validator.background:
+            self.finish(wait=True)
+
+    def finish(self, *, wait):
+        """Log the evaluation that was started, if it is scored, and keep its state if it is best.
+
+        An evaluation without all of its scores (a case that could not be read, an evaluator that
+        died) chooses nothing.
+        """
+        evaluation = self.validator.result(wait=wait)
+        if evaluation is None:
+            return
+        run, step = self.run, evaluation.step
+        result = evaluation.result or {"scores": {}, "cases": {}, "steps": []}
+        chosen = {key: result[key] for key in evaluator.CHOICES if key in result}
+        shown = {key: result[key] for key in ("scores", "cases", "steps")}
+        run.log.write(
+            "evaluation",
+            step=step,
+            epoch=step // run.iterations,
+            **shown,
+            chosen=chosen,
+            unread=evaluation.unread,
+        )
+        if result["scores"]:
+            scores = " ".join(f"{name} {value:.4g}" for name, value in result["scores"].items())
+            run.show.print(f"evaluation of step {step}: {scores}")
+        self.standing.pending = None
+        self.standing.without_better += 1
+        if chosen and not evaluation.unread:
+            self._choose(step, result["scores"].get(self.settings.score), chosen)
+        run.save()
+        if run.settings.monitor.picture:
+            threshold = chosen.get("threshold", evaluator.DEFAULT_THRESHOLD)
+            picture.draw_progress(run.folder, run.folder.name, evaluation.slices, threshold)
+
+    def _choose(self, step, score, chosen):
+        self.standing.chosen = chosen
+        if evaluator.is_better(score, self.standing.best_score, self.settings.score):
+            best = {"best_score": score, "best_step": step, "without_better": 0}
+            self.standing = dataclasses.replace(self.standing, **best)
+            self.run.saver.promote(
+                CANDIDATE, BEST, step=step, changes={"evaluations": self.state_dict()}
+            )
+
+    def best_is_lost(self, error):
+        """The best state could not be kept: the one in best.pt, if any, is it again."""
+        try:
+            best = checkpoint.load(self.run.saver.folder / BEST)["loop"]["evaluations"]
+        except checkpoint.CheckpointError:
+            best = {}
+        step = best.get("best_step")
+        self.standing.best_score, self.standing.best_step = best.get("best_score"), step
+        kept = f"there is no {BEST}" if step is None else f"{BEST} stays that of step {step}"
+        self.run.report("best lost", f"the best state is not kept, {kept}: {error}")
+
+    def out_of_patience(self):
+        """Whether as many evaluations as validation.patience allows brought nothing better."""
+        worse = self.standing.without_better
+        if not 0 < self.settings.patience <= worse:
+            return False
+        self.run.show.print(f"no better {self.settings.score} in {worse} evaluations")
+        return True

@@ -1,0 +1,42 @@
+"""Files that are written whole or not at all."""
+
+import contextlib
+import os
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A path to write to in this context; the file takes the name `path` when that ends well.
+
+    A temporary file beside it, fsync, rename, fsync of the folder: whatever stops the process or
+    the machine, `path` is the file that was there before or the new one. An error leaves the old
+    one and no other.
+    """
+    path = Path(path)
+    partial = path.with_name(f".partial_{os.getpid()}_{path.name}")  # readers go by the suffix
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder):
+    """Make renames in a folder survive a power cut."""
+    if os.name == "nt":  # a folder cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_partial(folder):
+    """Remove what a process that was killed had begun to write in a folder."""
+    for path in Path(folder).glob(".partial_*"):
+        path.unlink(missing_ok=True)
