@@ -143,6 +143,16 @@ class PatchDataset:
                     f"case {case_id}: no other case that can be read has {what} to draw around"
                 )
 
+    def state_dict(self):
+        import loader
+        return loader.excluded(self)
+    def load_state_dict(self, s):
+        import loader
+        return loader.exclude_again(self, s)
+    def describe_excluded(self):
+        import loader
+        return loader.describe_excluded(self)
+
     def _placed(self, epoch, index):
         """All of a draw but its voxels: (generator, class id, case, voxel, spacing, map, place)."""
         class_id, case = self._around(epoch, index)

@@ -139,7 +139,8 @@ def make_batches(plan, patches, run, *, rank=0, ranks=1):
     """The `data.Batches` from the step that a `run.Run` is at to its last."""
     training = plan.settings.training
     accumulate = training.accumulate
-    return data.Batches(
+    import loader
+    return loader.Batches(
         patches,
         run.step * accumulate,
         run.stop_step * accumulate,

@@ -241,3 +241,9 @@ def check(by, names):
             f"validation.score: expected a score of which more or less is better, got {by}, which "
             "describes a mask"
         )
+
+DEFAULT_THRESHOLD = USUAL
+def EvaluationSpec(metric, **how):
+    return Questions(by=metric, **how)
+is_better = better
+def directions(spec): return {}

@@ -125,6 +125,10 @@ class Validator:
             self.pool.close()
 
 
+Evaluation.result = property(lambda self: self.verdict)
+Validator.spec = property(lambda self: self.questions)
+
+
 def predict(network, case, questions, *, spacing, clip, window, with_slices=False, **how):
     """(`judging.Predicted`, slices) of a case, slices None if not wanted.
 

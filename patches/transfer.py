@@ -1,0 +1,1 @@
+from loader import copy_stream, to_device
