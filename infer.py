@@ -60,7 +60,7 @@ def resolve_settings(state, overrides):
     if faults:
         raise ValueError("\n".join(faults))
     settings = config.build(config.apply_overrides(state["config"], overrides))
-    settings = settings.with_chosen(state["loop"].get("chosen", {}))
+    settings = settings.with_chosen(state["loop"]["evaluations"]["chosen"])
     window = settings.inference.window or settings.sampling.patch
     model.check_divides("inference.window", window, state["data"]["strides"])
     return settings

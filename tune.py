@@ -173,7 +173,7 @@ def write_json(path, content):
 def main(settings, *, steps=STEPS, out=None):
     """Measure what the settings say, over this many steps. Returns the exit status."""
     try:
-        plan = planning.settle(settings)
+        plan = planning.resolve(settings)
         if out is not None and (out.is_dir() or not os.access(out.parent, os.W_OK)):
             raise ValueError(f"--out: expected a file in a folder to write to, got {out}")
     except (ValueError, FileNotFoundError) as error:

@@ -86,7 +86,7 @@ def make_root(folder, side, count):
 def settle(arguments, root, batch):
     changes = [f"data.root={root}", "data.folds=0", f"run.device={arguments.device}"]
     changes += [f"training.train_batch_size={batch}", *(SMALL if arguments.small else ())]
-    return planning.settle(config.load(FULL_RUN, changes))
+    return planning.resolve(config.load(FULL_RUN, changes))
 
 
 # ---------------------------------------------------------------------------- load of the GPU

@@ -87,7 +87,7 @@ def disturbed(options, folder, workers, chance):
             step = options.epochs * options.steps * number / options.kills
             wait_until(lambda step=step: reached(folder, step), process)
             if number % 3 == 2:
-                wait_until(lambda: any(folder.glob("*/checkpoints/*.partial")), process)
+                wait_until(lambda: any(folder.glob("*/checkpoints/.partial_*")), process)
             time.sleep(chance.uniform(0, 0.005 if number % 3 == 2 else 1.0))
         alive = process.poll() is None
         process.send_signal(signal.SIGKILL)
@@ -95,7 +95,7 @@ def disturbed(options, folder, workers, chance):
         if not alive and process.returncode != 0:
             raise RuntimeError(f"it ended by itself with {process.returncode}: {errors[-2000:]}")
         hit += alive
-        writes += alive and any(folder.glob("*/checkpoints/*.partial"))
+        writes += alive and any(folder.glob("*/checkpoints/.partial_*"))
     return hit, writes
 
 

@@ -32,7 +32,7 @@ TAKEN = (BlockingIOError, PermissionError)  # which of them depends on the syste
 def _numbered_runs(folder, name):
     """{number: path} of runs/name (1), runs/name-2, ... that have saved state."""
     found = {}
-    for path in Path(folder).glob(f"{glob.escape(name)}*/checkpoints/*.pt"):
+    for path in Path(folder).glob(f"{glob.escape(name)}*/checkpoints/[!.]*.pt"):
         run = path.parents[1]
         number = "1" if run.name == name else run.name.removeprefix(f"{name}-")
         if number.isdigit():
@@ -132,7 +132,7 @@ def _free_names(folder):
 
 
 def _has_state(folder):
-    return any(folder.glob("checkpoints/*.pt"))
+    return any(folder.glob("checkpoints/[!.]*.pt"))
 
 
 def record(folder, settings_text):

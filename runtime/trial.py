@@ -1,6 +1,6 @@
 """A network and its training step outside of a run, for those who measure them.
 
-    plan = planning.settle(settings)
+    plan = planning.resolve(settings)
     trainer, source = trial.Trainer(plan), trial.batches(plan, planning.make_patches(plan), 20)
     with contextlib.closing(source):                      # or the workers stay
         step = functools.partial(trainer.step, trial.from_loader(plan, source))

@@ -74,7 +74,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not(root, tmp_pa
 def kill_at(moment, command, folder):
     conditions = {
         "start": lambda: any(folder.glob("*/log.jsonl")),
-        "write": lambda: any(folder.glob("*/checkpoints/*.partial")),
+        "write": lambda: any(folder.glob("*/checkpoints/.partial_*")),
         "later": lambda: kills.reached(folder, 12),
     }
     process = kills.run(command)
@@ -105,7 +105,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     assert train.main(settings(root, tmp_path / "straight")) == 0
     stopped = settings(root, tmp_path, *["training.max_hours=1e-9"] * (way == "hours"))
     if way == "file":
-        monkeypatch.setattr(train.stopping, "LOOK", 0.0)
+        monkeypatch.setattr(train.signals, "LOOK", 0.0)
         after_step(monkeypatch, 3, lambda: (run_folder(tmp_path) / "stop").touch())
     elif way == "signal":
         after_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -126,7 +126,7 @@ def test_a_signal_does_not_wait_for_validation_to_end(root, tmp_path, monkeypatc
         os.kill(os.getpid(), signal.SIGTERM)
         return patches[:, :1] * 0
 
-    monkeypatch.setattr(train.windows, "_call", slow)
+    monkeypatch.setattr(train.sliding_window, "_call", slow)
     changes = ["validation.untrained=false", "training.max_epochs=1"]
     assert train.main(settings(root, tmp_path, *changes)) == 75
     assert len(windows_seen) == 1
@@ -327,7 +327,7 @@ def test_a_batch_that_finds_no_memory_trains_in_parts_to_the_same_weights(
         other = b["optimizer"]["state"][key]["exp_avg"]
         assert torch.allclose(one["exp_avg"], other, rtol=1e-4, atol=1e-6)
     assert [e["micro_batch"] for e in troubles(tmp_path, "cuda memory")] == [2, 1]
-    assert b["loop"]["part"] == 1 and "same gradient" in capsys.readouterr().out
+    assert b["loop"]["micro_batch"]["size"] == 1 and "same gradient" in capsys.readouterr().out
 
 
 def test_a_resumed_run_still_knows_what_fits(root, tmp_path, monkeypatch):
@@ -351,7 +351,7 @@ def test_where_even_one_patch_finds_no_memory_the_run_ends_with_its_state(
 def test_validation_that_finds_no_memory_takes_fewer_windows_and_remembers(
     root, tmp_path, monkeypatch
 ):
-    call, failed = train.windows._call, []
+    call, failed = train.sliding_window._call, []
 
     def small(network, patches, precision):
         if len(patches) > 1 or len(failed) < 2:
@@ -360,7 +360,7 @@ def test_validation_that_finds_no_memory_takes_fewer_windows_and_remembers(
         return call(network, patches, precision)
 
     assert train.main(settings(root, tmp_path / "whole", "training.max_epochs=1")) == 0
-    monkeypatch.setattr(train.windows, "_call", small)
+    monkeypatch.setattr(train.sliding_window, "_call", small)
     assert train.main(settings(root, tmp_path, "training.max_epochs=1")) == 0
     one, other = (
         [e["scores"] for e in events(run_folder(where), "evaluation")]
@@ -370,7 +370,7 @@ def test_validation_that_finds_no_memory_takes_fewer_windows_and_remembers(
     for a, b in zip(one, other, strict=True):
         assert a == pytest.approx(b, abs=1e-6)
     assert failed == [2, 1]  # in the first evaluation alone
-    assert weights_of(run_folder(tmp_path))["loop"]["window_fits"] == {"12x24x24": [1, True]}
+    assert weights_of(run_folder(tmp_path))["loop"]["evaluations"]["window_fits"] == {"12x24x24": [1, True]}
 
 
 # ---------------------------------------------------------------------------- numbers
@@ -497,4 +497,4 @@ def test_early_stopping_ends_a_run_and_is_still_known_when_it_is_resumed(
     assert train.main(settings(root, tmp_path, *changes, "training.max_steps=12")) == 0
     assert train.main(settings(root, tmp_path, *changes), resume=True) == 0
     assert [e["step"] for e in events(run_folder(tmp_path), "evaluation")] == [3, 6, 9, 12, 15]
-    assert weights_of(run_folder(tmp_path))["loop"]["best_step"] == 9
+    assert weights_of(run_folder(tmp_path))["loop"]["evaluations"]["best_step"] == 9

@@ -14,7 +14,7 @@ import data
 import loader
 import model
 import train
-from patches import augment
+from patches import augment, transfer
 from runtime import checkpoint, config, validation
 from runtime import composite_loss as composite
 from runtime import evaluator as judging
@@ -98,7 +98,7 @@ def test_four_epochs_straight_equal_two_then_two_resumed_bit_for_bit(root, tmp_p
     for key in ("model", "ema", "optimizer", "rng"):
         assert same_state(a[key], b[key]), key
     assert a["loop"]["step"] == b["loop"]["step"] == 12
-    assert a["loop"]["best_score"] == b["loop"]["best_score"]
+    assert a["loop"]["evaluations"]["best_score"] == b["loop"]["evaluations"]["best_score"]
     logs = [events(tmp_path / n / "runs" / "r", "step") for n in ("straight", "halves")]
     assert [(e["step"], e["loss"], e["lr"]) for e in logs[0]] == [
         (e["step"], e["loss"], e["lr"]) for e in logs[1]
@@ -139,7 +139,7 @@ def test_a_run_learns_and_leaves_everything_it_promises(root, tmp_path):
     assert set(losses[0]) == {"weighted_bce", "soft_dice", "surface_distance", "total"}
     assert losses[-1]["total"] < losses[0]["total"]
     best = checkpoint.load(folder / "checkpoints" / "best.pt")
-    assert best["loop"]["best_score"] == max(scores)
+    assert best["loop"]["evaluations"]["best_score"] == max(scores)
     assert (tmp_path / "runs" / "last.pt").resolve() == (folder / "checkpoints/last.pt").resolve()
     assert (folder / "progress.png").stat().st_size > 10_000
     assert list((folder / "tensorboard").iterdir()) and (folder / "source" / "train.py").exists()
@@ -162,13 +162,13 @@ def test_terms_of_an_interval_are_logged_by_name_as_means_of_their_own_steps(roo
 
 
 def test_skeleton_spacing_and_step_reach_the_sum(root, tmp_path, monkeypatch):
-    seen, real = [], train.composite.composite_loss
+    seen, real = [], train.composite_loss
 
     def watched(logits, target, valid, terms, **options):
         seen.append({**options, "target": target})
         return real(logits, target, valid, terms, **options)
 
-    monkeypatch.setattr(train.composite, "composite_loss", watched)
+    monkeypatch.setattr(train, "composite_loss", watched)
     changes = ["loss.skeleton_recall.weight=0.1", "training.max_epochs=1"]
     assert train.main(settings(root, tmp_path, *changes)) == 0
     assert [options["step"] for options in seen] == [0, 1, 2]
@@ -375,7 +375,7 @@ def test_a_crash_in_validation_loses_no_step(root, tmp_path, monkeypatch):
     def broken(*arguments, **settings):
         raise ArithmeticError
 
-    monkeypatch.setattr(train.windows, "predict_slabs", broken)
+    monkeypatch.setattr(train.sliding_window, "predict_slabs", broken)
     changes = ["validation.untrained=false", "training.max_epochs=1"]
     with pytest.raises(ArithmeticError):
         train.main(settings(root, tmp_path, *changes))
@@ -422,14 +422,14 @@ def test_what_is_slow_is_named_and_validation_is_no_part_of_a_step(root, tmp_pat
         monkeypatch.setattr(owner, name, slow)
 
     slower(data.PatchDataset, "__getitem__", 0.04)  # two patches, in this process
-    slower(loader, "to_device", 0.10)
+    slower(transfer, "to_device", 0.10)
     slower(augment, "augment_batch", 0.12)
-    slower(composite, "composite_loss", 0.14)
+    slower(train, "composite_loss", 0.14)
     slower(model, "update_ema", 0.16)
     slower(validation.Validator, "start", 5.0)
     assert train.main(settings(root, tmp_path, "training.max_steps=1")) == 0
     (event,) = events(tmp_path / "runs" / "r", "step")
-    least = {"wait": 0.08, "transfer": 0.10, "draw": 0.12, "loss": 0.14, "optimiser": 0.16}
+    least = {"wait": 0.08, "transfer": 0.10, "augment": 0.12, "loss": 0.14, "optimizer": 0.16}
     assert all(event["seconds"][name] >= seconds for name, seconds in least.items())
     assert event["step_seconds"] < 5
 
@@ -439,7 +439,7 @@ def test_every_line_tells_the_time_of_its_own_steps(root, tmp_path, monkeypatch)
     monkeypatch.setattr(model, "update_ema", lambda *a: (time.sleep(0.1), update(*a)))
     assert train.main(settings(root, tmp_path, "training.max_steps=3")) == 0
     folder = tmp_path / "runs" / "r"
-    lines = [event["seconds"]["optimiser"] for event in events(folder, "step")]
+    lines = [event["seconds"]["optimizer"] for event in events(folder, "step")]
     assert len(lines) == 3 and min(lines) >= 0.1
     steps = [event["step_seconds"] for event in events(folder, "step")]
     assert weights_of(folder)["loop"]["seconds"] == pytest.approx(sum(steps), abs=1e-3)
@@ -449,8 +449,8 @@ def test_each_epoch_logs_the_share_drawn_and_what_the_cache_did(root, tmp_path):
     changes = ("sampling.foreground_share=0.75", "training.train_iterations_per_epoch=4")
     assert train.main(settings(root, tmp_path, *changes)) == 0
     for number, event in enumerate(events(tmp_path / "runs" / "r", "epoch")):
-        assert event["draws"]["around_foreground"] == pytest.approx(0.75, abs=1 / 8)
-        assert event["draws"]["with_foreground"] >= event["draws"]["around_foreground"]
+        assert event["patches"]["around_foreground"] == pytest.approx(0.75, abs=1 / 8)
+        assert event["patches"]["with_foreground"] >= event["patches"]["around_foreground"]
         assert event["cache"]["hits"] + event["cache"]["misses"] == 8 * (number + 1)
         assert event["cache"]["cases"] == 2 and event["cache"]["misses"] == 2
 
@@ -497,9 +497,9 @@ def test_classes_are_drawn_by_the_ratio_and_logged_by_name(tmp_path):
     )
     assert train.main(settings(tmp_path, tmp_path, *changes)) == 0
     (epoch,) = events(tmp_path / "runs" / "r", "epoch")
-    assert epoch["draws"]["around_foreground"] == 1
-    assert epoch["draws"]["around_artery"] == pytest.approx(0.75, abs=1 / 16)
-    assert epoch["draws"]["around_vein"] == pytest.approx(0.25, abs=1 / 16)
+    assert epoch["patches"]["around_foreground"] == 1
+    assert epoch["patches"]["around_artery"] == pytest.approx(0.75, abs=1 / 16)
+    assert epoch["patches"]["around_vein"] == pytest.approx(0.25, abs=1 / 16)
 
 
 def test_a_class_that_no_case_holds_is_said(root, tmp_path, capsys):
@@ -510,7 +510,7 @@ def test_a_class_that_no_case_holds_is_said(root, tmp_path, capsys):
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     named = settings(tmp_path, tmp_path, "data.foreground=[bar, vein]", "training.max_steps=0")
     assert train.main(named) == 0
-    assert "no training case holds a voxel of class [5]" in capsys.readouterr().out
+    assert "no training case has a voxel of class [5]" in capsys.readouterr().out
 
 
 def test_the_cache_keeps_what_the_setting_says(root, tmp_path):

@@ -64,7 +64,7 @@ def test_the_status_says_whether_something_is_over(measured):
 
 
 def test_an_epoch_pass_reads_with_the_workers_and_stops_them(tmp_path):
-    plan = planning.settle(make_settings(make_root(tmp_path), "training.workers=1"))
+    plan = planning.resolve(make_settings(make_root(tmp_path), "training.workers=1"))
     patches = planning.make_patches(plan)
     found = costs.measure_pass(plan, patches)["pass"]
     # Two batches in the pass, and four before it that are not timed: two epochs of two.
@@ -75,7 +75,7 @@ def test_an_epoch_pass_reads_with_the_workers_and_stops_them(tmp_path):
 
 @pytest.mark.parametrize("count", [5, 6])
 def test_a_pass_draws_each_case(tmp_path, monkeypatch, count):
-    plan, drawn = planning.settle(make_settings(make_root(tmp_path, (SHAPE,) * count))), []
+    plan, drawn = planning.resolve(make_settings(make_root(tmp_path, (SHAPE,) * count))), []
     draw = data.PatchDataset.__getitem__
 
     def watched(patches, place):
@@ -91,7 +91,7 @@ def test_a_pass_draws_each_case(tmp_path, monkeypatch, count):
 
 
 def test_the_file_cache_forgets_each_case_before_it_is_read(tmp_path, monkeypatch):
-    plan = planning.settle(make_settings(make_root(tmp_path)))
+    plan = planning.resolve(make_settings(make_root(tmp_path)))
     patches, forgotten, read = planning.make_patches(plan), [], []
     fill = patches.cache.read
 
@@ -107,7 +107,7 @@ def test_the_file_cache_forgets_each_case_before_it_is_read(tmp_path, monkeypatc
 
 
 def test_steps_of_the_warm_up_are_not_counted(tmp_path, monkeypatch):
-    plan = planning.settle(make_settings(make_root(tmp_path)))
+    plan = planning.resolve(make_settings(make_root(tmp_path)))
 
     def slow_at_first(step, numbers, device):
         return [
@@ -127,7 +127,7 @@ def test_inference_is_measured_on_the_largest_case_of_all(tmp_path, monkeypatch,
     # The second has the longest side, the third the most voxels.
     root = make_root(tmp_path, (SHAPE, (8, 24, 40), (20, 30, 30), SHAPE, SHAPE))
     named = [] if where == "train" else [f"data.{where}=[slab2]"]
-    plan, seen = planning.settle(make_settings(root, *named)), []
+    plan, seen = planning.resolve(make_settings(root, *named)), []
 
     def watched(network, image, **settings):
         seen.append((image.shape, settings["ratio"]))
@@ -140,7 +140,7 @@ def test_inference_is_measured_on_the_largest_case_of_all(tmp_path, monkeypatch,
 
 def test_accumulated_steps_are_measured_with_all_their_batches(tmp_path, monkeypatch):
     settings = make_settings(make_root(tmp_path), "training.accumulate=2")
-    plan, draw, drawn = planning.settle(settings), planning.draw, []
+    plan, draw, drawn = planning.resolve(settings), planning.draw, []
 
     def watched(*arguments):
         drawn.append(arguments)
@@ -166,12 +166,12 @@ def test_inference_is_measured_before_training_leaves_its_memory_behind(tmp_path
     for name in ("fill", "pass", "inference", "training", "folds"):
         result = ({}, {}) if name == "training" else {}
         monkeypatch.setattr(costs, f"measure_{name}", functools.partial(fake, name, result))
-    tune.measure(planning.settle(make_settings(make_root(tmp_path))), steps=1)
+    tune.measure(planning.resolve(make_settings(make_root(tmp_path))), steps=1)
     assert order == ["fill", "pass", "inference", "training", "folds"]
 
 
 def test_a_cache_that_holds_half_says_so(tmp_path):
-    plan = planning.settle(make_settings(make_root(tmp_path), "data.cache_gb=0.00005"))
+    plan = planning.resolve(make_settings(make_root(tmp_path), "data.cache_gb=0.00005"))
     fill = costs.measure_fill(plan, planning.make_patches(plan))["fill"]
     assert "2 of 4 cases kept" in fill.note
 

@@ -24,4 +24,4 @@ def test_settings_that_cannot_train_are_refused_by_name(tmp_path, change, named)
             with h5py.File(path, "a") as file:
                 del file["skeleton"]
     with pytest.raises((ValueError, FileNotFoundError), match=named.replace(".", r"\.")):
-        planning.settle(make_settings(tmp_path, change))
+        planning.resolve(make_settings(tmp_path, change))

@@ -185,10 +185,10 @@ def test_what_validation_chose_is_what_infer_uses(root, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     changes = ["validation.thresholds=[0.2]", "validation.min_component_voxels=[30]"]
     assert train.main(settings(root, tmp_path, *changes, "training.max_epochs=1")) == 0
-    chosen = weights_of(run_folder(tmp_path))["loop"]["chosen"]
+    chosen = weights_of(run_folder(tmp_path))["loop"]["evaluations"]["chosen"]
     assert chosen == {"threshold": 0.2, "min_component_voxels": 30}
     best = run_folder(tmp_path) / "checkpoints" / "best.pt"
-    assert checkpoint.load(best)["loop"]["chosen"] == chosen
+    assert checkpoint.load(best)["loop"]["evaluations"]["chosen"] == chosen
     about = ["--ckpt", str(best), "inference.save_probabilities=true", "--output", "out"]
     assert infer.main(about) == 0
     assert "threshold 0.2, min_component_voxels 30" in capsys.readouterr().out
@@ -251,7 +251,7 @@ def test_a_run_that_is_stopped_while_the_judge_is_at_work_asks_it_again(
 
     monkeypatch.setattr(validation.Validator, "result", never_wait)
     assert train.main(settings(root, tmp_path, *changes)) == 75
-    assert weights_of(run_folder(tmp_path))["loop"]["pending"] == 3
+    assert weights_of(run_folder(tmp_path))["loop"]["evaluations"]["pending"] == 3
     assert events(run_folder(tmp_path), "evaluation") == []
     monkeypatch.undo()
     assert train.main(settings(root, tmp_path, *changes), resume=True) == 0
@@ -278,7 +278,7 @@ def test_a_judge_that_dies_costs_an_evaluation_and_no_more(root, tmp_path, monke
     first, last = events(run_folder(tmp_path), "evaluation")
     assert first["scores"] == {} and last["scores"]["surface_dice"] >= 0
     best = checkpoint.load(run_folder(tmp_path) / "checkpoints" / "best.pt")
-    assert best["loop"]["best_step"] == 3
+    assert best["loop"]["evaluations"]["best_step"] == 3
 
 
 def test_every_named_score_can_pick_the_best(root, tmp_path):

@@ -143,9 +143,17 @@ def test_a_new_run_never_takes_a_folder_in_which_state_was_saved_meanwhile(tmp_p
 
 def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     folder = with_state(tmp_path / "r", 1)
-    (folder / "checkpoints" / "last.pt.partial").write_bytes(b"half")
+    (folder / "checkpoints" / ".partial_7_last.pt").write_bytes(b"half")
+    (folder / ".partial_7_log.jsonl").write_bytes(b"half")
     with claim(folder, folder / "checkpoints" / "last.pt"):
         assert os.listdir(folder / "checkpoints") == ["last.pt"]
+        assert sorted(os.listdir(folder)) == ["checkpoints", "lock"]
+
+
+def test_what_a_killed_process_had_begun_to_write_is_no_state(tmp_path):
+    (tmp_path / "r" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "r" / "checkpoints" / ".partial_7_last.pt").write_bytes(b"half")
+    assert runs.newest_run_folder(tmp_path, "r") is None
 
 
 def test_a_state_that_could_not_be_read_is_put_aside_and_takes_no_generation(tmp_path):

@@ -171,24 +171,25 @@ def test_a_line_that_is_taken_in_pieces_is_whole(five, monkeypatch):
 
 
 def test_a_term_that_acts_on_some_steps_is_the_mean_of_those():
-    sums = {}
-    for parts in ({"total": 2.0, "a": 1.0}, {"total": 4.0}, {"total": 6.0, "a": 3.0}):
-        runlog.add_parts(sums, parts)
-    means = runlog.means_of(sums)
-    assert means == {"a": 2.0, "total": 4.0} and list(means)[-1] == "total"
+    means = runlog.Means()
+    for components in ({"total": 2.0, "a": 1.0}, {"total": 4.0}, {"total": 6.0, "a": 3.0}):
+        means.add(components, {}, 1.0)
+    line = means.take_line()
+    assert line == {"a": 2.0, "total": 4.0} and list(line)[-1] == "total"
 
 
 def test_the_epoch_is_the_mean_over_its_steps_however_lines_divide_them():
-    loop = {"sums": {}, "draws": {}, "epoch_parts": {}, "epoch_draws": {}}
+    means = runlog.Means()
     for values in ([1.0, 2.0, 3.0], [10.0]):  # a line of three steps, and one of one
         for value in values:
-            runlog.add_parts(loop["sums"], {"total": value})
-            runlog.add_parts(loop["draws"], {"share": value / 10})
-        runlog.take_means(loop)
-    means, shares = runlog.take_epoch(loop)
-    assert means == {"total": pytest.approx(4.0)} and shares == {"share": pytest.approx(0.4)}
-    assert loop == {"sums": {}, "draws": {}, "epoch_parts": {}, "epoch_draws": {}}
-    assert runlog.take_means(loop) == {} and runlog.take_epoch(loop) == ({}, {})
+            means.add({"total": value}, {"share": value / 10}, 1.0)
+        means.take_line()
+    again = runlog.Means()  # as in a run that is resumed here
+    again.load_state_dict(means.state_dict())
+    epoch = again.take_epoch()
+    assert epoch["loss"] == {"total": pytest.approx(4.0)}
+    assert epoch["patches"] == {"share": pytest.approx(0.4)}
+    assert again.take_line() == {} and again.take_epoch() == {"loss": {}, "patches": {}}
 
 
 # ---------------------------------------------------------------------------- a terminal
@@ -212,9 +213,9 @@ def test_where_nobody_reads_any_more_a_run_falls_silent_and_goes_on(nobody, term
     monkeypatch.setattr(sys, "stdout", nobody)  # here: what a fixture puts there is taken away
     console = Console(file=runlog.Output(), force_terminal=terminal)
     with runlog.ProgressLine(console, 2, 0) as show:
-        show.say("something " * 2000)
+        show.print("something " * 2000)
         show.advance(1, "a line of its own", short="short")
-        show.say("something else")
+        show.print("something else")
     nobody.flush()  # as the interpreter does at its end
     assert goes_nowhere(nobody)
 
@@ -233,7 +234,7 @@ def test_an_output_on_a_full_disk_does_not_end_a_run(monkeypatch):
 def test_a_run_without_any_output_says_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     show = runlog.ProgressLine(Console(file=runlog.Output()), 2, 0)
-    show.say("something")
+    show.print("something")
     assert runlog.Output().stream is None
 
 
@@ -241,5 +242,5 @@ def test_a_run_without_any_output_says_nothing(monkeypatch):
 def test_what_is_said_stands_in_the_output_once(capsys, terminal):
     console = Console(file=runlog.Output(), force_terminal=terminal)
     with runlog.ProgressLine(console, 2, 0) as show:
-        show.say("a sentence")
+        show.print("a sentence")
     assert capsys.readouterr().out.count("a sentence") == 1

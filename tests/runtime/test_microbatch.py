@@ -1,6 +1,7 @@
 """Batches that go through the network in parts, and predictions that make do with less memory."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 import losses
 import model
 from runtime import composite_loss as composite
-from runtime import microbatch as fitting
-from runtime.microbatch import Parts, WindowFit
+from runtime import microbatch
+from runtime.microbatch import MicroBatch, WindowFit
 from runtime.signals import CannotGoOn
 
 SHAPE = (8, 16, 16)
@@ -52,13 +53,10 @@ def batch(size=5):
     return image, target, valid, F.max_pool3d(target, 3, 1, 1)
 
 
-def parts_of(net, **how):
-    reports = []
-    autocast = contextlib.nullcontext
-    parts = Parts(
-        net, autocast=autocast, report=lambda kind, text, **f: reports.append((text, f)), **how
-    )
-    return parts, reports
+def micro_batch_of(net, size=None, checkpointing=False):
+    micro_batch = MicroBatch(net, contextlib.nullcontext)
+    micro_batch.load_state_dict({"size": size, "checkpointing": checkpointing})
+    return micro_batch
 
 
 TERMS = {
@@ -83,8 +81,8 @@ def gradients(net):
 
 def trained(terms, size=None, step=0, recompute=False):
     net = network()
-    parts, _ = parts_of(net, size=size, recompute=recompute)
-    parts.backward(loss_of(parts.forward(batch()[0]), terms, step))
+    micro_batch = micro_batch_of(net, size, recompute)
+    micro_batch.backward(loss_of(micro_batch.forward(batch()[0]), terms, step))
     return gradients(net)
 
 
@@ -120,9 +118,9 @@ def test_a_mean_of_gradients_of_parts_would_be_another_one():
 
 def test_gradients_of_several_batches_add_up():
     net = network()
-    parts, _ = parts_of(net, size=2)
+    micro_batch = micro_batch_of(net, 2)
     for _ in range(3):
-        parts.backward(parts.forward(batch()[0])[0].mean())
+        micro_batch.backward(micro_batch.forward(batch()[0])[0].mean())
     one = network()
     one(batch()[0])[0].mean().backward()
     assert torch.allclose(gradients(net), 3 * gradients(one), rtol=0, atol=1e-6)
@@ -130,10 +128,10 @@ def test_gradients_of_several_batches_add_up():
 
 def test_a_scale_that_no_term_looks_at_gets_no_gradient():
     net = network()
-    parts, _ = parts_of(net, size=2)
-    logits = parts.forward(batch()[0])
+    micro_batch = micro_batch_of(net, 2)
+    logits = micro_batch.forward(batch()[0])
     assert len(logits) == 2
-    parts.backward(logits[0].mean())
+    micro_batch.backward(logits[0].mean())
     whole = network()
     whole(batch()[0])[0].mean().backward()
     assert torch.allclose(gradients(net), gradients(whole), rtol=0, atol=1e-6)
@@ -141,13 +139,13 @@ def test_a_scale_that_no_term_looks_at_gets_no_gradient():
 
 def test_each_part_drops_the_same_units_both_times_and_the_generator_moves_on_once():
     net = network(dropout=0.5)
-    parts, _ = parts_of(net, size=2)
+    micro_batch = micro_batch_of(net, 2)
     seen = []
     net.register_forward_hook(lambda module, given, logits: seen.append(logits[0].detach()))
     torch.manual_seed(3)
-    logits = parts.forward(batch()[0])
+    logits = micro_batch.forward(batch()[0])
     after = torch.get_rng_state()
-    parts.backward(logits[0].mean())
+    micro_batch.backward(logits[0].mean())
     assert torch.equal(torch.get_rng_state(), after)
     assert len(seen) == 6 and all(map(torch.equal, seen[:3], seen[3:]))
     assert not torch.equal(seen[0], network(dropout=0.5)(batch()[0][:2])[0])  # it does drop
@@ -155,8 +153,8 @@ def test_each_part_drops_the_same_units_both_times_and_the_generator_moves_on_on
 
 def test_a_part_as_large_as_the_batch_is_the_batch():
     net = network()
-    parts, _ = parts_of(net, size=5)
-    assert parts.forward(batch()[0])[0].grad_fn is not None and parts._parts is None
+    micro_batch = micro_batch_of(net, 5)
+    assert micro_batch.forward(batch()[0])[0].grad_fn is not None and micro_batch._parts is None
 
 
 # ---------------------------------------------------------------------------- out of memory
@@ -182,75 +180,106 @@ def failing(net, most, where):
     return calls
 
 
-def step_of(parts, terms):
-    losses_seen = []
-    for attempt in parts.attempts():
-        with attempt:
+def step_of(micro_batch, terms, forward=None):
+    """A step of two batches; what was reported on the way: a list of (text, figures)."""
+    reports = []
+    micro_batch.start()
+    while True:
+        try:
             for _ in range(2):
-                loss = loss_of(parts.forward(batch()[0]), terms)
-                parts.backward(loss / 2)
-                losses_seen.append(float(loss.detach()))
-    return losses_seen
+                logits = (forward or micro_batch.forward)(batch()[0])
+                micro_batch.backward(loss_of(logits, terms) / 2)
+            return reports
+        except RuntimeError as error:
+            logits = None
+            micro_batch.shrink(error, lambda kind, text, **f: reports.append((text, f)))
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_step_that_finds_no_memory_is_done_again_in_ever_smaller_parts(where):
     terms = {"soft_dice": {"weight": 1.0, "batch": True}}
     net = network()
-    parts, reports = parts_of(net)
+    micro_batch = micro_batch_of(net)
     calls = failing(net, 1, where)
-    step_of(parts, terms)
+    reports = step_of(micro_batch, terms)
     assert calls == [5, 3, 2] and [f["micro_batch"] for _, f in reports] == [3, 2, 1]
     assert (
         "batches of 5 go through the network 3 at a time, with the same gradient" in reports[0][0]
     )
     assert torch.allclose(gradients(net), trained(terms), rtol=0, atol=1e-6)  # and none twice
-    step_of(parts, terms)
-    assert len(reports) == 3  # it is remembered
+    assert step_of(micro_batch, terms) == []  # it is remembered
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_when_one_patch_is_too_much_activations_are_recomputed_and_then_nothing_is_left(where):
     net = network()
-    parts, reports = parts_of(net)
+    micro_batch, reports = micro_batch_of(net), []
     failing(net, 0, where)
     before = torch.get_rng_state()
-    with pytest.raises(CannotGoOn, match=r"^cpu ran out of memory with one patch at a time.*patch"):
-        step_of(parts, {"soft_dice": {"weight": 1.0}})
+    micro_batch.start()
+    text = r"^cpu ran out of memory with one patch at a time.*sampling.patch"
+    with pytest.raises(CannotGoOn, match=text):
+        while True:
+            try:
+                micro_batch.backward(micro_batch.forward(batch()[0])[0].mean())
+            except RuntimeError as error:
+                micro_batch.shrink(error, lambda kind, text, **f: reports.append((text, f)))
     assert [f["micro_batch"] for _, f in reports] == [3, 2, 1, 1]
     assert [f["checkpointing"] for _, f in reports] == [False] * 3 + [True]
-    assert net.checkpointing and parts.recompute and "model.checkpointing" in reports[-1][0]
+    assert net.checkpointing and micro_batch.checkpointing
+    assert "model.checkpointing" in reports[-1][0]
     assert all(p.grad is None for p in net.parameters())
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("where", ["forward", "loss"])  # on a CPU, torch keeps those of a backward
+def test_a_pass_that_failed_leaves_no_activation_to_the_next_one(where):
+    net, alive, activations = network(), [], []
+    first = next(module for module in net.modules() if isinstance(module, torch.nn.Conv3d))
+    first.register_forward_hook(
+        lambda module, given, output: activations.append(weakref.ref(output))
+    )
+    micro_batch = micro_batch_of(net)
+    if where == "forward":
+        failing(net, 2, where)
+
+    def forward(image):
+        alive.append(sum(ref() is not None for ref in activations))
+        logits = micro_batch.forward(image)
+        if where == "loss" and micro_batch.size != 2:
+            raise torch.OutOfMemoryError(NO_MEMORY)
+        return logits
+
+    step_of(micro_batch, {"soft_dice": {"weight": 1.0}}, forward)
+    assert len(activations) > 3 and alive[:3] == [0, 0, 0]  # 5, then 3, then 2 patches at once
+
+
 def test_another_attempt_draws_what_the_first_one_drew():
-    net = network(dropout=0.3)
-    parts, _ = parts_of(net)
-    drawn = []
-    for attempt in parts.attempts():
-        with attempt:
-            drawn.append(float(torch.rand(1)))
-            if len(drawn) < 3:
-                parts.forward(batch()[0])
-                raise torch.OutOfMemoryError(NO_MEMORY)
-    assert drawn[0] == drawn[1] == drawn[2]
+    micro_batch, drawn = micro_batch_of(network(dropout=0.3)), []
+
+    def forward(image):
+        drawn.append(float(torch.rand(1)))
+        if len(drawn) < 3:
+            micro_batch.forward(image)
+            raise torch.OutOfMemoryError(NO_MEMORY)
+        return micro_batch.forward(image)
+
+    step_of(micro_batch, {"soft_dice": {"weight": 1.0}}, forward)
+    assert drawn[0] == drawn[1] == drawn[2] != drawn[3]
 
 
 def test_any_other_error_is_raised_as_it_is():
-    parts, reports = parts_of(network())
+    micro_batch = micro_batch_of(network())
     with pytest.raises(RuntimeError, match=r"^shapes differ$"):
-        for attempt in parts.attempts():
-            with attempt:
-                raise RuntimeError("shapes differ")
-    assert reports == [] and parts.size is None
+        micro_batch.shrink(RuntimeError("shapes differ"), microbatch.nothing)
+    assert micro_batch.state_dict() == {"size": None, "checkpointing": False}
 
 
-def test_what_was_learnt_before_a_run_was_resumed_holds_from_the_start():
+def test_the_state_of_a_run_that_is_resumed_holds_from_the_start():
     net = network()
-    parts, _ = parts_of(net, size=1, recompute=True)
+    micro_batch = micro_batch_of(net, 1, True)
     assert net.checkpointing
-    assert parts.forward(batch()[0])[0].is_leaf and len(parts._parts) == 5
+    assert micro_batch.forward(batch()[0])[0].is_leaf and len(micro_batch._parts) == 5
 
 
 @pytest.mark.parametrize(
@@ -268,7 +297,7 @@ def test_what_was_learnt_before_a_run_was_resumed_holds_from_the_start():
     ],
 )
 def test_errors_of_memory_are_known_whoever_raises_them(error, memory):
-    assert fitting.out_of_memory(error) is memory
+    assert microbatch.out_of_memory(error) is memory
 
 
 # ---------------------------------------------------------------------------- prediction
@@ -296,11 +325,11 @@ def test_windows_are_halved_and_then_the_results_lie_on_the_cpu():
 
 def test_what_a_size_needed_is_where_it_and_larger_ones_begin_and_smaller_ones_do_not():
     known = {}
-    lowered(WindowFit((4, 10, 10), 8, "meta", known, fitting.nothing), 1)
-    lowered(WindowFit((9, 10, 10), 8, "meta", known, fitting.nothing), 3)
+    lowered(WindowFit((4, 10, 10), 8, "meta", known, microbatch.nothing), 1)
+    lowered(WindowFit((9, 10, 10), 8, "meta", known, microbatch.nothing), 3)
     assert known == {"4x10x10": [4, False], "9x10x10": [1, True]}
     begin = {
-        shape: WindowFit(shape, 8, "meta", known, fitting.nothing)
+        shape: WindowFit(shape, 8, "meta", known, microbatch.nothing)
         for shape in [(3, 10, 10), (10, 4, 10), (8, 10, 10), (30, 30, 30)]
     }
     assert [fit.batch for fit in begin.values()] == [8, 4, 4, 1]
@@ -308,12 +337,14 @@ def test_what_a_size_needed_is_where_it_and_larger_ones_begin_and_smaller_ones_d
 
 
 def test_fewer_windows_than_what_fitted_stay_as_they_are():
-    fit = WindowFit((4, 4, 4), 1, "meta", {"2x2x2": [4, False]}, fitting.nothing)
+    fit = WindowFit((4, 4, 4), 1, "meta", {"2x2x2": [4, False]}, microbatch.nothing)
     assert (fit.batch, fit.on_cpu) == (1, False)
 
 
 def test_an_error_of_another_kind_in_a_prediction_is_raised_and_nothing_is_learnt():
     known = {}
     with pytest.raises(RuntimeError, match=r"^shapes differ$"):
-        WindowFit((4, 4, 4), 2, "meta", known, fitting.nothing).lower(RuntimeError("shapes differ"))
+        WindowFit((4, 4, 4), 2, "meta", known, microbatch.nothing).lower(
+            RuntimeError("shapes differ")
+        )
     assert known == {}

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from runtime.nonfinite import Fault, explain, find, note, tell_of
+from runtime.microbatch import nothing
+from runtime.nonfinite import Fault, SkippedSteps, explain, find
 from runtime.signals import CannotGoOn
 
 
@@ -114,30 +115,29 @@ def test_looking_for_the_cause_changes_no_later_draw():
 # ---------------------------------------------------------------------------- what comes of it
 
 
-def counts():
-    return {"in_a_row": 0, "since_log": 0, "cases": {}}
-
-
 def test_faults_are_reported_and_counted_by_case():
-    skipped, told = counts(), []
+    skipped, reports = SkippedSteps(9), []
     for cases in (["a"], ["a", "b"]):
-        note(Fault("why", True, cases), skipped, 9, lambda *said, **figures: told.append(figures))
-    assert skipped == {"in_a_row": 2, "since_log": 2, "cases": {"a": 2, "b": 1}}
-    assert told == [{"cases": ["a"]}, {"cases": ["a", "b"]}]
-    assert tell_of(skipped) == ["steps without an update, by case: a (2), b (1)"]
-    assert tell_of(counts()) == []
+        skipped.add(
+            Fault("why", True, cases), lambda kind, text, **figures: reports.append(figures)
+        )
+    again = SkippedSteps(9)
+    again.load_state_dict(skipped.state_dict())
+    assert again.state_dict() == {"in_a_row": 2, "since_log": 2, "cases": {"a": 2, "b": 1}}
+    assert reports == [{"cases": ["a"]}, {"cases": ["a", "b"]}]
+    assert again.describe() == ["steps without an update, by case: a (2), b (1)"]
+    assert SkippedSteps(9).describe() == []
 
 
-def test_overflows_of_fp16_are_told_but_count_for_no_case_and_stop_no_run():
-    skipped = counts()
+def test_overflows_of_fp16_are_reported_but_count_for_no_case_and_stop_no_run():
+    skipped = SkippedSteps(2)
     for _ in range(5):
-        note(Fault("fp16", False, ["a"]), skipped, 2, lambda *said, **figures: None)
-    assert skipped == {"in_a_row": 0, "since_log": 5, "cases": {}}
+        skipped.add(Fault("fp16", False, ["a"]), nothing)
+    assert skipped.state_dict() == {"in_a_row": 0, "since_log": 5, "cases": {}}
 
 
 def test_as_many_broken_batches_in_a_row_as_allowed_are_too_many():
-    skipped = counts()
-    report = lambda *said, **figures: None  # noqa: E731
-    note(Fault("why", True, ["a"]), skipped, 2, report)
+    skipped = SkippedSteps(2)
+    skipped.add(Fault("why", True, ["a"]), nothing)
     with pytest.raises(CannotGoOn, match=r"^2 steps in a row.*max_skipped.*why.*a \(2\)$"):
-        note(Fault("why", True, ["a"]), skipped, 2, report)
+        skipped.add(Fault("why", True, ["a"]), nothing)

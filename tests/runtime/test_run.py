@@ -1,14 +1,17 @@
-"""What keeps a run: how it leaves for each kind of error, and which state is the best."""
+"""A run: how it leaves for each kind of error, and which state is the best."""
 
+import dataclasses
 import errno
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from runtime import checkpoint
-from runtime import run as keeping
-from runtime.run import Keeper
+from runtime import checkpoint, config
+from runtime import run as run_module
+from runtime.evaluations import Standing
+from runtime.microbatch import MicroBatch
+from runtime.run import Run
 from runtime.signals import CannotGoOn, Stopped
 from runtime.validation import Evaluation
 from tests.runtime.test_checkpoint import state_of
@@ -39,9 +42,9 @@ class Saver:
         self.given, self.promoted, self.error, self.lost = [], [], None, []
         self.closed, self.busy = False, False
 
-    def save(self, name, loop, also=None):
+    def save(self, loop, also=None):
         self.step = loop["step"]
-        self.given.append((name, dict(loop), also))
+        self.given.append((loop, also))
 
     def promote(self, name, to, *, step, changes):
         self.promoted.append((name, to, step, changes))
@@ -56,30 +59,36 @@ class Saver:
         self.closed = True
 
 
+class Patches:
+    cache, missing = None, []
+
+    def state_dict(self):
+        return {}
+
+
+def made_settings(tmp_path, metric):
+    """Of a run that saves at the ends of epochs of 4 steps, and draws nothing."""
+    changes = [f"run.folder={tmp_path}", "run.name=r", f"validation.score={metric}"]
+    changes += ["training.save_minutes=null", "training.train_iterations_per_epoch=4"]
+    return config.build(config.apply_overrides({}, [*changes, "monitor.picture=false"]))
+
+
 @pytest.fixture
 def made(tmp_path):
-    """make(step, saved) -> (keeper, log, saver, said): a run at a step whose last save is older."""
+    """make(step, saved) -> (run, log, saver, lines): a run at a step whose last save is older."""
 
-    def make(step=7, saved=5, by="dice"):
-        log, saver, said = Log(), Saver(tmp_path / "checkpoints", saved), []
-        loop = {"step": step, "best_score": 0.5, "best_step": 3, "worse": 0}
-        loop |= {"pending": step, "chosen": {}}
-        keeper = Keeper(
-            tmp_path,
-            loop,
-            SimpleNamespace(cache=None, cases=[], excluded={}),
-            log=log,
-            show=SimpleNamespace(say=said.append),
-            stop=SimpleNamespace(reason=lambda: None),
-            saver=saver,
-            iterations=4,
-            save_minutes=None,
-            limit=None,
-            by=by,
-            picture=False,
-        )
-        keeper.parts = SimpleNamespace(size=2, recompute=False)
-        return keeper, log, saver, said
+    def make(step=7, saved=5, metric="dice"):
+        plan = SimpleNamespace(settings=made_settings(tmp_path, metric), notes=[])
+        micro_batch = MicroBatch(torch.nn.Identity(), None)
+        run = Run(plan, Patches(), {}, micro_batch, stop_step=9, resume=False)
+        lines = []
+        run.step, run.folder = step, tmp_path
+        run.log, run.saver = Log(), Saver(tmp_path / "checkpoints", saved)
+        run.show, run.batches = SimpleNamespace(print=lines.append), None
+        run.stop = SimpleNamespace(reason=lambda: None)
+        run.guard = SimpleNamespace(look=lambda batches: None)
+        run.evaluations.standing = Standing(best_score=0.5, best_step=3, pending=step)
+        return run, run.log, run.saver, lines
 
     return make
 
@@ -88,32 +97,32 @@ def made(tmp_path):
 
 
 def test_a_stopped_run_saves_its_last_whole_step_and_says_how_to_go_on(made, capsys):
-    keeper, log, saver, said = made()
-    assert keeper.leave(Stopped("signal SIGTERM")) == 75
-    ((name, loop, also),) = saver.given
-    assert (name, loop["step"], also) == ("last.pt", 7, None)
-    assert (loop["part"], loop["lines"], loop["excluded"]) == (2, 5, {})
+    run, log, saver, lines = made()
+    assert run.leave(Stopped("signal SIGTERM")) == 75
+    ((loop, also),) = saver.given
+    assert (loop["step"], loop["lines"], loop["excluded"], also) == (7, 5, {}, None)
+    assert loop["micro_batch"] == {"size": None, "checkpointing": False}
     assert [e["event"] for e in log.events] == ["saved", "stop"]  # a stop that is told is saved
     assert log.of("stop") == [
         {"event": "stop", "step": 7, "epoch": 1, "reason": "signal SIGTERM", "status": 75}
     ]
-    (text,) = said
+    (text,) = lines
     assert "stopped at step 7: signal SIGTERM; the state of step 7 is saved" in text
     assert text.endswith("go on with --resume") and capsys.readouterr().err == ""
 
 
 def test_a_state_that_is_saved_already_is_not_saved_again(made):
-    keeper, log, saver, _ = made(step=5, saved=5)
-    assert keeper.leave(Stopped("enough")) == 75
+    run, log, saver, _ = made(step=5, saved=5)
+    assert run.leave(Stopped("enough")) == 75
     assert saver.given == [] and log.of("stop")[0]["reason"] == "enough"
 
 
 def test_a_run_that_cannot_go_on_is_saved_and_tells_so_on_the_error_output(made, capsys):
-    keeper, log, saver, said = made()
-    assert keeper.leave(CannotGoOn("all is NaN")) == 1
-    assert saver.given[0][1]["step"] == 7 and log.of("stop")[0]["status"] == 1
+    run, log, saver, lines = made()
+    assert run.leave(CannotGoOn("all is NaN")) == 1
+    assert saver.given[0][0]["step"] == 7 and log.of("stop")[0]["status"] == 1
     error = capsys.readouterr().err
-    assert "all is NaN" in error and len(error.splitlines()) == 1 and said == []
+    assert "all is NaN" in error and len(error.splitlines()) == 1 and lines == []
 
 
 @pytest.mark.parametrize(
@@ -122,8 +131,8 @@ def test_a_run_that_cannot_go_on_is_saved_and_tells_so_on_the_error_output(made,
 def test_a_disk_that_takes_nothing_is_one_sentence_with_the_state_that_is_kept(
     made, capsys, number
 ):
-    keeper, log, saver, _ = made()
-    assert keeper.leave(OSError(number, "told by the disk")) == 1
+    run, log, saver, _ = made()
+    assert run.leave(OSError(number, "told by the disk")) == 1
     assert saver.given == [] and saver.closed  # nothing more is tried, what was begun is waited for
     error = capsys.readouterr().err
     assert "told by the disk" in error and "the state of step 5 is kept" in error
@@ -132,17 +141,17 @@ def test_a_disk_that_takes_nothing_is_one_sentence_with_the_state_that_is_kept(
 
 @pytest.mark.parametrize("why", [Stopped("signal SIGTERM"), CannotGoOn("all is NaN")])
 def test_a_disk_that_is_full_when_the_run_leaves_keeps_the_state_before(made, capsys, why):
-    keeper, log, saver, _ = made()
+    run, log, saver, _ = made()
     saver.error = NO_ROOM
     log.full = True  # nor has the log any room
-    assert keeper.leave(why) == 1
+    assert run.leave(why) == 1
     error = capsys.readouterr().err
     assert "the state of step 5 is kept" in error and len(error.splitlines()) == 1
 
 
 def test_a_full_disk_before_anything_was_saved_says_that_nothing_is_kept(made, capsys):
-    keeper, _, _, _ = made(step=0, saved=None)
-    assert keeper.leave(NO_ROOM) == 1
+    run, _, _, _ = made(step=0, saved=None)
+    assert run.leave(NO_ROOM) == 1
     assert "no state is kept in" in capsys.readouterr().err
 
 
@@ -150,8 +159,8 @@ def test_a_full_disk_before_anything_was_saved_says_that_nothing_is_kept(made, c
     "error", [torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), MemoryError()]
 )
 def test_memory_that_runs_out_beside_the_network_is_one_sentence(made, capsys, error):
-    keeper, log, saver, _ = made()
-    assert keeper.leave(error) == 1
+    run, log, saver, _ = made()
+    assert run.leave(error) == 1
     told = capsys.readouterr().err
     assert "memory ran out" in told and "the state of step 5 is kept" in told
     assert len(told.splitlines()) == 1 and saver.given == [] and saver.closed
@@ -162,96 +171,107 @@ def test_memory_that_runs_out_beside_the_network_is_one_sentence(made, capsys, e
     "error", [ZeroDivisionError("what"), KeyboardInterrupt(), OSError(errno.ENOENT, "gone")]
 )
 def test_what_nobody_expected_is_recorded_with_its_lines_and_raised(made, error):
-    keeper, log, saver, _ = made()
+    run, log, saver, _ = made()
     with pytest.raises(type(error)) as caught:
         try:
             raise error
         except BaseException as raised:
-            keeper.leave(raised)
+            run.leave(raised)
     assert caught.value is error and saver.given == []
     (crash,) = log.of("crash")
     assert crash["error"].startswith(type(error).__name__) and "test_run.py" in crash["traceback"]
 
 
 def test_a_crash_on_a_full_disk_is_still_the_crash(made):
-    keeper, log, _, _ = made()
+    run, log, _, _ = made()
     log.full = True
     with pytest.raises(ZeroDivisionError):
-        keeper.leave(ZeroDivisionError("what"))
+        run.leave(ZeroDivisionError("what"))
 
 
 def test_a_best_state_that_was_lost_does_not_keep_a_run_from_leaving_with_its_state(made):
-    keeper, log, saver, _ = made()
+    run, log, saver, _ = made()
     saver.lost = [checkpoint.CheckpointError("candidate.pt: gone")]
-    assert keeper.leave(Stopped("enough")) == 75
+    assert run.leave(Stopped("enough")) == 75
     assert [e["event"] for e in log.events] == ["saved", "trouble", "stop"]
 
 
 # ---------------------------------------------------------------------------- the best
 
 
-def evaluated(score, step=6, unread=(), name="dice"):
-    verdict = {"scores": {name: score}, "cases": {}, "steps": [], "threshold": 0.4}
-    return Evaluation(step, verdict | {"min_component_voxels": 10}, list(unread), None)
+def finished(run, *results):
+    """Let the evaluations of a run end with these, one after another."""
+    for result in results:
+        run.evaluations.validator = SimpleNamespace(result=lambda wait, r=result: r)
+        run.evaluations.finish(wait=True)
+
+
+def scored(score, step=6, unread=(), name="dice"):
+    result = {"scores": {name: score}, "cases": {}, "steps": [], "threshold": 0.4}
+    return Evaluation(step, result | {"min_component_voxels": 10}, list(unread), None)
 
 
 def test_a_better_score_makes_the_state_that_was_evaluated_the_best(made):
-    keeper, log, saver, said = made()
-    keeper.evaluation(evaluated(0.6))
+    run, log, saver, lines = made()
+    finished(run, scored(0.6))
     chosen = {"threshold": 0.4, "min_component_voxels": 10}
-    changes = {"best_score": 0.6, "best_step": 6, "worse": 0, "pending": None, "chosen": chosen}
+    standing = Standing(best_score=0.6, best_step=6, chosen=chosen)
+    assert run.evaluations.standing == standing
+    changes = {"evaluations": dataclasses.asdict(standing)}
     assert saver.promoted == [("candidate.pt", "best.pt", 6, changes)]
-    assert keeper.loop | changes == keeper.loop and saver.given[0][1]["best_step"] == 6
+    assert saver.given[0][0]["evaluations"]["best_step"] == 6
     (event,) = log.of("evaluation")
     assert (event["step"], event["epoch"], event["chosen"]) == (6, 1, chosen)
-    assert "evaluation of step 6: dice 0.6" in said[0]
+    assert "evaluation of step 6: dice 0.6" in lines[0]
 
 
 @pytest.mark.parametrize("score", [0.5, 0.4])
 def test_a_score_that_is_no_better_is_counted_and_its_choice_is_used(made, score):
-    keeper, _, saver, _ = made()
-    keeper.evaluation(evaluated(score))
-    keeper.evaluation(evaluated(score))
-    assert saver.promoted == [] and keeper.loop["best_step"] == 3 and keeper.loop["worse"] == 2
-    assert keeper.loop["pending"] is None and keeper.loop["chosen"]["threshold"] == 0.4
+    run, _, saver, _ = made()
+    finished(run, scored(score), scored(score))
+    standing = run.evaluations.standing
+    assert saver.promoted == [] and (standing.best_step, standing.without_better) == (3, 2)
+    assert standing.pending is None and standing.chosen["threshold"] == 0.4
 
 
 def test_where_less_is_better_less_is_the_best(made):
-    keeper, _, saver, _ = made(by="assd")
-    keeper.evaluation(evaluated(0.6, name="assd"))
+    run, _, saver, _ = made(metric="assd")
+    finished(run, scored(0.6, name="assd"))
     assert saver.promoted == []
-    keeper.evaluation(evaluated(0.4, name="assd"))
-    assert keeper.loop["best_score"] == 0.4 and len(saver.promoted) == 1
+    finished(run, scored(0.4, name="assd"))
+    assert run.evaluations.standing.best_score == 0.4 and len(saver.promoted) == 1
 
 
-def test_an_evaluation_that_lacks_a_case_or_its_judge_chooses_nothing(made):
-    keeper, log, saver, _ = made()
-    keeper.evaluation(evaluated(0.9, unread=["bar2"]))
-    keeper.evaluation(Evaluation(6, None, [], None))
-    assert saver.promoted == [] and keeper.loop["best_score"] == 0.5
-    assert keeper.loop["chosen"] == {} and keeper.loop["pending"] is None
+def test_an_evaluation_that_lacks_a_case_or_its_scores_chooses_nothing(made):
+    run, log, saver, _ = made()
+    finished(run, scored(0.9, unread=["bar2"]), Evaluation(6, None, [], None))
+    standing = run.evaluations.standing
+    assert saver.promoted == [] and standing.best_score == 0.5
+    assert standing.chosen == {} and standing.pending is None
     assert [e["unread"] for e in log.of("evaluation")] == [["bar2"], []]
     assert [e["scores"] for e in log.of("evaluation")] == [{"dice": 0.9}, {}]
 
 
 def test_no_evaluation_is_no_line(made):
-    keeper, log, saver, _ = made()
-    keeper.evaluation(None)
+    run, log, saver, _ = made()
+    finished(run, None)
     assert log.events == [] and saver.given == []
 
 
 @pytest.mark.parametrize("kept", [4, None])
 def test_a_best_state_that_was_lost_gives_its_place_back_to_the_one_in_the_file(made, kept):
-    keeper, log, saver, said = made()
+    run, log, saver, lines = made()
     if kept is not None:
-        known = {"step": kept, "best_step": kept, "best_score": 0.3}
-        checkpoint.save(state_of(kept, loop=known), saver.folder / "best.pt")
+        best = {"step": kept, "evaluations": {"best_step": kept, "best_score": 0.3}}
+        checkpoint.save(state_of(kept, loop=best), saver.folder / "best.pt")
     saver.lost = [checkpoint.CheckpointError("candidate.pt: gone")]
-    keeper.tell_of_saved()
-    assert keeper.loop["best_step"] == kept
-    assert keeper.loop["best_score"] == (None if kept is None else 0.3)
+    run.check()
+    assert run.evaluations.standing.best_step == kept
+    assert run.evaluations.standing.best_score == (None if kept is None else 0.3)
     (trouble,) = log.of("trouble")
-    assert trouble["kind"] == "best lost" and "candidate.pt: gone" in trouble["text"] == said[0][8:]
+    assert (
+        trouble["kind"] == "best lost" and "candidate.pt: gone" in trouble["text"] == lines[0][8:]
+    )
     expected = "there is no best.pt" if kept is None else "best.pt stays that of step 4"
     assert expected in trouble["text"]
 
@@ -260,29 +280,29 @@ def test_a_best_state_that_was_lost_gives_its_place_back_to_the_one_in_the_file(
 
 
 def test_a_save_is_due_when_its_minutes_have_passed_and_none_is_under_way(made, monkeypatch):
-    keeper, _, saver, _ = made()
-    now = [keeper.saved_at]
-    monkeypatch.setattr(keeping.time, "monotonic", lambda: now[0])
-    assert not keeper.due()
+    run, _, saver, _ = made()
+    now = [run.saved_at]
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
+    assert not run.save_due()
     now[0] += 1e6
-    assert not keeper.due()  # save_minutes is None
-    keeper.save_minutes = 10
-    assert keeper.due()
+    assert not run.save_due()  # save_minutes is None
+    run.settings.training.save_minutes = 10
+    assert run.save_due()
     saver.busy = True
-    assert not keeper.due()
+    assert not run.save_due()
     saver.busy = False
-    keeper.save("last.pt")
+    run.save()
     now[0] += 599
-    assert not keeper.due()
+    assert not run.save_due()
     now[0] += 2
-    assert keeper.due()
+    assert run.save_due()
 
 
 def test_a_reason_is_that_to_stop_or_that_of_the_memory(made):
-    keeper, _, _, _ = made()
-    keeper.check()
-    keeper.guard = SimpleNamespace(look=lambda batches: "memory is short")
+    run, _, _, _ = made()
+    run.check()
+    run.guard = SimpleNamespace(look=lambda batches: "memory is short")
     with pytest.raises(Stopped, match="memory is short"):
-        keeper.check()
-    keeper.stop = SimpleNamespace(reason=lambda: "signal SIGTERM")
-    assert keeper.reason() == "signal SIGTERM"
+        run.check()
+    run.stop = SimpleNamespace(reason=lambda: "signal SIGTERM")
+    assert run.why_stop() == "signal SIGTERM"

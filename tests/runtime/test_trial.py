@@ -81,7 +81,7 @@ def test_the_weights_after_some_steps_are_those_of_the_run(tmp_path, changes):
     trained = checkpoint.load(root / "runs" / "r" / "checkpoints" / "last.pt")["model"]
 
     torch.manual_seed(settings.run.seed)
-    plan = planning.settle(settings)
+    plan = planning.resolve(settings)
     trainer = trial.Trainer(plan)
     source = trial.batches(plan, planning.make_patches(plan), 3 * settings.training.accumulate)
     step = functools.partial(trainer.step, trial.from_loader(plan, source))
@@ -90,7 +90,7 @@ def test_the_weights_after_some_steps_are_those_of_the_run(tmp_path, changes):
 
 
 def test_a_step_marks_its_parts_and_one_without_data_has_no_data_parts(root):
-    plan = planning.settle(make_settings(root))
+    plan = planning.resolve(make_settings(root))
     patches, trainer = planning.make_patches(plan), trial.Trainer(plan)
     with contextlib.closing(trial.batches(plan, patches, 2)) as source:
         step = functools.partial(trainer.step, trial.from_loader(plan, source))
@@ -102,7 +102,7 @@ def test_a_step_marks_its_parts_and_one_without_data_has_no_data_parts(root):
 
 
 def test_averaged_weights_move_with_the_network(root):
-    plan = planning.settle(make_settings(root, "optim.ema=0.5"))
+    plan = planning.resolve(make_settings(root, "optim.ema=0.5"))
     trainer = trial.Trainer(plan)
     before = copy.deepcopy(trainer.ema.state_dict())
     drawn = planning.draw(plan, [planning.make_patches(plan)[0, 0]])
@@ -113,7 +113,7 @@ def test_averaged_weights_move_with_the_network(root):
 
 
 def test_draws_around_background_take_each_case_once(root):
-    plan = planning.settle(make_settings(root))
+    plan = planning.resolve(make_settings(root))
     patches = planning.make_patches(plan, foreground_share=0.0)
     assert sorted(patches[0, i]["case"] for i in range(4)) == [f"slab{i}" for i in range(4)]
 
