@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import pickle
 import random
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from runtime import checkpoint
+from runtime import checkpoint, config
 from runtime import folder as runs
 from runtime.checkpoint import CheckpointError, load, load_newest, previous_path, save
+from runtime.evaluations import Standing
 from runtime.folder import link_last
 
 
@@ -315,3 +317,57 @@ def test_last_run_is_linked_relatively_and_the_folder_can_move(tmp_path):
 
 def test_previous_path_keeps_the_suffix():
     assert previous_path("runs/x/best.pt") == Path("runs/x/best.previous.pt")
+
+
+# ---------------------------------------------------------------------------- older formats
+
+FIRST_LOOP = {
+    "step": 9,
+    "seconds": 2.5,
+    "lines": 14,
+    "sums": {"total": (0.5, 1.0)},
+    "draws": {},
+    "epoch_parts": {"total": (1.5, 2.0)},
+    "epoch_draws": {"around_foreground": (1.0, 2.0)},
+    "evaluated_step": 8,
+    "pending": None,
+    "best_score": 0.25,
+    "best_step": 4,
+    "worse": 1,
+    "chosen": {"threshold": 0.4},
+    "skipped": {"in_a_row": 0, "since_log": 0, "cases": {}},
+    "left_out": {"bar1": ["it cannot be read", 1, 2]},
+    "part": 1,
+    "recompute": True,
+    "window_fits": {"12x24x24": [1, True]},
+}
+
+
+def test_a_state_of_the_first_format_is_read_as_one_of_this(tmp_path):
+    settings = config.build({}).plain()
+    settings["data"]["max_left_out"] = settings["data"].pop("max_excluded")
+    for term in settings["loss"].values():
+        term["between"] = term.pop("off_step")
+    state = state_of(9, loop=FIRST_LOOP, config=settings)
+    torch.save(state | {"format": "lamina-checkpoint-1"}, tmp_path / "last.pt")
+    state = load(tmp_path / "last.pt")
+    assert config.build(state["config"]) == config.build({})
+    assert state["loop"] == {
+        "step": 9,
+        "seconds": 2.5,
+        "lines": 14,
+        "means": {
+            "line": {"loss": {"total": (0.5, 1.0)}, "patches": {}},
+            "epoch": {
+                "loss": {"total": (1.5, 2.0)},
+                "patches": {"around_foreground": (1.0, 2.0)},
+            },
+        },
+        "skipped": {"in_a_row": 0, "since_log": 0, "cases": {}},
+        "evaluations": dataclasses.asdict(
+            Standing(0.25, 4, 1, 8, None, {"threshold": 0.4}, {"12x24x24": [1, True]})
+        ),
+        "micro_batch": {"size": 1, "checkpointing": True},
+        "excluded": {"bar1": ["it cannot be read", 1, 2]},
+    }
+    assert save(state, tmp_path / "again.pt").bytes and load(tmp_path / "again.pt")
