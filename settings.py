@@ -42,6 +42,8 @@ class Run(Group):
     seed: Whole = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     threads: Whole = 0  # of the CPU, 0: all that this process may use
+    # On a GPU: a run repeats and resumes bit for bit, with slower convolutions. On a CPU it does.
+    deterministic: bool = False
     # What all processes of the run together may take of the host's memory, in 10^9 bytes. What the
     # machine and its cgroups leave is looked at in any case; null: that alone.
     memory_gb: Positive | None = None

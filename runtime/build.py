@@ -140,6 +140,7 @@ def make_batches(plan, patches, run, *, rank=0, ranks=1):
     training = plan.settings.training
     accumulate = training.accumulate
     import loader
+
     return loader.Batches(
         patches,
         run.step * accumulate,

@@ -242,8 +242,16 @@ def check(by, names):
             "describes a mask"
         )
 
+
 DEFAULT_THRESHOLD = USUAL
+
+
 def EvaluationSpec(metric, **how):
     return Questions(by=metric, **how)
+
+
 is_better = better
-def directions(spec): return {}
+
+
+def directions(spec):
+    return {}

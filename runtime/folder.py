@@ -1,4 +1,4 @@
-"""Run folders: where a run writes, who holds it, and what it goes on from.
+"""Run folders: where a run writes, which process holds it, and what it resumes from.
 
 folder, path, state, notes = open_run("runs", "exp001", resume=True)
 with claim(folder, path) as folder:
@@ -26,18 +26,18 @@ from volumes import atomic
 
 ROOT = Path(__file__).resolve().parents[1]  # of the project
 ROOMS = (".", "volumes", "topology", "monitoring", "scoring", "patches", "runtime")
-TAKEN = (BlockingIOError, PermissionError)  # which of them depends on the system
+LOCKED = (BlockingIOError, PermissionError)  # which of them is raised depends on the system
 
 
 def _numbered_runs(folder, name):
     """{number: path} of runs/name (1), runs/name-2, ... that have saved state."""
-    found = {}
+    runs = {}
     for path in Path(folder).glob(f"{glob.escape(name)}*/checkpoints/[!.]*.pt"):
         run = path.parents[1]
         number = "1" if run.name == name else run.name.removeprefix(f"{name}-")
         if number.isdigit():
-            found[int(number)] = run
-    return found
+            runs[int(number)] = run
+    return runs
 
 
 def new_run_folder(folder, name):
@@ -45,48 +45,48 @@ def new_run_folder(folder, name):
 
     runs/name, or the number after the highest that has state: runs/name-2, runs/name-3, ...
     """
-    found = _numbered_runs(folder, name)
-    return Path(folder) / (f"{name}-{max(found) + 1}" if found else name)
+    runs = _numbered_runs(folder, name)
+    return Path(folder) / (f"{name}-{max(runs) + 1}" if runs else name)
 
 
 def newest_run_folder(folder, name):
     """The run of this name that has saved state, the highest number of several; None if none."""
-    found = _numbered_runs(folder, name)
-    return found[max(found)] if found else None
+    runs = _numbered_runs(folder, name)
+    return runs[max(runs)] if runs else None
 
 
 def open_run(folder, name, *, resume):
-    """Where a run writes, and what it goes on from: (run folder, file, state, notes).
+    """Where a run writes, and what it resumes from: (run folder, file, state, notes).
 
-    resume: take the newest run of this name that has saved state; file and state are None where
-    there is none, or without resume. notes: lines that say what was found. Makes nothing.
-    CheckpointError if there is state and none of it can be read.
+    resume: use the newest run of this name that has saved state; file and state are None if there
+    is none, or without resume. notes: lines for people. Makes nothing. CheckpointError if there is
+    state and none of it can be read.
     """
     newest = newest_run_folder(folder, name)
     if not resume or newest is None:
-        notes = ["resume: no state is there to go on from, this is a new run"] * resume
+        notes = ["resume: there is no saved state, this is a new run"] if resume else []
         return new_run_folder(folder, name), None, None, notes
-    found, state, reasons = load_newest(newest / "checkpoints")
-    why = "the newest state" if not reasons else "the newest state that can be read"
-    notes = [f"resume: {found} at step {state['loop']['step']}, {why}", *reasons]
-    return newest, found, state, notes
+    path, state, reasons = load_newest(newest / "checkpoints")
+    which = "the newest state that can be read" if reasons else "the newest state"
+    notes = [f"resume: {path} at step {state['loop']['step']}, {which}", *reasons]
+    return newest, path, state, notes
 
 
 @contextlib.contextmanager
 def claim(folder, resumed_from):
-    """Hold a run folder, which is made if need be, as a context: the folder. Others cannot then.
+    """Hold a run folder, which is made if need be, as a context: the folder. No other process can.
 
-    A new run (resumed_from None) whose folder is held, by a process that has not saved yet, or in
-    which one has saved since it was chosen, takes the next number. The context leaves nothing
-    behind; the lock of a process that is killed ends. A checkpoint that could not be read when the
-    run was resumed from another one is renamed, so that it takes no place among the generations.
+    A new run (resumed_from None) uses the next number if another process holds its folder, or has
+    saved state there since it was chosen. The lock ends with the process, even if it is killed. A
+    last.pt that could not be read when the run was resumed from another file is renamed, so that it
+    is not kept as the generation before.
 
-    ValueError if a run is to be resumed that is running, OSError if the folder cannot be made.
+    ValueError if the run to resume is running, OSError if the folder cannot be made.
     """
     for path in _free_names(folder):
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         with open(path / "lock", "a+") as lock:
-            if not _locked(lock):
+            if not _try_lock(lock):
                 if resumed_from is None:
                     continue
                 lock.seek(0)
@@ -108,11 +108,11 @@ def claim(folder, resumed_from):
             return
 
 
-def _locked(file):
-    """Whether this process holds the lock of a file now; True where locks are not known."""
+def _try_lock(file):
+    """Whether this process now holds the lock of a file; True where there are no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except TAKEN:
+    except LOCKED:
         return False
     except OSError:
         pass

@@ -16,7 +16,8 @@ Events of training, which a resumed run writes again from where its state was sa
 Events of the run's history, which stay:
 
     start        pid, host, created (of the process, seconds since 1970), steps, iterations (per
-                 epoch), log_every, resumed, versions, notes
+                 epoch), log_every, score (the metric that picks the best), better ({score:
+                 higher, lower or null}), resumed, versions, notes
     saved        file, seconds (of writing), bytes
     trouble      kind, text, and figures of that kind: see the modules that report it
     stop         reason, status: left early, with its state saved or the last one kept
@@ -44,17 +45,16 @@ TRAINING = ("step", "epoch", "evaluation")
 class RunLog:
     """Appends events to log.jsonl, and those of training to TensorBoard.
 
-    keep: how many lines of training the state knows of that this run goes on from; later ones, of a
-    run that died after its last saved state, are taken out, so that the log tells one story. None
-    starts a new log. step: of that state.
+    keep: lines of training to keep, as the resumed state counts them; later lines, which a run
+    wrote after its last saved state, are removed. None starts a new log. step: of that state.
 
-    lines: how many lines of training there are. OSError if the disk does not take it; the log then
-    ends with the last whole line.
+    lines: how many lines of training there are. OSError if the disk is full; the log then ends with
+    the last whole line.
     """
 
     def __init__(self, folder, *, tensorboard, keep=None, step=0):
         self.path, self.lines = Path(folder) / "log.jsonl", 0
-        if keep is None:  # what a run left that died before it saved anything
+        if keep is None:  # a run that died before it saved anything may have left these
             self.path.unlink(missing_ok=True)
             shutil.rmtree(Path(folder) / "tensorboard", ignore_errors=True)
         elif self.path.exists():
@@ -128,7 +128,7 @@ class Scalars:
 
 
 def _cut(path, keep):
-    """Take the lines of training after the first `keep` out of a log; how many there are then."""
+    """Remove the lines of training after the first `keep` from a log; how many are left."""
     events, lines = [], 0
     for event in read_log(path):
         lines += event["event"] in TRAINING

@@ -1,7 +1,7 @@
-"""The memory guard: near a limit, a run gives back what it can do without before it is killed.
+"""The memory guard: near a limit, a run frees what it can do without before it is killed.
 
-First the cache of case files, then one worker after the other, then it leaves with its state saved.
-Limits are those of the machine, of every cgroup around the process, and `run.memory_gb`.
+First the cache of case files, then one worker after the other, then the run stops with its state
+saved. Limits are those of the machine, of every cgroup around the process, and `run.memory_gb`.
 """
 
 import ctypes
@@ -13,8 +13,7 @@ from monitoring import memory
 
 SHARE = 0.05  # of a limit that stays free,
 MOST = memory.GB  # but not more than this
-LOOK = 1.0  # seconds from one look to the next, and until it is believed that nothing helped
-SETTING = "run.memory_gb"
+LOOK = 1.0  # seconds between two looks
 ADVICE = (
     "lower data.cache_gb, training.workers, training.train_batch_size or sampling.patch, or give "
     "the run more memory"
@@ -25,17 +24,17 @@ class MemoryGuard:
     """Looks at the memory of a run and acts on it.
 
     cache: a `cache.VolumeCache`; limit: bytes that all processes of the run may take, or None;
-    report(kind, text, **figures) is told of everything that is given back.
+    report(kind, text, **figures) is called with everything that is freed.
     """
 
     def __init__(self, cache, *, limit, report):
         self.cache, self.limit, self.report = cache, limit, report
-        self.gave_back, self.looked = False, 0.0
+        self.freed_cache, self.looked = False, 0.0
 
     def look(self, batches):
-        """Why the run must leave, or None. At most once a second, some 0.3 ms.
+        """Why the run must stop, or None. At most once a second, some 0.3 ms.
 
-        batches: a `loader.Batches`, whose workers are dropped if that is needed.
+        batches: a `data.Batches`, whose workers are dropped if that is needed.
         """
         if time.monotonic() - self.looked < LOOK:
             return None
@@ -45,37 +44,34 @@ class MemoryGuard:
             self.looked = time.monotonic()
 
     def _relieve(self, batches):
-        room = self.tightest(batches)
-        if room is not None and not self.gave_back:
-            self.gave_back = True
-            freed = self.cache.shrink(0)
-            self._tell(
-                room, f"the cache gives back {memory.format_bytes(freed)} and keeps nothing more"
-            )
-            room = self.tightest(batches)
-        while room is not None and batches.workers:
+        tight = self.tightest(batches)
+        if tight is not None and not self.freed_cache:
+            self.freed_cache = True
+            freed = memory.format_bytes(self.cache.shrink(0))
+            self._report(tight, f"the cache gives back {freed} and keeps nothing more")
+            tight = self.tightest(batches)
+        while tight is not None and batches.workers:
             batches.drop_worker()
-            left = len(batches.workers)
-            self._tell(room, f"one worker is ended, {left or 'none'} left")
-            room = self.tightest(batches)
-        if room is not None:  # it may be somebody else's, and short
+            self._report(tight, f"one worker is ended, {len(batches.workers) or 'none'} left")
+            tight = self.tightest(batches)
+        if tight is not None:  # another process may take the memory, and only for a moment
             release()
             time.sleep(LOOK)
-            room = self.tightest(batches)
-        return None if room is None else f"memory is short: {room}; {ADVICE}"
+            tight = self.tightest(batches)
+        return None if tight is None else f"memory is short: {tight}; {ADVICE}"
 
     def tightest(self, batches):
-        """The `memory.MemoryLimit` that is nearly used up, the least of several; None if there is none."""
-        rooms = memory.rooms()
+        """The `memory.MemoryLimit` that is nearly used up, the least of several, or None."""
+        limits = memory.rooms()
         if self.limit is not None:
             pids = [os.getpid(), *(worker.pid for worker in batches.workers)]
-            used = memory.resident_memory(pids)
-            rooms.append(memory.MemoryLimit(max(0, self.limit - used), self.limit, SETTING))
-        tight = [room for room in rooms if room.free < min(SHARE * room.total, MOST)]
-        return min(tight, default=None)
+            free = max(0, self.limit - memory.resident_memory(pids))
+            limits.append(memory.MemoryLimit(free, self.limit, "run.memory_gb"))
+        return min((x for x in limits if x.free < min(SHARE * x.total, MOST)), default=None)
 
-    def _tell(self, room, what):
-        self.report("memory", f"memory is short: {room}: {what}", free=room.free, limit=room.total)
+    def _report(self, limit, text):
+        text = f"memory is short: {limit}: {text}"
+        self.report("memory", text, free=limit.free, limit=limit.total)
 
 
 def release():

@@ -1,12 +1,10 @@
-"""When a run shall leave: a signal, a file named `stop` in its folder, or its time is up.
+"""Why a run stops early: a signal, a file named `stop` in its folder, or its time is up.
 
-    with Stop(max_hours=8) as stop:
-        stop.look_for(run_folder / "stop")
-        while training:
-            ...                          # a step
-            if stop.reason(): save and leave
-
-What takes longer than a step calls stop.check() now and then, which raises Stopped.
+with Stop(max_hours=8) as stop:
+    stop.look_for(run_folder / "stop")
+    while training:
+        ...                          # a step
+        if stop.reason(): save and leave
 """
 
 import contextlib
@@ -15,26 +13,25 @@ import threading
 import time
 from pathlib import Path
 
-# SIGTERM and SIGUSR1 are what schedulers send ahead of the end of a job's time, SIGHUP what a
-# process gets whose terminal is gone.
+# Schedulers send SIGTERM and SIGUSR1 before a job's time ends; SIGHUP says the terminal is gone.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 LOOK = 1.0  # seconds between two looks for the file: in a shared folder each costs milliseconds
 
 
 class Stopped(Exception):
-    """The run shall leave; the message says why."""
+    """The run must stop; the message says why."""
 
 
 class CannotGoOn(Exception):
-    """The run cannot go on, though its state is good and can be saved; the message says why."""
+    """The run cannot go on, but its state is good and can be saved; the message says why."""
 
 
 class Stop:
-    """Notes that the run shall leave. As a context, in which the signals do no more than that.
+    """Records a reason to stop. As a context, in which the signals do no more than that.
 
-    A second SIGINT (Ctrl-C) raises KeyboardInterrupt at once. SIGHUP stays ignored where it is, as
-    under nohup. max_hours: counted from here; None: no end. A context within that of another Stop
-    knows of the signals that came before it.
+    A second SIGINT (Ctrl-C) raises KeyboardInterrupt at once. SIGHUP stays ignored if it is, as
+    under nohup. max_hours: counted from here; None: no limit. A Stop inside the context of another
+    one knows the signals that came before it.
     """
 
     def __init__(self, max_hours=None):
@@ -43,12 +40,12 @@ class Stop:
         self.why, self.handlers = None, {}
 
     def look_for(self, file):
-        """From now on a file of this name is a reason. One that is there already is taken away."""
+        """From now on a file of this name is a reason. One that is there already is removed."""
         self.file = Path(file)
         self.file.unlink(missing_ok=True)
 
     def reason(self):
-        """Why the run shall leave, or None; once there is a reason it stays."""
+        """Why the run must stop, or None; once there is a reason it stays."""
         now = time.monotonic()
         if self.why is None and self.hours and now - self.started > 3600 * self.hours:
             self.why = f"its time is up (training.max_hours={self.hours:g})"
@@ -58,11 +55,6 @@ class Stop:
                 self.file.unlink(missing_ok=True)  # or it would stop the resumed run too
                 self.why = f"the file {self.file} was there"
         return self.why
-
-    def check(self):
-        """Raises Stopped if there is a reason."""
-        if self.reason():
-            raise Stopped(self.why)
 
     def _note(self, number, frame):
         if number == signal.SIGINT and self.why is not None:
@@ -76,8 +68,8 @@ class Stop:
                 if not (ignored and number == signal.SIGHUP):
                     self.handlers[number] = signal.signal(number, self._note)
             for handler in self.handlers.values():
-                around = getattr(handler, "__self__", None)
-                self.why = self.why or (around.why if isinstance(around, Stop) else None)
+                outer = getattr(handler, "__self__", None)
+                self.why = self.why or (outer.why if isinstance(outer, Stop) else None)
         return self
 
     def __exit__(self, *error):
@@ -87,9 +79,9 @@ class Stop:
 
 @contextlib.contextmanager
 def listening():
-    """A whole script as a context, with Stops in it.
+    """A context for a whole script, with Stops in it.
 
-    A signal that comes early stops the run in good order; one that comes late, when its state is
+    A signal that comes early stops the run in good order; one that comes late, when the state is
     saved and the interpreter ends, does not change the exit status.
     """
     with Stop() as stop:

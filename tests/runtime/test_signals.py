@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runtime import signals as stopping
-from runtime.signals import Stop, Stopped
+from runtime.signals import Stop
 
 
 @pytest.fixture
@@ -32,8 +32,6 @@ def test_a_signal_is_noted_and_does_nothing_else(number):
         assert stop.reason() is None
         send(number)
         assert stop.reason() == f"signal {number.name}"
-        with pytest.raises(Stopped, match=number.name):
-            stop.check()
     assert signal.getsignal(number) is before
 
 
@@ -134,7 +132,6 @@ def test_without_hours_there_is_no_end(clock):
     stop = Stop()
     clock[0] += 1e9
     assert stop.reason() is None
-    stop.check()
 
 
 # ---------------------------------------------------------------------------- file
