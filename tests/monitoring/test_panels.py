@@ -62,11 +62,26 @@ def full_run(folder, *, number=150, **changes):
 def view_of(folder, seconds):
     """The view at so many seconds after NOW."""
     run, now = read(folder), NOW + seconds
-    return view.View(run, vitals.RunHealth(run).verdict(now), vitals.pace(run, now), now)
+    return RunView(run, health.RunHealth(run).status(now), health.pace(run, now), now)
 
 
-def text_of(shown, width=100, height=None):
-    return "\n".join(text.plain for text in shown.lines(width, height))
+def text_of(view, width=100, height=None):
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    options = console.options.update(height=height)
+    return "".join(segment.text for segment in console.render(view, options))
+
+
+def panel(view, function, width=100):
+    """The lines of one panel, words apart by one space."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(function(view))
+    return [" ".join(text.split()) for text in console.file.getvalue().splitlines()]
+
+
+def row(view, function, begin):
+    """The one line of a panel that begins so."""
+    (text,) = [text for text in panel(view, function) if text.startswith(begin)]
+    return text
 
 
 # ---------------------------------------------------------------------------- what it says
@@ -319,103 +334,3 @@ def test_without_colours_it_is_plain_text_and_with_them_it_is_not(shown):
     Console(file=coloured, width=90, force_terminal=True, color_system="256").print(shown)
     assert "\x1b" not in plain.getvalue() and "\x1b[" in coloured.getvalue()
     assert "░" in plain.getvalue() and "total" in coloured.getvalue()
-
-
-# ---------------------------------------------------------------------------- glyphs
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.23812, "0.2381"),
-        (2.1234, "2.1234"),
-        (12.5, "12.50"),
-        (312.44, "312.4"),
-        (4321.7, "4322"),
-        (12.0, "12"),
-        (0.0, "0"),
-        (1.2e-5, "1.2e-05"),
-        (0.00042, "0.00042"),
-        (3.5e7, "3.5e+07"),
-        (-0.5, "-0.5000"),
-        (None, "–"),
-        (float("nan"), "–"),
-    ],
-)
-def test_numbers_have_four_digits(value, text):
-    assert glyphs.number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(541e6, "541 MB"), (999.6e6, "1.0 GB"), (12.34e9, "12.3 GB"), (2e12, "2.0 TB"), (None, "–")],
-)
-def test_bytes_have_a_unit(count, text):
-    assert glyphs.size(count) == text
-
-
-def test_bytes_of_bytes_share_a_unit():
-    assert glyphs.sizes(0.5e9, 64e9) == "0.5 of 64.0 GB"
-    assert glyphs.sizes(None, 64e9) == "– of 64.0 GB"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (45.4, "45 s"),
-        (99, "99 s"),
-        (100, "2 min"),
-        (3569, "59 min"),
-        (3570, "1 h 00 min"),
-        (7799, "2 h 10 min"),
-        (86400 * 3 + 4 * 3600, "3 d 4 h"),
-        (-3, "0 s"),
-        (None, "–"),
-    ],
-)
-def test_lengths_of_time_have_two_units(seconds, text):
-    assert glyphs.duration(seconds) == text
-
-
-def test_a_time_of_another_day_has_its_date(monkeypatch):
-    monkeypatch.setattr(glyphs.time, "localtime", time.gmtime)
-    evening = 1_700_000_000  # 2023-11-14 22:13:20
-    assert glyphs.clock(evening, evening + 60) == "22:13:20"
-    assert glyphs.clock(evening, evening + 86400, seconds=False) == "14 Nov 22:13"
-    assert glyphs.clock(evening, evening + 86400 * 90) == "14 Nov 2023 22:13:20"
-    assert glyphs.clock(None, evening) == "–"
-
-
-@pytest.mark.parametrize(
-    ("values", "curve"),
-    [
-        ([0, 1, 2, 3, 4, 5, 6, 7], "▁▂▃▄▅▆▇█"),
-        ([7, None, 0, float("nan"), 7], "█ ▁ █"),
-        ([3, 3, 3], "▄▄▄"),
-        ([0.1 + 0.2, 0.3], "▄▄"),  # rounding is no curve
-        ([1000, 100, 10, 1], "█▆▃▁"),  # by logarithms
-        ([5], "▄"),
-        ([None], ""),
-        ([], ""),
-    ],
-)
-def test_a_sparkline_goes_from_the_lowest_value_to_the_highest(values, curve):
-    assert glyphs.sparkline(values, 8) == curve
-
-
-def test_a_long_curve_is_one_of_means():
-    assert glyphs.sparkline([2, 4, 6, 8, 12, 14, 16, 18], 4) == "▁▃▆█"
-
-
-def test_a_bar_is_filled_to_its_share_and_no_further():
-    for share, filled in ((0.0, 0), (0.25, 6), (1.0, 24), (1.7, 24), (-1.0, 0)):
-        (bar,) = glyphs.bars([(share, ["x"], "red")], 80)
-        assert (bar.plain.count("█"), bar.plain.count("░")) == (filled, 24 - filled)
-
-
-def test_bars_take_the_longest_text_that_leaves_them_room():
-    rows = [(0.5, ["a long text of the first", "short"], ""), (0.5, ["b"], "")]
-    wide, narrow = glyphs.bars(rows, 60), glyphs.bars(rows, 25)
-    assert wide[0].plain.endswith("a long text of the first")
-    assert narrow[0].plain.endswith("50%  short") and len(narrow[0]) <= 25
-    assert [line.plain.index("%") for line in wide] == [wide[0].plain.index("%")] * 2
