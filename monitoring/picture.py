@@ -188,7 +188,7 @@ def _curve(axis, pairs, label, *, main=False, unit=1.0, **style):
         from scipy.ndimage import uniform_filter1d
 
         (faint,) = axis.plot(x, y, lw=0.6, alpha=0.3)
-        y, style["color"] = uniform_filter1d(y, len(y) // 40, mode="nearest"), faint.get_color()
+        y, style["color"] = uniform_filter1d(y, len(y) // 40), faint.get_color()
     axis.plot(x, y, label=label, **style)
 
 

@@ -150,9 +150,15 @@ def test_without_times_or_a_process_the_state_is_unknown(tmp_path):
     assert status(read(tmp_path), 0) == (health.UNKNOWN, "nothing has been logged yet", ())
     old = {"event": "start", "step": 0, "epoch": 0}  # neither time, nor host, nor process
     result = status(run_of(tmp_path, [old, {"event": "step", "step": 10}]), 0)
-    assert result == (health.UNKNOWN, "no line has a time; how long silence is normal is not known", ())
+    assert result == (
+        health.UNKNOWN,
+        "no line has a time; how long silence is normal is not known",
+        (),
+    )
     result = status(run_of(tmp_path, [start(), step(10)]), 3600)
-    assert result.state == health.UNKNOWN and "how long silence is normal is not known" in result.text
+    assert (
+        result.state == health.UNKNOWN and "how long silence is normal is not known" in result.text
+    )
 
 
 # ---------------------------------------------------------------------------- cause of death
