@@ -5,6 +5,7 @@ if it was started on this machine; on another the age of the last line decides.
 """
 
 import math
+import os
 import socket
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -58,7 +59,7 @@ class RunHealth:
         host = run.start.get("host") or reading.get("host")
         pid = run.start.get("pid") or reading.get("pid")
         last = max((t for t in (last_line(run), run.growth_time) if t is not None), default=None)
-        interval = reading.get("seconds") or (run.config.get("monitor") or {}).get("seconds")
+        interval = reading.get("seconds")
         age = "no line has a time" if last is None else f"last line {duration(now - last)} ago"
         if not run.events and not run.steps and not reading:
             return None, "nothing has been logged yet"
@@ -114,16 +115,13 @@ def _ended(run, event, now):
 
 def advice(run, now):
     """How to go on with a run that ended too early, as a sentence."""
-    command = f"python train.py {run.folder / 'config.yaml'} --resume"
     saved = [e for e in run.events if e["event"] == "saved" and "last" in str(e.get("file"))]
-    if saved:
-        when = clock(saved[-1].get("time"), now)
-        return f"{command} goes on from step {saved[-1].get('step')}, saved {when}"
-    try:
-        written = (run.folder / "checkpoints" / "last.pt").stat().st_mtime
-    except OSError:
+    if not saved:
         return "no state was saved: start it again"
-    return f"{command} goes on from the state of {clock(written, now)}"
+    return (
+        f"python train.py {run.folder / 'config.yaml'} --resume goes on from step "
+        f"{saved[-1]['step']}, saved {clock(saved[-1].get('time'), now)}"
+    )
 
 
 def causes_of_death(run):
@@ -142,8 +140,13 @@ def causes_of_death(run):
 
 def _fault(run):
     """What faulthandler wrote, if it was since the last start."""
-    lines = [line.strip() for line in run.fault.splitlines() if line.strip()]
-    if lines and run.fault_time >= (run.start.get("time") or 0):
+    try:
+        with open(run.folder / "fault.txt", errors="replace") as file:
+            written = os.fstat(file.fileno()).st_mtime
+            lines = [line.strip() for line in file.read(2**14).splitlines() if line.strip()]
+    except OSError:
+        return
+    if lines and written >= (run.start.get("time") or 0):
         current = next((i for i, line in enumerate(lines) if line.startswith("Current thread")), 0)
         where = next((f", in {line}" for line in lines[current:] if line.startswith("File ")), "")
         yield f"{lines[0]}{where} (fault.txt)"

@@ -13,7 +13,6 @@ an empty list; `Machine` never raises because something cannot be read.
 import contextlib
 import os
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,6 @@ import psutil
 from monitoring.formatting import format_bytes
 
 GB = 10**9
-PSS_SECONDS, PSS_SHARE = 60.0, 0.005  # between readings of it, at least; of a core, at most
 
 
 # ---------------------------------------------------------------------------- limits of memory
@@ -187,9 +185,12 @@ def resident_memory(pids=None):
     for number in [process.pid for process in _tree()] if pids is None else pids:
         with contextlib.suppress(psutil.NoSuchProcess):
             info = psutil.Process(number).memory_info()
-            mapped = getattr(info, "shared", 0)  # Linux only
-            own, shared = own + info.rss - mapped, max(shared, mapped)
+            own, shared = own + info.rss - _shared(info), max(shared, _shared(info))
     return own + shared
+
+
+def _shared(info):
+    return getattr(info, "shared", 0)  # Linux only
 
 
 def _tree(pid=None):
@@ -213,7 +214,6 @@ class Machine:
 
     def __init__(self, folder=None):
         self.folder, self.known = folder, {}  # {pid: psutil.Process} of the last reading
-        self.pss, self.next_pss = {}, 0.0  # {pid: bytes}; when it is measured again
         self.nvml = self.gpus = None
         self.oom_kills_before = _attempt(oom_kills)
         _attempt(self._find_gpus)
@@ -221,9 +221,9 @@ class Machine:
     def read(self, roles, memory_limit=None):
         """What the machine does now. roles: {pid: name}; memory_limit: bytes that the run may use.
 
-        processes    of each pid of roles that exists: pid; role; rss, bytes that it maps, shared
-                     ones in full; pss, shared pages by proportion, of the last minute as it is
-                     slow to read; cpu, percent of one core, None at first; status, a word of psutil
+        processes    of each pid of roles that exists: pid; role; rss, bytes that it uses; shared,
+                     those of them that others may use too (libraries, cache); cpu, percent of one
+                     core, None at first; status, a word of psutil
         tree         bytes that these processes use together; of none, this one and its children
         rooms        [bytes free, bytes in all, whose limit] of `rooms`, then of memory_limit as
                      that of "run.memory_gb"; the first is the machine's
@@ -259,25 +259,19 @@ class Machine:
     def _processes(self, roles):
         before, self.known, rows = self.known, {}, []
         for pid, role in roles.items():
-            row = {"pid": pid, "role": role, "rss": 0, "cpu": None}
+            row = {"pid": pid, "role": role, "rss": 0, "shared": 0, "cpu": None}
             try:
                 process = before.get(pid) or psutil.Process(pid)
                 with process.oneshot():
+                    info = process.memory_info()
                     cpu = round(process.cpu_percent(None), 1)
-                    row |= {"rss": process.memory_info().rss, "status": process.status()}
+                    row |= {"rss": info.rss, "shared": _shared(info), "status": process.status()}
                 row["cpu"] = cpu if pid in before else None
-            except psutil.ZombieProcess:
-                row["status"] = psutil.STATUS_ZOMBIE
             except (psutil.Error, OSError, ValueError):  # it has ended
                 continue
             self.known[pid] = process
             rows.append(row)
-        begin = time.perf_counter()
-        if begin >= self.next_pss:  # some 10 ms per GB
-            self.pss = {pid: _attempt(_proportional_memory, p) for pid, p in self.known.items()}
-            end = time.perf_counter()
-            self.next_pss = max(begin + PSS_SECONDS, end + (end - begin) / PSS_SHARE)
-        return [{**row, "pss": self.pss.get(row["pid"])} for row in rows]
+        return rows
 
     def _find_gpus(self):
         import pynvml as nvml

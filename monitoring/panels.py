@@ -30,8 +30,7 @@ from monitoring.formatting import (
 
 COLUMNS = 110, 165  # characters from which there are two columns, and three
 ROWS = 1000, 12, 8, 6, 5, 4, 3, 2, 1  # of each list, tried until the height is enough
-LABEL, CURVE = 8, 60  # characters; of a curve at most
-BARS = {72: 16, 40: 8, 0: 3}  # {least width of a column: length of its bars}
+LABEL, CURVE, BAR = 8, 60, 16  # widths in characters; of curves and bars at most
 WAITING = 0.15  # of a step: a larger share spent waiting for data is said in words
 IDLE = 50.0  # percent of a core: workers below it wait for the disk themselves
 # Colors of medium brightness, to be read on a dark and on a light background.
@@ -107,7 +106,7 @@ class RunView:
 
     def bar(self, share, color=FILL):
         """Two cells: a bar, and the percentage."""
-        width = next(length for least, length in BARS.items() if self.width >= least)
+        width = max(1, min(BAR, self.width // 6))
         style = {"style": "grey35", "complete_style": color, "finished_style": color}
         return ProgressBar(total=1.0, completed=share, width=width, **style), f"{share:4.0%}"
 
@@ -164,24 +163,25 @@ def head(view):
 
 def steps(view):
     """How far the run and its epoch are, when they will be done, and how fast it goes."""
-    pace = view.pace
-    lines = ["no step has been logged since the start"]
-    if pace.step_seconds is not None:
-        hourly = 3600 / max(pace.step_seconds, 1e-9)
-        lines = [f"{number(pace.step_seconds)} s/step, {hourly:.0f} steps/h"]
-    if pace.between_epochs is not None:
-        lines[0] += f" · {duration(pace.between_epochs)} between epochs"
+    pace, lines = view.pace, []
     if not pace.steps:
-        return Group(f"step {pace.step}", *lines)
-    bars = [view.table([(*view.bar(pace.step / pace.steps), f"step {pace.step} of {pace.steps}")])]
-    if pace.epoch_steps:
+        lines.append(f"step {pace.step}")
+    else:
+        text = f"step {pace.step} of {pace.steps}"
+        lines.append(view.table([(*view.bar(pace.step / pace.steps), text)]))
+    if pace.epoch:
         text = f"epoch {pace.epoch} of {pace.epochs}, step {pace.epoch_step} of {pace.epoch_steps}"
-        bars.append(view.table([(*view.bar(pace.epoch_step / pace.epoch_steps), text)]))
+        lines.append(view.table([(*view.bar(pace.epoch_step / pace.epoch_steps), text)]))
     if view.status.state == health.RUNNING and pace.run_left is not None:
         end = clock(view.now + pace.run_left, view.now, seconds=False)
         left = f"run done {end}, in {duration(pace.run_left)}"
-        lines.insert(0, f"{left} · epoch in {duration(pace.epoch_left)}")
-    return Group(*bars, *lines)
+        lines.append(f"{left} · epoch in {duration(pace.epoch_left)}")
+    if pace.step_seconds is None:
+        return Group(*lines, "no step has been logged since the start")
+    rate = f"{number(pace.step_seconds)} s/step, {3600 / max(pace.step_seconds, 1e-9):.0f} steps/h"
+    if pace.between_epochs is not None:
+        rate += f" · {duration(pace.between_epochs)} between epochs"
+    return Group(*lines, rate)
 
 
 def events(view):
@@ -203,19 +203,15 @@ def events(view):
 
 def saved(view):
     """The state that a resumed run would go on from: when, which file, how long it took."""
-    last = next((e for e in reversed(view.run.events) if e["event"] == "saved"), None)
-    path = view.run.folder / "checkpoints" / "last.pt"
-    if last is not None:
-        when, seconds = last.get("time"), finite(last.get("seconds"))
-        file = str(last.get("file") or "state").rsplit("/", 1)[-1]
-        text = f"{file} at step {last['step']}, {format_bytes(last.get('bytes'))}"
-        text += "" if seconds is None else f" in {seconds:.1f} s"
-    elif path.exists():
-        when, text = path.stat().st_mtime, f"last.pt, {format_bytes(path.stat().st_size)}"
-    else:
+    saves = [event for event in view.run.events if event["event"] == "saved"]
+    if not saves:
         return Text("no state yet", FAINT)
-    ago = "" if when is None else f", {duration(view.now - when)} ago"
-    return Text(f"{clock(when, view.now)}{ago}: {text}")
+    last, when = saves[-1], saves[-1].get("time") or view.now
+    file = str(last.get("file")).rsplit("/", 1)[-1]
+    return Text(
+        f"{clock(when, view.now)}, {duration(view.now - when)} ago: {file} at step {last['step']}, "
+        f"{format_bytes(last.get('bytes'))} in {number(last.get('seconds'))} s"
+    )
 
 
 # ---------------------------------------------------------------------------- learning
@@ -223,16 +219,13 @@ def saved(view):
 
 def loss(view):
     """Each part of the loss: its last value, its change, its curve; the total first."""
-    run, rows = view.run, []
-    last = (run.steps or [{}])[-1]
+    run, last = view.run, (view.run.steps or [{}])[-1]
+    rows = []
     for name in sorted(last.get("loss") or {}, key=lambda name: (name != "total", name)):
-        values, recent = (
-            [(step.get("loss") or {}).get(name) for step in steps]
-            for steps in (run.steps, run.recent_steps)
-        )
         style = "bold" if name == "total" else ""
         value = Text(number(last["loss"][name]), style)
-        rows.append((Text(name, style), value, Text(_change(recent), FAINT), Curve(values)))
+        change, curve = _change(_values(run.recent_steps, name)), Curve(_values(run.steps, name))
+        rows.append((Text(name, style), value, Text(change, FAINT), curve))
     if last.get("lr") is not None:
         curve = Curve([step.get("lr") for step in run.steps])
         rows.append((Text("learning rate", FAINT), Text(number(last["lr"]), FAINT), "", curve))
@@ -240,6 +233,10 @@ def loss(view):
         text = Text(f"{last['skipped']} of the last steps made no update", BAD)
         return Group(text, view.table(rows))
     return view.table(rows)
+
+
+def _values(steps, name):
+    return [(step.get("loss") or {}).get(name) for step in steps]
 
 
 def _change(values):
@@ -254,19 +251,18 @@ def _change(values):
 
 def score(view):
     """The scores of the last evaluation, and the best with its step; the one that chooses first."""
-    run = view.run
+    run, main = view.run, view.run.start.get("score")
     if not run.evaluations:
         return Text("no evaluation yet", FAINT)
     step, last = run.evaluations[-1]
-    names = [name for name in last if name != "components_truth"]
-    names.sort(key=lambda n: (n != run.main_score, n.endswith("_loss"), n == "components", n))
     rows = [("", Text(f"at {step}", FAINT), Text("best", FAINT))] if view.rows > 2 else []
-    for name in names:
+    names = [name for name in last if name != "components_truth"]
+    for name in sorted(names, key=lambda n: (n != main, n.endswith("_loss"), n == "components", n)):
         value, best_step = run.best(name)
         best = "" if value is None else f"{number(value)} at {best_step}"
         if name == "components" and "components_truth" in last:
             best = f"truth {number(last['components_truth'])}"
-        style = "bold" if name == run.main_score else ""
+        style = "bold" if name == main else ""
         curve = Curve([scores.get(name) for _, scores in run.evaluations])
         rows.append((Text(name, style), Text(number(last[name]), style), Text(best, FAINT), curve))
     return view.table(rows)
@@ -279,9 +275,10 @@ def time(view):
     total = sum(seconds.values())
     if not total:
         return None
-    parts = sorted(seconds.items(), key=lambda part: -part[1])
-    colors = {"wait": BAD}
-    rows = [(name, *view.bar(value / total, colors.get(name, FILL))) for name, value in parts]
+    rows = [
+        (name, *view.bar(value / total, BAD if name == "wait" else FILL))
+        for name, value in sorted(seconds.items(), key=lambda part: -part[1])
+    ]
     if seconds.get("wait", 0) <= WAITING * total:
         return view.table(rows)
     waiting = "the GPU waits" if run.reading.get("gpus") else "training waits"
@@ -308,9 +305,10 @@ def memory(view):
         limits.append((*view.bar(share, BAD if share > health.FULL else FILL), text))
     curve = Curve([line.get("tree") for line in view.run.readings])
     tree = ("all processes", format_bytes(reading.get("tree")), curve)
-    processes = [[Text(text, FAINT) for text in ("process", "pid", "RSS", "PSS", "CPU")]]
+    processes = [[Text(text, FAINT) for text in ("process", "pid", "own", "shared", "CPU")]]
     for process in reading.get("processes") or ():
-        sizes = [format_bytes(process.get(key)) for key in ("rss", "pss")]
+        rss, shared = process.get("rss") or 0, process.get("shared") or 0
+        sizes = format_bytes(rss - shared), format_bytes(shared)
         cpu = "–" if process.get("cpu") is None else f"{process['cpu']:.0f} %"
         odd = process.get("status") in ("zombie", "stopped", "disk-sleep")
         status = Text(process["status"] if odd else "", BAD)

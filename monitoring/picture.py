@@ -61,8 +61,8 @@ def _facts(run):
     """How far the run is, as a line, and what the marks mean."""
     pace = health.pace(run, time.time())
     texts = [f"step {pace.step}" + (f" of {pace.steps}" if pace.steps else "")]
-    value, step = run.best(run.main_score)
-    texts += [] if value is None else [f"best {run.main_score} {value:.4f} at step {step}"]
+    value, step = run.best(run.start.get("score"))
+    texts += [] if value is None else [f"best {run.start.get('score')} {value:.4f} at step {step}"]
     texts.append(time.strftime("%Y-%m-%d %H:%M"))
     return ", ".join(texts) + "\ndashed: resumed; red triangles: trouble"
 
@@ -90,7 +90,7 @@ def _names(pairs):
 
 
 def _scores(axis, run):
-    main, shown = run.main_score, []
+    main, shown = run.start.get("score"), []
     for name in sorted(name for name in _names(run.evaluations) if not name.endswith("_loss")):
         pairs = [(step, scores.get(name)) for step, scores in run.evaluations]
         values = [value for _, value in pairs if finite(value) is not None]

@@ -15,8 +15,6 @@ import os
 from collections import deque
 from pathlib import Path
 
-import yaml
-
 RECENT = 100  # newest steps and readings that are kept
 SAMPLE = 800  # steps and readings that stand for all there are, at most
 STEP = b'{"event": "step"'  # how runtime/log.py begins the line of a step
@@ -31,8 +29,6 @@ class RunRecords:
     recent_steps     the last 100 of them since the run was started, or resumed
     readings         lines of system.jsonl, sampled like steps
     recent_readings  its last 100 lines
-    config           config.yaml, nested dicts
-    fault            the text of fault.txt, and fault_time, when it was written; "" and None without
     growth_time      when a line last came in after the first refresh, by the clock of this machine,
                      or None
     """
@@ -42,19 +38,36 @@ class RunRecords:
         self.log = GrowingFile(self.folder / "log.jsonl")
         self.system = GrowingFile(self.folder / "system.jsonl")
         self._steps, self._readings = Sample(parse_event), Sample(parse_reading)
-        self.growth_time, self.first_refresh = None, True
-        self.events, self.start, self.start_index, self.config = [], {}, 0, {}
+        self.offsets = self.growth_time = None
+        self.events, self.start, self.start_index = [], {}, 0
 
     def refresh(self, now):
         """Read what has come since the last time; now: seconds since 1970."""
-        count = self._read_log() + self._read_system()
-        if count and not self.first_refresh:
+        if self.log.replaced():  # a resumed run writes its log anew
+            self._steps.clear()
+            self.events, self.start, self.start_index = [], {}, 0
+        for line in self.log.new_lines():
+            self._add(line)
+        if self.system.replaced():
+            self._readings.clear()
+        for line in self.system.new_lines():
+            self._readings.add(line)
+        offsets = self.log.offset, self.system.offset
+        if self.offsets not in (None, offsets):
             self.growth_time = now
-        self.first_refresh = False
+        self.offsets = offsets
         self.steps, self.recent_steps = self._steps.all(), self._steps.recent()
         self.readings, self.recent_readings = self._readings.all(), self._readings.recent()
-        self.config = self.config or _settings(self.folder / "config.yaml")
-        self.fault, self.fault_time = _text(self.folder / "fault.txt")
+
+    def _add(self, line):
+        if line.startswith(STEP):
+            self._steps.add(line)
+        elif (event := parse_event(line)) is not None:
+            event.pop("cases", None)  # many, and never shown
+            self.events.append(event)
+            if event["event"] == "start":
+                self.start, self.start_index = event, len(self.events)
+                self._steps.newest.clear()
 
     def since_start(self, *kinds):
         """The events of these kinds that came after the last start, oldest first."""
@@ -73,11 +86,6 @@ class RunRecords:
         events = [e for e in self.events if e["event"] == "evaluation" and e.get("scores")]
         return [(e["step"], e["scores"]) for e in events if isinstance(e["scores"], dict)]
 
-    @property
-    def main_score(self):
-        """The name of the score that chooses the best state, None if the run does not say."""
-        return self.start.get("score") or (self.config.get("validation") or {}).get("score")
-
     def best(self, name):
         """(value, step) of the best of a score; (None, None) if the log says not what is better."""
         better = (self.start.get("better") or {}).get(name)
@@ -86,33 +94,6 @@ class RunRecords:
         if better not in ("higher", "lower") or not pairs:
             return None, None
         return (max if better == "higher" else min)(pairs, key=lambda pair: pair[0])
-
-    def _read_log(self):
-        """How many new lines there were."""
-        if self.log.replaced():  # a resumed run writes its log anew
-            self._steps.clear()
-            self.events, self.start, self.start_index, self.config = [], {}, 0, {}
-        count = 0
-        for line in self.log.new_lines():
-            count += 1
-            if line.startswith(STEP):
-                self._steps.add(line)
-            elif (event := parse_event(line)) is not None:
-                event.pop("cases", None)  # many, and never shown
-                self.events.append(event)
-                if event["event"] == "start":
-                    self.start, self.start_index = event, len(self.events)
-                    self._steps.newest.clear()
-        return count
-
-    def _read_system(self):
-        if self.system.replaced():
-            self._readings.clear()
-        count = 0
-        for line in self.system.new_lines():
-            count += 1
-            self._readings.add(line)
-        return count
 
 
 class GrowingFile:
@@ -193,21 +174,3 @@ def _parse(line):
     except ValueError:  # broken, or no text
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _settings(path):
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _text(path):
-    """(text, time of writing) of a small file; ("", None) if it is empty or missing."""
-    try:
-        with open(path, errors="replace") as file:
-            text = file.read(2**14)
-            return (text, os.fstat(file.fileno()).st_mtime) if text.strip() else ("", None)
-    except OSError:
-        return "", None

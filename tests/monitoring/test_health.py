@@ -140,12 +140,6 @@ def test_a_clock_that_is_ahead_is_reported_and_not_a_sign_of_life(tmp_path):
     assert result == (health.UNKNOWN, "the clock of far is 2 h 00 min ahead", ())
 
 
-def test_the_interval_of_the_settings_counts_where_no_line_was_written(tmp_path):
-    (tmp_path / "config.yaml").write_text("monitor: {seconds: 10}\n")
-    run = run_of(tmp_path, [start(**FAR)])
-    assert [status(run, s).state for s in (59, 61)] == [health.RUNNING, health.DEAD]
-
-
 def test_without_times_or_a_process_the_state_is_unknown(tmp_path):
     assert status(read(tmp_path), 0) == (health.UNKNOWN, "nothing has been logged yet", ())
     old = {"event": "start", "step": 0, "epoch": 0}  # neither time, nor host, nor process
@@ -232,13 +226,6 @@ def test_a_machine_that_was_restarted_since_is_the_cause_before_all_others(tmp_p
     run = run_of(tmp_path, [start(host=HERE, pid=2**22 + 5)], lines)
     (cause, _) = status(run, 100).notes
     assert cause.startswith("the machine went down: it was started at")
-
-
-def test_what_to_do_names_the_state_that_lies_there_where_the_log_names_none(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "last.pt").write_bytes(b"1")
-    run = run_of(tmp_path, [start(**FAR)], [line(9, seconds=10)])
-    assert "--resume goes on from the state of" in status(run, 10**6).notes[-1]
 
 
 # ---------------------------------------------------------------------------- pace

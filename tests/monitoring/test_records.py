@@ -72,7 +72,7 @@ def test_a_folder_without_files_has_no_history(tmp_path):
     run = read(tmp_path / "none")
     assert (run.events, run.steps, run.recent_steps) == ([], [], [])
     assert (run.readings, run.recent_readings, run.reading) == ([], [], {})
-    assert (run.config, run.fault, run.fault_time, run.start) == ({}, "", None, {})
+    assert run.start == {}
 
 
 def test_only_what_is_new_is_read_and_the_clock_of_this_machine_tells_when(tmp_path):
@@ -185,10 +185,9 @@ def test_the_log_says_of_each_score_which_end_is_better(tmp_path):
     log = [{"event": "evaluation", "step": s, "scores": one} for s, one in scores]
     log.append({"event": "evaluation", "step": 40, "scores": {}})
     better = {"dice": "higher", "hd95": "lower", "components": None}
-    write_lines(tmp_path / "log.jsonl", [start(score="hd95", better=better), *log])
+    write_lines(tmp_path / "log.jsonl", [start(better=better), *log])
     run = read(tmp_path)
     assert run.evaluations == scores
-    assert run.main_score == "hd95"
     assert (run.best("dice"), run.best("hd95")) == ((0.8, 10), (2.0, 10))
     assert run.best("components") == run.best("x") == (None, None)
 
@@ -197,26 +196,6 @@ def test_without_that_in_the_log_no_score_is_called_the_best(tmp_path):
     log = [{"event": "evaluation", "step": 0, "scores": {"dice": 0.5}}]
     write_lines(tmp_path / "log.jsonl", [start(), *log])
     assert read(tmp_path).best("dice") == (None, None)
-
-
-# ---------------------------------------------------------------------------- other files
-
-
-def test_settings_and_the_trace_of_a_fault_are_read(tmp_path):
-    (tmp_path / "config.yaml").write_text("run: {seed: 3}\n")
-    (tmp_path / "fault.txt").write_text("Fatal Python error: Bus error\n")
-    os.utime(tmp_path / "fault.txt", (NOW, NOW))
-    run = read(tmp_path)
-    assert run.config == {"run": {"seed": 3}}
-    assert (run.fault, run.fault_time) == ("Fatal Python error: Bus error\n", NOW)
-
-
-@pytest.mark.parametrize("text", ["a: [", "- 1\n", "", "\x00"])
-def test_settings_that_cannot_be_read_are_none(tmp_path, text):
-    (tmp_path / "config.yaml").write_text(text)
-    (tmp_path / "fault.txt").write_text(" \n")
-    run = read(tmp_path)
-    assert (run.config, run.fault, run.fault_time) == ({}, "", None)
 
 
 def test_reading_writes_nothing(tmp_path):
