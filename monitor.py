@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.live import Live
 
 from monitoring import health
 from monitoring.panels import RunView
@@ -73,12 +72,10 @@ class Watch:
 
 def live(watch, console, seconds):
     """Show a run until Ctrl-C, read anew every so many seconds; its state stays in the terminal."""
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        Live(console=console, screen=True, auto_refresh=False) as screen,
-    ):
+    # rich.live.Live would hide the height of the terminal from the view.
+    with contextlib.suppress(KeyboardInterrupt), console.screen() as screen:
         while True:
-            screen.update(watch.look(), refresh=True)
+            screen.update(watch.look())
             time.sleep(seconds)
     status = watch.look().status
     console.print(f"{watch.run.folder}: {status.state}, {status.text}")

@@ -159,7 +159,7 @@ def _oom_killer(reading):
     """
     if reading.get("new_oom_kills"):
         count = reading["new_oom_kills"]
-        yield f"the kernel's OOM killer: since the start it has killed {count} of this cgroup"
+        yield f"the kernel's OOM killer: processes of this cgroup killed since the start: {count}"
     limits = [room for room in reading.get("rooms") or () if room[2] != "run.memory_gb" and room[1]]
     free, total, what = min(limits, default=(1, 1, ""))
     tree = reading.get("tree") or 0

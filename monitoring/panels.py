@@ -29,7 +29,7 @@ from monitoring.formatting import (
 )
 
 COLUMNS = 110, 165  # characters from which there are two columns, and three
-ROWS = 1000, 12, 8, 6, 5, 4, 3, 2, 1  # of each list, tried until the height is enough
+ROWS = 40, 20, 12, 8, 6, 5, 4, 3, 2, 1  # of each list, tried until the height is enough
 LABEL, CURVE, BAR = 8, 60, 16  # widths in characters; of curves and bars at most
 WAITING = 0.15  # of a step: a larger share spent waiting for data is said in words
 IDLE = 50.0  # percent of a core: workers below it wait for the disk themselves
@@ -71,6 +71,7 @@ class RunView:
             while line and not line[-1].text.strip():
                 line.pop()
             for text, style, _ in line:  # in an error there may be codes of a terminal
+                text = text.rstrip() if text is line[-1].text else text
                 yield Segment("".join(filter(str.isprintable, text)), style)
             yield Segment.line()
 
@@ -122,7 +123,7 @@ class RunView:
         for index in range(count):
             grid.add_column(no_wrap=index < count - 1)
         for row in rows:
-            grid.add_row(*row)
+            grid.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
         return grid if rows else None
 
 

@@ -275,10 +275,10 @@ def test_ctrl_c_leaves_the_terminal_as_it_was_and_the_state_in_it(tmp_path, monk
     make_run(tmp_path / "exp001")
     monkeypatch.setattr(monitor.time, "sleep", interrupted)
     written = io.StringIO()
-    console = Console(file=written, force_terminal=True, width=200, height=24, highlight=False)
+    console = Console(file=written, force_terminal=True, width=200, height=18, highlight=False)
     monitor.live(monitor.Watch(tmp_path / "exp001"), console, 2.0)
     shown, after = written.getvalue().split("\x1b[?1049l")  # back from the other screen
-    assert "\x1b[?1049h" in shown and "step 40" in shown
+    assert "\x1b[?1049h" in shown and "step 40" in shown and "events" in shown
     assert "exp001: dead, ended without a last message" in after.replace("\n", " ")
 
 

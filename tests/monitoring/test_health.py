@@ -182,7 +182,7 @@ def test_a_limit_of_the_run_itself_is_none_that_the_kernel_kills_for(tmp_path):
 
 def test_oom_kills_since_the_start_mean_the_oom_killer(tmp_path):
     (cause,) = causes(tmp_path / "a", line(9, seconds=10, new_oom_kills=2))
-    assert cause == "the kernel's OOM killer: since the start it has killed 2 of this cgroup"
+    assert cause == "the kernel's OOM killer: processes of this cgroup killed since the start: 2"
     (cause,) = causes(tmp_path / "b", line(9, seconds=10, new_oom_kills=0))
     assert cause == "killed from outside (SIGKILL), or the machine went down"
 
