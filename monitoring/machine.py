@@ -207,16 +207,12 @@ def _tree(pid=None):
 class Machine:
     """Readings of this machine, one after another; CPU percentages are since the one before.
 
-    folder: of the file system that `disk` describes, None for none. The GPUs are NVIDIA's, read
-    with nvidia-ml-py; CUDA_VISIBLE_DEVICES chooses among them as CUDA does, by their order on the
-    bus (CUDA's own order differs where one machine has cards of several kinds).
+    folder: of the file system that `disk` describes, None for none.
     """
 
     def __init__(self, folder=None):
         self.folder, self.known = folder, {}  # {pid: psutil.Process} of the last reading
-        self.nvml = self.gpus = None
         self.oom_kills_before = _attempt(oom_kills)
-        _attempt(self._find_gpus)
 
     def read(self, roles, memory_limit=None):
         """What the machine does now. roles: {pid: name}; memory_limit: bytes that the run may use.
@@ -233,7 +229,7 @@ class Machine:
         load         processes that ran or wanted to, means over 1, 5 and 15 minutes
         cores        of the CPU
         temperature  degrees Celsius of the hottest part of the CPU
-        gpus         of each: index, name, used, total (bytes), load (%), temperature, power (W)
+        gpus         see `gpus`
         """
         tree = _attempt(resident_memory, list(roles) or None)
         limits = [list(limit) for limit in _attempt(rooms) or ()]
@@ -253,7 +249,7 @@ class Machine:
             "load": _attempt(lambda: [round(number, 2) for number in psutil.getloadavg()]),
             "cores": os.cpu_count(),
             "temperature": _attempt(cpu_temperature),
-            "gpus": [self._gpu(*gpu) for gpu in self.gpus or ()],
+            "gpus": _attempt(gpus) or [],
         }
 
     def _processes(self, roles):
@@ -273,33 +269,31 @@ class Machine:
             rows.append(row)
         return rows
 
-    def _find_gpus(self):
-        import pynvml as nvml
 
-        nvml.nvmlInit()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        chosen = visible_gpus(
-            [nvml.nvmlDeviceGetUUID(handle) for handle in handles],
-            os.environ.get("CUDA_VISIBLE_DEVICES"),
+def gpus():
+    """The GPUs of a process that uses CUDA, by CUDA's numbers; no value makes it use another one.
+
+    A dict of each: index, name, used, total (bytes), load (%), temperature, power (W). What a GPU
+    does not report is None. torch reads all but name and total with nvidia-ml-py.
+    """
+    from torch import cuda
+
+    rows = []
+    for index in range(cuda.device_count() if cuda.is_initialized() else 0):
+        properties = _attempt(cuda.get_device_properties, index)
+        power = _attempt(cuda.power_draw, index)  # milliwatts
+        rows.append(
+            {
+                "index": index,
+                "name": getattr(properties, "name", None),
+                "used": _attempt(cuda.device_memory_used, index),
+                "total": getattr(properties, "total_memory", None),
+                "load": _attempt(cuda.utilization, index),
+                "temperature": _attempt(cuda.temperature, index),
+                "power": None if power is None else round(power / 1000),
+            }
         )
-        names = [nvml.nvmlDeviceGetName(handle) for handle in handles]
-        self.nvml, self.gpus = nvml, [(i, names[i], handles[i]) for i in chosen]
-
-    def _gpu(self, index, name, handle):
-        """One of `read`'s gpus; all but its name is None once its driver has gone."""
-        nvml = self.nvml
-        memory = _attempt(nvml.nvmlDeviceGetMemoryInfo, handle)
-        power = _attempt(nvml.nvmlDeviceGetPowerUsage, handle)  # milliwatts
-        sensor = nvml.NVML_TEMPERATURE_GPU
-        return {
-            "index": index,
-            "name": name,
-            "used": getattr(memory, "used", None),
-            "total": getattr(memory, "total", None),
-            "load": getattr(_attempt(nvml.nvmlDeviceGetUtilizationRates, handle), "gpu", None),
-            "temperature": _attempt(nvml.nvmlDeviceGetTemperature, handle, sensor),
-            "power": None if power is None else round(power / 1000),
-        }
+    return rows
 
 
 def _attempt(function, *arguments):
@@ -322,22 +316,3 @@ def cpu_temperature():
     names = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
     sensors = psutil.sensors_temperatures()
     return max((one.current for name in names for one in sensors.get(name, ())), default=None)
-
-
-def visible_gpus(uuids, text):
-    """Which GPUs, as indices into uuids, a value of CUDA_VISIBLE_DEVICES leaves to a process.
-
-    None: all. Numbers, or beginnings of "GPU-..." identifiers, up to the first that is of no GPU;
-    with "MIG-..." all, for a part of a GPU has no reading of its own.
-    """
-    if text is None or "MIG-" in text:
-        return list(range(len(uuids)))
-    chosen = []
-    for word in (word.strip() for word in text.split(",")):
-        named = [i for i, uuid in enumerate(uuids) if "GPU-" in word and uuid.startswith(word)]
-        if word.isdecimal() and int(word) < len(uuids):
-            named = [int(word)]
-        if len(named) != 1:
-            break
-        chosen += named
-    return chosen

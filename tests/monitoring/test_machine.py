@@ -2,10 +2,11 @@ import os
 import subprocess
 import sys
 import time
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from monitoring import machine
 from monitoring.machine import Machine, MemoryLimit
@@ -132,104 +133,40 @@ def test_the_hottest_part_of_the_processor_counts_and_no_other_sensor(monkeypatc
 # ---------------------------------------------------------------------------- GPUs
 
 
-class Nvml(ModuleType):
-    """A driver with two cards; `gone`: it answers no more."""
-
-    NVML_TEMPERATURE_GPU = 0
-
-    def __init__(self):
-        super().__init__("pynvml")
-        self.gone = False
-
-    def nvmlInit(self):
-        self._answer(None)
-
-    def nvmlDeviceGetCount(self):
-        return 2
-
-    def nvmlDeviceGetHandleByIndex(self, index):
-        return index
-
-    def nvmlDeviceGetUUID(self, handle):
-        return f"GPU-{handle}{handle}{handle}"
-
-    def nvmlDeviceGetName(self, handle):
-        return "NVIDIA H100"
-
-    def nvmlDeviceGetMemoryInfo(self, handle):
-        return self._answer(SimpleNamespace(used=60 + handle, total=80))
-
-    def nvmlDeviceGetUtilizationRates(self, handle):
-        return self._answer(SimpleNamespace(gpu=97, memory=40))
-
-    def nvmlDeviceGetTemperature(self, handle, sensor):
-        return self._answer(71)
-
-    def nvmlDeviceGetPowerUsage(self, handle):
-        return self._answer(412_400)
-
-    def _answer(self, value):
-        if self.gone:
-            raise RuntimeError("driver not loaded")
-        return value
-
-
 @pytest.fixture
-def nvml(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    module = Nvml()
-    monkeypatch.setitem(sys.modules, "pynvml", module)
-    return module
+def two_cards(monkeypatch):
+    """torch.cuda of a process that uses CUDA, with two cards."""
+    values = {
+        "is_initialized": lambda: True,
+        "device_count": lambda: 2,
+        "get_device_properties": lambda i: SimpleNamespace(name="NVIDIA H100", total_memory=80),
+        "device_memory_used": lambda i: 60 + i,
+        "utilization": lambda i: 97,
+        "temperature": lambda i: 71,
+        "power_draw": lambda i: 412_400,
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(torch.cuda, name, value)
 
 
-def test_each_gpu_is_told_in_bytes_percent_degrees_and_watts(nvml):
-    card = {"total": 80, "load": 97, "temperature": 71, "power": 412, "name": "NVIDIA H100"}
-    assert Machine().read({})["gpus"] == [
-        {"index": 0, "used": 60, **card},
-        {"index": 1, "used": 61, **card},
-    ]
+CARD = {"name": "NVIDIA H100", "total": 80, "load": 97, "temperature": 71, "power": 412}
 
 
-def test_only_gpus_that_the_process_may_see_are_told(nvml, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert [gpu["used"] for gpu in Machine().read({})["gpus"]] == [61]
+def test_each_gpu_is_read_in_bytes_percent_degrees_and_watts(two_cards):
+    first, second = {"index": 0, "used": 60, **CARD}, {"index": 1, "used": 61, **CARD}
+    assert Machine().read({})["gpus"] == [first, second]
 
 
-def test_a_driver_that_disappears_leaves_names_and_nulls(nvml):
-    readings = Machine()
-    nvml.gone = True
-    gone = dict.fromkeys(("used", "total", "load", "temperature", "power"))
-    assert readings.read({})["gpus"][0] == {"index": 0, "name": "NVIDIA H100", **gone}
+def test_what_a_card_does_not_report_is_null_beside_what_it_does(two_cards, monkeypatch):
+    for name in ("power_draw", "utilization", "temperature", "device_memory_used"):
+        monkeypatch.setattr(torch.cuda, name, lambda index: 1 / 0)
+    silent = dict.fromkeys(("used", "load", "temperature", "power"))
+    assert Machine().read({})["gpus"][0] == {"index": 0, **CARD, **silent}
 
 
-def test_what_one_card_cannot_tell_is_null_beside_what_it_can(nvml, monkeypatch):
-    monkeypatch.delattr(Nvml, "nvmlDeviceGetPowerUsage")
-    monkeypatch.setattr(nvml, "nvmlDeviceGetPowerUsage", lambda handle: 1 / 0, raising=False)
-    first = Machine().read({})["gpus"][0]
-    assert (first["power"], first["used"]) == (None, 60)
-
-
-def test_without_a_driver_or_the_package_there_are_no_gpus(nvml, monkeypatch):
-    nvml.gone = True
+def test_a_process_that_does_not_use_cuda_has_no_gpus_and_is_not_made_to_use_it(
+    two_cards, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: pytest.fail("used"))
     assert Machine().read({})["gpus"] == []
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert Machine().read({})["gpus"] == []
-
-
-@pytest.mark.parametrize(
-    ("text", "chosen"),
-    [
-        (None, [0, 1, 2]),
-        ("", []),
-        ("2,0", [2, 0]),
-        (" 1 ", [1]),
-        ("0,7,1", [0]),  # CUDA stops at the first that there is not
-        ("-1", []),
-        ("GPU-bb", [1]),
-        ("GPU-a,2", [0, 2]),
-        ("GPU-", []),  # of all of them
-        ("MIG-GPU-aa/3/0", [0, 1, 2]),
-    ],
-)
-def test_devices_are_chosen_as_cuda_does(text, chosen):
-    assert machine.visible_gpus(["GPU-aaa", "GPU-bbb", "GPU-ccc"], text) == chosen
