@@ -32,12 +32,13 @@ def find_run(path):
     for folder in (place, *place.parents[:3]):
         if _is_run(folder):
             return path if folder == place else folder
-    advice = "give the folder that train.py announced, such as runs/exp001"
-    if not place.exists():
-        raise ValueError(f"{path}: expected a run folder, got nothing of that name; {advice}")
     runs = [f for f in place.iterdir() if _is_run(f)] if place.is_dir() else []
     if not runs:
-        raise ValueError(f"{path}: expected a run folder, got one without log.jsonl; {advice}")
+        what = "a path without log.jsonl" if place.exists() else "nothing of that name"
+        raise ValueError(
+            f"{path}: expected a run folder, got {what}; give the folder that train.py announced, "
+            "such as runs/exp001"
+        )
     runs.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
     names = ", ".join(folder.name for folder in runs[:8]) + (", ..." if len(runs) > 8 else "")
     raise ValueError(

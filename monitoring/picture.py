@@ -137,16 +137,12 @@ def _memory(axis, run):
     for name, value in curves.items():
         pairs = [(reading.get("step"), value(reading)) for reading in run.readings]
         _curve(axis, pairs, name, main=name == "all processes", unit=GB)
-    if limits := [limit for reading in run.readings[-1:] for limit in reading.get("rooms") or ()]:
-        free, total, what = min(limits)
-        label = f"{total / GB:.1f} GB, {what} ({free / GB:.1f} free)"
-        style = {"color": TROUBLE, "ls": "-.", "lw": 1.2}
-        if total / GB < 3 * axis.get_ylim()[1]:
-            axis.axhline(total / GB, label=label, **style)
-        else:  # it would flatten the curves
-            axis.plot([], [], label=f"above: {label}", **style)
     axis.set_ylim(bottom=0)
-    return "memory, GB"
+    limits = [limit for reading in run.readings[-1:] for limit in reading.get("rooms") or ()]
+    if not limits:
+        return "memory, GB"
+    free, total, what = min(limits)
+    return f"memory, GB; {free / GB:.1f} free of {total / GB:.1f}, {what}"
 
 
 def _load(axis, run):

@@ -144,23 +144,14 @@ def machine(number, tree, **changes):
     return line(number, tree=tree * GB, rooms=rooms, processes=processes, gpus=[], **changes)
 
 
-def test_memory_is_drawn_in_gb_against_the_tightest_limit(tmp_path, panels):
+def test_memory_is_drawn_in_gb_with_the_tightest_limit_in_the_title(tmp_path, panels):
     write_lines(tmp_path / "system.jsonl", [machine(10, 8), machine(20, 12)])
     axis = panels()["memory"]
     assert curve(axis, "all processes") == {10: 8.0, 20: 12.0}
     assert curve(axis, "training") == {10: 4.0, 20: 4.0}
     assert curve(axis, "largest worker") == {10: 2.0, 20: 2.0}
-    limit = curve(axis, "16.0 GB, cgroup limit (4.0 free)")
-    assert set(limit.values()) == {16.0}
-    assert axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > 16
-
-
-def test_a_limit_that_is_far_away_is_told_and_flattens_nothing(tmp_path, panels):
-    far = {"rooms": [[1000 * GB, 1024 * GB, "memory of this machine"]]}
-    write_lines(tmp_path / "system.jsonl", [{**machine(i, 8), **far} for i in (10, 20)])
-    axis = panels()["memory"]
-    assert axis.get_ylim()[1] < 20
-    assert "above: 1024.0 GB, memory of this machine (1000.0 free)" in texts(axis)
+    title = "memory, GB; 4.0 free of 16.0, cgroup limit"
+    assert (axis.get_title(loc="left"), axis.get_ylim()[0]) == (title, 0)
 
 
 def test_without_a_gpu_the_cpu_is_drawn(tmp_path, panels):
