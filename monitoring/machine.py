@@ -217,19 +217,18 @@ class Machine:
     def read(self, roles, memory_limit=None):
         """What the machine does now. roles: {pid: name}; memory_limit: bytes that the run may use.
 
-        processes    of each pid of roles that exists: pid; role; rss, bytes that it uses; shared,
-                     those of them that others may use too (libraries, cache); cpu, percent of one
-                     core, None at first; status, a word of psutil
-        tree         bytes that these processes use together; of none, this one and its children
-        rooms        [bytes free, bytes in all, whose limit] of `rooms`, then of memory_limit as
-                     that of "run.memory_gb"; the first is the machine's
+        processes      of each pid of roles that exists: pid; role; rss, bytes that it uses; shared,
+                       those of them that others may use too (libraries, cache); cpu, percent of
+                       one core, None at first; status, a word of psutil
+        tree           bytes that these processes use together; of none, this one and its children
+        rooms          [bytes free, bytes in all, whose limit] of `rooms`, then of memory_limit as
+                       that of "run.memory_gb"; the first is the machine's
         new_oom_kills  processes that the kernel has killed for memory since this object was made
-        swap         [bytes used, in all]
-        shm, disk    [bytes free, in all] of /dev/shm and of the folder's file system
-        load         processes that ran or wanted to, means over 1, 5 and 15 minutes
-        cores        of the CPU
-        temperature  degrees Celsius of the hottest part of the CPU
-        gpus         see `gpus`
+        swap           [bytes used, in all]
+        shm, disk      [bytes free, in all] of /dev/shm and of the folder's file system
+        load           processes that ran or wanted to, means over 1, 5 and 15 minutes
+        cores          of the CPU
+        gpus           see `gpus`
         """
         tree = _attempt(resident_memory, list(roles) or None)
         limits = [list(limit) for limit in _attempt(rooms) or ()]
@@ -248,7 +247,6 @@ class Machine:
             "disk": None if self.folder is None else _attempt(_free_space, self.folder),
             "load": _attempt(lambda: [round(number, 2) for number in psutil.getloadavg()]),
             "cores": os.cpu_count(),
-            "temperature": _attempt(cpu_temperature),
             "gpus": _attempt(gpus) or [],
         }
 
@@ -308,11 +306,3 @@ def _attempt(function, *arguments):
 def _free_space(path):
     usage = psutil.disk_usage(str(path))
     return [usage.free, usage.total]
-
-
-def cpu_temperature():
-    """Degrees Celsius of the hottest sensor of the CPU; None without one."""
-    # Names that drivers of Linux give the sensors of a processor: Intel, AMD, Arm.
-    names = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
-    sensors = psutil.sensors_temperatures()
-    return max((one.current for name in names for one in sensors.get(name, ())), default=None)

@@ -333,12 +333,10 @@ def gpu(view):
 
 
 def host(view):
-    """Load, temperature, swap, shared memory, disk: what else the machine reports."""
+    """Load, swap, shared memory, disk: what else the machine reports."""
     reading, texts = view.run.reading, []
     if reading.get("load"):
         texts.append(f"load {reading['load'][0]:.1f} of {reading.get('cores') or '–'} cores")
-    if reading.get("temperature") is not None:
-        texts.append(f"CPU {reading['temperature']:.0f} °C")
     names = {"swap": "swap {} used", "shm": "/dev/shm {} free", "disk": "disk {} free"}
     texts += [t.format(format_share(*reading[k])) for k, t in names.items() if reading.get(k)]
     if reading.get("new_oom_kills"):

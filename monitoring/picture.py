@@ -61,8 +61,10 @@ def _facts(run):
     """How far the run is, as a line, and what the marks mean."""
     pace = health.pace(run, time.time())
     texts = [f"step {pace.step}" + (f" of {pace.steps}" if pace.steps else "")]
-    value, step = run.best(run.start.get("score"))
-    texts += [] if value is None else [f"best {run.start.get('score')} {value:.4f} at step {step}"]
+    main = run.start.get("score")
+    value, step = run.best(main)
+    if value is not None:
+        texts.append(f"best {main} {value:.4f} at step {step}")
     texts.append(time.strftime("%Y-%m-%d %H:%M"))
     return ", ".join(texts) + "\ndashed: resumed; red triangles: trouble"
 
@@ -90,7 +92,7 @@ def _names(pairs):
 
 
 def _scores(axis, run):
-    main, shown = run.start.get("score"), []
+    main, shown, title = run.start.get("score"), [], "validation"
     for name in sorted(name for name in _names(run.evaluations) if not name.endswith("_loss")):
         pairs = [(step, scores.get(name)) for step, scores in run.evaluations]
         values = [value for _, value in pairs if finite(value) is not None]
@@ -102,9 +104,10 @@ def _scores(axis, run):
         value, step = run.best(name)
         if name == main and value is not None:
             axis.plot(step, value, "*", ms=13, color=axis.lines[-1].get_color())
+            title = f"validation, best {main} starred"
     if shown:
         axis.set_ylim(max(0.0, min(shown) - 0.04), min(1.01, max(shown) + 0.04))
-    return f"validation, best {main} starred" if main else "validation"
+    return title
 
 
 def _learning_rate(axis, run):
@@ -131,12 +134,12 @@ def _times(axis, run):
 
 
 def _memory(axis, run):
-    curves = {"all processes": lambda reading: reading.get("tree")}
-    curves["training"] = lambda reading: max(_of_role(reading, "training", "rss"), default=None)
-    curves["largest worker"] = lambda reading: max(_of_role(reading, "worker", "rss"), default=None)
-    for name, value in curves.items():
-        pairs = [(reading.get("step"), value(reading)) for reading in run.readings]
-        _curve(axis, pairs, name, main=name == "all processes", unit=GB)
+    tree = [(reading.get("step"), reading.get("tree")) for reading in run.readings]
+    _curve(axis, tree, "all processes", main=True, unit=GB)
+    for label, role in (("training", "training"), ("largest worker", "worker")):
+        sizes = [(reading.get("step"), _of_role(reading, role, "rss")) for reading in run.readings]
+        largest = [(step, max(values, default=None)) for step, values in sizes]
+        _curve(axis, largest, label, unit=GB)
     axis.set_ylim(bottom=0)
     limits = [limit for reading in run.readings[-1:] for limit in reading.get("rooms") or ()]
     if not limits:
@@ -157,10 +160,8 @@ def _load(axis, run):
         axis.set_ylim(0, 130)
         return "GPU, percent"
     for label, role in (("training", "training"), ("workers, mean", "worker")):
-        cpu = [
-            (reading.get("step"), mean(_of_role(reading, role, "cpu"))) for reading in run.readings
-        ]
-        _curve(axis, cpu, label)
+        loads = [(reading.get("step"), _of_role(reading, role, "cpu")) for reading in run.readings]
+        _curve(axis, [(step, mean(values)) for step, values in loads], label)
     axis.set_ylim(bottom=0)
     return "CPU, percent of one core"
 

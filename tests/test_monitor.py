@@ -69,7 +69,7 @@ def test_a_line_holds_what_a_reader_needs(tmp_path):
     assert (one["pid"], one["role"]) == (os.getpid(), "training")
     assert 0 < one["rss"] < 10**12
     assert found["rooms"][-1] == [10**15 - found["tree"], 10**15, "run.memory_gb"]
-    known = {"tree", "new_oom_kills", "swap", "shm", "disk", "load", "gpus", "cores", "temperature"}
+    known = {"tree", "new_oom_kills", "swap", "shm", "disk", "load", "gpus", "cores"}
     assert known < set(found)
 
 

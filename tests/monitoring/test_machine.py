@@ -106,7 +106,7 @@ def test_what_a_system_does_not_tell_is_null_and_the_rest_is_there(monkeypatch, 
     def nothing(*arguments, **options):
         raise OSError("no such thing here")
 
-    for name in ("swap_memory", "disk_usage", "getloadavg", "sensors_temperatures"):
+    for name in ("swap_memory", "disk_usage", "getloadavg"):
         monkeypatch.setattr(psutil, name, nothing, raising=False)
     for name in ("rooms", "oom_kills", "resident_memory"):
         monkeypatch.setattr(machine, name, nothing)
@@ -115,19 +115,6 @@ def test_what_a_system_does_not_tell_is_null_and_the_rest_is_there(monkeypatch, 
     assert one["role"] == "training" and one["rss"] > MB
     assert found.pop("cores") == os.cpu_count()
     assert {key for key, value in found.items() if value not in (None, [])} == set()
-
-
-def test_the_hottest_part_of_the_processor_counts_and_no_other_sensor(monkeypatch):
-    def sensors(**chips):
-        found = {
-            name: [SimpleNamespace(current=c) for c in degrees] for name, degrees in chips.items()
-        }
-        monkeypatch.setattr(psutil, "sensors_temperatures", lambda: found, raising=False)
-        return machine.cpu_temperature()
-
-    assert sensors(coretemp=[51.0, 64.0, 60.0], nvme=[80.0]) == 64.0
-    assert sensors(k10temp=[70.5]) == 70.5
-    assert sensors(nvme=[80.0]) is None
 
 
 # ---------------------------------------------------------------------------- GPUs
