@@ -247,7 +247,8 @@ def _change(values):
     if not count or not (before := mean(values[-2 * count : -count])):
         return ""
     percent = 100 * (mean(values[-count:]) / before - 1)
-    return f"{' ' if abs(percent) < 0.05 else '▲' if percent > 0 else '▼'} {abs(percent):.1f} %"
+    arrow = " " if abs(percent) < 0.05 else "▲" if percent > 0 else "▼"
+    return f"{arrow} {abs(percent):.1f} %"
 
 
 def score(view):

@@ -57,20 +57,20 @@ def test_lines_come_at_the_interval(tmp_path):
 def test_a_line_holds_what_a_reader_needs(tmp_path):
     with monitored(tmp_path, memory_limit=10**15):
         pass
-    found = lines_of(tmp_path)[-1]
-    assert {key: found[key] for key in ("host", "pid", "step", "seconds")} == {
+    reading = lines_of(tmp_path)[-1]
+    assert {key: reading[key] for key in ("host", "pid", "step", "seconds")} == {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "step": 3,
         "seconds": 60,
     }
-    assert abs(found["time"] - time.time()) < 60
-    (one,) = found["processes"]
+    assert abs(reading["time"] - time.time()) < 60
+    (one,) = reading["processes"]
     assert (one["pid"], one["role"]) == (os.getpid(), "training")
     assert 0 < one["rss"] < 10**12
-    assert found["rooms"][-1] == [10**15 - found["tree"], 10**15, "run.memory_gb"]
+    assert reading["rooms"][-1] == [10**15 - reading["tree"], 10**15, "run.memory_gb"]
     known = {"tree", "new_oom_kills", "swap", "shm", "disk", "load", "gpus", "cores"}
-    assert known < set(found)
+    assert known < set(reading)
 
 
 def test_what_the_caller_gives_may_fail(tmp_path):
@@ -79,9 +79,9 @@ def test_what_the_caller_gives_may_fail(tmp_path):
 
     with monitored(tmp_path, roles=failing, step=failing):
         pass
-    found = lines_of(tmp_path)[-1]
-    assert (found["processes"], found["step"]) == ([], None)
-    assert found["tree"] > 0
+    reading = lines_of(tmp_path)[-1]
+    assert (reading["processes"], reading["step"]) == ([], None)
+    assert reading["tree"] > 0
 
 
 def test_what_json_cannot_write_leaves_the_thread_alive(tmp_path, capfd):

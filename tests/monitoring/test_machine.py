@@ -97,8 +97,8 @@ def test_file_systems_and_swap_are_told_in_bytes(tmp_path, monkeypatch):
     usage = SimpleNamespace(free=3, total=8, used=5)
     monkeypatch.setattr(psutil, "disk_usage", {"/dev/shm": usage, str(tmp_path): usage}.get)
     monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(used=1, total=4))
-    found = Machine(tmp_path).read({})
-    assert (found["shm"], found["disk"], found["swap"]) == ([3, 8], [3, 8], [1, 4])
+    reading = Machine(tmp_path).read({})
+    assert (reading["shm"], reading["disk"], reading["swap"]) == ([3, 8], [3, 8], [1, 4])
     assert Machine().read({})["disk"] is None
 
 
@@ -110,11 +110,11 @@ def test_what_a_system_does_not_tell_is_null_and_the_rest_is_there(monkeypatch, 
         monkeypatch.setattr(psutil, name, nothing, raising=False)
     for name in ("rooms", "oom_kills", "resident_memory"):
         monkeypatch.setattr(machine, name, nothing)
-    found = Machine(tmp_path).read({os.getpid(): "training"}, memory_limit=10)
-    (one,) = found.pop("processes")
+    reading = Machine(tmp_path).read({os.getpid(): "training"}, memory_limit=10)
+    (one,) = reading.pop("processes")
     assert one["role"] == "training" and one["rss"] > MB
-    assert found.pop("cores") == os.cpu_count()
-    assert {key for key, value in found.items() if value not in (None, [])} == set()
+    assert reading.pop("cores") == os.cpu_count()
+    assert {key for key, value in reading.items() if value not in (None, [])} == set()
 
 
 # ---------------------------------------------------------------------------- GPUs

@@ -13,8 +13,8 @@ MB = 2**20
 @pytest.fixture(autouse=True)
 def large_machine(monkeypatch):
     """8 of 16 GB free, whatever the machine of the test has."""
-    found = psutil.virtual_memory()._replace(available=8 * machine.GB, total=16 * machine.GB)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
+    result = psutil.virtual_memory()._replace(available=8 * machine.GB, total=16 * machine.GB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: result)
 
 
 def write(folder, **files):
@@ -46,15 +46,15 @@ def v1(limit, used, cache=0):
 
 
 def test_without_a_cgroup_the_machine_counts(tmp_path):
-    found = machine.available(tmp_path / "none", tmp_path / "none")
-    assert found == (8 * machine.GB, "8.0 GB free of 16.0 GB, memory of this machine")
+    result = machine.available(tmp_path / "none", tmp_path / "none")
+    assert result == (8 * machine.GB, "8.0 GB free of 16.0 GB, memory of this machine")
 
 
 def test_file_cache_of_a_version_2_cgroup_counts_as_free(tmp_path):
     proc, cgroup = tree(tmp_path, ["0::/job"])
     write(cgroup / "job", **v2(4 * machine.GB, 3 * machine.GB, cache=machine.GB))
-    found = machine.available(proc, cgroup)
-    assert found == (2 * machine.GB, "2.0 GB free of 4.0 GB, cgroup limit")
+    result = machine.available(proc, cgroup)
+    assert result == (2 * machine.GB, "2.0 GB free of 4.0 GB, cgroup limit")
 
 
 def test_max_is_no_limit(tmp_path):

@@ -30,23 +30,23 @@ def panels(tmp_path, monkeypatch):
             picture.draw_progress(tmp_path, "exp001", **options)
         if whole:
             return None
-        found = [axis for axis in drawn[-1].axes if axis.get_title(loc="left")]
-        return {axis.get_title(loc="left").split(",")[0].split(" ")[0]: axis for axis in found}
+        result = [axis for axis in drawn[-1].axes if axis.get_title(loc="left")]
+        return {axis.get_title(loc="left").split(",")[0].split(" ")[0]: axis for axis in result}
 
     return draw
 
 
 def curve(axis, label):
     """{x: y} of the line with this label, without gaps."""
-    (found,) = [one for one in axis.lines if one.get_label() == label]
-    pairs = zip(found.get_xdata(), found.get_ydata(), strict=True)
+    (result,) = [one for one in axis.lines if one.get_label() == label]
+    pairs = zip(result.get_xdata(), result.get_ydata(), strict=True)
     return {float(x): float(y) for x, y in pairs if np.isfinite(y)}
 
 
 def texts(axis):
     legend = axis.get_legend()
-    found = [text.get_text() for text in axis.texts]
-    return found + ([text.get_text() for text in legend.get_texts()] if legend else [])
+    result = [text.get_text() for text in axis.texts]
+    return result + ([text.get_text() for text in legend.get_texts()] if legend else [])
 
 
 def process(role, rss, cpu=None):
@@ -112,14 +112,14 @@ def test_scores_are_drawn_with_the_best_of_the_one_that_chooses(tmp_path, panels
         for s, v in scores
     ]
     write_lines(tmp_path / "log.jsonl", [start(score="dice", better={"dice": "higher"}), *log])
-    found = panels()
-    axis = found["validation"]
+    result = panels()
+    axis = result["validation"]
     assert curve(axis, "dice") == dict(scores)
     (star,) = [one for one in axis.lines if one.get_marker() == "*"]
     assert (star.get_xdata()[0], star.get_ydata()[0]) == (20, 0.9)
     assert "components" not in texts(axis) and "cldice_loss" not in texts(axis)
     assert axis.get_ylim() == pytest.approx((0.66, 0.94))  # not for the untrained network
-    assert curve(found["loss"], "cldice, validation") == {0: 0.3, 10: 0.3, 20: 0.3, 30: 0.3}
+    assert curve(result["loss"], "cldice, validation") == {0: 0.3, 10: 0.3, 20: 0.3, 30: 0.3}
 
 
 def test_the_learning_rate_is_drawn(tmp_path, panels):
@@ -187,9 +187,9 @@ def test_resumes_and_troubles_are_marked_at_their_steps_in_every_panel(tmp_path,
 
 def test_one_point_is_seen_as_one(tmp_path, panels):
     write_lines(tmp_path / "log.jsonl", [start(), step(5, loss={"total": 0.5}, lr=0.1)])
-    found = panels()
-    assert [one.get_marker() for one in found["loss"].lines[:1]] == ["."]
-    assert found["learning"].lines[0].get_marker() == "."
+    result = panels()
+    assert [one.get_marker() for one in result["loss"].lines[:1]] == ["."]
+    assert result["learning"].lines[0].get_marker() == "."
     panels(whole=True)
     assert (tmp_path / "progress.png").stat().st_size > 10_000
 
@@ -197,9 +197,9 @@ def test_one_point_is_seen_as_one(tmp_path, panels):
 @pytest.mark.parametrize("log", [[], [start()], [event("evaluation", 0, scores={})]])
 def test_panels_without_anything_to_draw_say_so(tmp_path, panels, log):
     write_lines(tmp_path / "log.jsonl", log)
-    found = panels()
-    assert tuple(axis.get_title(loc="left").split(",")[0] for axis in found.values()) == TITLES
-    assert [axis.texts[0].get_text() for axis in found.values()] == ["nothing yet"] * 6
+    result = panels()
+    assert tuple(axis.get_title(loc="left").split(",")[0] for axis in result.values()) == TITLES
+    assert [axis.texts[0].get_text() for axis in result.values()] == ["nothing yet"] * 6
 
 
 def test_a_log_of_nulls_is_drawn(tmp_path, panels):
@@ -242,12 +242,12 @@ def test_the_picture_is_wide_enough_to_read_and_has_a_row_more_with_slices(tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "progress.png"]
 
 
-def test_found_missed_and_false_voxels_have_their_colours_and_unlabeled_ones_none():
+def test_found_missed_and_false_voxels_have_their_colors_and_unlabeled_ones_none():
     given = slices()
     flat = np.zeros((40, 60), np.float32)
     shown = picture.overlay(flat, given["truth"], given["probs"] >= 0.5, given["labeled"])
-    for z, colour in ((17, picture.FOUND), (12, picture.MISSED), (22, picture.FALSE)):
-        assert shown[z, 45] == pytest.approx(0.65 * np.array(to_rgb(colour)))
+    for z, color in ((17, picture.FOUND), (12, picture.MISSED), (22, picture.FALSE)):
+        assert shown[z, 45] == pytest.approx(0.65 * np.array(to_rgb(color)))
         assert tuple(shown[z, 10]) == (0, 0, 0)
     assert tuple(shown[30, 45]) == (0, 0, 0)
 
