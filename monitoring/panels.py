@@ -29,7 +29,7 @@ from monitoring.formatting import (
 )
 
 COLUMNS = 110, 165  # characters from which there are two columns, and three
-ROWS = 40, 20, 12, 8, 6, 5, 4, 3, 2, 1  # of each list, tried until the height is enough
+ROWS = 40, 12, 7, 4, 2, 1  # of each list, tried until the height is enough
 LABEL, CURVE, BAR = 8, 60, 16  # widths in characters; of curves and bars at most
 WAITING = 0.15  # of a step: a larger share spent waiting for data is said in words
 IDLE = 50.0  # percent of a core: workers below it wait for the disk themselves
@@ -83,18 +83,19 @@ class RunView:
             columns = [[steps, loss, score, saved], [time, *third, cache]]
         else:
             columns = [first, second, third]
-        self.width = width // len(columns)
-        grid = Table.grid(expand=True, padding=(0, 2 * (len(columns) > 1), 0, 0))
-        for _ in columns:
-            grid.add_column(ratio=1)
-        grid.add_row(*map(self._stack, columns))
-        return Group(head(self), grid, self._stack([events]))
+        gap = 2 if len(columns) > 1 else 0
+        self.width = width // len(columns) - gap
+        grid = Table.grid(padding=(0, gap, 0, 0), pad_edge=True)
+        for _ in columns:  # with a width, as rich would measure all that is in them
+            grid.add_column(width=self.width)
+        grid.add_row(*(self._stack(column, self.width) for column in columns))
+        return Group(head(self), grid, self._stack([events], width))
 
-    def _stack(self, panels):
+    def _stack(self, panels, width):
         """Panels below each other, their labels at the left."""
-        stack = Table.grid(padding=(0, 1, 0, 0), expand=True)
+        stack = Table.grid(padding=(0, 1, 0, 0))
         stack.add_column(style="bold", width=LABEL - 1)
-        stack.add_column(ratio=1)
+        stack.add_column(width=max(1, width - LABEL))
         for panel in panels:
             try:
                 content = panel(self)
