@@ -1,4 +1,4 @@
-"""Watch a run: what it does, what its machine does, and of what it died.
+"""Watch a run: what it does, what its machine does, and its cause of death.
 
     python monitor.py runs/exp001                   # live, until Ctrl-C
     python monitor.py runs/exp001 --once            # once, as text
@@ -11,21 +11,18 @@ status: 0, or 2 if there is no run.
 
 import argparse
 import contextlib
-import os
+import io
 import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from monitoring import health as vitals
-from monitoring import records as history
-from monitoring import view
+from monitoring import health
+from monitoring.panels import RunView
+from monitoring.records import RunRecords
 
 NARROWEST = 20  # characters of a line
-
-
-# ---------------------------------------------------------------------------- the script
 
 
 def find_run(path):
@@ -35,19 +32,15 @@ def find_run(path):
     for folder in (place, *place.parents[:3]):
         if _is_run(folder):
             return path if folder == place else folder
-    if not place.exists():
-        raise ValueError(
-            f"{path}: expected a run folder such as runs/exp001, got nothing of that name; "
-            "give the folder that train.py announced"
-        )
     runs = [f for f in place.iterdir() if _is_run(f)] if place.is_dir() else []
     if not runs:
+        what = "a path without log.jsonl" if place.exists() else "nothing of that name"
         raise ValueError(
-            f"{path}: expected a run folder, got one without log.jsonl; give the folder that "
-            "train.py announced, such as runs/exp001"
+            f"{path}: expected a run folder, got {what}; give the folder that train.py announced, "
+            "such as runs/exp001"
         )
     runs.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
-    names = ", ".join(folder.name for folder in runs[:8]) + ", ..." * (len(runs) > 8)
+    names = ", ".join(folder.name for folder in runs[:8]) + (", ..." if len(runs) > 8 else "")
     raise ValueError(
         f"{path}: expected one run, got a folder of {len(runs)}, the newest first: {names}; "
         f"try python monitor.py {path / runs[0].name}"
@@ -55,7 +48,7 @@ def find_run(path):
 
 
 def _is_run(folder):
-    """Whether a run wrote this folder, if only for a moment."""
+    """Whether a run wrote this folder, even if it has only begun."""
     begun = (folder / "config.yaml").exists() and (folder / "checkpoints").is_dir()
     return begun or any((folder / name).exists() for name in ("log.jsonl", "system.jsonl"))
 
@@ -64,65 +57,60 @@ class Watch:
     """A run, to be looked at again and again."""
 
     def __init__(self, folder):
-        self.run = history.History(folder)
-        self.pulse = vitals.RunHealth(self.run)
+        self.run = RunRecords(folder)
+        self.health = health.RunHealth(self.run)
 
     def look(self):
-        """What its files say at this moment, as a `view.View`."""
+        """What its files say at this moment, as a `panels.RunView`."""
         now = time.time()
         self.run.refresh(now)
-        verdict = self.pulse.verdict(now)
-        if verdict.state == vitals.DEAD:  # it may have ended well after its files were read
+        status = self.health.status(now)
+        if status.state == health.DEAD:  # it may have ended well after its files were read
             self.run.refresh(now)
-            verdict = self.pulse.verdict(now)
-        return view.View(self.run, verdict, vitals.pace(self.run, now), now)
+            status = self.health.status(now)
+        return RunView(self.run, status, health.pace(self.run, now), now)
 
 
 def live(watch, console, seconds):
     """Show a run until Ctrl-C, read anew every so many seconds; its state stays in the terminal."""
+    # rich.live.Live would hide the height of the terminal from the view.
     with contextlib.suppress(KeyboardInterrupt), console.screen() as screen:
         while True:
             screen.update(watch.look())
             time.sleep(seconds)
-    verdict = watch.look().verdict
-    console.print(f"{watch.run.folder}: {verdict.state}, {verdict.text}")
-
-
-def draw(watch, path, width):
-    """Write the view as SVG, `width` characters wide. OSError if the disk does not take it."""
-    with open(os.devnull, "w") as nowhere:
-        console = Console(file=nowhere, record=True, width=width, color_system="truecolor")
-        console.print(watch.look())
-        Path(path).write_text(console.export_svg(title=watch.run.folder.name))
+    status = watch.look().status
+    console.print(f"{watch.run.folder}: {status.state}, {status.text}")
 
 
 def cli(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__.split("As a module")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="a run folder, or a file in it")
     parser.add_argument("--once", action="store_true", help="print it once, and end")
     parser.add_argument("--svg", metavar="FILE", help="write it as a picture, and end")
     parser.add_argument("--width", type=int, help="characters of a line (default: the terminal's)")
     parser.add_argument("--seconds", type=float, default=2.0, help="from one look to the next (2)")
-    arguments = parser.parse_args(argv)
-    if not arguments.seconds > 0 or (arguments.width is not None and arguments.width < NARROWEST):
+    args = parser.parse_args(argv)
+    if not args.seconds > 0 or (args.width is not None and args.width < NARROWEST):
         parser.error(f"expected --seconds above 0 and --width of {NARROWEST} or more")
     try:
-        watch = Watch(find_run(arguments.run))
-        if arguments.svg:
-            draw(watch, arguments.svg, arguments.width or 120)
+        watch = Watch(find_run(args.run))
+        if args.svg:
+            options = {"width": args.width or 120, "color_system": "truecolor", "highlight": False}
+            picture = Console(file=io.StringIO(), record=True, **options)
+            picture.print(watch.look())
+            Path(args.svg).write_text(picture.export_svg(title=watch.run.folder.name))
             return 0
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     sys.stdout.reconfigure(errors="replace")  # a terminal without these characters
-    console = Console(width=arguments.width, highlight=False)
-    if arguments.once or not console.is_terminal:
+    console = Console(width=args.width, highlight=False)
+    if args.once or not console.is_terminal:
         console.print(watch.look())
     else:
-        live(watch, console, arguments.seconds)
+        live(watch, console, args.seconds)
     return 0
 
 

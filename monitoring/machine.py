@@ -1,256 +1,308 @@
-"""What the machine does now, as plain values: processes, limits of memory, load, GPUs.
+"""What processes use of this machine, and how much they may still use: memory, load, GPUs.
 
-    machine = System("runs/exp001")
-    machine.read({os.getpid(): "training"})      # a dict that json can write
+    available().bytes             memory that may still be used: of the host and every cgroup limit
+    rooms()                       the same, one limit after another
+    oom_kills()                   processes of the cgroup that the kernel has killed for memory
+    tree_memory(), resident_memory()       what this process and its children use
+    Machine("runs/exp001").read({os.getpid(): "training"})        all of it, for json to write
 
-Shows what there is. Outside of a container, without sensors or a GPU, or on another system than
-Linux, a value is None, or a list empty; nothing here raises because something cannot be read. The
-GPUs are NVIDIA's, read with nvidia-ml-py.
+Linux. On another system, outside of a container, or without sensors or a GPU, a reading is None or
+an empty list; `Machine` never raises because something cannot be read.
 """
 
+import contextlib
 import os
-import time
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
-from monitoring import memory
+from monitoring.formatting import format_bytes
 
-SELDOM = 0.005  # of one core: the most that an expensive reading may cost
+GB = 10**9
 
 
-class System:
+# ---------------------------------------------------------------------------- limits of memory
+
+
+class MemoryLimit(NamedTuple):
+    """One limit: bytes still free, bytes in all, and whose limit it is, for people."""
+
+    free: int
+    total: int
+    what: str
+
+    def __str__(self):
+        return f"{format_bytes(self.free)} free of {format_bytes(self.total)}, {self.what}"
+
+
+class Available(NamedTuple):
+    """bytes: what may still be used; reason: what sets that limit, for people."""
+
+    bytes: int
+    reason: str
+
+
+# Names of files of a memory cgroup: of its limits, usage, and events; of its cache in memory.stat.
+# Above memory.high a process is not killed, but slowed until it nearly stands still.
+V2 = "memory.max memory.high", "memory.current", "memory.events", "inactive_file active_file"
+V1 = (
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    "memory.oom_control",
+    "total_inactive_file total_active_file",  # total: with the cgroups inside
+)
+UNLIMITED = 2**62  # from here on a number of version 1 means "no limit"
+
+
+def available(proc="/proc", cgroup="/sys/fs/cgroup"):
+    """The `Available` of this process tree: the least of what the host and its cgroups leave."""
+    least = min(rooms(proc, cgroup))
+    return Available(least.free, str(least))
+
+
+def rooms(proc="/proc", cgroup="/sys/fs/cgroup"):
+    """The `MemoryLimit` of the host and of each cgroup around this process that has a limit.
+
+    A cgroup leaves limit - usage, and its file cache on top: the kernel drops that before it kills.
+    A cgroup that cannot be read counts as none.
+    """
+    host = psutil.virtual_memory()
+    limits = [MemoryLimit(host.available, host.total, "memory of this machine")]
+    for folder, (limit_names, usage, _, cache_names) in _cgroups(Path(proc), Path(cgroup)):
+        total = min(_number(folder / name, UNLIMITED) for name in limit_names.split())
+        used = _number(folder / usage, None)
+        if total < UNLIMITED and used is not None:
+            cache = _statistics(folder / "memory.stat", cache_names) or 0
+            limits.append(
+                MemoryLimit(max(0, min(total, total - used + cache)), total, "cgroup limit")
+            )
+    return limits
+
+
+def oom_kills(proc="/proc", cgroup="/sys/fs/cgroup"):
+    """How many processes the kernel has killed since the cgroups of this process were made.
+
+    None where no cgroup counts them: outside of any, or with an old kernel.
+    """
+    cgroups = _cgroups(Path(proc), Path(cgroup))
+    counts = [_statistics(folder / events, "oom_kill") for folder, (_, _, events, _) in cgroups]
+    return max((count for count in counts if count is not None), default=None)
+
+
+def _cgroups(proc, root):
+    """(folder, version) of the cgroups that this process is in, those around them included."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if "memory" in controllers.split(","):
+            mount, version = root / "memory", V1
+        elif number == "0" and path:
+            # Beside version 1, version 2 is mounted one folder further down.
+            mount, version = root / "unified" if (root / "unified").is_dir() else root, V2
+        else:
+            continue
+        # In a container the path may be the host's. Its folder is then missing here, and the
+        # container's own limit stands in the root.
+        names = [] if ".." in path.split("/") else path.strip("/").split("/")
+        for depth in range(len(names) + 1):
+            yield mount.joinpath(*names[:depth]), version
+
+
+def _number(path, otherwise):
+    """The number in a file; `otherwise` where it says "max" or cannot be read."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return otherwise
+
+
+def _statistics(path, names):
+    """Sum of some values of a file of lines "name value", None where there is none."""
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return None
+    values = [line[1] for line in lines if len(line) == 2 and line[0] in names.split()]
+    numbers = [int(value) for value in values if value.isdecimal()]
+    return sum(numbers) if numbers else None
+
+
+def shared_memory_free(path="/dev/shm"):
+    """Bytes left in the file system of shared memory, None where there is none."""
+    try:
+        return psutil.disk_usage(str(path)).free
+    except OSError:
+        return None
+
+
+def anonymous_file(size, name="lamina"):
+    """Descriptor of a file in memory without a path, of zeros, there while any process has it."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create(name)
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, size)
+    return fd
+
+
+# ---------------------------------------------------------------------------- processes
+
+
+def tree_memory(pid=None):
+    """{pid: bytes} of a process (default: this one) and all that descend from it.
+
+    Proportional set size: a page that n processes map counts 1/n for each, so that the sum is what
+    the tree uses. Where the kernel does not give it (another user's process, another system) the
+    resident size, which counts shared pages in full. Processes that have ended are left out.
+    Takes some 10 ms per GB that is mapped.
+    """
+    sizes = {}
+    for process in _tree(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            size = _attempt(_proportional_memory, process)
+            sizes[process.pid] = process.memory_info().rss if size is None else size
+    return {pid: size for pid, size in sizes.items() if size}  # a zombie has no memory
+
+
+def _proportional_memory(process):
+    return process.memory_full_info().pss
+
+
+def resident_memory(pids=None):
+    """Bytes that processes use together, from cheap numbers. pids: None for this one's tree.
+
+    Each counts what it has for itself; what may be shared (libraries, the cache of case files)
+    counts once, as much as the process has that maps most of it. Takes microseconds per process,
+    however large; listing those of the tree takes a millisecond.
+    """
+    own, shared = 0, 0
+    for number in [process.pid for process in _tree()] if pids is None else pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            info = psutil.Process(number).memory_info()
+            own, shared = own + info.rss - _shared(info), max(shared, _shared(info))
+    return own + shared
+
+
+def _shared(info):
+    return getattr(info, "shared", 0)  # Linux only
+
+
+def _tree(pid=None):
+    """The psutil processes of a tree; none if it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
+    return []
+
+
+# ---------------------------------------------------------------------------- all of it
+
+
+class Machine:
     """Readings of this machine, one after another; CPU percentages are since the one before.
 
-    folder: the file system of which `disk` tells, None for none.
+    folder: of the file system that `disk` describes, None for none.
     """
 
     def __init__(self, folder=None):
-        self.folder = folder
-        self.processes, self.gpus = Processes(), Gpus()
-        self.temperature = Seldom(cpu_temperature)
+        self.folder, self.known = folder, {}  # {pid: psutil.Process} of the last reading
+        self.oom_kills_before = _attempt(oom_kills)
 
     def read(self, roles, memory_limit=None):
-        """What the machine does now. roles: {pid: name}; memory_limit: bytes that the run may take.
+        """What the machine does now. roles: {pid: name}; memory_limit: bytes that the run may use.
 
-        processes    of each pid of roles that there is, see `Processes.read`
-        tree         bytes that these processes take together; of none, this one and its children
-        rooms        [bytes free, bytes in all, whose limit] of `memory.rooms`, then of
-                     memory_limit as that of "run.memory_gb"; the first is the machine's
-        oom_kills    processes that the kernel has killed for memory, see `memory.oom_kills`
-        swap         [bytes used, in all]
-        shm, disk    [bytes free, in all] of /dev/shm and of the folder's file system
-        load         processes that ran or wanted to, means over 1, 5 and 15 minutes
-        cores        of the CPU
-        temperature  degrees Celsius of the hottest part of the CPU
-        gpus         see `Gpus.read`
+        processes      of each pid of roles that exists: pid; role; rss, bytes that it uses; shared,
+                       those of them that others may use too (libraries, cache); cpu, percent of
+                       one core, None at first; status, a word of psutil
+        tree           bytes that these processes use together; of none, this one and its children
+        rooms          [bytes free, bytes in all, whose limit] of `rooms`, then of memory_limit as
+                       that of "run.memory_gb"; the first is the machine's
+        new_oom_kills  processes that the kernel has killed for memory since this object was made
+        swap           [bytes used, in all]
+        shm, disk      [bytes free, in all] of /dev/shm and of the folder's file system
+        load           processes that ran or wanted to, means over 1, 5 and 15 minutes
+        cores          of the CPU
+        gpus           see `gpus`
         """
-        tree = _attempt(memory.resident_memory, list(roles) or None)
-        rooms = [list(room) for room in _attempt(memory.rooms) or ()]
+        tree = _attempt(resident_memory, list(roles) or None)
+        limits = [list(limit) for limit in _attempt(rooms) or ()]
         if memory_limit is not None and tree is not None:
-            rooms.append([max(0, memory_limit - tree), memory_limit, "run.memory_gb"])
+            limits.append([max(0, memory_limit - tree), memory_limit, "run.memory_gb"])
+        kills = _attempt(oom_kills)
+        if kills is not None:
+            kills -= self.oom_kills_before or 0
         return {
-            "processes": self.processes.read(roles),
+            "processes": self._processes(roles),
             "tree": tree,
-            "rooms": rooms,
-            "oom_kills": _attempt(memory.oom_kills),
-            "swap": _attempt(swap),
-            "shm": _attempt(file_system, "/dev/shm"),
-            "disk": None if self.folder is None else _attempt(file_system, self.folder),
-            "load": _attempt(load),
+            "rooms": limits,
+            "new_oom_kills": kills,
+            "swap": _attempt(lambda: [psutil.swap_memory().used, psutil.swap_memory().total]),
+            "shm": _attempt(_free_space, "/dev/shm"),
+            "disk": None if self.folder is None else _attempt(_free_space, self.folder),
+            "load": _attempt(lambda: [round(number, 2) for number in psutil.getloadavg()]),
             "cores": os.cpu_count(),
-            "temperature": _attempt(self.temperature),
-            "gpus": self.gpus.read(),
+            "gpus": _attempt(gpus) or [],
         }
+
+    def _processes(self, roles):
+        before, self.known, rows = self.known, {}, []
+        for pid, role in roles.items():
+            row = {"pid": pid, "role": role, "rss": 0, "shared": 0, "cpu": None}
+            try:
+                process = before.get(pid) or psutil.Process(pid)
+                with process.oneshot():
+                    info = process.memory_info()
+                    cpu = round(process.cpu_percent(None), 1)
+                    row |= {"rss": info.rss, "shared": _shared(info), "status": process.status()}
+                row["cpu"] = cpu if pid in before else None
+            except (psutil.Error, OSError, ValueError):  # it has ended
+                continue
+            self.known[pid] = process
+            rows.append(row)
+        return rows
+
+
+def gpus():
+    """The GPUs of a process that uses CUDA, by CUDA's numbers; no value makes it use another one.
+
+    A dict of each: index, name, used, total (bytes), load (%), temperature, power (W). What a GPU
+    does not report is None. torch reads all but name and total with nvidia-ml-py.
+    """
+    from torch import cuda
+
+    rows = []
+    for index in range(cuda.device_count() if cuda.is_initialized() else 0):
+        properties = _attempt(cuda.get_device_properties, index)
+        power = _attempt(cuda.power_draw, index)  # milliwatts
+        rows.append(
+            {
+                "index": index,
+                "name": getattr(properties, "name", None),
+                "used": _attempt(cuda.device_memory_used, index),
+                "total": getattr(properties, "total_memory", None),
+                "load": _attempt(cuda.utilization, index),
+                "temperature": _attempt(cuda.temperature, index),
+                "power": None if power is None else round(power / 1000),
+            }
+        )
+    return rows
 
 
 def _attempt(function, *arguments):
     """What a reading gives, None where the system does not give it."""
-    # Of files and drivers that differ from machine to machine, anything may come.
+    # Files and drivers that differ from machine to machine may raise anything.
     try:
         return function(*arguments)
     except Exception:
         return None
 
 
-class Seldom:
-    """A reading that is taken so rarely that it costs no more than a share of one core.
-
-    seconds: at least from one to the next. Called too early it returns None, so that no old value
-    passes for a new one.
-    """
-
-    def __init__(self, function, seconds=0.0, share=SELDOM):
-        self.function, self.seconds, self.share, self.next_at = function, seconds, share, 0.0
-
-    def __call__(self, *arguments):
-        begin = time.perf_counter()
-        if begin < self.next_at:
-            return None
-        try:
-            return self.function(*arguments)
-        finally:
-            end = time.perf_counter()
-            self.next_at = max(begin + self.seconds, end + (end - begin) / self.share)
-
-
-# ---------------------------------------------------------------------------- processes
-
-
-class Processes:
-    """What named processes take; remembers them for their CPU percentages."""
-
-    def __init__(self):
-        self.known = {}  # {pid: psutil.Process} of the last reading
-        self.proportional = Seldom(proportional_sizes, seconds=60.0)
-
-    def read(self, roles):
-        """A dict for each process of roles, {pid: name}, that there is.
-
-        pid, role, rss: bytes that it maps, shared ones in full; pss: shared pages by proportion,
-        None in most readings, for it takes some 10 ms per GB; cpu: percent of one core since the
-        reading before, None in the first; status: a word of psutil, such as sleeping or zombie.
-        """
-        before, self.known, found = self.known, {}, []
-        for pid, role in roles.items():
-            process = before.get(pid) or _process(pid)
-            figures = None if process is None else _figures(process)
-            if figures is None:
-                continue
-            if pid not in before:
-                figures["cpu"] = None
-            self.known[pid] = process
-            found.append({"pid": pid, "role": role, **figures})
-        sizes = self.proportional(self.known) or {}
-        return [{**one, "pss": sizes.get(one["pid"])} for one in found]
-
-
-def _process(pid):
-    try:
-        return psutil.Process(pid)
-    except (psutil.Error, ValueError):
-        return None
-
-
-def _figures(process):
-    """rss, pss, cpu and status of a psutil process; None if it has ended."""
-    try:
-        with process.oneshot():
-            rss, cpu = process.memory_info().rss, round(process.cpu_percent(None), 1)
-            return {"rss": rss, "pss": None, "cpu": cpu, "status": process.status()}
-    except psutil.ZombieProcess:
-        return {"rss": 0, "pss": None, "cpu": None, "status": psutil.STATUS_ZOMBIE}
-    except (psutil.Error, OSError):
-        return None
-
-
-def proportional_sizes(processes):
-    """{pid: bytes} of {pid: psutil.Process}, a page that n of them map counted 1/n; Linux alone."""
-    sizes = {pid: _attempt(_proportional_size, one) for pid, one in processes.items()}
-    return {pid: size for pid, size in sizes.items() if size is not None}
-
-
-def _proportional_size(process):
-    return process.memory_full_info().pss
-
-
-# ---------------------------------------------------------------------------- the machine
-
-
-def swap():
-    """[bytes used, bytes in all]."""
-    found = psutil.swap_memory()
-    return [found.used, found.total]
-
-
-def file_system(path):
-    """[bytes free for this user, bytes in all] of the file system of a path."""
-    found = psutil.disk_usage(str(path))
-    return [found.free, found.total]
-
-
-def load():
-    """Processes that ran or wanted to: means over 1, 5 and 15 minutes."""
-    return [round(number, 2) for number in psutil.getloadavg()]
-
-
-def cpu_temperature():
-    """Degrees Celsius of the hottest sensor of the CPU; None where none is told."""
-    # Names that drivers of Linux give the sensors of a processor: Intel, AMD, Arm.
-    names = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
-    sensors = psutil.sensors_temperatures()
-    return max((one.current for name in names for one in sensors.get(name, ())), default=None)
-
-
-# ---------------------------------------------------------------------------- GPUs
-
-
-class Gpus:
-    """The GPUs that this process may see; none where there is no driver or no nvidia-ml-py.
-
-    CUDA_VISIBLE_DEVICES chooses among them as CUDA does, by their order on the bus (CUDA's own
-    order differs where cards of several kinds stand in one machine).
-    """
-
-    def __init__(self):
-        self.nvml, self.devices = None, []
-        _attempt(self._find)
-
-    def _find(self):
-        import pynvml as nvml
-
-        nvml.nvmlInit()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        uuids = [_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
-        names = [_text(nvml.nvmlDeviceGetName(handle)) for handle in handles]
-        chosen = visible(uuids, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        self.nvml, self.devices = nvml, [(i, names[i], handles[i]) for i in chosen]
-
-    def read(self):
-        """A dict for each GPU: index, name, used and total (bytes), load (%), temperature, power.
-
-        Degrees Celsius and watts. What a GPU does not tell is None, as is everything but its name
-        once its driver has gone.
-        """
-        return [self._figures(*device) for device in self.devices]
-
-    def _figures(self, index, name, handle):
-        nvml = self.nvml
-        held = _attempt(nvml.nvmlDeviceGetMemoryInfo, handle)
-        busy = _attempt(nvml.nvmlDeviceGetUtilizationRates, handle)
-        sensor = nvml.NVML_TEMPERATURE_GPU
-        power = _attempt(nvml.nvmlDeviceGetPowerUsage, handle)  # milliwatts
-        return {
-            "index": index,
-            "name": name,
-            "used": getattr(held, "used", None),
-            "total": getattr(held, "total", None),
-            "load": getattr(busy, "gpu", None),
-            "temperature": _attempt(nvml.nvmlDeviceGetTemperature, handle, sensor),
-            "power": None if power is None else round(power / 1000),
-        }
-
-
-def visible(uuids, text):
-    """Which GPUs, as indices into uuids, a value of CUDA_VISIBLE_DEVICES leaves to a process.
-
-    None: all. Numbers, or beginnings of "GPU-..." identifiers, up to the first that is of no GPU;
-    with "MIG-..." all, for a part of a GPU has no reading of its own.
-    """
-    words = [] if text is None else [word.strip() for word in text.split(",")]
-    if text is None or any(word.startswith("MIG-") for word in words):
-        return list(range(len(uuids)))
-    chosen = []
-    for word in words:
-        named = [i for i, uuid in enumerate(uuids) if word.startswith("GPU-")]
-        named = [i for i in named if uuids[i].startswith(word)]
-        if word.isdecimal() and int(word) < len(uuids):
-            named = [int(word)]
-        if len(named) != 1:
-            break
-        chosen += named
-    return chosen
-
-
-def _text(name):
-    """Text of what NVML gives: early versions of the package return bytes."""
-    return name.decode() if isinstance(name, bytes) else name
+def _free_space(path):
+    usage = psutil.disk_usage(str(path))
+    return [usage.free, usage.total]

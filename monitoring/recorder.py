@@ -1,4 +1,4 @@
-"""The thread by which a run writes down what its machine does.
+"""The thread by which a run records what its machine does.
 
 with SystemMonitor(folder, seconds=10, roles=lambda: {pid: "training"}, step=lambda: step):
     ...                                         # a line in <folder>/system.jsonl every 10 s
@@ -12,9 +12,8 @@ import threading
 import time
 from pathlib import Path
 
-from monitoring import machine as system
+from monitoring.machine import Machine
 
-REMEMBERED = 256  # processes whose last figures are kept
 LONGEST_CLOSE = 10.0  # seconds that leaving waits for a file system that does not answer
 
 
@@ -26,12 +25,12 @@ class SystemMonitor:
         time, host, pid    seconds since 1970; of the process that trains
         step               what step() gives
         seconds            from one line to the next: how long silence is normal
-        ...                what `system.System.read` tells of the processes of roles() and of
-                           memory_limit, bytes that the run may take
+        ...                what `machine.Machine.read` says of the processes of roles() and of
+                           memory_limit, bytes that the run may use
 
     roles() gives {pid: "training", "worker 0", ...}. Both are called from the thread. Whatever
-    goes wrong stays in it: a value that cannot be had is null, a line that the disk does not take
-    is left out. ValueError if seconds is not above 0.
+    goes wrong stays in it: a value that cannot be read is null, a line that the disk does not
+    accept is left out. ValueError if seconds is not above 0.
     """
 
     def __init__(self, folder, *, seconds, roles, step, memory_limit=None):
@@ -39,9 +38,7 @@ class SystemMonitor:
             raise ValueError(f"expected seconds between lines above 0, got {seconds}")
         self.path = Path(folder) / "system.jsonl"
         self.seconds, self.roles, self.step = seconds, roles, step
-        self.memory_limit = memory_limit
-        self.machine, self.host = system.System(folder), socket.gethostname()
-        self.figures = {}
+        self.memory_limit, self.machine = memory_limit, Machine(folder)
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="system monitor", daemon=True)
 
@@ -57,37 +54,24 @@ class SystemMonitor:
         self.closing.set()
         self.thread.join(LONGEST_CLOSE)
 
-    def last(self, pid):
-        """The newest figures of a process, also one that has ended; None if it was never seen.
-
-        What `system.Processes.read` tells of it, with the newest pss there was, and "time".
-        """
-        return self.figures.get(pid)
-
     def _watch(self):
         while True:
             closing = self.closing.is_set()  # before the line: it is the last one
-            # roles() and step() are the caller's, and a monitor must not end a training.
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # a monitor must not end a training
                 self._write(self._line())
             if closing:
                 return
             self.closing.wait(self.seconds)
 
     def _line(self):
-        now = round(time.time(), 3)
-        head = {"time": now, "host": self.host, "pid": os.getpid()}
-        found = self.machine.read(_call(self.roles) or {}, self.memory_limit)
-        for one in found["processes"]:
-            self._remember(one, now)
-        return {**head, "step": _call(self.step), **found, "seconds": self.seconds}
-
-    def _remember(self, one, now):
-        before = self.figures.pop(one["pid"], {})
-        pss = before.get("pss") if one["pss"] is None else one["pss"]
-        self.figures[one["pid"]] = {**one, "pss": pss, "time": now}  # the newest stand last
-        for pid in list(self.figures)[:-REMEMBERED]:
-            del self.figures[pid]
+        return {
+            "time": round(time.time(), 3),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "step": _call(self.step),
+            **self.machine.read(_call(self.roles) or {}, self.memory_limit),
+            "seconds": self.seconds,
+        }
 
     def _write(self, content):
         line = json.dumps(content).encode() + b"\n"
@@ -97,7 +81,7 @@ class SystemMonitor:
             file.seek(max(0, end - 1))
             if file.read(1) not in (b"", b"\n"):
                 line = b"\n" + line  # after one that a crash of the machine cut short
-            if file.write(line) != len(line):  # a disk that has become full takes a part
+            if file.write(line) != len(line):  # a disk that has become full accepts a part
                 file.truncate(end)
 
 

@@ -14,8 +14,7 @@ import pytest
 from rich.console import Console
 
 import monitor
-from monitoring import health as vitals
-from monitoring import recorder
+from monitoring import health, recorder
 from tests.monitoring.test_records import NOW, line, read, start, step, write_lines
 
 ROOT = Path(__file__).parents[1]
@@ -58,41 +57,20 @@ def test_lines_come_at_the_interval(tmp_path):
 def test_a_line_holds_what_a_reader_needs(tmp_path):
     with monitored(tmp_path, memory_limit=10**15):
         pass
-    found = lines_of(tmp_path)[-1]
-    assert {key: found[key] for key in ("host", "pid", "step", "seconds")} == {
+    reading = lines_of(tmp_path)[-1]
+    assert {key: reading[key] for key in ("host", "pid", "step", "seconds")} == {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "step": 3,
         "seconds": 60,
     }
-    assert abs(found["time"] - time.time()) < 60
-    (one,) = found["processes"]
+    assert abs(reading["time"] - time.time()) < 60
+    (one,) = reading["processes"]
     assert (one["pid"], one["role"]) == (os.getpid(), "training")
     assert 0 < one["rss"] < 10**12
-    assert found["rooms"][-1] == [10**15 - found["tree"], 10**15, "run.memory_gb"]
-    known = {"tree", "oom_kills", "swap", "shm", "disk", "load", "gpus", "cores", "temperature"}
-    assert known < set(found)
-
-
-def test_the_last_figures_of_a_process_that_died_are_kept(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    with monitored(tmp_path, seconds=0.01, roles=lambda: {child.pid: "worker 0"}) as watch:
-        until(lambda: watch.last(child.pid) is not None)
-        pss = watch.last(child.pid)["pss"]
-        child.kill()
-        child.wait()
-        until(lambda: lines_of(tmp_path)[-1:] and not lines_of(tmp_path)[-1]["processes"])
-        last = watch.last(child.pid)
-    assert last["role"] == "worker 0" and last["rss"] > 0 and last["pss"] == pss
-    assert watch.last(2**22 + 5) is None
-
-
-def test_figures_of_many_processes_are_forgotten_again(tmp_path):
-    watch = monitored(tmp_path)
-    for pid in range(1000):
-        watch._remember({"pid": pid, "pss": None}, NOW)
-    assert watch.last(999)["time"] == NOW
-    assert watch.last(999 - recorder.REMEMBERED) is None
+    assert reading["rooms"][-1] == [10**15 - reading["tree"], 10**15, "run.memory_gb"]
+    known = {"tree", "new_oom_kills", "swap", "shm", "disk", "load", "gpus", "cores"}
+    assert known < set(reading)
 
 
 def test_what_the_caller_gives_may_fail(tmp_path):
@@ -101,9 +79,9 @@ def test_what_the_caller_gives_may_fail(tmp_path):
 
     with monitored(tmp_path, roles=failing, step=failing):
         pass
-    found = lines_of(tmp_path)[-1]
-    assert (found["processes"], found["step"]) == ([], None)
-    assert found["tree"] > 0
+    reading = lines_of(tmp_path)[-1]
+    assert (reading["processes"], reading["step"]) == ([], None)
+    assert reading["tree"] > 0
 
 
 def test_what_json_cannot_write_leaves_the_thread_alive(tmp_path, capfd):
@@ -117,8 +95,9 @@ def test_what_json_cannot_write_leaves_the_thread_alive(tmp_path, capfd):
 
 def test_a_disk_that_takes_nothing_stops_the_lines_and_not_the_thread(tmp_path, capfd):
     folder = tmp_path / "away"
-    with monitored(folder, seconds=0.01) as watch:
-        until(lambda: watch.last(os.getpid()) is not None)
+    asked = []
+    with monitored(folder, seconds=0.01, step=lambda: asked.append(1)) as watch:
+        until(lambda: len(asked) > 2)
         assert watch.thread.is_alive()
         folder.mkdir()  # it is back
         until(lambda: lines_of(folder))
@@ -128,8 +107,9 @@ def test_a_disk_that_takes_nothing_stops_the_lines_and_not_the_thread(tmp_path, 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
 def test_a_full_disk_is_no_error(tmp_path, capfd):
     (tmp_path / "system.jsonl").symlink_to("/dev/full")
-    with monitored(tmp_path, seconds=0.01) as watch:
-        until(lambda: watch.last(os.getpid()) is not None)
+    asked = []
+    with monitored(tmp_path, seconds=0.01, step=lambda: asked.append(1)) as watch:
+        until(lambda: len(asked) > 2)
         assert watch.thread.is_alive()
     assert capfd.readouterr() == ("", "")
 
@@ -167,9 +147,9 @@ def test_a_run_that_is_monitored_is_seen_alive_and_its_end_as_such(tmp_path):
     with monitored(tmp_path):
         until(lambda: lines_of(tmp_path))
         shown = monitor.Watch(tmp_path).look()
-        assert shown.verdict.state == vitals.RUNNING and shown.pace.step == 3
+        assert shown.status.state == health.RUNNING and shown.pace.step == 3
     write_lines(tmp_path / "log.jsonl", [{"event": "end", "time": NOW, "step": 3}], mode="a")
-    assert monitor.Watch(tmp_path).look().verdict.state == vitals.DONE
+    assert monitor.Watch(tmp_path).look().status.state == health.DONE
 
 
 def test_a_run_that_ends_while_it_is_looked_at_is_not_called_dead(tmp_path, monkeypatch):
@@ -182,8 +162,8 @@ def test_a_run_that_ends_while_it_is_looked_at_is_not_called_dead(tmp_path, monk
         looked.append(pid)
         return False
 
-    monkeypatch.setattr(vitals, "_process_lives", gone)
-    assert monitor.Watch(tmp_path).look().verdict.state == vitals.DONE
+    monkeypatch.setattr(health, "_process_is_alive", gone)
+    assert monitor.Watch(tmp_path).look().status.state == health.DONE
     assert looked == [2**22 + 5]
 
 
@@ -258,6 +238,13 @@ def test_a_run_that_has_only_begun_is_shown(tmp_path, capsys):
     assert "nothing has been logged yet" in capsys.readouterr().out
 
 
+def test_a_pipe_that_is_closed_is_no_traceback(tmp_path):
+    make_run(tmp_path / "exp001")
+    command = f"{sys.executable} {ROOT / 'monitor.py'} exp001 --once | true"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_the_picture_is_a_drawing_of_the_view(tmp_path):
     make_run(tmp_path / "exp001")
     assert monitor.cli([str(tmp_path / "exp001"), "--svg", str(tmp_path / "v.svg")]) == 0
@@ -288,11 +275,11 @@ def test_ctrl_c_leaves_the_terminal_as_it_was_and_the_state_in_it(tmp_path, monk
     make_run(tmp_path / "exp001")
     monkeypatch.setattr(monitor.time, "sleep", interrupted)
     written = io.StringIO()
-    console = Console(file=written, force_terminal=True, width=200, height=24, highlight=False)
+    console = Console(file=written, force_terminal=True, width=200, height=18, highlight=False)
     monitor.live(monitor.Watch(tmp_path / "exp001"), console, 2.0)
     shown, after = written.getvalue().split("\x1b[?1049l")  # back from the other screen
-    assert "\x1b[?1049h" in shown and "step 40" in shown
-    assert "exp001: dead, ended without a word" in after.replace("\n", " ")
+    assert "\x1b[?1049h" in shown and "step 40" in shown and "events" in shown
+    assert "exp001: dead, ended without a last message" in after.replace("\n", " ")
 
 
 def test_looking_at_a_run_writes_nothing_into_its_folder(tmp_path):

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from monitoring import health as vitals
+from monitoring import health
 from tests.monitoring.test_records import NOW, line, read, start, step, write_lines
 
 HERE = socket.gethostname()
@@ -31,9 +31,9 @@ def run_of(folder, log=(), system=()):
     return read(folder)
 
 
-def verdict(run, seconds):
+def status(run, seconds):
     """At so many seconds after NOW."""
-    return vitals.RunHealth(run).verdict(NOW + seconds)
+    return health.RunHealth(run).status(NOW + seconds)
 
 
 FAR = {"host": "far", "pid": 7, "created": NOW - 3}
@@ -44,33 +44,33 @@ FAR = {"host": "far", "pid": 7, "created": NOW - 3}
 
 def test_a_run_whose_last_event_is_its_end_is_done(tmp_path):
     run = run_of(tmp_path, [start(**FAR), step(1), event("end", 90)])
-    found = verdict(run, 10**6)
-    assert (found.state, found.notes) == (vitals.DONE, ())
-    assert "step 90" in found.text
+    result = status(run, 10**6)
+    assert (result.state, result.notes) == (health.DONE, ())
+    assert "step 90" in result.text
 
 
 def test_a_run_that_left_early_says_why_and_how_to_go_on(tmp_path):
     saved = event("saved", 80, file="checkpoints/last.pt", seconds=1.0, bytes=1)
     stop = event("stop", 90, reason="interrupted", status=75)
-    found = verdict(run_of(tmp_path / "r", [start(**FAR), saved, stop]), 10**6)
-    assert found.state == vitals.STOPPED and found.text.startswith("interrupted, at step 90")
-    (advice,) = found.notes
+    result = status(run_of(tmp_path / "r", [start(**FAR), saved, stop]), 10**6)
+    assert result.state == health.STOPPED and result.text.startswith("interrupted, at step 90")
+    (advice,) = result.notes
     assert advice.startswith(f"python train.py {tmp_path / 'r' / 'config.yaml'} --resume goes on")
     assert "step 80" in advice
 
 
-def test_a_crash_is_told_with_its_error_and_where_it_was_raised(tmp_path):
+def test_a_crash_is_shown_with_its_error_and_where_it_was_raised(tmp_path):
     trace = 'Traceback\n  File "a.py", line 1, in f\n  File "b.py", line 9, in g\nKeyError: 1\n'
     crash = event("crash", 5, error="KeyError: 1", traceback=trace)
-    found = verdict(run_of(tmp_path, [start(**FAR), crash]), 10**6)
-    assert found.state == vitals.CRASHED and found.text.startswith("KeyError: 1, at step 5")
-    assert found.notes[0] == 'raised in File "b.py", line 9, in g'
-    assert found.notes[1] == "no state was saved: start it again"
+    result = status(run_of(tmp_path, [start(**FAR), crash]), 10**6)
+    assert result.state == health.CRASHED and result.text.startswith("KeyError: 1, at step 5")
+    assert result.notes[0] == 'raised in File "b.py", line 9, in g'
+    assert result.notes[1] == "no state was saved: start it again"
 
 
 def test_the_end_of_an_earlier_start_says_nothing_of_the_last(tmp_path):
     log = [start(**FAR), event("stop", 5, reason="interrupted"), start(6, **FAR)]
-    assert verdict(run_of(tmp_path, log, [line(6, seconds=10)]), 9).state == vitals.RUNNING
+    assert status(run_of(tmp_path, log, [line(6, seconds=10)]), 9).state == health.RUNNING
 
 
 def test_a_process_that_is_killed_turns_a_running_run_into_a_dead_one(tmp_path):
@@ -79,118 +79,112 @@ def test_a_process_that_is_killed_turns_a_running_run_into_a_dead_one(tmp_path):
     child.stdout.readline()
     created = psutil.Process(child.pid).create_time()
     run = run_of(tmp_path, [start(host=HERE, pid=child.pid, created=created)])
-    pulse = vitals.RunHealth(run)
-    assert pulse.verdict(NOW + 1).state == vitals.RUNNING
+    watch = health.RunHealth(run)
+    assert watch.status(NOW + 1).state == health.RUNNING
     child.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 20
-    while pulse.verdict(NOW + 1).state == vitals.RUNNING and time.monotonic() < deadline:
+    while watch.status(NOW + 1).state == health.RUNNING and time.monotonic() < deadline:
         time.sleep(0.01)  # a zombie from now on, since nobody has waited for it
-    zombie = pulse.verdict(NOW + 1)
+    zombie = watch.status(NOW + 1)
     child.wait()
     child.stdout.close()
-    for found in (zombie, pulse.verdict(NOW + 2)):
-        assert found.state == vitals.DEAD and f"no process {child.pid} on {HERE}" in found.text
-        assert found.notes[0] == "killed from outside (SIGKILL), or the machine went down"
+    for result in (zombie, watch.status(NOW + 2)):
+        assert result.state == health.DEAD and f"no process {child.pid} on {HERE}" in result.text
+        assert result.notes[0] == "killed from outside (SIGKILL), or the machine went down"
 
 
 def test_another_process_with_the_same_pid_is_not_the_run(tmp_path):
     created = psutil.Process().create_time()
-    for offset, state in ((0.0, vitals.RUNNING), (1.5, vitals.RUNNING), (-60.0, vitals.DEAD)):
+    for offset, state in ((0.0, health.RUNNING), (1.5, health.RUNNING), (-60.0, health.DEAD)):
         log = [start(host=HERE, pid=os.getpid(), created=created + offset)]
-        assert verdict(run_of(tmp_path / str(offset), log), 1).state == state
+        assert status(run_of(tmp_path / str(offset), log), 1).state == state
 
 
 def test_a_process_that_is_not_seen_but_writes_is_alive(tmp_path):
     # In a container that has the name of its machine, processes have other numbers.
     run = run_of(tmp_path, [start(host=HERE, pid=2**22 + 5)], [line(0, pid=2**22 + 5)])
-    pulse = vitals.RunHealth(run)
-    assert pulse.verdict(NOW + 1).state == vitals.DEAD
+    watch = health.RunHealth(run)
+    assert watch.status(NOW + 1).state == health.DEAD
     write_lines(tmp_path / "system.jsonl", [line(3, pid=2**22 + 5)], mode="a")
     run.refresh(NOW + 3)
-    assert pulse.verdict(NOW + 3).state == vitals.RUNNING
+    assert watch.status(NOW + 3).state == health.RUNNING
 
 
 @pytest.mark.parametrize(("silence", "state"), [(59, "running"), (61, "dead")])
 def test_a_run_on_another_machine_is_dead_after_three_intervals_and_30_s(tmp_path, silence, state):
     run = run_of(tmp_path, [start(**FAR)], [line(100, seconds=10)])
-    assert verdict(run, 100 + silence).state == state
+    assert status(run, 100 + silence).state == state
 
 
 def test_a_dead_run_on_another_machine_says_for_how_long(tmp_path):
     run = run_of(tmp_path, [start(**FAR)], [line(100, seconds=10)])
-    assert verdict(run, 100 + 240).text == "ended without a word; no sign of life for 4 min"
+    assert status(run, 100 + 240).text == "ended without a last message; last line 4 min ago"
 
 
 def test_lines_of_the_log_are_signs_of_life_too(tmp_path):
     # A disk that was full for a while leaves system.jsonl behind.
     run = run_of(tmp_path, [start(**FAR), step(500)], [line(100, seconds=10)])
-    assert verdict(run, 520).state == vitals.RUNNING
+    assert status(run, 520).state == health.RUNNING
 
 
 def test_a_line_that_comes_in_counts_whatever_clock_its_machine_has(tmp_path):
     run = run_of(tmp_path, [start(**FAR)], [line(0, seconds=10)])
-    assert verdict(run, 3600).state == vitals.DEAD
+    assert status(run, 3600).state == health.DEAD
     write_lines(tmp_path / "system.jsonl", [line(10, seconds=10)], mode="a")
     run.refresh(NOW + 3600)
-    assert verdict(run, 3601).state == vitals.RUNNING
+    assert status(run, 3601).state == health.RUNNING
 
 
-def test_a_clock_that_is_ahead_is_told_and_not_taken_for_life(tmp_path):
-    found = verdict(run_of(tmp_path, [start(**FAR)], [line(7200, seconds=10)]), 0)
-    assert found == (vitals.UNKNOWN, "the clock of far is 2 h 00 min ahead", ())
+def test_a_clock_that_is_ahead_is_reported_and_not_a_sign_of_life(tmp_path):
+    result = status(run_of(tmp_path, [start(**FAR)], [line(7200, seconds=10)]), 0)
+    assert result == (health.UNKNOWN, "the clock of far is 2 h 00 min ahead", ())
 
 
-def test_the_interval_of_the_settings_counts_where_no_line_was_written(tmp_path):
-    (tmp_path / "config.yaml").write_text("monitor: {seconds: 10}\n")
-    run = run_of(tmp_path, [start(**FAR)])
-    assert [verdict(run, s).state for s in (59, 61)] == [vitals.RUNNING, vitals.DEAD]
-
-
-def test_without_anything_that_tells_the_state_is_unknown(tmp_path):
-    assert verdict(read(tmp_path), 0) == (vitals.UNKNOWN, "nothing has been logged yet", ())
+def test_without_times_or_a_process_the_state_is_unknown(tmp_path):
+    assert status(read(tmp_path), 0) == (health.UNKNOWN, "nothing has been logged yet", ())
     old = {"event": "start", "step": 0, "epoch": 0}  # neither time, nor host, nor process
-    found = verdict(run_of(tmp_path, [old, {"event": "step", "step": 10}]), 0)
-    assert found == (vitals.UNKNOWN, "the log tells neither time nor process", ())
-    found = verdict(run_of(tmp_path, [start(), step(10)]), 3600)
-    assert found.state == vitals.UNKNOWN and "nothing tells how long" in found.text
+    result = status(run_of(tmp_path, [old, {"event": "step", "step": 10}]), 0)
+    assert result == (
+        health.UNKNOWN,
+        "no line has a time; how long silence is normal is not known",
+        (),
+    )
+    result = status(run_of(tmp_path, [start(), step(10)]), 3600)
+    assert (
+        result.state == health.UNKNOWN and "how long silence is normal is not known" in result.text
+    )
 
 
-# ---------------------------------------------------------------------------- of what it died
+# ---------------------------------------------------------------------------- cause of death
 
 
 def causes(folder, *lines, log=()):
     """Of a run on another machine with these last lines of system.jsonl."""
     run = run_of(folder, [start(**FAR), *log], lines)
-    found = verdict(run, 10**6)
-    assert found.state == vitals.DEAD
-    return found.notes[:-1]  # without what to do
+    cause = status(run, 10**6)
+    assert cause.state == health.DEAD
+    return cause.notes[:-1]  # without what to do
 
 
 def test_memory_near_the_tightest_limit_means_the_oom_killer(tmp_path):
     rooms = [[60 * GB, 128 * GB, "memory of this machine"], [1.5 * GB, 32 * GB, "cgroup limit"]]
-    (found,) = causes(tmp_path, line(9, seconds=10, tree=30 * GB, rooms=rooms))
-    assert found.startswith("probably the kernel's OOM killer: 30.5 of 32.0 GB were taken")
-    assert "cgroup limit" in found and "30.0 of 32.0 GB by this run" in found
-    assert "training.workers" in found and "data.cache_gb" in found
+    (cause,) = causes(tmp_path, line(9, seconds=10, tree=30 * GB, rooms=rooms))
+    assert cause.startswith("probably the kernel's OOM killer: 30.5 GB of 32.0 GB were used")
+    assert "cgroup limit" in cause and "30.0 GB of 32.0 GB by this run" in cause
+    assert "training.workers" in cause and "data.cache_gb" in cause
 
 
 def test_a_limit_of_the_run_itself_is_none_that_the_kernel_kills_for(tmp_path):
     rooms = [[60 * GB, 128 * GB, "memory of this machine"], [0, 8 * GB, "run.memory_gb"]]
-    found = causes(tmp_path, line(9, seconds=10, tree=9 * GB, rooms=rooms))
-    assert found == ("killed from outside (SIGKILL), or the machine went down",)
+    cause = causes(tmp_path, line(9, seconds=10, tree=9 * GB, rooms=rooms))
+    assert cause == ("killed from outside (SIGKILL), or the machine went down",)
 
 
-def test_more_oom_kills_than_at_the_start_mean_the_oom_killer(tmp_path):
-    lines = [line(i, seconds=10, oom_kills=2 + (i > 5)) for i in range(9)]
-    (found,) = causes(tmp_path, *lines)
-    assert found == "the kernel's OOM killer: it has ended a process of this cgroup since the start"
-
-
-def test_oom_kills_before_the_start_or_of_another_process_do_not_count(tmp_path):
-    before = [{**line(-20 + i, oom_kills=0), "pid": 6} for i in range(3)]
-    lines = [line(i, seconds=10, oom_kills=4) for i in range(9)]
-    (found,) = causes(tmp_path, *before, *lines)
-    assert found == "killed from outside (SIGKILL), or the machine went down"
+def test_oom_kills_since_the_start_mean_the_oom_killer(tmp_path):
+    (cause,) = causes(tmp_path / "a", line(9, seconds=10, new_oom_kills=2))
+    assert cause == "the kernel's OOM killer: processes of this cgroup killed since the start: 2"
+    (cause,) = causes(tmp_path / "b", line(9, seconds=10, new_oom_kills=0))
+    assert cause == "killed from outside (SIGKILL), or the machine went down"
 
 
 def test_the_trace_of_a_fault_comes_first_if_it_is_of_this_start(tmp_path):
@@ -201,44 +195,37 @@ def test_the_trace_of_a_fault_comes_first_if_it_is_of_this_start(tmp_path):
     )
     (tmp_path / "fault.txt").write_text(text)
     os.utime(tmp_path / "fault.txt", (NOW + 5, NOW + 5))
-    (found,) = causes(tmp_path, line(9, seconds=10))
-    assert found == (
+    (cause,) = causes(tmp_path, line(9, seconds=10))
+    assert cause == (
         'Fatal Python error: Segmentation fault, in File "model.py", line 12 in forward (fault.txt)'
     )
     os.utime(tmp_path / "fault.txt", (NOW - 500, NOW - 500))
     assert "SIGKILL" in causes(tmp_path, line(9, seconds=10))[0]
 
 
-def test_a_full_disk_and_a_full_gpu_are_told(tmp_path):
+def test_a_full_disk_and_a_full_gpu_are_reported(tmp_path):
     gpus = [
         {"index": 0, "used": 70 * GB, "total": 80 * GB},
         {"index": 1, "used": 79.5 * GB, "total": 80 * GB},
         {"index": 2, "used": None, "total": None},
     ]
     disk, gpu = causes(tmp_path, line(9, seconds=10, disk=[GB, 1000 * GB], gpus=gpus))
-    assert disk == "the disk was full: 0.0 of 1.0 TB were free"
-    assert gpu == "memory of GPU 1 was full: 79.5 of 80.0 GB"
+    assert disk == "the disk was full: 1.0 GB of 1.0 TB were free"
+    assert gpu == "memory of GPU 1 was full: 79.5 GB of 80.0 GB"
 
 
-def test_a_trouble_with_the_disk_is_told_in_its_own_words(tmp_path):
+def test_a_trouble_with_the_disk_is_reported_in_its_own_words(tmp_path):
     trouble = event("trouble", 8, kind="disk", text="last.pt was not saved: no space left")
-    (found,) = causes(tmp_path, line(9, seconds=10), log=[trouble])
-    assert found == "the disk: last.pt was not saved: no space left"
+    (cause,) = causes(tmp_path, line(9, seconds=10), log=[trouble])
+    assert cause == "the disk: last.pt was not saved: no space left"
 
 
 def test_a_machine_that_was_restarted_since_is_the_cause_before_all_others(tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "boot_time", lambda: NOW + 50)
     lines = [line(9, pid=2**22 + 5, host=HERE, oom_kills=1)]
     run = run_of(tmp_path, [start(host=HERE, pid=2**22 + 5)], lines)
-    (found, _) = verdict(run, 100).notes
-    assert found.startswith("the machine went down: it was started at")
-
-
-def test_what_to_do_names_the_state_that_lies_there_where_the_log_names_none(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "last.pt").write_bytes(b"1")
-    run = run_of(tmp_path, [start(**FAR)], [line(9, seconds=10)])
-    assert "--resume goes on from the state of" in verdict(run, 10**6).notes[-1]
+    (cause, _) = status(run, 100).notes
+    assert cause.startswith("the machine went down: it was started at")
 
 
 # ---------------------------------------------------------------------------- pace
@@ -249,8 +236,8 @@ PLAN = {"steps": 300, "iterations": 100, **FAR}
 
 def steady(first, last, seconds=2.0):
     """Lines of every tenth step, at so many seconds per step."""
-    found = [step(s, step_seconds=seconds) for s in range(first, last + 1, 10)]
-    return [{**e, "time": NOW + e["step"] * seconds} for e in found]
+    lines = [step(s, step_seconds=seconds) for s in range(first, last + 1, 10)]
+    return [{**e, "time": NOW + e["step"] * seconds} for e in lines]
 
 
 def at(name, seconds, number, **fields):
@@ -259,11 +246,16 @@ def at(name, seconds, number, **fields):
 
 def test_what_is_left_is_the_steps_that_are_left_at_the_present_rate(tmp_path):
     run = run_of(tmp_path, [start(**PLAN), *steady(10, 50)])
-    found = vitals.pace(run, NOW + 100)
-    assert (found.step, found.steps, found.in_epoch, found.iterations) == (50, 300, 50, 100)
-    assert (found.epoch, found.epochs, found.seconds, found.between) == (1, 3, 2.0, None)
-    assert (found.epoch_left, found.run_left) == (100.0, 500.0)
-    later = vitals.pace(run, NOW + 106)  # 3 steps further, if all is well
+    pace = health.pace(run, NOW + 100)
+    assert (pace.step, pace.steps, pace.epoch_step, pace.epoch_steps) == (50, 300, 50, 100)
+    assert (pace.epoch, pace.epochs, pace.step_seconds, pace.between_epochs) == (
+        1,
+        3,
+        2.0,
+        None,
+    )
+    assert (pace.epoch_left, pace.run_left) == (100.0, 500.0)
+    later = health.pace(run, NOW + 106)  # 3 steps further, if all is well
     assert (later.epoch_left, later.run_left) == (94.0, 494.0)
 
 
@@ -273,9 +265,9 @@ def test_evaluations_count_once_for_each_end_of_an_epoch_ahead(tmp_path):
     log = [start(**PLAN), *steady(10, 100), *ends]
     for late in steady(110, 150):
         log.append({**late, "time": late["time"] + 31})
-    found = vitals.pace(run_of(tmp_path, log), NOW + 331)
-    assert (found.between, found.epoch_left) == (31.0, 100.0)
-    assert found.run_left == 150 * 2.0 + 2 * 31
+    pace = health.pace(run_of(tmp_path, log), NOW + 331)
+    assert (pace.between_epochs, pace.epoch_left) == (31.0, 100.0)
+    assert pace.run_left == 150 * 2.0 + 2 * 31
 
 
 def test_while_an_evaluation_runs_it_is_counted_as_ahead(tmp_path):
@@ -283,73 +275,42 @@ def test_while_an_evaluation_runs_it_is_counted_as_ahead(tmp_path):
     log = [start(**PLAN), *steady(10, 100), *first]
     log += [{**late, "time": late["time"] + 31} for late in steady(110, 200)]
     log.append(at("epoch", 431, 200))
-    found = vitals.pace(run_of(tmp_path, log), NOW + 431 + 10)
-    assert found.run_left == 100 * 2.0 + 2 * 31 - 10
-    assert (found.epoch, found.in_epoch) == (3, 0)
+    pace = health.pace(run_of(tmp_path, log), NOW + 431 + 10)
+    assert pace.run_left == 100 * 2.0 + 2 * 31 - 10
+    assert (pace.epoch, pace.epoch_step) == (3, 0)
 
 
 def test_a_run_that_stands_still_comes_no_nearer_to_its_end(tmp_path):
     run = run_of(tmp_path, [start(**PLAN, log_every=10), *steady(10, 50)])
-    late = [vitals.pace(run, NOW + 100 + seconds) for seconds in (10, 20, 30, 3000)]
-    assert [found.run_left for found in late] == [490.0, 480.0, 480.0, 480.0]
-    assert [found.epoch_left for found in late] == [90.0, 80.0, 80.0, 80.0]
+    late = [health.pace(run, NOW + 100 + seconds) for seconds in (10, 20, 30, 3000)]
+    assert [one.run_left for one in late] == [490.0, 480.0, 480.0, 480.0]
+    assert [one.epoch_left for one in late] == [90.0, 80.0, 80.0, 80.0]
 
 
 def test_the_last_epoch_is_full_and_not_the_next_one_begun(tmp_path):
-    found = vitals.pace(run_of(tmp_path, [start(**PLAN), *steady(10, 300)]), NOW + 600)
-    assert (found.epoch, found.epochs, found.in_epoch, found.run_left) == (3, 3, 100, 0.0)
+    pace = health.pace(run_of(tmp_path, [start(**PLAN), *steady(10, 300)]), NOW + 600)
+    assert (pace.epoch, pace.epochs, pace.epoch_step, pace.run_left) == (3, 3, 100, 0.0)
 
 
-def test_between_two_lines_of_the_log_system_jsonl_tells_the_step(tmp_path):
+def test_between_two_lines_of_the_log_system_jsonl_has_the_step(tmp_path):
     run = run_of(tmp_path, [start(**PLAN), *steady(10, 50)], [line(58)])
-    found = vitals.pace(run, NOW + 116)
-    assert (found.step, found.run_left) == (58, 484.0)
+    pace = health.pace(run, NOW + 116)
+    assert (pace.step, pace.run_left) == (58, 484.0)
 
 
 def test_the_rate_is_the_mean_of_the_last_20_lines_without_the_first(tmp_path):
     slow = [step(10, step_seconds=60.0)]
-    assert vitals.step_seconds(run_of(tmp_path / "a", [start(), *slow])) == 60.0
+    assert health.step_seconds(run_of(tmp_path / "a", [start(), *slow])) == 60.0
     few = [*slow, step(20, step_seconds=1.0), step(30, step_seconds=3.0)]
-    assert vitals.step_seconds(run_of(tmp_path / "b", [start(), *few])) == 2.0
+    assert health.step_seconds(run_of(tmp_path / "b", [start(), *few])) == 2.0
     many = [step(i, step_seconds=5.0) for i in range(30)]
     many += [step(30 + i, step_seconds=1.0 + i % 2) for i in range(20)]
-    assert vitals.step_seconds(run_of(tmp_path / "c", [start(), *many])) == 1.5
-    assert vitals.step_seconds(run_of(tmp_path / "d", [start()])) is None
-
-
-def test_the_plan_of_an_older_log_comes_from_the_settings(tmp_path):
-    text = "training: {max_epochs: 4, train_iterations_per_epoch: 25, max_steps: 90}\n"
-    (tmp_path / "config.yaml").write_text(text)
-    found = vitals.pace(run_of(tmp_path, [start(), step(30, step_seconds=1.0)]), NOW + 30)
-    assert (found.steps, found.iterations, found.epochs, found.epoch) == (90, 25, 4, 2)
-    assert found.run_left == 60.0
+    assert health.step_seconds(run_of(tmp_path / "c", [start(), *many])) == 1.5
+    assert health.step_seconds(run_of(tmp_path / "d", [start()])) is None
 
 
 def test_without_a_plan_or_a_time_nothing_is_promised(tmp_path):
     old = {"event": "step", "step": 30, "step_seconds": 1.0}
-    found = vitals.pace(run_of(tmp_path, [old]), NOW)
-    assert (found.step, found.steps, found.run_left, found.epoch_left) == (30, None, None, None)
-    assert vitals.pace(read(tmp_path / "none"), NOW).step == 0
-
-
-# ---------------------------------------------------------------------------- scores
-
-
-def test_the_best_score_is_the_highest_and_of_a_loss_the_lowest(tmp_path):
-    values = [(0, 0.1, 0.9), (10, 0.8, 0.2), (20, None, 0.3), (30, 0.7, None)]
-    log = [
-        event("evaluation", s, scores={"dice": dice, "cldice_loss": loss, "components": 3.0})
-        for s, dice, loss in values
-    ]
-    run = run_of(tmp_path, [*log, event("evaluation", 40, scores={})])
-    assert len(vitals.evaluations(run)) == 4
-    assert vitals.best_score(run, "dice") == (0.8, 10)
-    assert vitals.best_score(run, "cldice_loss") == (0.2, 10)
-    assert vitals.best_score(run, "components") == vitals.best_score(run, "x") == (None, None)
-
-
-def test_of_a_distance_the_lowest_is_the_best(tmp_path):
-    log = [event("evaluation", s, scores={"hd95": d}) for s, d in ((0, 9.0), (10, 2.0), (20, 3.0))]
-    assert vitals.best_score(run_of(tmp_path, log), "hd95") == (2.0, 10)
-    assert vitals.better_end("betti_error_1") == "lower"
-    assert vitals.better_end("surface_dice@4") == "higher"
+    pace = health.pace(run_of(tmp_path, [old]), NOW)
+    assert (pace.step, pace.steps, pace.run_left, pace.epoch_left) == (30, None, None, None)
+    assert health.pace(read(tmp_path / "none"), NOW).step == 0

@@ -1,15 +1,15 @@
-import itertools
 import os
 import subprocess
 import sys
 import time
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
-from monitoring import machine as system
-from monitoring import memory
+from monitoring import machine
+from monitoring.machine import Machine, MemoryLimit
 
 MB = 2**20
 BUSY = "print(1, flush=True)\nwhile True: pass"
@@ -37,238 +37,123 @@ def child():
 # ---------------------------------------------------------------------------- processes
 
 
-def test_a_process_is_told_with_its_role_and_what_it_holds(child):
+def processes_of(machine, roles):
+    return machine.read(roles)["processes"]
+
+
+def test_a_process_is_listed_with_its_role_and_what_it_holds(child):
     pid = child(HOLDING).pid
-    (one,) = system.Processes().read({pid: "worker 0"})
+    (one,) = processes_of(Machine(), {pid: "worker 0"})
     assert (one["pid"], one["role"], one["cpu"]) == (pid, "worker 0", None)
-    assert 60 * MB < one["pss"] <= one["rss"] < 200 * MB
+    assert 60 * MB < one["rss"] - one["shared"] < one["rss"] < 200 * MB
     assert one["status"] in (psutil.STATUS_SLEEPING, psutil.STATUS_RUNNING)
 
 
 def test_cpu_is_percent_of_a_core_since_the_reading_before(child):
     roles = {child(BUSY).pid: "busy", child(HOLDING).pid: "idle"}
-    processes = system.Processes()
-    processes.read(roles)
+    readings = Machine()
+    readings.read(roles)
     time.sleep(0.4)
-    busy, idle = (one["cpu"] for one in processes.read(roles))
+    busy, idle = (one["cpu"] for one in processes_of(readings, roles))
     assert idle < 10 < busy < 250
 
 
 def test_a_process_that_ended_is_left_out_and_one_not_waited_for_is_a_zombie(child):
     ended, waited = child(HOLDING), child(HOLDING)
-    processes = system.Processes()
+    readings = Machine()
     roles = {ended.pid: "worker 0", waited.pid: "worker 1", 2**22 + 5: "worker 2"}
-    assert [one["role"] for one in processes.read(roles)] == ["worker 0", "worker 1"]
+    assert [one["role"] for one in processes_of(readings, roles)] == ["worker 0", "worker 1"]
     ended.kill()
     waited.kill()
     waited.wait()
     while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
-    (one,) = processes.read(roles)
+    (one,) = processes_of(readings, roles)
     assert (one["pid"], one["rss"], one["status"]) == (ended.pid, 0, psutil.STATUS_ZOMBIE)
-
-
-def test_proportional_sizes_are_taken_rarely(child):
-    processes, roles = system.Processes(), {child(HOLDING).pid: "worker 0"}
-    assert processes.read(roles)[0]["pss"] > 60 * MB
-    assert [processes.read(roles)[0]["pss"] for _ in range(3)] == [None] * 3
-
-
-@pytest.fixture
-def watch(monkeypatch):
-    """watch.now is the time that the module sees, in seconds."""
-    watch = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(system, "time", SimpleNamespace(perf_counter=lambda: watch.now))
-    return watch
-
-
-def test_a_reading_takes_at_most_its_share_of_the_time(watch):
-    taken = []
-
-    def slow():
-        taken.append(watch.now)
-        watch.now += 0.5
-
-    seldom = system.Seldom(slow, share=0.005)
-    while len(taken) < 4:
-        seldom()
-        watch.now += 0.25
-    # Half a second, then two hundred times as long.
-    assert [after - before for before, after in itertools.pairwise(taken)] == [100.5] * 3
-
-
-def test_a_reading_that_is_too_early_gives_nothing_also_after_one_that_failed(watch):
-    answers = iter([7, OSError("gone"), 9])
-
-    def answer():
-        found = next(answers)
-        if isinstance(found, OSError):
-            raise found
-        return found
-
-    seldom, given = system.Seldom(answer, seconds=60.0), []
-    for _ in range(5):
-        try:
-            given.append(seldom())
-        except OSError:
-            given.append("failed")
-        watch.now += 30.0
-    assert given == [7, None, "failed", None, 9]
 
 
 # ---------------------------------------------------------------------------- the machine
 
 
 def test_limits_are_those_of_the_machine_its_cgroups_and_the_settings(monkeypatch):
-    monkeypatch.setattr(
-        memory, "rooms", lambda: [memory.MemoryLimit(5, 16, "memory of this machine")]
-    )
-    monkeypatch.setattr(memory, "resident_memory", lambda pids: 3)
-    found = system.System().read({}, memory_limit=10)
-    assert found["tree"] == 3
-    assert found["rooms"] == [[5, 16, "memory of this machine"], [7, 10, "run.memory_gb"]]
-    assert system.System().read({}, memory_limit=2)["rooms"][1][0] == 0
-    assert len(system.System().read({})["rooms"]) == 1
+    limit = MemoryLimit(5, 16, "memory of this machine")
+    monkeypatch.setattr(machine, "rooms", lambda: [limit])
+    monkeypatch.setattr(machine, "resident_memory", lambda pids: 3)
+    reading = Machine().read({}, memory_limit=10)
+    assert reading["tree"] == 3
+    assert reading["rooms"] == [[5, 16, "memory of this machine"], [7, 10, "run.memory_gb"]]
+    assert Machine().read({}, memory_limit=2)["rooms"][1][0] == 0
+    assert len(Machine().read({})["rooms"]) == 1
+
+
+def test_only_kills_for_memory_since_the_start_count(monkeypatch):
+    counts = iter([4, 4, 6])
+    monkeypatch.setattr(machine, "oom_kills", lambda: next(counts))
+    readings = Machine()
+    assert [readings.read({})["new_oom_kills"] for _ in range(2)] == [0, 2]
 
 
 def test_file_systems_and_swap_are_told_in_bytes(tmp_path, monkeypatch):
     usage = SimpleNamespace(free=3, total=8, used=5)
     monkeypatch.setattr(psutil, "disk_usage", {"/dev/shm": usage, str(tmp_path): usage}.get)
     monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(used=1, total=4))
-    found = system.System(tmp_path).read({})
-    assert (found["shm"], found["disk"], found["swap"]) == ([3, 8], [3, 8], [1, 4])
-    assert system.System().read({})["disk"] is None
+    reading = Machine(tmp_path).read({})
+    assert (reading["shm"], reading["disk"], reading["swap"]) == ([3, 8], [3, 8], [1, 4])
+    assert Machine().read({})["disk"] is None
 
 
 def test_what_a_system_does_not_tell_is_null_and_the_rest_is_there(monkeypatch, tmp_path):
     def nothing(*arguments, **options):
         raise OSError("no such thing here")
 
-    for name in ("swap_memory", "disk_usage", "getloadavg", "sensors_temperatures"):
+    for name in ("swap_memory", "disk_usage", "getloadavg"):
         monkeypatch.setattr(psutil, name, nothing, raising=False)
     for name in ("rooms", "oom_kills", "resident_memory"):
-        monkeypatch.setattr(memory, name, nothing)
-    found = system.System(tmp_path).read({os.getpid(): "training"}, memory_limit=10)
-    (one,) = found.pop("processes")
+        monkeypatch.setattr(machine, name, nothing)
+    reading = Machine(tmp_path).read({os.getpid(): "training"}, memory_limit=10)
+    (one,) = reading.pop("processes")
     assert one["role"] == "training" and one["rss"] > MB
-    assert found.pop("cores") == os.cpu_count()
-    assert {key for key, value in found.items() if value not in (None, [])} == set()
-
-
-def test_the_hottest_part_of_the_processor_counts_and_no_other_sensor(monkeypatch):
-    def sensors(**chips):
-        found = {
-            name: [SimpleNamespace(current=c) for c in degrees] for name, degrees in chips.items()
-        }
-        monkeypatch.setattr(psutil, "sensors_temperatures", lambda: found, raising=False)
-        return system.cpu_temperature()
-
-    assert sensors(coretemp=[51.0, 64.0, 60.0], nvme=[80.0]) == 64.0
-    assert sensors(k10temp=[70.5]) == 70.5
-    assert sensors(nvme=[80.0]) is None
+    assert reading.pop("cores") == os.cpu_count()
+    assert {key for key, value in reading.items() if value not in (None, [])} == set()
 
 
 # ---------------------------------------------------------------------------- GPUs
 
 
-class Nvml(ModuleType):
-    """A driver with two cards; `gone`: it answers no more."""
-
-    NVML_TEMPERATURE_GPU = 0
-
-    def __init__(self):
-        super().__init__("pynvml")
-        self.gone = False
-
-    def nvmlInit(self):
-        self._answer(None)
-
-    def nvmlDeviceGetCount(self):
-        return 2
-
-    def nvmlDeviceGetHandleByIndex(self, index):
-        return index
-
-    def nvmlDeviceGetUUID(self, handle):
-        return f"GPU-{handle}{handle}{handle}"
-
-    def nvmlDeviceGetName(self, handle):
-        return b"NVIDIA H100"
-
-    def nvmlDeviceGetMemoryInfo(self, handle):
-        return self._answer(SimpleNamespace(used=60 + handle, total=80))
-
-    def nvmlDeviceGetUtilizationRates(self, handle):
-        return self._answer(SimpleNamespace(gpu=97, memory=40))
-
-    def nvmlDeviceGetTemperature(self, handle, sensor):
-        return self._answer(71)
-
-    def nvmlDeviceGetPowerUsage(self, handle):
-        return self._answer(412_400)
-
-    def _answer(self, value):
-        if self.gone:
-            raise RuntimeError("driver not loaded")
-        return value
-
-
 @pytest.fixture
-def nvml(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    module = Nvml()
-    monkeypatch.setitem(sys.modules, "pynvml", module)
-    return module
+def two_cards(monkeypatch):
+    """torch.cuda of a process that uses CUDA, with two cards."""
+    values = {
+        "is_initialized": lambda: True,
+        "device_count": lambda: 2,
+        "get_device_properties": lambda i: SimpleNamespace(name="NVIDIA H100", total_memory=80),
+        "device_memory_used": lambda i: 60 + i,
+        "utilization": lambda i: 97,
+        "temperature": lambda i: 71,
+        "power_draw": lambda i: 412_400,
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(torch.cuda, name, value)
 
 
-def test_each_gpu_is_told_in_bytes_percent_degrees_and_watts(nvml):
-    card = {"total": 80, "load": 97, "temperature": 71, "power": 412, "name": "NVIDIA H100"}
-    assert system.Gpus().read() == [
-        {"index": 0, "used": 60, **card},
-        {"index": 1, "used": 61, **card},
-    ]
+CARD = {"name": "NVIDIA H100", "total": 80, "load": 97, "temperature": 71, "power": 412}
 
 
-def test_only_gpus_that_the_process_may_see_are_told(nvml, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert [gpu["used"] for gpu in system.Gpus().read()] == [61]
+def test_each_gpu_is_read_in_bytes_percent_degrees_and_watts(two_cards):
+    first, second = {"index": 0, "used": 60, **CARD}, {"index": 1, "used": 61, **CARD}
+    assert Machine().read({})["gpus"] == [first, second]
 
 
-def test_a_driver_that_disappears_leaves_names_and_nulls(nvml):
-    gpus = system.Gpus()
-    nvml.gone = True
-    gone = dict.fromkeys(("used", "total", "load", "temperature", "power"))
-    assert gpus.read()[0] == {"index": 0, "name": "NVIDIA H100", **gone}
+def test_what_a_card_does_not_report_is_null_beside_what_it_does(two_cards, monkeypatch):
+    for name in ("power_draw", "utilization", "temperature", "device_memory_used"):
+        monkeypatch.setattr(torch.cuda, name, lambda index: 1 / 0)
+    silent = dict.fromkeys(("used", "load", "temperature", "power"))
+    assert Machine().read({})["gpus"][0] == {"index": 0, **CARD, **silent}
 
 
-def test_what_one_card_cannot_tell_is_null_beside_what_it_can(nvml, monkeypatch):
-    monkeypatch.delattr(Nvml, "nvmlDeviceGetPowerUsage")
-    monkeypatch.setattr(nvml, "nvmlDeviceGetPowerUsage", lambda handle: 1 / 0, raising=False)
-    first = system.Gpus().read()[0]
-    assert (first["power"], first["used"]) == (None, 60)
-
-
-def test_without_a_driver_or_the_package_there_are_no_gpus(nvml, monkeypatch):
-    nvml.gone = True
-    assert system.Gpus().read() == []
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert system.Gpus().read() == []
-
-
-@pytest.mark.parametrize(
-    ("text", "chosen"),
-    [
-        (None, [0, 1, 2]),
-        ("", []),
-        ("2,0", [2, 0]),
-        (" 1 ", [1]),
-        ("0,7,1", [0]),  # CUDA stops at the first that there is not
-        ("-1", []),
-        ("GPU-bb", [1]),
-        ("GPU-a,2", [0, 2]),
-        ("GPU-", []),  # of all of them
-        ("MIG-GPU-aa/3/0", [0, 1, 2]),
-    ],
-)
-def test_devices_are_chosen_as_cuda_does(text, chosen):
-    assert system.visible(["GPU-aaa", "GPU-bbb", "GPU-ccc"], text) == chosen
+def test_a_process_that_does_not_use_cuda_has_no_gpus_and_is_not_made_to_use_it(
+    two_cards, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: pytest.fail("used"))
+    assert Machine().read({})["gpus"] == []

@@ -5,7 +5,7 @@ import numpy as np
 import psutil
 import pytest
 
-from monitoring import memory
+from monitoring import machine
 
 MB = 2**20
 
@@ -13,8 +13,8 @@ MB = 2**20
 @pytest.fixture(autouse=True)
 def large_machine(monkeypatch):
     """8 of 16 GB free, whatever the machine of the test has."""
-    found = psutil.virtual_memory()._replace(available=8 * memory.GB, total=16 * memory.GB)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
+    result = psutil.virtual_memory()._replace(available=8 * machine.GB, total=16 * machine.GB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: result)
 
 
 def write(folder, **files):
@@ -46,85 +46,85 @@ def v1(limit, used, cache=0):
 
 
 def test_without_a_cgroup_the_machine_counts(tmp_path):
-    found = memory.available(tmp_path / "none", tmp_path / "none")
-    assert found == (8 * memory.GB, "8.0 GB free of 16.0 GB, memory of this machine")
+    result = machine.available(tmp_path / "none", tmp_path / "none")
+    assert result == (8 * machine.GB, "8.0 GB free of 16.0 GB, memory of this machine")
 
 
 def test_file_cache_of_a_version_2_cgroup_counts_as_free(tmp_path):
     proc, cgroup = tree(tmp_path, ["0::/job"])
-    write(cgroup / "job", **v2(4 * memory.GB, 3 * memory.GB, cache=memory.GB))
-    found = memory.available(proc, cgroup)
-    assert found == (2 * memory.GB, "2.0 GB free of 4.0 GB, cgroup limit")
+    write(cgroup / "job", **v2(4 * machine.GB, 3 * machine.GB, cache=machine.GB))
+    result = machine.available(proc, cgroup)
+    assert result == (2 * machine.GB, "2.0 GB free of 4.0 GB, cgroup limit")
 
 
 def test_max_is_no_limit(tmp_path):
     proc, cgroup = tree(tmp_path, ["0::/job"])
-    write(cgroup / "job", **v2("max", 3 * memory.GB))
-    assert memory.available(proc, cgroup).bytes == 8 * memory.GB
+    write(cgroup / "job", **v2("max", 3 * machine.GB))
+    assert machine.available(proc, cgroup).bytes == 8 * machine.GB
 
 
 def test_the_tightest_of_nested_cgroups_counts(tmp_path):
     proc, cgroup = tree(tmp_path, ["0::/a/b/c"])
-    write(cgroup / "a", **v2(6 * memory.GB, 5 * memory.GB))
-    write(cgroup / "a" / "b", **v2(4 * memory.GB, 1 * memory.GB))
-    write(cgroup / "a" / "b" / "c", **v2("max", 1 * memory.GB))
-    write(cgroup / "other", **v2(memory.GB, memory.GB))
-    assert memory.available(proc, cgroup).bytes == 1 * memory.GB
+    write(cgroup / "a", **v2(6 * machine.GB, 5 * machine.GB))
+    write(cgroup / "a" / "b", **v2(4 * machine.GB, 1 * machine.GB))
+    write(cgroup / "a" / "b" / "c", **v2("max", 1 * machine.GB))
+    write(cgroup / "other", **v2(machine.GB, machine.GB))
+    assert machine.available(proc, cgroup).bytes == 1 * machine.GB
 
 
 def test_the_limit_that_slows_counts_as_the_one_that_kills(tmp_path):
     proc, cgroup = tree(tmp_path, ["0::/"])
-    write(cgroup, **v2("max", memory.GB), memory__high=2 * memory.GB)
-    assert memory.available(proc, cgroup).bytes == memory.GB
+    write(cgroup, **v2("max", machine.GB), memory__high=2 * machine.GB)
+    assert machine.available(proc, cgroup).bytes == machine.GB
 
 
 def test_version_1_is_read_at_its_own_mount(tmp_path):
     lines = ["5:cpu,cpuacct:/x", "4:memory:/job", "0::/"]
     proc, cgroup = tree(tmp_path, lines)
-    write(cgroup / "memory", **v1(2**63 - 4096, 9 * memory.GB))
-    write(cgroup / "memory" / "job", **v1(4 * memory.GB, 3 * memory.GB, cache=memory.GB))
+    write(cgroup / "memory", **v1(2**63 - 4096, 9 * machine.GB))
+    write(cgroup / "memory" / "job", **v1(4 * machine.GB, 3 * machine.GB, cache=machine.GB))
     (cgroup / "unified").mkdir()
-    assert memory.available(proc, cgroup).bytes == 2 * memory.GB
+    assert machine.available(proc, cgroup).bytes == 2 * machine.GB
 
 
 @pytest.mark.parametrize("line", ["4:memory:/docker/0123", "0::/../../job"])
 def test_a_path_of_the_host_falls_back_to_the_root_of_the_container(tmp_path, line):
     proc, cgroup = tree(tmp_path, [line])
-    write(cgroup / "memory", **v1(3 * memory.GB, memory.GB))
-    write(cgroup, **v2(3 * memory.GB, memory.GB))
-    assert memory.available(proc, cgroup).bytes == 2 * memory.GB
+    write(cgroup / "memory", **v1(3 * machine.GB, machine.GB))
+    write(cgroup, **v2(3 * machine.GB, machine.GB))
+    assert machine.available(proc, cgroup).bytes == 2 * machine.GB
 
 
 def test_more_file_cache_than_usage_leaves_at_most_the_limit(tmp_path):
     proc, cgroup = tree(tmp_path, ["0::/"])
-    write(cgroup, **v2(4 * memory.GB, memory.GB, cache=2 * memory.GB))
-    assert memory.available(proc, cgroup).bytes == 4 * memory.GB
+    write(cgroup, **v2(4 * machine.GB, machine.GB, cache=2 * machine.GB))
+    assert machine.available(proc, cgroup).bytes == 4 * machine.GB
 
 
 def test_usage_above_the_limit_leaves_nothing(tmp_path):
     proc, cgroup = tree(tmp_path, ["0::/"])
-    write(cgroup, **v2(memory.GB, 2 * memory.GB))
-    assert memory.available(proc, cgroup).bytes == 0
+    write(cgroup, **v2(machine.GB, 2 * machine.GB))
+    assert machine.available(proc, cgroup).bytes == 0
 
 
 def test_files_that_cannot_be_read_set_no_limit(tmp_path):
     proc, cgroup = tree(tmp_path, ["0::/job"])
     (cgroup / "job" / "memory.max").mkdir(parents=True)
     write(cgroup / "job", memory__current="?", memory__stat="inactive_file")
-    assert memory.available(proc, cgroup).bytes == 8 * memory.GB
+    assert machine.available(proc, cgroup).bytes == 8 * machine.GB
 
 
 def test_lines_that_say_nothing_are_skipped(tmp_path):
     proc, cgroup = tree(tmp_path, ["", "memory", "0:memory", "0::/job"])
     statistics = "inactive_file\n\ninactive_file many\nactive_file 1000"
     write(cgroup / "job", memory__max=4000, memory__current=3000, memory__stat=statistics)
-    assert memory.available(proc, cgroup).bytes == 2000
+    assert machine.available(proc, cgroup).bytes == 2000
 
 
 def test_a_limit_without_statistics_takes_the_cache_as_used(tmp_path):
     proc, cgroup = tree(tmp_path, ["0::/job"])
-    write(cgroup / "job", memory__max=4 * memory.GB, memory__current=3 * memory.GB)
-    assert memory.available(proc, cgroup).bytes == memory.GB
+    write(cgroup / "job", memory__max=4 * machine.GB, memory__current=3 * machine.GB)
+    assert machine.available(proc, cgroup).bytes == machine.GB
 
 
 # ---------------------------------------------------------------------------- the process tree
@@ -148,33 +148,32 @@ def child():
 
 
 def test_children_are_counted_by_what_they_hold(child):
-    sizes = memory.tree_memory()
+    sizes = machine.tree_memory()
     assert set(sizes) >= {os.getpid(), child.pid}
     assert 40 * MB < sizes[child.pid] < 400 * MB
-    assert set(memory.tree_memory(child.pid)) == {child.pid}
+    assert set(machine.tree_memory(child.pid)) == {child.pid}
 
 
-def test_shared_pages_count_by_their_proportion(tmp_path):
-    content = "0-1 ---p 0 00:00 0 [rollup]\nRss: 9 kB\nPss: 4 kB\nPss_Anon: 3 kB\n"
-    write(tmp_path / str(os.getpid()), smaps_rollup=content)
-    assert memory.tree_memory(proc=tmp_path)[os.getpid()] == 4 * 1024
+def test_without_proportional_size_the_resident_one_is_used(child, monkeypatch):
+    def denied(process):
+        raise psutil.AccessDenied(process.pid)
 
-
-def test_without_proportional_size_the_resident_one_is_told(child, tmp_path):
     resident = psutil.Process(child.pid).memory_info().rss
-    assert memory.tree_memory(child.pid, proc=tmp_path) == {child.pid: resident}
+    assert machine.tree_memory(child.pid)[child.pid] < resident  # libraries are shared
+    monkeypatch.setattr(psutil.Process, "memory_full_info", denied)
+    assert machine.tree_memory(child.pid) == {child.pid: resident}
 
 
 def test_a_process_that_has_ended_is_left_out(child):
     child.kill()
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
         continue
-    assert child.pid not in memory.tree_memory()
+    assert child.pid not in machine.tree_memory()
     child.join()
-    assert memory.tree_memory(child.pid) == {}
+    assert machine.tree_memory(child.pid) == {}
 
 
 def test_free_shared_memory_is_what_the_file_system_says(tmp_path):
-    free, total = memory.shared_memory_free(tmp_path), psutil.disk_usage(str(tmp_path)).total
+    free, total = machine.shared_memory_free(tmp_path), psutil.disk_usage(str(tmp_path)).total
     assert 0 < free <= total
-    assert memory.shared_memory_free(tmp_path / "none") is None
+    assert machine.shared_memory_free(tmp_path / "none") is None

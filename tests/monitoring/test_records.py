@@ -1,10 +1,10 @@
-import itertools
 import json
 import os
+import tracemalloc
 
 import pytest
 
-from monitoring import records as history
+from monitoring import records
 from runtime import log as runlog
 
 NOW = 1_700_000_000.0
@@ -19,7 +19,7 @@ def write_lines(path, events, mode="w"):
 
 
 def read(folder):
-    run = history.History(folder)
+    run = records.RunRecords(folder)
     run.refresh(NOW)
     return run
 
@@ -45,14 +45,14 @@ def test_steps_are_apart_from_other_events_in_their_order(tmp_path):
     write_lines(tmp_path / "log.jsonl", [start(), step(1), step(2), step(3), end])
     run = read(tmp_path)
     assert run.events == [start(), end]
-    assert run.steps == run.recent == [step(1), step(2), step(3)]
+    assert run.steps == run.recent_steps == [step(1), step(2), step(3)]
 
 
 def test_the_lines_that_runlog_writes_are_known_as_steps_by_their_beginning(tmp_path):
     log = runlog.RunLog(tmp_path, tensorboard=False)
     log.write("step", step=1, epoch=0, loss={"total": 0.5})
     log.close()
-    assert (tmp_path / "log.jsonl").read_bytes().startswith(history.STEP)
+    assert (tmp_path / "log.jsonl").read_bytes().startswith(records.STEP)
 
 
 def test_lines_that_are_broken_are_left_out_and_one_that_is_not_whole_waits(tmp_path):
@@ -70,22 +70,23 @@ def test_lines_that_are_broken_are_left_out_and_one_that_is_not_whole_waits(tmp_
 
 def test_a_folder_without_files_has_no_history(tmp_path):
     run = read(tmp_path / "none")
-    assert (run.events, run.steps, run.recent, list(run.lines), run.samples) == ([], [], [], [], [])
-    assert (run.config, run.fault, run.fault_time, run.start) == ({}, "", None, {})
+    assert (run.events, run.steps, run.recent_steps) == ([], [], [])
+    assert (run.readings, run.recent_readings, run.reading) == ([], [], {})
+    assert run.start == {}
 
 
 def test_only_what_is_new_is_read_and_the_clock_of_this_machine_tells_when(tmp_path):
     write_lines(tmp_path / "log.jsonl", [start(), step(1)])
     run = read(tmp_path)
-    assert run.noticed is None
+    assert run.growth_time is None
     run.refresh(NOW + 5)
-    assert run.noticed is None
+    assert run.growth_time is None
     write_lines(tmp_path / "log.jsonl", [step(2)], mode="a")
     run.refresh(NOW + 6)
-    assert ([e["step"] for e in run.steps], run.noticed) == ([1, 2], NOW + 6)
+    assert ([e["step"] for e in run.steps], run.growth_time) == ([1, 2], NOW + 6)
     write_lines(tmp_path / "system.jsonl", [line(3)])
     run.refresh(NOW + 7)
-    assert run.noticed == NOW + 7
+    assert run.growth_time == NOW + 7
 
 
 def test_a_log_that_a_resumed_run_wrote_anew_is_read_from_its_beginning(tmp_path):
@@ -107,7 +108,7 @@ def test_recent_steps_and_events_are_those_since_the_last_start(tmp_path):
     write_lines(tmp_path / "log.jsonl", begun)
     run = read(tmp_path)
     assert run.start["pid"] == 9
-    assert run.recent == [step(3)]
+    assert run.recent_steps == [step(3)]
     assert run.since_start("stop", "end") == []
 
 
@@ -121,11 +122,11 @@ def test_of_many_steps_an_even_sample_is_kept_with_the_first_and_the_newest(tmp_
     write_lines(tmp_path / "log.jsonl", [step(i) for i in range(5001)])
     run = read(tmp_path)
     numbers = [e["step"] for e in run.steps]
-    assert numbers == [*range(0, 5001, 8)] and len(numbers) <= history.SAMPLE
+    assert numbers == [*range(0, 5001, 8)] and len(numbers) <= records.SAMPLE
     write_lines(tmp_path / "log.jsonl", [step(5001)], mode="a")
     run.refresh(NOW)
     assert [e["step"] for e in run.steps] == [*range(0, 5001, 8), 5001]
-    assert [e["step"] for e in run.recent] == [*range(5001 - 99, 5002)]
+    assert [e["step"] for e in run.recent_steps] == [*range(5001 - 99, 5002)]
 
 
 # ---------------------------------------------------------------------------- system.jsonl
@@ -133,20 +134,16 @@ def test_of_many_steps_an_even_sample_is_kept_with_the_first_and_the_newest(tmp_
 
 @pytest.fixture
 def long_file(tmp_path):
-    """system.jsonl of 3000 lines of unequal length, longer than the tail that is read."""
+    """system.jsonl of 3000 lines of unequal length."""
     lines = [line(i, processes=["x" * (i % 7 * 40)]) for i in range(3000)]
     write_lines(tmp_path / "system.jsonl", lines)
-    assert (tmp_path / "system.jsonl").stat().st_size > 2 * history.TAIL
     return tmp_path
 
 
 def test_of_a_long_file_the_end_and_an_even_sample_are_read(long_file):
     run = read(long_file)
-    assert [one["step"] for one in run.lines] == [*range(2900, 3000)]
-    numbers = [one["step"] for one in run.samples]
-    assert numbers[0] == 0 and len(numbers) == history.SAMPLE
-    gaps = [after - before for before, after in itertools.pairwise(numbers)]
-    assert 2 <= min(gaps) <= max(gaps) <= 6  # 3000 / 800, by bytes
+    assert [one["step"] for one in run.recent_readings] == [*range(2900, 3000)]
+    assert [one["step"] for one in run.readings] == [*range(0, 3000, 4), 2999]
 
 
 def test_every_line_of_a_short_file_is_in_the_sample_and_new_ones_follow(tmp_path):
@@ -154,57 +151,51 @@ def test_every_line_of_a_short_file_is_in_the_sample_and_new_ones_follow(tmp_pat
     run = read(tmp_path)
     write_lines(tmp_path / "system.jsonl", [line(20)], mode="a")
     run.refresh(NOW)
-    assert [one["step"] for one in run.samples] == [*range(21)]
-    assert [one["step"] for one in run.lines] == [*range(21)]
+    assert [one["step"] for one in run.readings] == [*range(21)]
+    assert [one["step"] for one in run.recent_readings] == [*range(21)]
 
 
-@pytest.mark.parametrize("moment", [-5, 0, 1, 1234, 1234.5, 2998.5, 2999])
-def test_the_first_line_since_a_moment_is_found(long_file, moment):
-    found = history.first_since(long_file / "system.jsonl", NOW + moment)
-    assert found["step"] == max(0, -(-moment // 1))
+def test_the_last_reading_is_that_of_the_process_that_was_started_last(tmp_path):
+    write_lines(tmp_path / "log.jsonl", [start(), start(50, pid=9)])
+    write_lines(tmp_path / "system.jsonl", [line(40, pid=7), line(60, pid=9), line(61, pid=7)])
+    assert read(tmp_path).reading == line(60, pid=9)
+    write_lines(tmp_path / "log.jsonl", [start(70, pid=11)], mode="a")
+    assert read(tmp_path).reading == {}
 
 
-def test_after_the_last_line_there_is_none(long_file):
-    assert history.first_since(long_file / "system.jsonl", NOW + 3000) is None
-    assert history.first_since(long_file / "none", NOW) is None
+def test_a_long_log_is_read_in_bounded_memory(tmp_path):
+    text = json.dumps(step(1, loss={"total": 0.5}, pad="x" * 1000)) + "\n"
+    with open(tmp_path / "log.jsonl", "w") as file:
+        for _ in range(40):
+            file.write(text * 1000)  # 40 MB in all
+    run = records.RunRecords(tmp_path)
+    tracemalloc.start()
+    run.refresh(NOW)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(run.steps) == 625 and peak < 10e6
 
 
-def test_a_broken_stretch_does_not_hide_the_first_line_since_a_moment(tmp_path):
-    good = [line(i, text="x" * 200) for i in range(400)]
-    broken = ["{" + "y" * 200 + "\n"] * 100
-    write_lines(tmp_path / "system.jsonl", good[:200] + broken + good[200:])
-    for moment in (0, 100, 199.5, 200, 350):
-        found = history.first_since(tmp_path / "system.jsonl", NOW + moment)
-        assert found["step"] == -(-moment // 1)
+# ---------------------------------------------------------------------------- scores
 
 
-def test_the_first_line_of_the_last_start_is_that_of_its_process(tmp_path):
-    write_lines(tmp_path / "log.jsonl", [start(), start(50, pid=9, created=NOW + 40)])
-    lines = [line(i, pid=7) for i in range(30)] + [line(i, pid=9) for i in range(41, 60)]
-    write_lines(tmp_path / "system.jsonl", lines)
-    assert read(tmp_path).first_line()["step"] == 41
-    write_lines(tmp_path / "system.jsonl", lines[:30] + [line(45, pid=8)])
-    assert read(tmp_path).first_line() is None
-
-
-# ---------------------------------------------------------------------------- other files
-
-
-def test_settings_and_the_trace_of_a_fault_are_read(tmp_path):
-    (tmp_path / "config.yaml").write_text("run: {seed: 3}\n")
-    (tmp_path / "fault.txt").write_text("Fatal Python error: Bus error\n")
-    os.utime(tmp_path / "fault.txt", (NOW, NOW))
+def test_the_log_says_of_each_score_which_end_is_better(tmp_path):
+    values = [(0, 0.1, 9.0), (10, 0.8, 2.0), (20, None, 3.0), (30, 0.7, None)]
+    scores = [(s, {"dice": dice, "hd95": hd, "components": 3.0}) for s, dice, hd in values]
+    log = [{"event": "evaluation", "step": s, "scores": one} for s, one in scores]
+    log.append({"event": "evaluation", "step": 40, "scores": {}})
+    better = {"dice": "higher", "hd95": "lower", "components": None}
+    write_lines(tmp_path / "log.jsonl", [start(better=better), *log])
     run = read(tmp_path)
-    assert run.config == {"run": {"seed": 3}}
-    assert (run.fault, run.fault_time) == ("Fatal Python error: Bus error\n", NOW)
+    assert run.evaluations == scores
+    assert (run.best("dice"), run.best("hd95")) == ((0.8, 10), (2.0, 10))
+    assert run.best("components") == run.best("x") == (None, None)
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1\n", "", "\x00"])
-def test_settings_that_cannot_be_read_are_none(tmp_path, text):
-    (tmp_path / "config.yaml").write_text(text)
-    (tmp_path / "fault.txt").write_text(" \n")
-    run = read(tmp_path)
-    assert (run.config, run.fault, run.fault_time) == ({}, "", None)
+def test_without_that_in_the_log_no_score_is_called_the_best(tmp_path):
+    log = [{"event": "evaluation", "step": 0, "scores": {"dice": 0.5}}]
+    write_lines(tmp_path / "log.jsonl", [start(), *log])
+    assert read(tmp_path).best("dice") == (None, None)
 
 
 def test_reading_writes_nothing(tmp_path):
