@@ -145,12 +145,17 @@ class PatchDataset:
 
     def state_dict(self):
         import loader
+
         return loader.excluded(self)
+
     def load_state_dict(self, s):
         import loader
+
         return loader.exclude_again(self, s)
+
     def describe_excluded(self):
         import loader
+
         return loader.describe_excluded(self)
 
     def _placed(self, epoch, index):

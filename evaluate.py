@@ -29,7 +29,7 @@ import re
 import sys
 from pathlib import Path
 
-from monitoring import memory
+from monitoring import machine
 from scoring import masks, metrics, overlays, pairs, tables
 from scoring import parallel as scoring
 from scoring import report as leaderboard
@@ -276,7 +276,7 @@ def score(found, reading, args):
     from rich.progress import Progress
 
     scorer = scoring.Scorer(reading, args.scores, args.tolerance)
-    budget = args.memory_gb * memory.GB if args.memory_gb else memory.available().bytes
+    budget = args.memory_gb * machine.GB if args.memory_gb else machine.available().bytes
     with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("scoring", total=len(found))
         return scoring.score_all(

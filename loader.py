@@ -18,8 +18,8 @@ import torch
 
 import workers as worker_processes
 from data import ReadFailure
-from monitoring import memory
-from monitoring.memory import format_bytes
+from monitoring import machine
+from monitoring.machine import format_bytes
 from runtime.signals import CannotGoOn
 
 WAIT = 1.0  # seconds between two looks at whether the run shall stop, while it waits for data
@@ -84,7 +84,7 @@ class Batches:
         self.wanted, self.prefetch, self.persistent, self.pin = workers, prefetch, persistent, pin
         self.report, self.poll, self.max_excluded = report, poll, max_excluded
         self.ready, self.given, self.faults = {}, first, {}
-        self.oom_kills = memory.oom_kills()
+        self.oom_kills = machine.oom_kills()
         self.pool = None
         self._fill()
 
@@ -250,11 +250,11 @@ class Batches:
     def _circumstances(self, worker):
         """Memory of it and around it, and which setting to turn."""
         held = f"it held {format_bytes(worker.resident)}, " if worker.resident else ""
-        shared, killed = memory.shared_memory_free(), memory.oom_kills()
+        shared, killed = machine.shared_memory_free(), machine.oom_kills()
         shared = "" if shared is None else f", {format_bytes(shared)} of /dev/shm free"
         text = (
-            f"{held}all processes of the run hold {format_bytes(memory.resident_memory())}; "
-            f"{memory.available().reason}{shared}"
+            f"{held}all processes of the run hold {format_bytes(machine.resident_memory())}; "
+            f"{machine.available().reason}{shared}"
         )
         if killed is not None and killed > (self.oom_kills or 0):
             self.oom_kills = killed

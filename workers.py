@@ -31,7 +31,7 @@ import numpy as np
 import psutil
 import torch
 
-from monitoring import memory
+from monitoring import machine
 
 ANSWER = struct.Struct("<qqq")  # kind, number of the task, bytes of memory
 DONE, FAILED = range(2)
@@ -115,7 +115,7 @@ class Worker:
         spawn = multiprocessing.get_context("spawn")
         self.channel, theirs = multiprocessing.Pipe()
         self.socket = socket.socket(fileno=os.dup(self.channel.fileno()))
-        page = memory.anonymous_file(mmap.PAGESIZE, "lamina-worker")
+        page = machine.anonymous_file(mmap.PAGESIZE, "lamina-worker")
         self.status = np.frombuffer(mmap.mmap(page, mmap.PAGESIZE), np.int64, 3)
         self.process = spawn.Process(
             target=_work, args=(theirs, _Inherited(page), dataset), daemon=True
@@ -280,7 +280,7 @@ def pack(content):
     _Pickler(Body, protocol=5, buffer_callback=stays).dump(content)
     lengths = np.array([len(arrays), len(body), *(a.nbytes for a in arrays)], np.int64)
     size, places = _layout(lengths)
-    fd = memory.anonymous_file(size, "lamina-batch")
+    fd = machine.anonymous_file(size, "lamina-batch")
     for place, piece in zip(places, [lengths.data, body, *arrays], strict=True):
         _write(fd, memoryview(piece).cast("B"), place)
     return fd, size

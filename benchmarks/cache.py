@@ -40,7 +40,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import loader
-from monitoring import memory
+from monitoring import machine
 from patches import augment
 from patches.cache import VolumeCache
 from settings import Augment
@@ -190,7 +190,7 @@ def stream(options):
         if number <= options.batches and cache.counts()["cases"] > kept:
             kept, seconds["last case kept"] = cache.counts()["cases"], now
         if number <= options.batches and number % LOOK == 0:
-            sizes = memory.tree_memory()
+            sizes = machine.tree_memory()
             looks.append((sum(sizes.values()), sum(own_memory(pid, folder) for pid in sizes)))
         # What the workers had made ready while somebody looked is used up by then.
         if number == options.batches + WARM:
@@ -335,7 +335,7 @@ def count_rows(full):
 def measure_all(options):
     """Print the tables; exit status."""
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {memory.available().reason}; torch "
+        f"{platform.machine()}, {os.cpu_count()} cores, {machine.available().reason}; torch "
         f"{torch.__version__}, numpy {np.__version__}; {options.cases} cases of side "
         f"{options.side}, {WORKERS} workers, batch {BATCH}, {options.batches} batches\n",
         flush=True,

@@ -25,7 +25,7 @@ from multiprocessing import context, reduction
 
 import numpy as np
 
-from monitoring.memory import anonymous_file
+from monitoring.machine import anonymous_file
 from volumes import boxes
 from volumes.casefile import Case
 

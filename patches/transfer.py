@@ -1,1 +1,0 @@
-from loader import copy_stream, to_device

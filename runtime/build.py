@@ -12,7 +12,7 @@ import torch
 
 import data
 import model
-from monitoring import memory
+from monitoring import machine
 from patches import augment, cache
 from runtime import composite_loss as composite
 from runtime import evaluator, splits, validation
@@ -76,7 +76,7 @@ def resolve(settings):
         strides=settings.model.strides,
         window=settings.inference.window,
     )
-    free, wanted = memory.available(), settings.data.cache_gb
+    free, wanted = machine.available(), settings.data.cache_gb
     kept = cache.default_budget(split.train, free.bytes) if wanted is None else int(wanted * 1e9)
     return Plan(
         settings=settings,

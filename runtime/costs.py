@@ -18,7 +18,7 @@ import torch
 
 import data
 import loader
-from monitoring import memory
+from monitoring import machine
 from patches import intensity
 from runtime import build as planning
 from runtime import sliding_window as windows
@@ -143,7 +143,7 @@ def measure_training(plan, patches, steps):
             with trial.PeakMemory(plan.device) as peak:
                 trainer = trial.Trainer(plan)
                 real = _steps(trainer, trial.from_loader(plan, source), numbers)
-            tree = sum(memory.tree_memory().values())
+            tree = sum(machine.tree_memory().values())
             samples = next(source)
             drawn = planning.draw(plan, samples)
             synthetic = _steps(trainer, lambda ticks: drawn, numbers)

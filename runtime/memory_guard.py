@@ -9,10 +9,10 @@ import gc
 import os
 import time
 
-from monitoring import memory
+from monitoring import machine
 
 SHARE = 0.05  # of a limit that stays free,
-MOST = memory.GB  # but not more than this
+MOST = machine.GB  # but not more than this
 LOOK = 1.0  # seconds between two looks
 ADVICE = (
     "lower data.cache_gb, training.workers, training.train_batch_size or sampling.patch, or give "
@@ -47,7 +47,7 @@ class MemoryGuard:
         tight = self.tightest(batches)
         if tight is not None and not self.freed_cache:
             self.freed_cache = True
-            freed = memory.format_bytes(self.cache.shrink(0))
+            freed = machine.format_bytes(self.cache.shrink(0))
             self._report(tight, f"the cache gives back {freed} and keeps nothing more")
             tight = self.tightest(batches)
         while tight is not None and batches.workers:
@@ -61,12 +61,12 @@ class MemoryGuard:
         return None if tight is None else f"memory is short: {tight}; {ADVICE}"
 
     def tightest(self, batches):
-        """The `memory.MemoryLimit` that is nearly used up, the least of several, or None."""
-        limits = memory.rooms()
+        """The `machine.MemoryLimit` that is nearly used up, the least of several, or None."""
+        limits = machine.rooms()
         if self.limit is not None:
             pids = [os.getpid(), *(worker.pid for worker in batches.workers)]
-            free = max(0, self.limit - memory.resident_memory(pids))
-            limits.append(memory.MemoryLimit(free, self.limit, "run.memory_gb"))
+            free = max(0, self.limit - machine.resident_memory(pids))
+            limits.append(machine.MemoryLimit(free, self.limit, "run.memory_gb"))
         return min((x for x in limits if x.free < min(SHARE * x.total, MOST)), default=None)
 
     def _report(self, limit, text):

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from monitoring import memory, recorder
+from monitoring import machine, recorder
 from runtime import build, checkpoint, config, evaluator, folder, microbatch, nonfinite, timer
 from runtime.evaluations import Evaluations
 from runtime.log import Means, Output, ProgressLine, RunLog
@@ -71,7 +71,7 @@ class Run:
         self.stop, self.versions = Stop(self.settings.training.max_hours), folder.versions()
         self.timed, self.saved_at, self.limit = 0, time.monotonic(), None
         if self.settings.run.memory_gb:
-            self.limit = int(self.settings.run.memory_gb * memory.GB)
+            self.limit = int(self.settings.run.memory_gb * machine.GB)
         self.notes = list(plan.notes)
         if patches.missing:
             self.notes.append(f"sampling: no training case has a voxel of class {patches.missing}")

@@ -11,7 +11,7 @@ import data
 import loader
 import workers
 from data import ReadFailure
-from monitoring import memory
+from monitoring import machine
 from runtime.signals import CannotGoOn
 from tests.test_data import HUGE, SHAPES, patches, write
 from tests.test_loader import check_same
@@ -143,9 +143,9 @@ def test_no_batch_is_lost_or_comes_twice_whoever_dies_whenever(made, stored, see
 
 
 def test_a_death_tells_the_signal_the_case_the_memory_and_the_setting(made, monkeypatch):
-    monkeypatch.setattr(memory, "resident_memory", lambda pids=None: 900 * 10**6)
-    monkeypatch.setattr(memory, "oom_kills", lambda: 0)
-    monkeypatch.setattr(memory, "shared_memory_free", lambda: 64 * 10**6)
+    monkeypatch.setattr(machine, "resident_memory", lambda pids=None: 900 * 10**6)
+    monkeypatch.setattr(machine, "oom_kills", lambda: 0)
+    monkeypatch.setattr(machine, "shared_memory_free", lambda: 64 * 10**6)
     batches, pools, reports = made()
     expected = batches.dataset.case_of((0, 2))  # the first sample of batch 1, of worker 1
     for worker in (pools[0].workers[1], pools[0].workers[0]):
@@ -167,7 +167,7 @@ def test_a_death_tells_the_signal_the_case_the_memory_and_the_setting(made, monk
 
 def test_when_the_kernel_counts_a_kill_for_memory_that_is_said_once(made, monkeypatch):
     kills = iter([3, 4, 4])  # at the start, at each death
-    monkeypatch.setattr(memory, "oom_kills", lambda: next(kills))
+    monkeypatch.setattr(machine, "oom_kills", lambda: next(kills))
     batches, pools, reports = made()
     for _ in range(2):
         batches._bury(pools[0].death(pools[0].workers[0], -signal.SIGKILL)[1][0])

@@ -370,7 +370,9 @@ def test_validation_that_finds_no_memory_takes_fewer_windows_and_remembers(
     for a, b in zip(one, other, strict=True):
         assert a == pytest.approx(b, abs=1e-6)
     assert failed == [2, 1]  # in the first evaluation alone
-    assert weights_of(run_folder(tmp_path))["loop"]["evaluations"]["window_fits"] == {"12x24x24": [1, True]}
+    assert weights_of(run_folder(tmp_path))["loop"]["evaluations"]["window_fits"] == {
+        "12x24x24": [1, True]
+    }
 
 
 # ---------------------------------------------------------------------------- numbers

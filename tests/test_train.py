@@ -11,12 +11,10 @@ import torch
 import yaml
 
 import data
-import loader
 import model
 import train
 from patches import augment, transfer
 from runtime import checkpoint, config, validation
-from runtime import composite_loss as composite
 from runtime import evaluator as judging
 from runtime import timer as clock
 from volumes import casefile as cases

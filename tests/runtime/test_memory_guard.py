@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from monitoring import memory
-from monitoring.memory import GB, MemoryLimit
+from monitoring import machine
+from monitoring.machine import GB, MemoryLimit
 from runtime import memory_guard as guard
 from runtime.memory_guard import MemoryGuard
 
@@ -18,9 +18,9 @@ class Scene:
         self.workers = [SimpleNamespace(pid=100 + i) for i in range(workers)]
         self.now = 1000.0
         monkeypatch.setattr(
-            memory, "rooms", lambda: [MemoryLimit(self.free, 10 * GB, "this machine")]
+            machine, "rooms", lambda: [MemoryLimit(self.free, 10 * GB, "this machine")]
         )
-        monkeypatch.setattr(memory, "resident_memory", lambda pids: self.taken)
+        monkeypatch.setattr(machine, "resident_memory", lambda pids: self.taken)
         monkeypatch.setattr(guard, "release", self.release)
         monkeypatch.setattr(guard.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(guard.time, "sleep", lambda seconds: self.done.append("wait"))
@@ -124,14 +124,14 @@ def test_a_limit_of_the_run_counts_what_all_its_processes_take(monkeypatch):
 def test_a_twentieth_stays_free_but_no_more_than_a_gigabyte(monkeypatch, free, total, tight):
     scene = Scene(monkeypatch, workers=0, others=0)
     room = MemoryLimit(int(free * GB), total * GB, "here")
-    monkeypatch.setattr(memory, "rooms", lambda: [MemoryLimit(50 * GB, 99 * GB, "there"), room])
+    monkeypatch.setattr(machine, "rooms", lambda: [MemoryLimit(50 * GB, 99 * GB, "there"), room])
     assert scene.guard.tightest(scene) == (room if tight else None)
 
 
 def test_of_several_limits_the_one_with_least_left_is_told(monkeypatch):
     scene = Scene(monkeypatch, workers=0, others=0)
     rooms = [MemoryLimit(3 * 10**7, 10 * GB, "one"), MemoryLimit(10**7, 10 * GB, "other")]
-    monkeypatch.setattr(memory, "rooms", lambda: rooms)
+    monkeypatch.setattr(machine, "rooms", lambda: rooms)
     assert scene.guard.tightest(scene).what == "other"
 
 
