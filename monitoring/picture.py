@@ -75,12 +75,13 @@ def _facts(run):
 def _losses(axis, run):
     parts = [(event["step"], event.get("loss") or {}) for event in run.steps]
     for name in sorted(_names(parts), key=lambda name: (name == "total", name)):  # above others
-        _curve(axis, [(step, loss.get(name)) for step, loss in parts], name, main=name == "total")
+        pairs = [(step, loss[name]) for step, loss in parts if name in loss]
+        _curve(axis, pairs, name, main=name == "total")
     for name in sorted(name for name in _names(run.evaluations) if name.endswith("_loss")):
         label = f"{name.removesuffix('_loss')}, validation"
         pairs = [(step, scores.get(name)) for step, scores in run.evaluations]
         _curve(axis, pairs, label, ls=":", marker="o", ms=3)
-    values = [y for line in axis.lines for y in line.get_ydata()]
+    values = [y for line in axis.lines for y in line.get_ydata() if np.isfinite(y)]
     if values and 0 < LOG_FROM * min(values) < max(values):
         axis.set_yscale("log")
     return "loss, by term"
@@ -173,9 +174,10 @@ def _of_role(reading, role, key):
 
 
 def _curve(axis, pairs, label, *, main=False, unit=1.0, **style):
-    """A line of the (step, value) pairs that are finite; of many, below their running mean."""
-    pairs = [(step, value) for step, value in pairs if None not in (finite(step), finite(value))]
-    if not pairs:
+    """A line of (step, value) pairs, with gaps where a value is not finite; of many, below their
+    running mean."""
+    pairs = [(step, finite(value)) for step, value in pairs if finite(step) is not None]
+    if all(value is None for _, value in pairs):
         return
     x, y = np.array(pairs, float).T
     y /= unit
@@ -185,7 +187,9 @@ def _curve(axis, pairs, label, *, main=False, unit=1.0, **style):
         from scipy.ndimage import uniform_filter1d
 
         (faint,) = axis.plot(x, y, lw=0.6, alpha=0.3)
-        y, style["color"] = uniform_filter1d(y, len(y) // 40), faint.get_color()
+        known, style["color"] = np.isfinite(y), faint.get_color()
+        y = y.copy()
+        y[known] = uniform_filter1d(y[known], len(y) // 40)
     axis.plot(x, y, label=label, **style)
 
 

@@ -56,13 +56,15 @@ def process(role, rss, cpu=None):
 # ---------------------------------------------------------------------------- what is drawn
 
 
-def test_losses_are_drawn_by_name_without_values_that_were_not_finite(tmp_path, panels):
+def test_losses_are_drawn_by_name_with_gaps_where_they_were_not_finite(tmp_path, panels):
     losses = [{"total": 4.0, "cldice": 2.0}, {"total": None, "cldice": None}, {"total": 1.0}]
     log = [step(10 * (i + 1), loss=loss) for i, loss in enumerate(losses)]
     write_lines(tmp_path / "log.jsonl", [start(), *log])
     axis = panels()["loss"]
     assert curve(axis, "total") == {10: 4.0, 30: 1.0}
     assert curve(axis, "cldice") == {10: 2.0}
+    (total,) = [line for line in axis.lines if line.get_label() == "total"]
+    assert list(np.isnan(total.get_ydata())) == [False, True, False]
     assert axis.get_yscale() == "linear"
 
 
