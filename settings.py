@@ -16,7 +16,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Range = tuple[Finite, Finite]  # low, high
-UNFOLDED = 0.075  # elastic amplitude, as a share of the control points' distance: augment.py
+Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
+Thresholds = Annotated[tuple[Probability, ...], Field(min_length=1, max_length=100)]
+UNFOLDED = 0.075  # elastic amplitude, as a share of the control points' distance
 
 
 class Group(BaseModel):
@@ -25,7 +27,7 @@ class Group(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _lists_are_tuples(cls, value):
-        """YAML knows no tuple, and strict types take none but a tuple."""
+        """YAML has no tuples, and strict types accept no list for one."""
         return tuple(value) if isinstance(value, list) else value
 
     @field_validator("*")
@@ -42,14 +44,14 @@ class Run(Group):
     seed: Whole = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     threads: Whole = 0  # of the CPU, 0: all that this process may use
-    # What all processes of the run together may take of the host's memory, in 10^9 bytes. What the
-    # machine and its cgroups leave is looked at in any case; null: that alone.
+    # Limit on the host memory of all processes of the run together, in 10^9 bytes; null: only the
+    # limits of the machine and its cgroups, which hold in any case.
     memory_gb: Positive | None = None
 
 
 class Data(Group):
     root: str = "data"  # a folder made by prepare.py
-    source: str = ""  # where the data come from: said when root is not there
+    source: str = ""  # where the data come from: printed when root is missing
     # Case ids, groups, or patterns of either (burgess2014_*).
     train: tuple[str, ...] | None = None  # null: all labeled cases not named below
     validation: tuple[str, ...] = ()
@@ -60,11 +62,10 @@ class Data(Group):
     spacing: tuple[NonNegative | None, NonNegative | None, NonNegative | None] = (0, 0, 0)
     # Names of the classes that the network tells from all others; null: the only one there is.
     foreground: tuple[str, ...] | None = None
-    # What all processes together may keep of the case files, in 10^9 bytes; 0: nothing, null: half
-    # of the memory that is free at the start, at most what the training cases hold.
+    # Cache of the case files over all processes, in 10^9 bytes; 0: none; null: half of the memory
+    # that is free at the start, at most what the training cases hold.
     cache_gb: NonNegative | None = None
-    # The share of training cases that may be left out because their files cannot be read; more than
-    # that stop the run.
+    # The largest share of training cases that may be excluded because their files cannot be read.
     max_excluded: Probability = 0.25
     clip_percentiles: Literal["none", "0.5-99.5", "1-99", "5-95"] = "0.5-99.5"
 
@@ -88,11 +89,10 @@ class Data(Group):
 
 class Sampling(Group):
     patch: tuple[Count, Count, Count] = (64, 64, 64)
-    foreground_share: Probability = 0.5  # of patches that are drawn around a foreground voxel
-    # Of those, how many around each foreground class, {name: weight}: null, all alike; a class that
-    # is not named, none.
+    foreground_share: Probability = 0.5  # of patches that are centered on a foreground voxel
+    # Of those, how many on each foreground class, {name: weight}; null: all alike; unnamed: none.
     class_ratio: dict[str, NonNegative] | None = None
-    jitter: Probability = 0.5  # the voxel lies off-centre by up to this share of half the patch
+    jitter: Probability = 0.5  # the center moves by up to this share of half the patch
 
 
 class Augment(Group):
@@ -154,10 +154,9 @@ class Augment(Group):
                 f"elastic_amplitude_range from 0 to {UNFOLDED} of elastic_spacing, above which the "
                 f"field may fold, got {list(amplitude)} and {self.elastic_spacing}"
             )
-        if self.low_resolution_range[0] < 1:
-            raise ValueError(
-                f"low_resolution_range of 1 or more, got {list(self.low_resolution_range)}"
-            )
+        low, high = self.low_resolution_range
+        if low < 1:
+            raise ValueError(f"low_resolution_range of 1 or more, got {[low, high]}")
         if self.dropout_boxes[0] > self.dropout_boxes[1]:
             raise ValueError(
                 f"dropout_boxes [low, high] with low <= high, got {list(self.dropout_boxes)}"
@@ -167,12 +166,7 @@ class Augment(Group):
 
 class Model(Group):
     base: Count = 16
-    multipliers: Annotated[tuple[Count, ...], Field(min_length=2)] = (
-        1,
-        2,
-        4,
-        4,
-    )  # width of each stage, times base
+    multipliers: Widths = (1, 2, 4, 4)  # width of each stage, times base
     blocks: Count = 1  # residual blocks per stage, encoder and decoder
     dropout: Decay = 0.0
     deep_supervision: bool = True
@@ -198,12 +192,12 @@ class Model(Group):
 
 
 class Term(Group):
-    """What the weighted sum reads of every term: see composite.py."""
+    """What the weighted sum reads of every term: see runtime/composite_loss.py."""
 
     weight: NonNegative = 0.0
     scales: Count | None = None  # how many scales, from the finest, it acts on; null: all
     interval: Count = 1  # acts on one step of this many
-    off_step: Literal["nothing", "boundary"] = "nothing"  # what stands in on the other steps
+    off_step: Literal["nothing", "boundary"] = "nothing"  # replaces it on the other steps
     validation_only: bool = False  # computed at each validation, never trained
 
 
@@ -237,7 +231,7 @@ class SkeletonRecall(Term):
 class Toploss(Term):
     scales: Count | None = 1
     window: tuple[Count, Count, Count] = (48, 48, 48)  # voxels
-    windows: Count = 2  # looked at in each step, of the whole batch
+    windows: Count = 2  # used in each step, of the whole batch
 
 
 class Loss(Group):
@@ -279,11 +273,11 @@ class Training(Group):
     train_batch_size: Count = 2
     accumulate: Count = 1  # batches per optimiser step
     max_steps: Whole | None = None  # stop after this many; 0: evaluate the untrained network
-    workers: Whole = 1  # processes that read patches, 0: the training process itself
+    workers: Whole = 1  # processes that read patches; 0: the training process itself
     prefetch_factor: Annotated[int, Field(ge=1, le=64)] = 4  # batches that each of them reads ahead
     persistent_workers: bool = True
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    max_hours: Positive | None = None  # of this process: then it saves its state and leaves
+    max_hours: Positive | None = None  # of this process, which then saves its state and exits
     save_minutes: Positive | None = 10.0  # between two saves within an epoch; null: none
     max_skipped: Count = 10  # steps in a row without a finite loss and gradient; more stop the run
 
@@ -291,16 +285,14 @@ class Training(Group):
 class Validation(Group):
     every: Count = 1  # epochs
     untrained: bool = True  # also before the first step: the baseline
-    score: str = "surface_dice"  # of metrics.SCORES: picks best.pt, the threshold and the size
+    score: str = "surface_dice"  # of scoring.metrics.SCORES: picks best.pt, threshold and size
     scores: tuple[str, ...] = ("dice", "precision", "recall", "components", "components_truth")
     tolerance: Positive = 2.0  # of surface_dice, in the unit of the spacing
-    # Of which the best are chosen, where inference.threshold and postprocess.min_component_voxels
-    # do not name one.
-    thresholds: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=100)] = (
-        *(0.3, 0.4, 0.5, 0.6, 0.7),
-    )
+    # The best of these are chosen, unless inference.threshold and postprocess.min_component_voxels
+    # are given.
+    thresholds: Thresholds = (0.3, 0.4, 0.5, 0.6, 0.7)
     min_component_voxels: Annotated[tuple[Whole, ...], Field(min_length=1)] = (0, 20, 100)
-    # Whether a process of its own judges while training goes on; null: where a GPU trains.
+    # Whether another process evaluates while training goes on; null: where a GPU trains.
     background: bool | None = None
     max_cases: Count | None = None
     patience: Whole = 0  # stop after this many in a row without a better score; 0: never
@@ -316,7 +308,7 @@ class Inference(Group):
 
 
 class Postprocess(Group):
-    """In this order, after the threshold: see postprocess.py."""
+    """In this order, after the threshold: see scoring/postprocess.py."""
 
     hysteresis: Probability | None = None  # voxels above it stay if they touch kept ones
     # Smaller components are removed, 0: none; null: what validation chose, 0 without.
@@ -351,17 +343,17 @@ class Settings(Group):
         return self.model_dump(mode="json")
 
     def terms(self):
-        """What composite.composite_loss takes from the settings."""
+        """The terms of `runtime.composite_loss.composite_loss`."""
         terms = self.loss.model_dump()
         surface = terms["surface_distance"]
         surface["tolerance"] = surface["tolerance"] or self.validation.tolerance
         return terms
 
     def patch_arguments(self):
-        """What data.PatchDataset takes from the settings, but for the augmentation."""
-        chosen = self.sampling.model_dump(include={"patch", "foreground_share", "jitter"})
+        """Arguments of `data.PatchDataset`, but for the augmentation."""
+        shape = self.sampling.model_dump(include={"patch", "foreground_share", "jitter"})
         clip = self.data.percentiles
-        return {**chosen, "spacing": self.data.spacing, "clip": clip, "seed": self.run.seed}
+        return {**shape, "spacing": self.data.spacing, "clip": clip, "seed": self.run.seed}
 
     def with_chosen(self, chosen):
         """These settings, with what validation chose ({} if nothing) where they leave it open."""
@@ -373,6 +365,6 @@ class Settings(Group):
         return copy
 
     def window_arguments(self):
-        """What windows.predict_volume takes from the settings."""
-        chosen = self.inference.model_dump(include={"window", "overlap", "batch", "flips"})
-        return {**chosen, "window": self.inference.window or self.sampling.patch}
+        """Arguments of `runtime.sliding_window.predict_volume`."""
+        arguments = self.inference.model_dump(include={"window", "overlap", "batch", "flips"})
+        return {**arguments, "window": self.inference.window or self.sampling.patch}
