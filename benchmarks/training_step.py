@@ -1,11 +1,12 @@
 """A network and its training step outside of a run, for those who measure them.
 
     plan = planning.settle(settings)
-    trainer, source = trial.Trainer(plan), trial.batches(plan, planning.make_patches(plan), 20)
+    trainer = training_step.Trainer(plan)
+    source = training_step.batches(plan, planning.make_patches(plan), 20)
     with contextlib.closing(source):                      # or the workers stay
-        step = functools.partial(trainer.step, trial.from_loader(plan, source))
-        steps = trial.run_steps(step, range(20), plan.device)
-    trial.medians(steps), trial.wait_share(steps)
+        step = functools.partial(trainer.step, training_step.from_loader(plan, source))
+        steps = training_step.run_steps(step, range(20), plan.device)
+    training_step.medians(steps), training_step.wait_share(steps)
 
 The step is that of train.py: the same parts, in the same order, under the same names. Nothing is
 written.
