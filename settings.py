@@ -15,10 +15,17 @@ Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Range = tuple[Finite, Finite]  # low, high
+PositiveRange = tuple[Positive, Positive]
+NonNegativeRange = tuple[NonNegative, NonNegative]
 Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
 Thresholds = Annotated[tuple[Probability, ...], Field(min_length=1, max_length=100)]
 UNFOLDED = 0.075  # elastic amplitude, as a share of the control points' distance
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 class Group(BaseModel):
@@ -28,12 +35,12 @@ class Group(BaseModel):
     @classmethod
     def _lists_are_tuples(cls, value):
         """YAML has no tuples, and strict types accept no list for one."""
-        return tuple(value) if isinstance(value, list) else value
+        return _tuples(value)
 
     @field_validator("*")
     @classmethod
     def _ranges_rise(cls, value, info):
-        if cls.model_fields[info.field_name].annotation == Range and value[0] > value[1]:
+        if info.field_name.endswith(("_range", "_boxes")) and value and value[0] > value[1]:
             raise ValueError(f"a range [low, high] with low <= high, got {list(value)}")
         return value
 
@@ -104,62 +111,46 @@ class Augment(Group):
     rotation_degrees: Range = (-30.0, 30.0)
     rotation_axes: Literal["auto", "z", "all"] = "auto"  # auto: about z alone if anisotropic
     scaling: Probability = 0.3
-    scaling_range: Range = (0.75, 1.33)  # > 1 shows things larger
+    scaling_range: PositiveRange = (0.75, 1.33)  # > 1 shows things larger
     scaling_per_axis: Probability = 0.0  # of those: a factor of its own for every axis
     elastic: Probability = 0.0
     # Distance of control points and, per axis, root mean square of the displacement, in the unit
     # of the spacing; null: 24 voxels, and 0.5 to 1.5 voxels, of the finest axis.
     elastic_spacing: Positive | None = None
-    elastic_amplitude_range: Range | None = None
+    elastic_amplitude_range: NonNegativeRange | None = None
     roll: Probability = 0.0  # the patch is rolled along z by a random number of slices
     brightness: Probability = 0.3
     brightness_range: Range = (-0.5, 0.5)  # added, in standard deviations of the volume
     contrast: Probability = 0.3
-    contrast_range: Range = (0.65, 1.5)  # factor about the patch mean
+    contrast_range: PositiveRange = (0.65, 1.5)  # factor about the patch mean
     gamma: Probability = 0.3
-    gamma_range: Range = (0.7, 1.5)
+    gamma_range: PositiveRange = (0.7, 1.5)
     noise: Probability = 0.2
-    noise_range: Range = (0.0, 0.3)  # sigma, in standard deviations of the volume
+    noise_range: NonNegativeRange = (0.0, 0.3)  # sigma, in standard deviations of the volume
     rician: Probability = 0.0
-    rician_range: Range = (0.0, 0.3)  # the same, of the noise of magnitude images (MRI)
+    rician_range: NonNegativeRange = (0.0, 0.3)  # the same, of the noise of magnitude images (MRI)
     blur: Probability = 0.2
-    blur_range: Range = (0.5, 1.0)  # sigma in voxels of the finest axis
+    blur_range: PositiveRange = (0.5, 1.0)  # sigma in voxels of the finest axis
     low_resolution: Probability = 0.0
-    low_resolution_range: Range = (1.0, 2.0)  # how many times larger voxels are made
+    low_resolution_range: tuple[AtLeastOne, AtLeastOne] = (1.0, 2.0)  # factor of the voxel size
     illumination: Probability = 0.0
-    illumination_range: Range = (0.0, 0.7)  # log of the largest gain of a smooth field
+    illumination_range: NonNegativeRange = (0.0, 0.7)  # log of the largest gain of a smooth field
     dropout: Probability = 0.0
-    dropout_range: Range = (0.01, 0.1)  # share of the patch that is blanked, in boxes
+    dropout_range: tuple[Decay, Decay] = (0.01, 0.1)  # share of the patch that is blanked, in boxes
     dropout_boxes: tuple[Count, Count] = (1, 8)  # how many
 
     @model_validator(mode="after")
-    def _factors_are_positive(self):
-        for name in ("scaling_range", "contrast_range", "gamma_range", "blur_range"):
-            if getattr(self, name)[0] <= 0:
-                raise ValueError(f"{name} above 0, got {list(getattr(self, name))}")
-        for name in ("noise_range", "rician_range", "illumination_range", "dropout_range"):
-            if getattr(self, name)[0] < 0:
-                raise ValueError(f"{name} of 0 or more, got {list(getattr(self, name))}")
-        if self.dropout_range[1] >= 1:
-            raise ValueError(f"dropout_range below 1, got {list(self.dropout_range)}")
-        amplitude = self.elastic_amplitude_range
-        if (amplitude is None) != (self.elastic_spacing is None):
+    def _elastic_fields_do_not_fold(self):
+        distance, amplitude = self.elastic_spacing, self.elastic_amplitude_range
+        if (amplitude is None) != (distance is None):
             raise ValueError(
                 "elastic_spacing and elastic_amplitude_range, both or neither, got "
-                f"{self.elastic_spacing} and {amplitude}"
+                f"{distance} and {amplitude}"
             )
-        most = UNFOLDED * (self.elastic_spacing or 0) * (1 + 1e-9)
-        if amplitude and not 0 <= amplitude[0] <= amplitude[1] <= most:
+        if amplitude and amplitude[1] > UNFOLDED * distance * (1 + 1e-9):
             raise ValueError(
                 f"elastic_amplitude_range from 0 to {UNFOLDED} of elastic_spacing, above which the "
-                f"field may fold, got {list(amplitude)} and {self.elastic_spacing}"
-            )
-        low, high = self.low_resolution_range
-        if low < 1:
-            raise ValueError(f"low_resolution_range of 1 or more, got {[low, high]}")
-        if self.dropout_boxes[0] > self.dropout_boxes[1]:
-            raise ValueError(
-                f"dropout_boxes [low, high] with low <= high, got {list(self.dropout_boxes)}"
+                f"field may fold, got {list(amplitude)} and {distance}"
             )
         return self
 
@@ -174,12 +165,6 @@ class Model(Group):
     strides: tuple[tuple[Count, Count, Count], ...] | None = None
     compile: bool = False
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
-
-    @field_validator("strides", mode="before")
-    @classmethod
-    def _inner_lists_too(cls, value):
-        rows = isinstance(value, list | tuple)
-        return tuple(tuple(r) if isinstance(r, list) else r for r in value) if rows else value
 
     @model_validator(mode="after")
     def _one_stride_per_downsampling(self):
