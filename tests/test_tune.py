@@ -226,10 +226,11 @@ def test_a_training_that_fails_is_named_and_the_rest_is_measured(tmp_path, monke
     }
 
 
-def test_a_cache_that_holds_half_says_so(tmp_path):
-    plan = make_plan(make_root(tmp_path), "data.cache_gb=0.00005")
-    fill = tune.measure_fill(plan, build.make_patches(plan))["fill"]
-    assert "2 of 4 cases held" in fill.note
+def test_a_cache_that_holds_half_says_so(tmp_path, monkeypatch):
+    plan = make_plan(make_root(tmp_path))
+    patches = build.make_patches(plan)
+    monkeypatch.setattr(patches.cache, "counts", lambda: {"cases": 2, "bytes": 1.5e9})
+    assert tune.measure_fill(plan, patches)["fill"].note == "1.5 GB, 2 of 4 cases held"
 
 
 def test_what_train_py_reports_as_trouble_is_printed(tmp_path, monkeypatch, capsys):
