@@ -10,12 +10,13 @@ One channel of logits is a foreground against the rest, by a sigmoid. K > 1 chan
 a softmax, 0 the background; target is then (B, 1, ...) class ids (K and above: of no class) or
 (B, K, ...) shares, and a term is the mean over the foreground classes.
 
-An invalid voxel does not exist for a term: its gradient is exactly 0, and neither its logit nor its
-target, whatever they hold, can change the value. Without any valid voxel a term is 0, its gradient
-is 0 and backward still works. Only `toploss_loss`, and distances by another backend than `native`,
-wait for the device. Nothing is changed in place.
+In an invalid voxel the gradient is exactly 0, and neither its logit nor its target, whatever they
+hold, can change the value. Without any valid voxel a term is 0, its gradient is 0 and backward
+still works. Only `toploss_loss`, and distances by another backend than `native`, wait for the
+device. Nothing is changed in place.
 
-To add a term: write the function below, name it in `LOSSES`, and its settings in settings.py.
+To add a term: write the function below, name it in `LOSSES`, and its settings in settings.py. The
+file needs topology/ beside it and nothing else of this project.
 """
 
 import itertools
@@ -29,13 +30,13 @@ from topology.persistence import topological_losses
 from topology.soft_skeleton import soft_skeleton
 
 NEVER = -1e4  # a logit whose sigmoid is 0 in float32, and its slope too
+ITERATIONS = 3  # of a soft skeleton
 
 
 def _masked(logits, target, valid, fill=0.0):
     """logits and target as float32 (B, K, D, H, W), `fill` and 0 where invalid; valid as bool.
 
-    The replacement is a `where` before any arithmetic: a product with a mask would let an infinite
-    or NaN content through, in the value and in the gradient.
+    By `where` before any arithmetic: a product with a mask would let infinity and NaN through.
     """
     given = [x for x in (logits, target, valid) if x is not None]
     places = {(len(x), *x.shape[2:]) for x in given if x.ndim == 5}
@@ -77,16 +78,12 @@ def _positive(name, value):
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
-# ---------------------------------------------------------------------------- overlap
-
-
 def weighted_bce_loss(logits, target, valid=None, *, positive_weight=1.0):
     """Binary cross-entropy, foreground voxels counted `positive_weight` times.
 
     A mean over valid voxels with the weights 1 + (positive_weight - 1) * target, divided by their
-    sum: the weight moves the balance of the classes and leaves the size of the loss alone, and a
-    soft target stays the optimum. In nats, >= 0. Of K classes: their cross-entropy, every
-    foreground class weighted alike.
+    sum: the size of the loss stays, and a soft target stays the optimum. In nats, >= 0. Of K
+    classes: their cross-entropy, every foreground class weighted alike.
     """
     _positive("positive_weight", positive_weight)
     logits, target, valid = _masked(logits, target, valid)
@@ -103,43 +100,37 @@ def weighted_bce_loss(logits, target, valid=None, *, positive_weight=1.0):
 def soft_dice_loss(logits, target, valid=None, *, smooth=1e-5, batch=False):
     """1 - soft Dice, (2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth), sums over valid voxels.
 
-    From V-Net (Milletari et al. 2016) with plain instead of squared sums in the denominator. One
-    Dice per sample, then the mean over the samples that have a valid voxel; `batch=True`: one Dice
-    over all voxels of the batch, steadier where many patches hold little foreground. In [0, 1].
+    V-Net's (Milletari et al. 2016) with plain instead of squared sums in the denominator. The mean
+    over samples with a valid voxel; `batch=True`: one Dice over all voxels of the batch, steadier
+    where many patches hold little foreground. In [0, 1].
 
-    Empty target: 0 if the prediction is empty too, else close to 1 with next to no gradient (of
-    the order of smooth / sum(p)^2): such patches are taught by another term, or by `batch=True`.
+    Empty target: 0 if the prediction is empty too, else close to 1 with next to no gradient
+    (smooth / sum(p)^2): such patches need another term, or `batch=True`.
     """
     _positive("smooth", smooth)
     probs, target, valid = _foreground(logits, target, valid)
     if batch:
-        probs, target, valid = (
-            x.transpose(0, 1).flatten(1, 2)[None] for x in (probs, target, valid)
-        )
+        probs, target, valid = (x.movedim(1, 0).flatten(1, 2)[None] for x in (probs, target, valid))
     overlap, p, t = (x.flatten(2).sum(2) for x in (probs * target, probs, target))
     return _mean_per_sample(1.0 - (2.0 * overlap + smooth) / (p + t + smooth), valid)
 
 
-# ---------------------------------------------------------------------------- skeletons
-
-
-def soft_skeletons(logits, target, valid=None, *, iterations=3):
-    """The soft skeletons (of the prediction, of the target) that `cldice_loss` and
-    `morph_skeleton_loss` take, each (B, C, D, H, W); the target's has no gradient."""
+def soft_skeletons(logits, target, valid=None, *, iterations=ITERATIONS):
+    """The soft skeletons of the prediction and of the target, without gradient; (B, C, D, H, W)."""
     probs, target, valid = _foreground(logits, target, valid)
     with torch.no_grad():
-        of_target = soft_skeleton(target, iterations, valid)
-    return soft_skeleton(probs, iterations, valid), of_target
+        target_skeleton = soft_skeleton(target, iterations, valid)
+    return soft_skeleton(probs, iterations, valid), target_skeleton
 
 
-def cldice_loss(logits, target, valid=None, *, iterations=3, smooth=1.0, skeletons=None):
+def cldice_loss(logits, target, valid=None, *, iterations=ITERATIONS, smooth=1.0, skeletons=None):
     """1 - soft centreline Dice (clDice, Shit et al. 2021), per sample.
 
     The harmonic mean of the share of the prediction's skeleton that lies in the target, and of the
     target's skeleton that lies in the prediction: (sum(s_p t) + smooth) / (sum(s_p) + smooth) and
     (sum(s_t p) + smooth) / (sum(s_t) + smooth), sums over valid voxels. In [0, 1]; `smooth` is in
-    voxels. `iterations`: at least the radius of the thickest structure, in voxels. skeletons:
-    what `soft_skeletons` gives for these iterations, if it is known already.
+    voxels. `iterations`: at least the radius of the thickest structure, in voxels. skeletons: of
+    `soft_skeletons` with these iterations; None: computed here.
 
     Empty target: 0 if the prediction has no skeleton (it is empty, or thicker than the iterations
     can erode), else close to 1 with little gradient.
@@ -148,23 +139,23 @@ def cldice_loss(logits, target, valid=None, *, iterations=3, smooth=1.0, skeleto
     if skeletons is None:
         skeletons = soft_skeletons(logits, target, valid, iterations=iterations)
     probs, target, valid = _foreground(logits, target, valid)
-    of_probs, of_target = skeletons
-
-    def share(skeleton, mask):
-        inside, whole = (skeleton * mask).flatten(2).sum(2), skeleton.flatten(2).sum(2)
-        return (inside + smooth) / (whole + smooth)
-
-    precision, sensitivity = share(of_probs, target), share(of_target, probs)
+    precision = _share_inside(skeletons[0], target, smooth)
+    sensitivity = _share_inside(skeletons[1], probs, smooth)
     cldice = 2.0 * precision * sensitivity / (precision + sensitivity)
     return _mean_per_sample(1.0 - cldice, valid)
 
 
-def morph_skeleton_loss(logits, target, valid=None, *, iterations=3, skeletons=None):
+def _share_inside(skeleton, mask, smooth):
+    """(B, C): the share of a skeleton that lies in a mask."""
+    inside, whole = (skeleton * mask).flatten(2).sum(2), skeleton.flatten(2).sum(2)
+    return (inside + smooth) / (whole + smooth)
+
+
+def morph_skeleton_loss(logits, target, valid=None, *, iterations=ITERATIONS, skeletons=None):
     """Mean over valid voxels of |soft skeleton of the prediction - that of the target|, in [0, 1].
 
-    Of sheets and tubes a few per cent of the voxels are skeleton, so that the value is small.
-    iterations, skeletons: as in `cldice_loss`, which shares them. Empty target: the mean of the
-    prediction's skeleton.
+    iterations, skeletons: as in `cldice_loss`. The value is small, since few voxels are skeleton.
+    Empty target: the mean of the prediction's skeleton.
     """
     if skeletons is None:
         skeletons = soft_skeletons(logits, target, valid, iterations=iterations)
@@ -176,16 +167,16 @@ def skeleton_recall_loss(logits, target, valid=None, *, smooth=1.0, skeleton=Non
     """1 - the share of the target's tubed skeleton that is predicted, per sample, in [0, 1].
 
     (sum(p k) + smooth) / (sum(k) + smooth) over valid voxels (Kirchhoff et al. 2024). skeleton:
-    k, (B, 1, D, H, W), of all foreground classes together, made once at preparation
-    (skeletons.tubed_skeleton) and drawn with the patch; each class has the part that lies in its
-    target. None: the target's soft skeleton, dilated by two voxels and cut to the target. Empty
-    skeleton: 0. It asks for recall alone: give it beside a term that punishes too much foreground.
+    k, (B, 1, D, H, W), as prepare.py makes it, cut to the target of each class; None: the target's
+    soft skeleton, dilated by two voxels and cut to the target. Empty skeleton: 0. It rewards recall
+    alone: use it beside a term that punishes too much foreground.
     """
     _positive("smooth", smooth)
     probs, target, valid = _foreground(logits, target, valid)
     with torch.no_grad():
         if skeleton is None:
-            tube = F.max_pool3d(soft_skeleton(target, 3, valid), 5, stride=1, padding=2) * target
+            thin = soft_skeleton(target, ITERATIONS, valid)
+            tube = F.max_pool3d(thin, 5, stride=1, padding=2) * target
         else:
             if skeleton.shape != (len(logits), 1, *logits.shape[2:]):
                 raise ValueError(
@@ -193,11 +184,7 @@ def skeleton_recall_loss(logits, target, valid=None, *, smooth=1.0, skeleton=Non
                     f"got {tuple(skeleton.shape)}"
                 )
             tube = torch.minimum(torch.where(valid, skeleton.float(), 0.0), target)
-    recalled, whole = (probs * tube).flatten(2).sum(2), tube.flatten(2).sum(2)
-    return _mean_per_sample(1.0 - (recalled + smooth) / (whole + smooth), valid)
-
-
-# ---------------------------------------------------------------------------- distance
+    return _mean_per_sample(1.0 - _share_inside(tube, probs, smooth), valid)
 
 
 def surface_distance_loss(
@@ -209,16 +196,14 @@ def surface_distance_loss(
     means over valid voxels, in [0, 2]. d_target is the distance to the target's foreground
     (target > 0.5), d_pred that to the prediction's (p > 0.5); both are constants, so the gradient
     lowers p away from the target and raises it on target that the prediction does not reach.
-    tolerance and spacing (z, y, x) share one unit. backend: see distance.edt; native needs no more
-    than the truncated distance. In the spirit of the boundary loss (Kervadec et al. 2019), bounded
-    so that no far voxel outweighs the rest.
+    tolerance and spacing (z, y, x) share one unit. backend: see `topology.distance.edt`; native
+    needs the truncated distance only. After the boundary loss (Kervadec et al. 2019), bounded so
+    that no far voxel outweighs the rest.
 
-    An unlabeled voxel is foreground of neither side: a surface that goes on inside the unlabeled
-    region attracts nothing, and the labeled voxels beside it are as far as the labeled surface.
-    Empty target: the mean of p. Empty prediction: the second term is the mean of target * (1 - p).
-
-    A thin structure averaged to a coarse scale falls under 0.5 and is then empty here: let this
-    term act on the finest scales only.
+    An unlabeled voxel is foreground of neither: a surface inside the unlabeled region attracts
+    nothing. Empty target: the mean of p. Empty prediction: the second term is the mean of
+    target * (1 - p). A thin structure averaged to a coarse scale falls under 0.5 and is then empty
+    here: let this term act on the finest scales only.
     """
     _positive("tolerance", tolerance)
     probs, target, valid = _foreground(logits, target, valid)
@@ -239,9 +224,9 @@ def surface_distance_loss(
 def boundary_loss(logits, target, valid=None, *, smooth=1.0):
     """How much the boundaries differ: sum |dp - dt| / (sum |dp| + sum |dt| + smooth), in [0, 1].
 
-    d is the difference of two neighbours along an axis, both of them valid, so that the edge of the
-    unlabeled region is no boundary; sums over the three axes, per sample. Three subtractions: the
-    stand-in for an expensive term on the steps between those on which it acts.
+    d is the difference of two valid neighbours along an axis, so that the edge of the unlabeled
+    region is no boundary; sums over the three axes, per sample. Cheap: it can replace an expensive
+    term on the steps between those on which that acts.
     """
     _positive("smooth", smooth)
     probs, target, valid = _foreground(logits, target, valid)
@@ -255,20 +240,16 @@ def boundary_loss(logits, target, valid=None, *, smooth=1.0):
     return _mean_per_sample(differs / (total + smooth), valid)
 
 
-# ---------------------------------------------------------------------------- topology
-
-
 def toploss_loss(logits, target, valid=None, *, window=(48, 48, 48), windows=2):
     """Persistent homology of the probabilities against the target's Betti numbers, in [0, 1.5].
 
-    The mean of `persistence.topological_loss` (Hu et al. 2019, in 3D and all three dimensions) over
-    windows of the batch. Each volume is covered by windows of `window` voxels (z, y, x; less where
-    the volume is smaller); the `windows` of the whole batch with the largest sum of |p - target|
-    are looked at. Pieces, loops and cavities that the target lacks are closed or filled, those that
-    the prediction lacks are drawn out, through the few critical voxels that decide them.
+    The mean of `topology.persistence.topological_loss` (Hu et al. 2019) over windows of the batch.
+    Windows of `window` voxels (z, y, x; less where the volume is smaller) cover each volume; those
+    `windows` of the whole batch with the largest sum of |p - target| are used. Components, loops
+    and hollows that the target lacks are removed, those that the prediction lacks are restored,
+    through the few critical voxels that decide them; see persistence.py for unlabeled voxels.
 
-    Unlabeled voxels are neither: see persistence.py. Without an error in any window: 0. It runs on
-    the CPU, about 0.1 s for 48 voxels cubed, and waits for the device.
+    Without an error in any window: 0. On the CPU: about 0.1 s for 48 voxels cubed.
     """
     if windows < 1 or len(window) != 3 or min(window) < 1:
         raise ValueError(
@@ -278,15 +259,15 @@ def toploss_loss(logits, target, valid=None, *, window=(48, 48, 48), windows=2):
     volumes = [x.flatten(0, 1) for x in _foreground(logits, target, valid)]
     probs, target, _ = volumes
     with torch.no_grad():
-        places = [(i, *box) for i in range(len(probs)) for box in _boxes(probs.shape[1:], window)]
-        wrong = (probs - target).abs()
-        errors = torch.stack([wrong[place].sum() for place in places])
-        errors = errors.nan_to_num(nan=math.inf).tolist()  # NaN must be seen, not passed over
-    worst = sorted(range(len(places)), key=lambda i: -errors[i])[:windows]
-    worst = [places[i] for i in worst if errors[i] > 0]
+        boxes = [(i, *box) for i in range(len(probs)) for box in _boxes(probs.shape[1:], window)]
+        errors = (probs - target).abs()
+        sums = torch.stack([errors[box].sum() for box in boxes])
+        sums = sums.nan_to_num(nan=math.inf).tolist()  # NaN must reach the loss
+    worst = sorted(range(len(boxes)), key=lambda i: -sums[i])[:windows]
+    worst = [boxes[i] for i in worst if sums[i] > 0]
     if not worst:
         return probs.sum() * 0.0
-    return topological_losses([[x[place] for x in volumes] for place in worst]).mean()
+    return topological_losses([[x[box] for x in volumes] for box in worst]).mean()
 
 
 def _boxes(shape, window):
@@ -308,4 +289,12 @@ LOSSES = {
     "surface_distance": surface_distance_loss,
     "skeleton_recall": skeleton_recall_loss,
     "toploss": toploss_loss,
+}
+
+# The keyword argument that comes from the caller and not from the settings, where there is one.
+FROM_CALLER = {
+    "cldice": "skeletons",
+    "morph_skeleton": "skeletons",
+    "surface_distance": "spacing",
+    "skeleton_recall": "skeleton",
 }

@@ -17,18 +17,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 SMALLEST_AXIS = 4  # voxels that a halving must leave, or instance norm has nothing to average
-PRIOR = 0.1  # probability of foreground that an untrained network says (Lin et al. 2017)
+PRIOR = 0.1  # probability of foreground of an untrained network (Lin et al. 2017)
 LONGEST_ODD_AXIS = 24  # an axis that cannot be halved further may be this long at the bottleneck
 
 
 def derive_strides(patch, spacing, stages):
-    """The strides that fit a network of `stages` stages to a patch.
+    """The strides that fit a network of `stages` stages to a patch: one (z, y, x) per stage.
 
-    patch: voxels z, y, x; spacing: of those voxels, z, y, x.
-    Returns one (z, y, x) per stage; the first is (1, 1, 1). An axis is halved where it is even,
-    keeps at least 4 voxels, and its voxels are at most twice as long as the shortest of the axes
-    that could be halved.
-    ValueError where nothing can be halved, or a long axis stays odd, with the nearest sizes.
+    patch: voxels z, y, x; spacing: of those voxels. The first stride is (1, 1, 1). An axis is
+    halved where it is even, keeps at least 4 voxels, and its voxels are at most twice as long as
+    the shortest of the axes that could be halved. ValueError where nothing can be halved, or a long
+    axis stays odd, with the nearest sizes.
     """
     patch_name = f"sampling.patch {list(patch)}"
     size, length = list(patch), [float(s) for s in spacing]
@@ -59,18 +58,13 @@ def derive_strides(patch, spacing, stages):
 def derive_kernels(patch, spacing, strides):
     """Kernel sizes z, y, x per stage: 1 along an axis until its voxels are at most twice as long
     as the shortest, and 3 from there on; 1 along an axis of one voxel."""
-    length, kernels = np.asarray(spacing, float), [(1, 1, 1)]
-    axes = [axis for axis in range(3) if patch[axis] > 1]
+    length, wide = np.asarray(spacing, float), np.zeros(3, bool)
+    thick, kernels = np.asarray(patch) > 1, []
     for stride in strides:
         length = length * stride
-        reach = 2 * min((length[axis] for axis in axes), default=0)
-        kernels.append(
-            tuple(
-                3 if kernels[-1][axis] == 3 or (axis in axes and length[axis] <= reach) else 1
-                for axis in range(3)
-            )
-        )
-    return kernels[1:]
+        wide |= thick & (length <= 2 * length[thick].min(initial=np.inf))
+        kernels.append(tuple(3 if w else 1 for w in wide))
+    return kernels
 
 
 def fit(patch, spacing, *, stages, strides=None, window=None):
@@ -204,10 +198,7 @@ class UNet3D(nn.Module):
 
     def downsampling(self):
         """The product of the strides per axis, z, y, x."""
-        factors = [1, 1, 1]
-        for stride in self.strides:
-            factors = [f * s for f, s in zip(factors, stride, strict=True)]
-        return tuple(factors)
+        return tuple(math.prod(factors) for factors in zip(*self.strides, strict=True))
 
 
 def _initialise(module):

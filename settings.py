@@ -15,8 +15,17 @@ Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Range = tuple[Finite, Finite]  # low, high
-UNFOLDED = 0.075  # elastic amplitude, as a share of the control points' distance: augment.py
+PositiveRange = tuple[Positive, Positive]
+NonNegativeRange = tuple[NonNegative, NonNegative]
+Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
+Thresholds = Annotated[tuple[Probability, ...], Field(min_length=1, max_length=100)]
+UNFOLDED = 0.075  # elastic amplitude, as a share of the control points' distance
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 class Group(BaseModel):
@@ -25,13 +34,13 @@ class Group(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _lists_are_tuples(cls, value):
-        """YAML knows no tuple, and strict types take none but a tuple."""
-        return tuple(value) if isinstance(value, list) else value
+        """YAML has no tuples, and strict types accept no list for one."""
+        return _tuples(value)
 
     @field_validator("*")
     @classmethod
     def _ranges_rise(cls, value, info):
-        if cls.model_fields[info.field_name].annotation == Range and value[0] > value[1]:
+        if info.field_name.endswith(("_range", "_boxes")) and value and value[0] > value[1]:
             raise ValueError(f"a range [low, high] with low <= high, got {list(value)}")
         return value
 
@@ -44,14 +53,14 @@ class Run(Group):
     threads: Whole = 0  # of the CPU, 0: all that this process may use
     # On a GPU: a run repeats and resumes bit for bit, with slower convolutions. On a CPU it does.
     deterministic: bool = False
-    # What all processes of the run together may take of the host's memory, in 10^9 bytes. What the
-    # machine and its cgroups leave is looked at in any case; null: that alone.
+    # Limit on the host memory of all processes of the run together, in 10^9 bytes; null: only the
+    # limits of the machine and its cgroups, which hold in any case.
     memory_gb: Positive | None = None
 
 
 class Data(Group):
     root: str = "data"  # a folder made by prepare.py
-    source: str = ""  # where the data come from: said when root is not there
+    source: str = ""  # where the data come from: printed when root is missing
     # Case ids, groups, or patterns of either (burgess2014_*).
     train: tuple[str, ...] | None = None  # null: all labeled cases not named below
     validation: tuple[str, ...] = ()
@@ -62,11 +71,10 @@ class Data(Group):
     spacing: tuple[NonNegative | None, NonNegative | None, NonNegative | None] = (0, 0, 0)
     # Names of the classes that the network tells from all others; null: the only one there is.
     foreground: tuple[str, ...] | None = None
-    # What all processes together may keep of the case files, in 10^9 bytes; 0: nothing, null: half
-    # of the memory that is free at the start, at most what the training cases hold.
+    # Cache of the case files over all processes, in 10^9 bytes; 0: none; null: half of the memory
+    # that is free at the start, at most what the training cases hold.
     cache_gb: NonNegative | None = None
-    # The share of training cases that may be left out because their files cannot be read; more than
-    # that stop the run.
+    # The largest share of training cases that may be excluded because their files cannot be read.
     max_excluded: Probability = 0.25
     clip_percentiles: Literal["none", "0.5-99.5", "1-99", "5-95"] = "0.5-99.5"
 
@@ -90,11 +98,10 @@ class Data(Group):
 
 class Sampling(Group):
     patch: tuple[Count, Count, Count] = (64, 64, 64)
-    foreground_share: Probability = 0.5  # of patches that are drawn around a foreground voxel
-    # Of those, how many around each foreground class, {name: weight}: null, all alike; a class that
-    # is not named, none.
+    foreground_share: Probability = 0.5  # of patches that are centered on a foreground voxel
+    # Of those, how many on each foreground class, {name: weight}; null: all alike; unnamed: none.
     class_ratio: dict[str, NonNegative] | None = None
-    jitter: Probability = 0.5  # the voxel lies off-centre by up to this share of half the patch
+    jitter: Probability = 0.5  # the center moves by up to this share of half the patch
 
 
 class Augment(Group):
@@ -106,75 +113,53 @@ class Augment(Group):
     rotation_degrees: Range = (-30.0, 30.0)
     rotation_axes: Literal["auto", "z", "all"] = "auto"  # auto: about z alone if anisotropic
     scaling: Probability = 0.3
-    scaling_range: Range = (0.75, 1.33)  # > 1 shows things larger
+    scaling_range: PositiveRange = (0.75, 1.33)  # > 1 shows things larger
     scaling_per_axis: Probability = 0.0  # of those: a factor of its own for every axis
     elastic: Probability = 0.0
     # Distance of control points and, per axis, root mean square of the displacement, in the unit
     # of the spacing; null: 24 voxels, and 0.5 to 1.5 voxels, of the finest axis.
     elastic_spacing: Positive | None = None
-    elastic_amplitude_range: Range | None = None
+    elastic_amplitude_range: NonNegativeRange | None = None
     roll: Probability = 0.0  # the patch is rolled along z by a random number of slices
     brightness: Probability = 0.3
     brightness_range: Range = (-0.5, 0.5)  # added, in standard deviations of the volume
     contrast: Probability = 0.3
-    contrast_range: Range = (0.65, 1.5)  # factor about the patch mean
+    contrast_range: PositiveRange = (0.65, 1.5)  # factor about the patch mean
     gamma: Probability = 0.3
-    gamma_range: Range = (0.7, 1.5)
+    gamma_range: PositiveRange = (0.7, 1.5)
     noise: Probability = 0.2
-    noise_range: Range = (0.0, 0.3)  # sigma, in standard deviations of the volume
+    noise_range: NonNegativeRange = (0.0, 0.3)  # sigma, in standard deviations of the volume
     rician: Probability = 0.0
-    rician_range: Range = (0.0, 0.3)  # the same, of the noise of magnitude images (MRI)
+    rician_range: NonNegativeRange = (0.0, 0.3)  # the same, of the noise of magnitude images (MRI)
     blur: Probability = 0.2
-    blur_range: Range = (0.5, 1.0)  # sigma in voxels of the finest axis
+    blur_range: PositiveRange = (0.5, 1.0)  # sigma in voxels of the finest axis
     low_resolution: Probability = 0.0
-    low_resolution_range: Range = (1.0, 2.0)  # how many times larger voxels are made
+    low_resolution_range: tuple[AtLeastOne, AtLeastOne] = (1.0, 2.0)  # factor of the voxel size
     illumination: Probability = 0.0
-    illumination_range: Range = (0.0, 0.7)  # log of the largest gain of a smooth field
+    illumination_range: NonNegativeRange = (0.0, 0.7)  # log of the largest gain of a smooth field
     dropout: Probability = 0.0
-    dropout_range: Range = (0.01, 0.1)  # share of the patch that is blanked, in boxes
+    dropout_range: tuple[Decay, Decay] = (0.01, 0.1)  # share of the patch that is blanked, in boxes
     dropout_boxes: tuple[Count, Count] = (1, 8)  # how many
 
     @model_validator(mode="after")
-    def _factors_are_positive(self):
-        for name in ("scaling_range", "contrast_range", "gamma_range", "blur_range"):
-            if getattr(self, name)[0] <= 0:
-                raise ValueError(f"{name} above 0, got {list(getattr(self, name))}")
-        for name in ("noise_range", "rician_range", "illumination_range", "dropout_range"):
-            if getattr(self, name)[0] < 0:
-                raise ValueError(f"{name} of 0 or more, got {list(getattr(self, name))}")
-        if self.dropout_range[1] >= 1:
-            raise ValueError(f"dropout_range below 1, got {list(self.dropout_range)}")
-        amplitude = self.elastic_amplitude_range
-        if (amplitude is None) != (self.elastic_spacing is None):
+    def _elastic_fields_do_not_fold(self):
+        distance, amplitude = self.elastic_spacing, self.elastic_amplitude_range
+        if (amplitude is None) != (distance is None):
             raise ValueError(
                 "elastic_spacing and elastic_amplitude_range, both or neither, got "
-                f"{self.elastic_spacing} and {amplitude}"
+                f"{distance} and {amplitude}"
             )
-        most = UNFOLDED * (self.elastic_spacing or 0) * (1 + 1e-9)
-        if amplitude and not 0 <= amplitude[0] <= amplitude[1] <= most:
+        if amplitude and amplitude[1] > UNFOLDED * distance * (1 + 1e-9):
             raise ValueError(
                 f"elastic_amplitude_range from 0 to {UNFOLDED} of elastic_spacing, above which the "
-                f"field may fold, got {list(amplitude)} and {self.elastic_spacing}"
-            )
-        if self.low_resolution_range[0] < 1:
-            raise ValueError(
-                f"low_resolution_range of 1 or more, got {list(self.low_resolution_range)}"
-            )
-        if self.dropout_boxes[0] > self.dropout_boxes[1]:
-            raise ValueError(
-                f"dropout_boxes [low, high] with low <= high, got {list(self.dropout_boxes)}"
+                f"field may fold, got {list(amplitude)} and {distance}"
             )
         return self
 
 
 class Model(Group):
     base: Count = 16
-    multipliers: Annotated[tuple[Count, ...], Field(min_length=2)] = (
-        1,
-        2,
-        4,
-        4,
-    )  # width of each stage, times base
+    multipliers: Widths = (1, 2, 4, 4)  # width of each stage, times base
     blocks: Count = 1  # residual blocks per stage, encoder and decoder
     dropout: Decay = 0.0
     deep_supervision: bool = True
@@ -182,12 +167,6 @@ class Model(Group):
     strides: tuple[tuple[Count, Count, Count], ...] | None = None
     compile: bool = False
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
-
-    @field_validator("strides", mode="before")
-    @classmethod
-    def _inner_lists_too(cls, value):
-        rows = isinstance(value, list | tuple)
-        return tuple(tuple(r) if isinstance(r, list) else r for r in value) if rows else value
 
     @model_validator(mode="after")
     def _one_stride_per_downsampling(self):
@@ -200,12 +179,12 @@ class Model(Group):
 
 
 class Term(Group):
-    """What the weighted sum reads of every term: see composite.py."""
+    """What the weighted sum reads of every term: see runtime/composite_loss.py."""
 
     weight: NonNegative = 0.0
     scales: Count | None = None  # how many scales, from the finest, it acts on; null: all
     interval: Count = 1  # acts on one step of this many
-    off_step: Literal["nothing", "boundary"] = "nothing"  # what stands in on the other steps
+    off_step: Literal["nothing", "boundary"] = "nothing"  # replaces it on the other steps
     validation_only: bool = False  # computed at each validation, never trained
 
 
@@ -239,7 +218,7 @@ class SkeletonRecall(Term):
 class Toploss(Term):
     scales: Count | None = 1
     window: tuple[Count, Count, Count] = (48, 48, 48)  # voxels
-    windows: Count = 2  # looked at in each step, of the whole batch
+    windows: Count = 2  # used in each step, of the whole batch
 
 
 class Loss(Group):
@@ -281,11 +260,11 @@ class Training(Group):
     train_batch_size: Count = 2
     accumulate: Count = 1  # batches per optimiser step
     max_steps: Whole | None = None  # stop after this many; 0: evaluate the untrained network
-    workers: Whole = 1  # processes that read patches, 0: the training process itself
+    workers: Whole = 1  # processes that read patches; 0: the training process itself
     prefetch_factor: Annotated[int, Field(ge=1, le=64)] = 4  # batches that each of them reads ahead
     persistent_workers: bool = True
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    max_hours: Positive | None = None  # of this process: then it saves its state and leaves
+    max_hours: Positive | None = None  # of this process, which then saves its state and exits
     save_minutes: Positive | None = 10.0  # between two saves within an epoch; null: none
     max_skipped: Count = 10  # steps in a row without a finite loss and gradient; more stop the run
 
@@ -293,16 +272,14 @@ class Training(Group):
 class Validation(Group):
     every: Count = 1  # epochs
     untrained: bool = True  # also before the first step: the baseline
-    score: str = "surface_dice"  # of metrics.SCORES: picks best.pt, the threshold and the size
+    score: str = "surface_dice"  # of scoring.metrics.SCORES: picks best.pt, threshold and size
     scores: tuple[str, ...] = ("dice", "precision", "recall", "components", "components_truth")
     tolerance: Positive = 2.0  # of surface_dice, in the unit of the spacing
-    # Of which the best are chosen, where inference.threshold and postprocess.min_component_voxels
-    # do not name one.
-    thresholds: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=100)] = (
-        *(0.3, 0.4, 0.5, 0.6, 0.7),
-    )
+    # The best of these are chosen, unless inference.threshold and postprocess.min_component_voxels
+    # are given.
+    thresholds: Thresholds = (0.3, 0.4, 0.5, 0.6, 0.7)
     min_component_voxels: Annotated[tuple[Whole, ...], Field(min_length=1)] = (0, 20, 100)
-    # Whether a process of its own judges while training goes on; null: where a GPU trains.
+    # Whether another process evaluates while training goes on; null: where a GPU trains.
     background: bool | None = None
     max_cases: Count | None = None
     patience: Whole = 0  # stop after this many in a row without a better score; 0: never
@@ -318,7 +295,7 @@ class Inference(Group):
 
 
 class Postprocess(Group):
-    """In this order, after the threshold: see postprocess.py."""
+    """In this order, after the threshold: see scoring/postprocess.py."""
 
     hysteresis: Probability | None = None  # voxels above it stay if they touch kept ones
     # Smaller components are removed, 0: none; null: what validation chose, 0 without.
@@ -353,17 +330,17 @@ class Settings(Group):
         return self.model_dump(mode="json")
 
     def terms(self):
-        """What composite.composite_loss takes from the settings."""
+        """The terms of `runtime.composite_loss.composite_loss`."""
         terms = self.loss.model_dump()
         surface = terms["surface_distance"]
         surface["tolerance"] = surface["tolerance"] or self.validation.tolerance
         return terms
 
     def patch_arguments(self):
-        """What data.PatchDataset takes from the settings, but for the augmentation."""
-        chosen = self.sampling.model_dump(include={"patch", "foreground_share", "jitter"})
+        """Arguments of `data.PatchDataset`, but for the augmentation."""
+        shape = self.sampling.model_dump(include={"patch", "foreground_share", "jitter"})
         clip = self.data.percentiles
-        return {**chosen, "spacing": self.data.spacing, "clip": clip, "seed": self.run.seed}
+        return {**shape, "spacing": self.data.spacing, "clip": clip, "seed": self.run.seed}
 
     def with_chosen(self, chosen):
         """These settings, with what validation chose ({} if nothing) where they leave it open."""
@@ -375,6 +352,6 @@ class Settings(Group):
         return copy
 
     def window_arguments(self):
-        """What windows.predict_volume takes from the settings."""
-        chosen = self.inference.model_dump(include={"window", "overlap", "batch", "flips"})
-        return {**chosen, "window": self.inference.window or self.sampling.patch}
+        """Arguments of `runtime.sliding_window.predict_volume`."""
+        arguments = self.inference.model_dump(include={"window", "overlap", "batch", "flips"})
+        return {**arguments, "window": self.inference.window or self.sampling.patch}

@@ -1,241 +1,329 @@
-"""Measure what a long run will cost before it is started: time, memory, and who waits for whom.
+"""Measure what a long run will cost before it is started, or see what augmentation does.
 
-    python tune.py --benchmark configs/exp001_full.yaml
-    python tune.py --benchmark configs/vessels.yaml training.workers=2 --steps 60
-    python tune.py --benchmark configs/vessels.yaml --out vessels.json
+    python tune.py configs/exp001_full.yaml --benchmark
+    python tune.py configs/vessels.yaml --benchmark --steps 60 --json costs.json training.workers=2
+    python tune.py configs/vessels.yaml --contact-sheet augment.png augment.elastic=1
 
-Takes the config's own data, network, patch, batch and workers, on the device it would train on, and
-prints a table: what was measured, the figure it must stay under, and a verdict. Times of steps are
-medians after a warm-up. For the cache fill the training cases are taken out of the system's file
-cache first, as far as it lets them go.
+--benchmark runs train.py for some steps on the config's training cases, without validation, and
+reads its log; reading and prediction are measured directly. It prints a table: what was measured,
+the figure it must stay under, and a verdict; --json writes the same. --contact-sheet shows each
+transformation alone on a patch of the first training case.
 
-No run folder is written; --out writes all figures as JSON. Exit status: 0 all that was measured is
-under its figure, 1 something is over, 2 the input is wrong (one sentence per fault, nothing
-written).
+No run folder is left. Exit status: 0 all that was measured is under its figure, 1 something is
+over, 2 the input is wrong (one sentence per fault, nothing written).
 """
 
 import argparse
+import functools
+import glob
+import itertools
 import json
 import math
 import os
+import statistics
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import DataLoader
 
-from runtime import build as planning
-from runtime import config, costs
-from runtime import folder as runs
-from runtime import sliding_window as windows
+import data
+from patches import contact_sheet, intensity
+from runtime import build, config, folder, sliding_window
+from runtime.signals import CannotGoOn
 
-STEPS = 30  # that are measured
-WIDTH = 120  # of the table where it goes to a file
+STEPS, WARM_UP, FOLDS, FOLD_STEPS = 30, 5, 3, 2  # WARM_UP: steps before those that are measured
+SLABS = 2  # of the prediction: with the second the slab has moved on, and memory is at its most
+MS, MB, GB, PERCENT = 1e-3, 1e6, 1e9, 1e-2
 console = Console(highlight=False, soft_wrap=True)
 
 
 class Figure(NamedTuple):
-    """What is measured, in which unit, what it must stay under (None: it is told, not judged), and
-    what to turn where it does not."""
+    """A row of the table. limit None: not judged; advice: what to change if it is over."""
 
-    what: str
+    title: str
     unit: str
     limit: float | None = None
     advice: str = ""
 
 
+class Measured(NamedTuple):
+    """A value in its figure's unit, with a note; without a value the note says why."""
+
+    value: float | None
+    note: str = ""
+
+
+NO_GPU, NO_MEMORY = Measured(None, "no GPU"), Measured(None, "ran out of memory")
+WORKERS = "raise training.workers, then training.prefetch_factor and data.cache_gb"
+SMALLER = "lower training.train_batch_size and raise training.accumulate"
+RECOMPUTE = f"set model.checkpointing=true, or {SMALLER}"
 FIGURES = {
-    "fill": Figure(
-        "cache fill, first read", "s", 30, "lower data.cache_gb, or put data.root on a faster disk"
-    ),
-    "pass": Figure(
-        "epoch pass, a patch of every case",
-        "s",
-        5,
-        "raise training.workers, and data.cache_gb where it does not hold all cases",
-    ),
-    "transfer": Figure(
-        "transfer of a batch",
-        "ms",
-        10,
-        "lower training.train_batch_size and raise training.accumulate",
-    ),
-    "draw": Figure("drawing of a batch", "ms"),
+    "fill": Figure("cache fill, first read", "s", 30, "put data.root on a faster disk"),
+    "pass": Figure("epoch pass, a patch of every case", "s", 5, WORKERS),
+    "transfer": Figure("transfer of a batch", "ms", 10, SMALLER),
+    "augment": Figure("resampling and augmentation of a batch", "ms"),
     "step": Figure("step", "ms"),
-    "synthetic": Figure("step without data", "ms"),
-    "ratio": Figure("step / step without data", ""),
-    "wait": Figure(
-        "wait for data, share of the step",
-        "%",
-        5,
-        "raise training.workers, then training.prefetch_factor",
-    ),
-    "gpu_training": Figure(
-        "GPU memory in training",
-        "GB",
-        6,
-        "set model.checkpointing=true, or lower training.train_batch_size and raise "
-        "training.accumulate",
-    ),
-    "gpu_inference": Figure(
-        "GPU memory in inference", "GB", 7, "lower inference.batch, then inference.window"
-    ),
-    "ram_training": Figure("RAM in training", "GB"),
-    "ram_inference": Figure("RAM in inference", "GB"),
-    "tree": Figure("RAM of all processes", "GB"),
-    "folds": Figure(
-        f"RAM left by a fold, most of {costs.FOLDS}",
-        "MB",
-        200,
-        "run each fold as a process of its own, for no setting gives this memory back",
-    ),
+    "wait": Figure("wait for data, share of the step", "%", 5, WORKERS),
+    "gpu_training": Figure("GPU memory in training", "GB", 6, RECOMPUTE),
+    "gpu_inference": Figure("GPU memory in inference", "GB", 7, "lower inference.batch or window"),
+    "ram_training": Figure("RAM of all processes in training", "GB"),
+    "folds": Figure("RAM across folds, difference to the first", "MB", 200, "lower data.cache_gb"),
 }
+
+
+# ---------------------------------------------------------------------------- reading, prediction
+
+
+def measure_fill(plan, patches):
+    """Read each training case once, so that the cache holds what it has room for."""
+    for case in plan.split.train if hasattr(os, "posix_fadvise") else ():
+        with open(case.path, "rb", buffering=0) as file:  # out of the system's file cache
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    started = time.perf_counter()
+    for case in plan.split.train:
+        patches.cache.read(case, (slice(0, 1),) * 3, patches.names)
+    seconds, held = time.perf_counter() - started, patches.cache.counts()
+    note = f"{held['bytes'] / GB:.3g} GB, {held['cases']} of {len(plan.split.train)} cases held"
+    return {"fill": Measured(seconds, note)}
+
+
+def measure_pass(plan, patches):
+    """Read one patch of every training case with the workers of a run."""
+    # Around background each case is sampled once before any is sampled again.
+    patches = build.make_patches(plan, cache=patches.cache, foreground_share=0.0)
+    training, count = plan.settings.training, len(plan.split.train)
+    workers, batch = training.workers, training.train_batch_size
+    batches = math.ceil(count / batch)
+    # What is read while the workers start is not timed.
+    warm_up = math.ceil(max(1, workers * training.prefetch_factor) / batches)
+    loader = DataLoader(
+        patches,
+        batch,
+        sampler=[(epoch, i) for epoch in range(warm_up + 1) for i in range(batches * batch)],
+        num_workers=workers,
+        prefetch_factor=training.prefetch_factor if workers else None,
+        multiprocessing_context="spawn" if workers else None,
+        collate_fn=len,  # boxes would go through /dev/shm, which may be small
+    )
+    ends = [time.perf_counter() for _ in loader]
+    return {"pass": Measured(ends[-1] - ends[-1 - batches], f"{count} cases, {workers} workers")}
+
+
+def measure_inference(plan):
+    """GPU memory of a network that predicts the first slabs of the largest case."""
+    if plan.device.type != "cuda":
+        return {"gpu_inference": NO_GPU}
+    torch.cuda.reset_peak_memory_stats(plan.device)
+    reports = []
+    try:
+        _predict_slabs(plan, lambda kind, text, **_: reports.append(text))
+    except (torch.OutOfMemoryError, CannotGoOn) as error:
+        reports.append(str(error))
+    peak = torch.cuda.max_memory_allocated(plan.device) / GB
+    return {"gpu_inference": NO_MEMORY if reports else Measured(peak, "live tensors")}
+
+
+def _predict_slabs(plan, report):
+    settings, cases = plan.settings, itertools.chain(*vars(plan.split).values())
+    case = max(cases, key=lambda case: math.prod(case.shape))
+    spacing = data.network_spacing(case.spacing, settings.data.spacing)
+    scale = data.normalisation(case.intensity, settings.data.percentiles)
+    with h5py.File(case.path, "r") as file:
+        slabs = sliding_window.predict_slabs(
+            build.make_network(plan).eval(),
+            file["image"],
+            ratio=[wanted / stored for wanted, stored in zip(spacing, case.spacing, strict=True)],
+            normalize=functools.partial(intensity.normalise, **scale),
+            device=plan.device,
+            precision=plan.precision,
+            report=report,
+            **settings.window_arguments(),
+        )
+        list(itertools.islice(slabs, SLABS))
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def run_training(plan, steps):
+    """Run train.py for some steps. ValueError if it fails.
+
+    Returns the lines of its log; the most bytes that all its processes had in memory; and those by
+    which the memory in use of a GPU grew most (None without a reading).
+    """
+    with tempfile.TemporaryDirectory(prefix="lamina-tune-") as root:
+        settings = plan.settings.plain()
+        settings["run"] |= {"name": "trial", "folder": root}
+        ids = [glob.escape(case.id) for case in plan.split.train]
+        settings["data"] |= {"train": ids, "validation": [], "test": [], "folds": 0, "fold": 0}
+        settings["training"] |= {"max_epochs": 1, "train_iterations_per_epoch": steps}
+        settings["training"] |= {"max_steps": None, "max_hours": None, "save_minutes": None}
+        settings["monitor"] |= {"log_every": WARM_UP, "seconds": 0.5}
+        settings["monitor"] |= {"tensorboard": False, "picture": False}
+        path = Path(root, "trial.yaml")
+        path.write_text(yaml.safe_dump(settings))
+        command = [sys.executable, Path(__file__).with_name("train.py"), path]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode != 0:
+            reason = (run.stderr.strip() or run.stdout.strip() or "no output").split("\n")[-1]
+            raise ValueError(f"train.py ended with exit status {run.returncode}: {reason}")
+        files = [Path(root, "trial", name).read_text() for name in ("log.jsonl", "system.jsonl")]
+    log, readings = ([json.loads(line) for line in text.splitlines()] for text in files)
+    ram = max(reading["tree"] or 0 for reading in readings)
+    gpus = zip(*([gpu["used"] or 0 for gpu in r["gpus"]] for r in readings), strict=True)
+    return log, ram, max((max(used) - used[0] for used in gpus), default=None)
+
+
+def measure_training(plan, steps):
+    """The step and its parts, and the memory of the run."""
+    log, ram, gpu = run_training(plan, WARM_UP + steps)
+    troubles = [line["text"] for line in log if line["event"] == "trouble"]
+    for text in troubles:
+        console.print(f"train.py   {text}")
+    steps = [line for line in log if line["event"] == "step"][1:]  # after the warm-up
+    training = plan.settings.training
+    figures = step_figures(steps, training.accumulate)
+    figures["ram_training"] = Measured(ram / GB, f"1 + {training.workers} workers")
+    if plan.device.type != "cuda":
+        return figures | {"transfer": NO_GPU, "gpu_training": NO_GPU}
+    if any("ran out of memory" in text for text in troubles):
+        return figures | {"gpu_training": NO_MEMORY}
+    note = "no reading of the GPU" if gpu is None else "growth, with torch's reserve"
+    return figures | {"gpu_training": Measured(None if gpu is None else gpu / GB, note)}
+
+
+def step_figures(lines, accumulate):
+    """Figures of the step lines of a log: medians of their means over WARM_UP steps."""
+    names = lines[0]["seconds"]
+    median = {n: statistics.median(line["seconds"][n] for line in lines) / MS for n in names}
+    step = statistics.median(line["step_seconds"] for line in lines) / MS
+    return {
+        "transfer": Measured(median["transfer"] / accumulate),
+        "augment": Measured(median["augment"] / accumulate),
+        "step": Measured(step, ", ".join(f"{name} {ms:.1f}" for name, ms in median.items())),
+        "wait": Measured(median["wait"] / step / PERCENT),
+    }
+
+
+def measure_folds(plan):
+    """Memory of short runs of several folds, each a process of its own as in cross-validation."""
+    sizes = []
+    for fold in range(FOLDS):
+        settings = plan.settings.model_copy(deep=True)
+        settings.data.fold = fold % (settings.data.folds or 1)
+        sizes.append(run_training(build.resolve(settings), FOLD_STEPS)[1] / MB)
+    note = "each: " + ", ".join(f"{size:.0f}" for size in sizes)
+    return {"folds": Measured(max(abs(size - sizes[0]) for size in sizes), note)}
 
 
 # ---------------------------------------------------------------------------- report
 
 
+def measure(plan, steps):
+    """{name: Measured} of all figures."""
+    patches = build.make_patches(plan)
+    with console.status("measuring"):
+        figures = measure_fill(plan, patches) | measure_pass(plan, patches)
+        figures |= measure_inference(plan)
+        try:
+            return figures | measure_training(plan, steps) | measure_folds(plan)
+        except ValueError as error:
+            return dict.fromkeys(FIGURES, Measured(None, str(error))) | figures
+
+
 def verdict(measured, limit):
     """ "ok", "over", "not measured: why", or "" where nothing is judged."""
     if measured.value is None:
-        return f"not measured: {measured.note}"
+        return "over" if measured == NO_MEMORY else f"not measured: {measured.note}"
     if limit is None:
         return ""
     return "ok" if measured.value < limit else "over"
 
 
-def verdicts(found):
-    """{name: verdict} for every figure; one that is missing had no memory left to be measured."""
-    missing = costs.Measured(None, costs.NO_MEMORY)
-    return {name: verdict(found.get(name, missing), f.limit) for name, f in FIGURES.items()}
-
-
-def show(found):
-    """Print all figures, and what to turn for each that is over."""
-    judged = verdicts(found)
+def show(figures, verdicts):
+    """Print all figures, and what to change for each that is over."""
     table = Table("what", "measured", "figure", "verdict", "of which")
     for name, figure in FIGURES.items():
-        value, note = found.get(name, costs.Measured(None))
+        value, note = figures[name]
+        measured = "" if value is None else f"{value:.4g} {figure.unit}"
         limit = "" if figure.limit is None else f"< {figure.limit} {figure.unit}"
-        note = "" if value is None else note
-        table.add_row(figure.what, _number(value, figure.unit), limit, judged[name], note)
-    Console(highlight=False, width=None if console.is_terminal else WIDTH).print(table)
+        table.add_row(figure.title, measured, limit, verdicts[name], note if measured else "")
+    Console(highlight=False, width=None if console.is_terminal else 120).print(table)
     for name, figure in FIGURES.items():
-        if judged[name] == "over":
-            console.print(f"{figure.what} is over: {figure.advice}")
+        if verdicts[name] == "over":
+            console.print(f"{figure.title} is over: {figure.advice}")
 
 
-def _number(value, unit):
-    if value is None or math.isinf(value):
-        return ""
-    return f"{value:.3g} {unit}".strip() if value < 100 else f"{value:.0f} {unit}"
+def benchmark(plan, *, steps=STEPS, json_file=None):
+    """Measure what a plan will cost, over this many steps. Returns the exit status."""
+    torch.set_num_threads(sliding_window.resolve_threads(plan.settings.run.threads))
+    device = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else "cpu"
+    console.print(f"device     {device}, {torch.get_num_threads()} CPU threads, {plan.precision}")
+    console.print(f"data       {len(plan.split.train)} training cases of {plan.dataset.root}")
+    figures = measure(plan, steps)
+    verdicts = {name: verdict(figures[name], figure.limit) for name, figure in FIGURES.items()}
+    show(figures, verdicts)
+    if json_file is not None:
+        content = {"device": device, "versions": folder.versions(), "steps": steps}
+        content["figures"] = {
+            name: {**figure._asdict(), **figures[name]._asdict(), "verdict": verdicts[name]}
+            for name, figure in FIGURES.items()
+        }
+        content["settings"] = plan.settings.plain()
+        json_file.write_text(json.dumps(content, indent=1) + "\n")
+    return 1 if "over" in verdicts.values() else 0
 
 
-def report(plan, found, details, steps):
-    """All figures as plain values for a JSON file; a value that is not finite becomes None."""
-    judged = verdicts(found)
-    figures = {}
-    for name, figure in FIGURES.items():
-        value, note = found.get(name, costs.Measured(None, costs.NO_MEMORY))
-        finite = value is not None and math.isfinite(value)
-        about = {"unit": figure.unit, "below": figure.limit, "verdict": judged[name], "note": note}
-        figures[name] = {"value": value if finite else None, **about}
-    return {
-        "device": _device_name(plan.device),
-        "versions": runs.versions(),
-        "steps": steps,
-        "workers": plan.settings.training.workers,
-        "figures": figures,
-        "seconds": details,
-        "settings": plan.settings.plain(),
-    }
-
-
-def _device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def write_json(path, content):
-    """Write a JSON file whole: under a temporary name first, then renamed."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------- the script
-
-
-def main(settings, *, steps=STEPS, out=None):
-    """Measure what the settings say, over this many steps. Returns the exit status."""
-    try:
-        plan = planning.resolve(settings)
-        if out is not None and (out.is_dir() or not os.access(out.parent, os.W_OK)):
-            raise ValueError(f"--out: expected a file in a folder to write to, got {out}")
-    except (ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    torch.set_num_threads(windows.resolve_threads(settings.run.threads))
-    for line in announcements(plan, steps):
-        console.print(line)
-    found, details = measure(plan, steps)
-    show(found)
-    if out is not None:
-        write_json(out, report(plan, found, details, steps))
-    return 1 if "over" in verdicts(found).values() else 0
-
-
-def announcements(plan, steps):
-    training, patch = plan.settings.training, plan.settings.sampling.patch
-    return [
-        f"device     {_device_name(plan.device)}, {torch.get_num_threads()} CPU threads, "
-        f"{plan.precision}",
-        f"data       {len(plan.split.train)} training cases of {plan.settings.data.root}, at "
-        f"most {plan.cache_bytes / costs.MB:.1f} MB kept",
-        f"training   {costs.WARM_UP} + {steps} steps of batch {training.train_batch_size} x "
-        f"{training.accumulate}, patch {patch}, workers: {training.workers}",
-        *plan.notes,
-    ]
-
-
-def measure(plan, steps):
-    """({name: Measured}, details of `measure_training`) of all that is measured."""
-    patches = planning.make_patches(plan)
-    with console.status("cache fill"):
-        found = costs.measure_fill(plan, patches)
-    with console.status("epoch pass"):
-        found |= costs.measure_pass(plan, patches)
-    # Before training, which leaves more behind that would hide what inference takes.
-    with console.status("inference"):
-        found |= costs.measure_inference(plan)
-    with console.status("training"):
-        figures, details = costs.measure_training(plan, patches, steps)
-    with console.status("folds"):
-        found |= figures | costs.measure_folds(plan)
-    return found, details
+def write_contact_sheet(plan, path):
+    """Show each transformation of the settings on a patch of the first training case."""
+    settings, case = plan.settings, plan.split.train[0]
+    contact_sheet.write_sheet(
+        path,
+        case,
+        settings.augment.model_dump(),
+        patch=settings.sampling.patch,
+        spacing=data.network_spacing(case.spacing, settings.data.spacing),
+        scale=data.normalisation(case.intensity, settings.data.percentiles),
+        classes={"foreground": plan.foreground, "ignore_label": plan.dataset.ignore_label},
+        seed=settings.run.seed,
+        name=settings.run.name,
+    )
+    console.print(f"wrote {path}")
 
 
 def cli(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--benchmark", required=True, metavar="CONFIG", help="the YAML file of the run to come")
-    add("--steps", type=int, default=STEPS, metavar="N", help=f"to measure; default {STEPS}")
-    add("--out", type=Path, metavar="FILE.json", help="where to write the figures")
+    add, task = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    add("config", help="the YAML file of the run to come")
     add("overrides", nargs="*", metavar="group.key=value")
+    task.add_argument("--benchmark", action="store_true", help="measure what the run will cost")
+    task.add_argument("--contact-sheet", type=Path, metavar="FILE", help="a PNG to write")
+    add("--steps", type=int, default=STEPS, metavar="N", help=f"to measure; default {STEPS}")
+    add("--json", type=Path, metavar="FILE", help="where to write the figures")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.steps < 1:
         parser.error(f"--steps: expected 1 or more, got {arguments.steps}")
+    out = arguments.json
     try:
-        settings = config.load(arguments.benchmark, arguments.overrides)
-    except config.ConfigError as error:
+        plan = build.resolve(config.load(arguments.config, arguments.overrides))
+        if out and (out.is_dir() or not os.access(out.parent, os.W_OK)):
+            raise ValueError(f"--json: expected a file in a folder to write to, got {out}")
+        if arguments.contact_sheet:
+            write_contact_sheet(plan, arguments.contact_sheet)
+    except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"{error}\n")
-    return main(settings, steps=arguments.steps, out=arguments.out)
+    return benchmark(plan, steps=arguments.steps, json_file=out) if arguments.benchmark else 0
 
 
 if __name__ == "__main__":

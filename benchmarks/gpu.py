@@ -34,9 +34,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plain_steps
+import training_step
 
 from runtime import build as planning
-from runtime import config, trial
+from runtime import config
 from runtime import folder as runs
 from runtime import sliding_window as windows
 from volumes import casefile as cases
@@ -131,26 +132,26 @@ def measure(plan, steps, read_load):
     """(parts of a step with data, the same without, {figure: value}) of the full training step."""
     numbers = range(WARM_UP + steps)
     patches, load = planning.make_patches(plan), None
-    with contextlib.closing(trial.batches(plan, patches, len(numbers))) as source:
-        with trial.PeakMemory(plan.device) as peak:
-            trainer = trial.Trainer(plan)
-            step = functools.partial(trainer.step, trial.from_loader(plan, source))
-            trial.run_steps(step, numbers[:WARM_UP], plan.device)
+    with contextlib.closing(training_step.batches(plan, patches, len(numbers))) as source:
+        with training_step.PeakMemory(plan.device) as peak:
+            trainer = training_step.Trainer(plan)
+            step = functools.partial(trainer.step, training_step.from_loader(plan, source))
+            training_step.run_steps(step, numbers[:WARM_UP], plan.device)
             if read_load is None:
-                real = trial.run_steps(step, numbers[WARM_UP:], plan.device)
+                real = training_step.run_steps(step, numbers[WARM_UP:], plan.device)
             else:
-                with trial.Sampler(read_load, LOAD_EVERY) as sampler:
-                    real = trial.run_steps(step, numbers[WARM_UP:], plan.device)
+                with training_step.Sampler(read_load, LOAD_EVERY) as sampler:
+                    real = training_step.run_steps(step, numbers[WARM_UP:], plan.device)
                 load = statistics.fmean(sampler.values[1:-1] or sampler.values)
     drawn = planning.draw(plan, [patches[0, i] for i in range(batch_of(plan))])
     synthetic = time_of(trainer, drawn, steps)
-    parts = trial.medians(real)
+    parts = training_step.medians(real)
     figures = {
         "step": parts["step"],
         "voxels": voxels(plan) / parts["step"],
         "memory": peak.ram if peak.gpu is None else peak.gpu,
         "GPU load": load,
-        "data wait": trial.wait_share(real),
+        "data wait": training_step.wait_share(real),
         "step / step without data": parts["step"] / synthetic["step"],
     }
     return parts, synthetic, figures
@@ -159,8 +160,8 @@ def measure(plan, steps, read_load):
 def time_of(trainer, drawn, steps):
     """{part: median seconds} of the step on one batch that is already drawn."""
     step = functools.partial(trainer.step, lambda ticks: drawn)
-    return trial.medians(
-        trial.run_steps(step, range(WARM_UP + steps), trainer.plan.device)[WARM_UP:]
+    return training_step.medians(
+        training_step.run_steps(step, range(WARM_UP + steps), trainer.plan.device)[WARM_UP:]
     )
 
 
@@ -182,11 +183,11 @@ def contenders(plan, drawn, steps):
         ("Lamina, all terms of the config", None),
         ("Lamina, BCE + Dice", {term: plan.terms[term] for term in BASE_TERMS}),
     ):
-        with trial.PeakMemory(plan.device) as peak:
-            took = time_of(trial.Trainer(plan, terms), drawn, steps)["step"]
+        with training_step.PeakMemory(plan.device) as peak:
+            took = time_of(training_step.Trainer(plan, terms), drawn, steps)["step"]
         yield name, (took, peak)
     for name, build in plain_steps.BUILDERS.items():
-        with trial.PeakMemory(plan.device) as peak:
+        with training_step.PeakMemory(plan.device) as peak:
             took = time_of_plain(plan, build, drawn, steps)
         yield name, None if took is None else (took, peak)
 
@@ -201,10 +202,10 @@ def time_of_plain(plan, build, drawn, steps):
     with torch.no_grad(), plan.autocast():
         shapes = [out.shape[2:] for out in network(image)]
     targets = [F.interpolate(target.float(), size=shape) for shape in shapes]
-    taken = trial.run_steps(
+    taken = training_step.run_steps(
         lambda number, ticks: step(image, targets, ticks), range(WARM_UP + steps), plan.device
     )
-    return trial.medians(taken[WARM_UP:])["step"]
+    return training_step.medians(taken[WARM_UP:])["step"]
 
 
 # ---------------------------------------------------------------------------- report

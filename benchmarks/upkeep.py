@@ -34,10 +34,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import training_step
+
 import model
 import train
 from monitoring import recorder
-from runtime import checkpoint, config, trial
+from runtime import checkpoint, config
 from runtime import log as runlog
 from runtime import memory_guard as guard
 from runtime import signals as stopping
@@ -186,7 +188,7 @@ def folds(options, folder):
         changes = ["data.validation=[]", "data.folds=3", f"data.fold={fold}"]
         assert train.main(small(options, folder / f"fold{fold}", *changes)) == 0
         gc.collect()
-        after.append(trial.resident_bytes())
+        after.append(training_step.resident_bytes())
         row(f"fold {fold}: resident memory after it", after[-1] / MB, unit="MB")
     off = max(abs(size - after[0]) for size in after)
     return row("folds: the most by which one is off the first", off / MB, MOST_FOLDS / MB, "MB")
@@ -198,7 +200,7 @@ def steps(options, folder):
     def watched(ema, network, decay, step):
         update(ema, network, decay, step)
         if step % 50 == 0:
-            sizes[step] = trial.resident_bytes()
+            sizes[step] = training_step.resident_bytes()
 
     changes = ["training.train_iterations_per_epoch=2000", f"training.save_minutes={5 / 60}"]
     model.update_ema = watched

@@ -1,39 +1,34 @@
 """The weighted sum of loss terms: over scales, steps and ranks.
 
-    total, parts = composite_loss(network(image), target, valid, terms, spacing=spacing, step=step)
+    logits = network(image)
+    total, components = composite_loss(logits, target, valid, terms, spacing=spacing, step=step)
 
-`terms` maps a name of `losses.LOSSES` to plain settings: {"weight": w, **of the sum, **of the term}
+`terms` maps a name of `losses.LOSSES` to settings; all but these go to the term's function:
 
     weight           on the steps on which the term acts; 0: it is not computed
     scales           acts on this many scales, from the finest; None: on all
     interval         acts on one step of this many
-    off_step         "boundary": `losses.boundary_loss` of the finest scale stands in on the other
-                     steps, with the term's weight; "nothing": they go without
+    off_step         "boundary": `losses.boundary_loss` of the finest scale replaces it on the other
+                     steps, with the term's weight; "nothing": no replacement
     validation_only  never in training, see `validation_losses`
-
-and everything else goes to the term's function.
 """
 
 import difflib
 import functools
-import inspect
 import itertools
 
 import torch
 import torch.nn.functional as F
 
-from losses import LOSSES, boundary_loss, soft_skeletons
+from losses import FROM_CALLER, ITERATIONS, LOSSES, boundary_loss, soft_skeletons
 
-# What the sum itself reads of a term's settings, with its defaults.
-OF_THE_SUM = {
+DEFAULTS = {
     "weight": None,
     "scales": None,
     "interval": 1,
     "off_step": "nothing",
     "validation_only": False,
 }
-# What the sum hands to the terms that take it.
-SHARED = ("skeletons", "skeleton", "spacing")
 
 
 def composite_loss(
@@ -48,19 +43,19 @@ def composite_loss(
     step=0,
     rank=0,
 ):
-    """The weighted sum of terms over scales: (total, parts).
+    """The weighted sum of terms over scales: (total, components).
 
     outputs is a list of logits (B, K, ...), finest first, or one tensor; target, valid and skeleton
     (the target's tubed skeleton, for `skeleton_recall`, or None) are of the finest shape, and are
-    pooled to the others by `pool_target`. Terms that take `spacing` get the given one (z, y, x of
-    the finest scale) times the pooling factor of each scale; soft skeletons are shared.
+    pooled to the others by `pool_target`. The spacing (z, y, x of the finest scale) is multiplied
+    by the pooling factor of each scale; soft skeletons are shared by the terms of a scale.
 
     scale_weights, one per output, default 1, 1/2, 1/4, ...; for each term they are divided by
     their sum over the scales on which it acts. step and rank say which terms act: see `acting`.
 
-    parts holds each term's value, averaged over scales with these weights but without the term's
-    own, `<name>_boundary` where a boundary stood in, and "total" = sum of weight * part: detached
-    tensors on the device, since `.item()` would wait for it.
+    components holds each term's value, averaged over scales but without the term's own weight,
+    `<name>_boundary` where a boundary replaced it, and "total" = sum of weight * component:
+    detached tensors on the device, since `.item()` would wait for it.
 
     ValueError for names and numbers that no term has (the nearest one is offered).
     """
@@ -69,23 +64,24 @@ def composite_loss(
         scale_weights = [0.5**i for i in range(len(outputs))]
     check_terms(terms, in_training=True)
     _check_scale_weights(scale_weights, len(outputs))
-    now = acting(terms, step, rank)
-    depth = max((_depth(terms[name], outputs) for name in now), default=1)
+    acts_now = acting(terms, step, rank)
+    depths = {name: terms[name].get("scales") or len(outputs) for name in acts_now}
     valid = None if valid is None else valid.bool()
-    scales = _scales(outputs[:depth], target, valid, spacing, skeleton)
+    finest = outputs[: max(depths.values(), default=1)]
+    scales = [_pooled(logits, target, valid, spacing, skeleton) for logits in finest]
 
-    total, parts = 0.0, {}
-    for name, acts in now.items():
-        shares = scale_weights[: _depth(terms[name], outputs) if acts else 1]
-        part = 0.0
+    total, components = 0.0, {}
+    for name, acts in acts_now.items():
+        shares = scale_weights[: depths[name] if acts else 1]
+        component = 0.0
         for share, scale in zip(shares, scales, strict=False):  # shares end first
             if share > 0:
                 value = scale.term(name, terms[name]) if acts else scale.boundary()
-                part = part + share / sum(shares) * value
-        total = total + terms[name]["weight"] * part
-        parts[name if acts else f"{name}_boundary"] = part.detach()
-    parts["total"] = total.detach()
-    return total, parts
+                component = component + share / sum(shares) * value
+        total = total + terms[name]["weight"] * component
+        components[name if acts else f"{name}_boundary"] = component.detach()
+    components["total"] = total.detach()
+    return total, components
 
 
 def acting(terms, step, rank=0):
@@ -94,47 +90,43 @@ def acting(terms, step, rank=0):
     A term of interval n acts where (step + phase) is a multiple of n. Each rank and each such term
     has a phase of its own: no two of them act in one step if all intervals are multiples of one
     number, and that is at least terms times ranks. A term of weight 0, a validation-only one, and
-    one between its steps that nothing stands in for, are left out.
+    one that nothing replaces between its steps, are left out.
     """
-    training = _trained(terms)
-    rare = [name for name, term in training.items() if term["interval"] > 1]
-    phases = {name: rank * len(rare) + i for i, name in enumerate(rare)}
-    acts = {
-        name: (step + phases.get(name, 0)) % term["interval"] == 0
-        for name, term in training.items()
-    }
-    return {n: on for n, on in acts.items() if on or training[n]["off_step"] == "boundary"}
-
-
-def _scales(outputs, target, valid, spacing, skeleton):
-    scales = []
-    for logits in outputs:
-        shape = logits.shape[2:]
-        factors = (n / m for n, m in zip(target.shape[2:], shape, strict=True))
-        at = tuple(s * factor for s, factor in zip(spacing, factors, strict=True))
-        with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
-            labels = pool_target(target, valid, shape, logits.shape[1])
-            tube = None if skeleton is None else pool_target(skeleton, valid, shape)[0]
-        scales.append(_Scale(logits, *labels, at, tube))
-    return scales
+    trained = _trained(terms)
+    rare = [name for name, term in trained.items() if term["interval"] > 1]
+    result = {}
+    for name, term in trained.items():
+        phase = rank * len(rare) + rare.index(name) if name in rare else 0
+        acts = (step + phase) % term["interval"] == 0
+        if acts or term["off_step"] == "boundary":
+            result[name] = acts
+    return result
 
 
 def _trained(terms):
-    return {
-        name: {**OF_THE_SUM, **term}
-        for name, term in terms.items()
-        if term["weight"] > 0 and not term.get("validation_only")
-    }
+    terms = {name: {**DEFAULTS, **term} for name, term in terms.items()}
+    return {n: t for n, t in terms.items() if t["weight"] > 0 and not t["validation_only"]}
 
 
 def _validated(terms):
-    return {name: {**OF_THE_SUM, **t} for name, t in terms.items() if t.get("validation_only")}
+    return {name: term for name, term in terms.items() if term.get("validation_only")}
 
 
 def takes_skeleton(terms, *, validation_only=False):
     """Whether training with these terms, or validation alone, needs the target's tubed skeleton."""
-    names = _validated(terms) if validation_only else _trained(terms)
-    return any("skeleton" in inspect.signature(LOSSES[name]).parameters for name in names)
+    used = _validated(terms) if validation_only else _trained(terms)
+    return any(FROM_CALLER.get(name) == "skeleton" for name in used)
+
+
+def _pooled(logits, target, valid, spacing, skeleton):
+    """The `_Scale` of these logits, from target, valid, spacing and skeleton of the finest one."""
+    shape = logits.shape[2:]
+    factors = [n / m for n, m in zip(target.shape[2:], shape, strict=True)]
+    spacing = tuple(s * factor for s, factor in zip(spacing, factors, strict=True))
+    with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
+        pooled = pool_target(target, valid, shape, logits.shape[1])
+        tube = None if skeleton is None else pool_target(skeleton, valid, shape)[0]
+    return _Scale(logits, *pooled, spacing, tube)
 
 
 class _Scale:
@@ -142,34 +134,26 @@ class _Scale:
 
     def __init__(self, logits, target, valid, spacing, skeleton):
         self.arguments = (logits, target, valid)
-        self.shared = {"spacing": spacing, "skeleton": skeleton}
-        self.skeletons, self.boundary_value = {}, None
+        self.spacing, self.skeleton = spacing, skeleton
+        self.skeletons = functools.cache(functools.partial(soft_skeletons, *self.arguments))
+        self.boundary = functools.cache(functools.partial(boundary_loss, *self.arguments))
 
-    def term(self, name, term):
-        takes = inspect.signature(LOSSES[name]).parameters
-        numbers = {key: value for key, value in term.items() if key not in OF_THE_SUM}
-        numbers |= {key: value for key, value in self.shared.items() if key in takes}
-        if "skeletons" in takes:
-            iterations = term.get("iterations", takes["iterations"].default)
-            if iterations not in self.skeletons:
-                made = soft_skeletons(*self.arguments, iterations=iterations)
-                self.skeletons[iterations] = made
-            numbers["skeletons"] = self.skeletons[iterations]
-        return LOSSES[name](*self.arguments, **numbers)
-
-    def boundary(self):
-        if self.boundary_value is None:
-            self.boundary_value = boundary_loss(*self.arguments)
-        return self.boundary_value
+    def term(self, name, settings):
+        keywords = {key: value for key, value in settings.items() if key not in DEFAULTS}
+        argument = FROM_CALLER.get(name)
+        if argument == "skeletons":
+            keywords[argument] = self.skeletons(iterations=settings.get("iterations", ITERATIONS))
+        elif argument is not None:
+            keywords[argument] = getattr(self, argument)
+        return LOSSES[name](*self.arguments, **keywords)
 
 
 def validation_losses(probs, target, valid, terms, *, tile, spacing=(1.0, 1.0, 1.0), skeleton=None):
     """The validation-only terms of one whole volume, {"<name>_loss": value}; {} if there are none.
 
     probs, target (D, H, W) float in [0, 1], valid (D, H, W) bool, skeleton (D, H, W) or None: as in
-    `composite_loss`. The terms see tiles of at most `tile` voxels (z, y, x) of the volume as it is
-    stored, whatever the spacing of patches is; the mean over tiles, each counted by its valid
-    voxels. 0 where no voxel is valid.
+    `composite_loss`. The mean over tiles of at most `tile` voxels (z, y, x) of the volume as it is
+    stored, weighted by their valid voxels. 0 where no voxel is valid.
     """
     wanted = _validated(terms)
     if not wanted:
@@ -191,18 +175,14 @@ def validation_losses(probs, target, valid, terms, *, tile, spacing=(1.0, 1.0, 1
     return {f"{name}_loss": value / max(weight, 1) for name, value in sums.items()}
 
 
-# ---------------------------------------------------------------------------- scales
-
-
 def pool_target(target, valid, shape, classes=1):
     """Target and valid of a coarser scale: (B, 1 or K, *shape) float32 in [0, 1], and bool or None.
 
     A cell's target is the mean over its valid voxels (0 if it has none), so that thin things stay
-    visible as a share and unlabeled content stays out. A cell is valid if at least half of its
-    voxels are: fewer say too little of it, all would widen the unlabeled region at every scale.
-    Cells are equal blocks where `shape` divides the target's, else adaptive pooling's (they
-    overlap by up to one voxel). valid None means all, and stays None. Class ids (B, 1, ...) of
-    more than one of `classes` become shares (B, K, ...).
+    visible as a share. A cell is valid if at least half of its voxels are: to ask for all would
+    widen the unlabeled region at every scale. Cells are equal blocks where `shape` divides the
+    target's, else adaptive pooling's (they overlap by up to one voxel). valid None means all, and
+    stays None. Class ids (B, 1, ...) of more than one of `classes` become shares (B, K, ...).
     """
     if target.shape[1] < classes:
         ids = torch.arange(classes, device=target.device)
@@ -223,33 +203,23 @@ def pool_target(target, valid, shape, classes=1):
     return coarse, share > 0.5 - 1e-6  # averaging may round a half down
 
 
-def _depth(term, outputs):
-    scales = term.get("scales")
-    return len(outputs) if scales is None else min(scales, len(outputs))
-
-
-# ---------------------------------------------------------------------------- checks
-
-
 def check_terms(terms, *, in_training=False):
     """ValueError in one sentence for the first setting that no term or no sum can have.
 
-    in_training: also if some training step would have nothing to learn from.
+    in_training: also if some training step would have no term.
     """
     for name, term in terms.items():
         if name not in LOSSES:
             raise ValueError(f"loss term {name!r} is unknown; {_nearest(name, list(LOSSES))}")
-        own = [k for k in list(inspect.signature(LOSSES[name]).parameters)[3:] if k not in SHARED]
+        known = [*(LOSSES[name].__kwdefaults__ or {}), *DEFAULTS]
         for key in term:
-            if key not in [*own, *OF_THE_SUM]:
-                near = _nearest(key, [*own, *OF_THE_SUM])
-                raise ValueError(f"loss term {name!r} has no {key!r}; {near}")
-        fault = _fault({**OF_THE_SUM, **term})
+            if key not in known or key == FROM_CALLER.get(name):
+                raise ValueError(f"loss term {name!r} has no {key!r}; {_nearest(key, known)}")
+        fault = _fault({**DEFAULTS, **term})
         if fault:
             raise ValueError(f"loss term {name!r}: expected {fault}")
-    if in_training and not any(
-        term["interval"] == 1 or term["off_step"] == "boundary" for term in _trained(terms).values()
-    ):
+    trained = _trained(terms).values() if in_training else ()
+    if in_training and not any(t["interval"] == 1 or t["off_step"] == "boundary" for t in trained):
         raise ValueError(
             "loss: expected at least one term with a weight above 0 that acts on every step "
             "(interval 1, or off_step: boundary), got none"

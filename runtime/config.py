@@ -1,6 +1,6 @@
-"""Reading settings: a config file, overrides, and what to say when one is wrong.
+"""Reading settings: a config file, overrides, and the messages when one is wrong.
 
-A config file holds differences from the defaults in settings.py only. Every key can also be given
+A config file holds only differences from the defaults in settings.py. Every key can also be given
 on the command line as `group.key=value`; the later one wins.
 
     settings = load("configs/vessels.yaml", ["training.max_steps=10", "data.root=/data/vessels"])
@@ -22,7 +22,7 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 3e-4 as a string; people mean a number."""
+    """YAML 1.1 reads 3e-4 as a string; this reads a number."""
 
 
 _Loader.add_implicit_resolver(
@@ -46,10 +46,9 @@ def _nearest(key):
     groups = sorted({k.rsplit(".", i)[0] for k in keys for i in (1, 2) if k.count(".") >= i})
     by_last = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
     close = by_last or difflib.get_close_matches(key, keys + groups, n=1, cutoff=0.5)
-    last_parts = {k.split(".")[-1]: k for k in keys}
-    close = close or [
-        last_parts[k] for k in difflib.get_close_matches(key.split(".")[-1], last_parts, n=1)
-    ]
+    if not close:
+        by_part = {k.split(".")[-1]: k for k in keys}
+        close = [by_part[k] for k in difflib.get_close_matches(key.split(".")[-1], by_part, n=1)]
     return f"; the nearest valid key is {close[0]}" if close else f"; groups: {', '.join(groups)}"
 
 
@@ -63,9 +62,7 @@ def _example(key):
 
 def _sentence(error):
     """One pydantic error as: key: expected, got, what to do."""
-    key = ".".join(
-        str(part) for part in error["loc"] if not str(part).startswith(("tuple", "none"))
-    )
+    key = ".".join(str(p) for p in error["loc"] if not str(p).startswith(("tuple", "none")))
     got = repr(error["input"])
     if error["type"] == "extra_forbidden":
         return f"{key}: no such setting{_nearest(key)}"
@@ -77,9 +74,7 @@ def _sentence(error):
         text = f"a list such as {_example(key)}"
     elif text.startswith(("greater", "less", "finite")):
         text = f"a number {text}"
-    return (
-        f"{key}: expected {text}, got {got}" if ", got " not in text else f"{key}: expected {text}"
-    )
+    return f"{key}: expected {text}" + ("" if ", got " in text else f", got {got}")
 
 
 def build(content):
@@ -129,9 +124,8 @@ def load(path, overrides=()):
         settings = build(apply_overrides(content, overrides))
     except ConfigError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
-    return settings.model_copy(
-        update={"run": settings.run.model_copy(update={"name": settings.run.name or path.stem})}
-    )
+    settings.run.name = settings.run.name or path.stem
+    return settings
 
 
 def changes(before, after):

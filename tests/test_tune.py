@@ -1,33 +1,39 @@
 """The benchmark before the long run: what it measures, and what it says of it."""
 
-import functools
 import json
-import math
 import multiprocessing
+import os
 
 import pytest
 import torch
 
 import data
 import tune
-from runtime import build as planning
-from runtime import costs, trial
+from runtime import build
 from runtime import timer as clock
-from runtime.costs import Measured
-from tests.runtime.test_trial import SHAPE, make_root, make_settings
+from tests.test_training_step import SHAPE, make_root, make_settings
+from tune import Measured
 
 GPU_ONLY = {"transfer", "gpu_training", "gpu_inference"}
 
 
+def make_plan(root, *overrides):
+    return build.resolve(make_settings(root, *overrides))
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """(status, report) of the benchmark on a tiny data set."""
+    """(status, report, what it printed) of the benchmark on a tiny data set, train.py and all."""
     folder = tmp_path_factory.mktemp("tune")
     out = folder / "figures.json"
     before = {*make_root(folder).iterdir(), out}
-    status = tune.main(make_settings(folder), steps=4, out=out)
+    with pytest.MonkeyPatch.context() as patch, tune.console.capture() as printed:
+        patch.setattr(tune, "FOLDS", 2)
+        # On a GPU that others use, and with validation cases, it would measure the same.
+        plan = make_plan(folder, "data.validation=[slab3]", "monitor.log_every=7")
+        status = tune.benchmark(plan, steps=4, json_file=out)
     assert set(folder.iterdir()) == before  # no run folder, no partial file
-    return status, json.loads(out.read_text())
+    return status, json.loads(out.read_text()), printed.get()
 
 
 # ---------------------------------------------------------------------------- measuring
@@ -43,19 +49,18 @@ def test_every_figure_is_measured_or_wants_a_gpu(measured):
 
 def test_the_figures_are_of_this_data_set(measured):
     figures = measured[1]["figures"]
-    assert figures["fill"]["note"].endswith("4 of 4 cases kept")
-    assert figures["pass"]["note"] == "4 cases, 0 workers"
+    assert figures["fill"]["note"].endswith("of 3 cases held")
+    assert figures["pass"]["note"] == "3 cases, 0 workers"
     assert figures["folds"]["value"] < 200
-    assert 0.1 < figures["tree"]["value"] < 3  # this process, with torch in it
+    assert 0.1 < figures["ram_training"]["value"] < 3  # a process with torch in it
 
 
-def test_the_step_has_all_its_parts_and_without_data_those_of_the_device(measured):
-    seconds, figures = measured[1]["seconds"], measured[1]["figures"]
-    assert tuple(seconds["real"]) == (*clock.PARTS, "step")
-    assert tuple(seconds["synthetic"]) == (*clock.PARTS[3:], "step")
-    real, synthetic = (figures[name]["value"] for name in ("step", "synthetic"))
-    assert figures["ratio"]["value"] == pytest.approx(real / synthetic)
-    assert figures["draw"]["value"] == pytest.approx(1e3 * seconds["real"]["draw"])
+def test_the_step_has_all_its_parts(measured):
+    figures = measured[1]["figures"]
+    parts = dict(part.split() for part in figures["step"]["note"].split(", "))
+    assert tuple(parts) == clock.PARTS
+    assert figures["augment"]["value"] == pytest.approx(float(parts["augment"]), abs=0.06)
+    assert sum(map(float, parts.values())) == pytest.approx(figures["step"]["value"], rel=0.05)
 
 
 def test_the_status_says_whether_something_is_over(measured):
@@ -64,62 +69,105 @@ def test_the_status_says_whether_something_is_over(measured):
 
 
 def test_an_epoch_pass_reads_with_the_workers_and_stops_them(tmp_path):
-    plan = planning.resolve(make_settings(make_root(tmp_path), "training.workers=1"))
-    patches = planning.make_patches(plan)
-    found = costs.measure_pass(plan, patches)["pass"]
+    plan = make_plan(make_root(tmp_path), "training.workers=1")
+    patches = build.make_patches(plan)
+    figure = tune.measure_pass(plan, patches)["pass"]
     # Two batches in the pass, and four before it that are not timed: two epochs of two.
     assert patches.cache.counts()["hits"] + patches.cache.counts()["misses"] == 12
-    assert found.note == "4 cases, 1 workers" and found.value < 30
+    assert figure.note == "4 cases, 1 workers" and 0 < figure.value < 30
     assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("count", [5, 6])
-def test_a_pass_draws_each_case(tmp_path, monkeypatch, count):
-    plan, drawn = planning.resolve(make_settings(make_root(tmp_path, (SHAPE,) * count))), []
-    draw = data.PatchDataset.__getitem__
+def test_a_pass_samples_each_case(tmp_path, monkeypatch, count):
+    plan, sampled = make_plan(make_root(tmp_path, (SHAPE,) * count)), []
+    sample = data.PatchDataset.__getitem__
 
-    def watched(patches, place):
-        drawn.append(draw(patches, place)["case"])
-        return draw(patches, place)
+    def watched(patches, index):
+        sampled.append(sample(patches, index)["case"])
+        return sample(patches, index)
 
     monkeypatch.setattr(data.PatchDataset, "__getitem__", watched)
-    costs.measure_pass(plan, planning.make_patches(plan))
-    # Three batches of two, of which one case of five is drawn twice; and before them, three that
+    tune.measure_pass(plan, build.make_patches(plan))
+    # Three batches of two, of which one case of five is sampled twice; and before them, three that
     # are not timed.
-    assert len(drawn) == 12
-    assert set(drawn[:6]) == set(drawn[6:]) == {f"slab{i}" for i in range(count)}
+    assert len(sampled) == 12
+    assert set(sampled[:6]) == set(sampled[6:]) == {f"slab{i}" for i in range(count)}
 
 
 def test_the_file_cache_forgets_each_case_before_it_is_read(tmp_path, monkeypatch):
-    plan = planning.resolve(make_settings(make_root(tmp_path)))
-    patches, forgotten, read = planning.make_patches(plan), [], []
+    plan = make_plan(make_root(tmp_path))
+    patches, forgotten, read = build.make_patches(plan), [], []
     fill = patches.cache.read
 
-    def watched(case, *arguments):
-        assert forgotten.count(case.path) == 1
-        read.append(case.path)
-        return fill(case, *arguments)
+    def advise(file, *arguments):
+        forgotten.append(os.readlink(f"/proc/self/fd/{file}"))
 
-    monkeypatch.setattr(costs, "_forget_pages", forgotten.append)
+    def watched(case, *arguments):
+        assert forgotten.count(str(case.path)) == 1
+        read.append(str(case.path))
+        with monkeypatch.context() as patch:  # reading may give advice of its own
+            patch.setattr(os, "posix_fadvise", lambda *_: None)
+            return fill(case, *arguments)
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
     monkeypatch.setattr(patches.cache, "read", watched)
-    costs.measure_fill(plan, patches)
-    assert sorted(forgotten) == sorted(read) == sorted(case.path for case in plan.split.train)
+    tune.measure_fill(plan, patches)
+    assert sorted(forgotten) == sorted(read) == sorted(str(c.path) for c in plan.split.train)
+
+
+def step_line(wait, draw=0.02, step=1.0):
+    seconds = {
+        "wait": wait,
+        "transfer": 0.004,
+        "augment": draw,
+        "forward": step - wait - draw - 0.004,
+    }
+    return {"event": "step", "seconds": seconds, "step_seconds": step}
 
 
 def test_steps_of_the_warm_up_are_not_counted(tmp_path, monkeypatch):
-    plan = planning.resolve(make_settings(make_root(tmp_path)))
+    plan = make_plan(make_root(tmp_path), "training.accumulate=2")
+    log = [step_line(9.0, step=10.0), *[step_line(wait) for wait in (0.1, 0.2, 0.3)]]
+    asked = []
 
-    def slow_at_first(step, numbers, device):
-        return [
-            dict.fromkeys(clock.PARTS, 1.0) | {"wait": 99.0 if i < costs.WARM_UP else 1.0}
-            for i, _ in enumerate(numbers)
-        ]
+    def run_training(plan, steps):
+        asked.append(steps)
+        return log, 3e9, None
 
-    monkeypatch.setattr(trial, "run_steps", slow_at_first)
-    found, details = costs.measure_training(plan, planning.make_patches(plan), steps=2)
-    whole = len(clock.PARTS)
-    assert details["real"]["step"] == details["synthetic"]["step"] == whole
-    assert found["step"].value == 1e3 * whole and found["wait"].value == pytest.approx(100 / whole)
+    monkeypatch.setattr(tune, "run_training", run_training)
+    figures = tune.measure_training(plan, steps=15)
+    assert asked == [tune.WARM_UP + 15]
+    assert figures["wait"].value == pytest.approx(20)
+    assert figures["step"].value == pytest.approx(1000)
+    assert figures["augment"].value == pytest.approx(10)  # of each of the two batches of a step
+    assert figures["ram_training"] == Measured(3.0, "1 + 0 workers")
+    assert figures["transfer"] == figures["gpu_training"] == tune.NO_GPU
+
+
+def on_gpu(plan):
+    return type(plan)(**{**vars(plan), "device": torch.device("cuda")})
+
+
+def test_the_memory_of_a_gpu_is_what_a_run_adds_to_it(tmp_path, monkeypatch):
+    plan = on_gpu(make_plan(make_root(tmp_path)))
+    log = [step_line(0.1), step_line(0.1)]
+    monkeypatch.setattr(tune, "run_training", lambda plan, steps: (log, 3e9, 5.5e9))
+    figures = tune.measure_training(plan, 5)
+    assert figures["gpu_training"].value == 5.5 and figures["transfer"].value == pytest.approx(4)
+    log.append({"event": "trouble", "text": "cuda ran out of memory: from now on ..."})
+    assert tune.measure_training(plan, 5)["gpu_training"] == tune.NO_MEMORY
+
+
+def test_a_run_that_finds_no_memory_for_prediction_is_over(tmp_path, monkeypatch):
+    def no_memory(plan, report):
+        raise torch.OutOfMemoryError("made up")
+
+    monkeypatch.setattr(tune, "_predict_slabs", no_memory)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    figures = tune.measure_inference(on_gpu(make_plan(make_root(tmp_path))))
+    assert figures == {"gpu_inference": tune.NO_MEMORY}
+    assert tune.verdict(tune.NO_MEMORY, 7) == "over"
 
 
 @pytest.mark.parametrize("where", ["train", "validation", "test"])
@@ -127,70 +175,74 @@ def test_inference_is_measured_on_the_largest_case_of_all(tmp_path, monkeypatch,
     # The second has the longest side, the third the most voxels.
     root = make_root(tmp_path, (SHAPE, (8, 24, 40), (20, 30, 30), SHAPE, SHAPE))
     named = [] if where == "train" else [f"data.{where}=[slab2]"]
-    plan, seen = planning.resolve(make_settings(root, *named)), []
+    plan, seen = make_plan(root, *named), []
 
     def watched(network, image, **settings):
         seen.append((image.shape, settings["ratio"]))
         return iter(())
 
-    monkeypatch.setattr(costs.windows, "predict_slabs", watched)
-    costs.measure_inference(plan)
+    monkeypatch.setattr(tune.sliding_window, "predict_slabs", watched)
+    tune._predict_slabs(plan, report=None)
     assert seen == [((1, 20, 30, 30), [1, 1, 1])]
 
 
-def test_accumulated_steps_are_measured_with_all_their_batches(tmp_path, monkeypatch):
-    settings = make_settings(make_root(tmp_path), "training.accumulate=2")
-    plan, draw, drawn = planning.resolve(settings), planning.draw, []
-
-    def watched(*arguments):
-        drawn.append(arguments)
-        return draw(*arguments)
-
-    monkeypatch.setattr(planning, "draw", watched)
-    found, details = costs.measure_training(plan, planning.make_patches(plan), steps=1)
-    assert len(drawn) == 2 * (costs.WARM_UP + 1) + 1  # and one for the steps without data
-    assert found["draw"].value == pytest.approx(1e3 * details["real"]["draw"] / 2)
-    assert found["ram_training"].value >= 0
-    drawn.clear()
-    costs.measure_folds(plan)
-    assert len(drawn) == 2 * costs.FOLDS * costs.FOLD_STEPS
+def test_prediction_works_as_it_is_called(tmp_path):
+    tune._predict_slabs(make_plan(make_root(tmp_path)), report=print)
 
 
-def test_inference_is_measured_before_training_leaves_its_memory_behind(tmp_path, monkeypatch):
-    order = []
+def test_each_fold_trains_on_its_own_cases(tmp_path, monkeypatch):
+    plan, sizes, cases = make_plan(make_root(tmp_path), "data.folds=4"), [5e8, 6.2e8, 2.5e8], []
 
-    def fake(name, result, *_):
-        order.append(name)
-        return result
+    def run_training(plan, steps):
+        cases.append({case.id for case in plan.split.train})
+        return [], sizes[len(cases) - 1], None
 
-    for name in ("fill", "pass", "inference", "training", "folds"):
-        result = ({}, {}) if name == "training" else {}
-        monkeypatch.setattr(costs, f"measure_{name}", functools.partial(fake, name, result))
-    tune.measure(planning.resolve(make_settings(make_root(tmp_path))), steps=1)
-    assert order == ["fill", "pass", "inference", "training", "folds"]
-
-
-def test_a_cache_that_holds_half_says_so(tmp_path):
-    plan = planning.resolve(make_settings(make_root(tmp_path), "data.cache_gb=0.00005"))
-    fill = costs.measure_fill(plan, planning.make_patches(plan))["fill"]
-    assert "2 of 4 cases kept" in fill.note
+    monkeypatch.setattr(tune, "run_training", run_training)
+    figure = tune.measure_folds(plan)["folds"]
+    assert all(len(ids) == 3 for ids in cases) and len(set.union(*cases)) == 4
+    # Held against the first in both directions.
+    assert figure == Measured(250.0, "each: 500, 620, 250")
+    assert tune.verdict(figure, tune.FIGURES["folds"].limit) == "over"
 
 
-def test_a_network_that_finds_no_memory_is_over_and_the_rest_is_not_measured(
-    tmp_path, monkeypatch, capsys
-):
-    def no_memory(plan):
-        raise torch.OutOfMemoryError("made up")
+def test_a_training_that_fails_is_named_and_the_rest_is_measured(tmp_path, monkeypatch):
+    plan = make_plan(make_root(tmp_path))
+    dataset = tmp_path / "dataset.json"
+    dataset.rename(tmp_path / "elsewhere")
+    reason = "train.py ended with exit status 2: data.root: expected"
+    with pytest.raises(ValueError, match=reason) as caught:
+        tune.run_training(plan, 1)
 
-    monkeypatch.setattr(planning, "make_network", no_memory)
-    settings, out = make_settings(make_root(tmp_path)), tmp_path / "figures.json"
-    assert tune.main(settings, steps=1, out=out) == 1
-    figures = json.loads(out.read_text())["figures"]
-    for name in ("gpu_training", "gpu_inference"):
-        assert (figures[name]["verdict"], figures[name]["value"]) == ("over", None)
-    for name in ("step", "wait", "transfer", "folds", "ram_training"):
-        assert figures[name]["verdict"] == "not measured: out of memory"
-    assert "GPU memory in training is over: set model.checkpointing=true" in capsys.readouterr().out
+    def fail(plan, steps):
+        raise caught.value
+
+    monkeypatch.setattr(tune, "run_training", fail)
+    figures = tune.measure(plan, 1)
+    assert figures.keys() == tune.FIGURES.keys()
+    missing = {name for name, figure in figures.items() if reason in figure.note}
+    assert missing == {
+        "transfer",
+        "augment",
+        "step",
+        "wait",
+        "gpu_training",
+        "ram_training",
+        "folds",
+    }
+
+
+def test_a_cache_that_holds_half_says_so(tmp_path, monkeypatch):
+    plan = make_plan(make_root(tmp_path))
+    patches = build.make_patches(plan)
+    monkeypatch.setattr(patches.cache, "counts", lambda: {"cases": 2, "bytes": 1.5e9})
+    assert tune.measure_fill(plan, patches)["fill"].note == "1.5 GB, 2 of 4 cases held"
+
+
+def test_what_train_py_reports_as_trouble_is_printed(tmp_path, monkeypatch, capsys):
+    log = [step_line(0.1), step_line(0.1), {"event": "trouble", "text": "worker 1 was killed"}]
+    monkeypatch.setattr(tune, "run_training", lambda plan, steps: (log, 1e9, None))
+    tune.measure_training(make_plan(make_root(tmp_path)), 5)
+    assert "worker 1 was killed" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- judging
@@ -202,75 +254,78 @@ def test_a_network_that_finds_no_memory_is_over_and_the_rest_is_not_measured(
         (Measured(4.99), 5, "ok"),
         (Measured(5.0), 5, "over"),
         (Measured(0.0), 5, "ok"),
-        (Measured(math.inf), 6, "over"),
+        (tune.NO_MEMORY, 6, "over"),
         (Measured(7.0), None, ""),
-        (Measured(None, "no GPU"), 5, "not measured: no GPU"),
-        (Measured(None, "no GPU"), None, "not measured: no GPU"),
+        (tune.NO_GPU, 5, "not measured: no GPU"),
+        (tune.NO_GPU, None, "not measured: no GPU"),
     ],
 )
 def test_a_verdict_follows_from_the_value_and_the_figure(measured, limit, expected):
     assert tune.verdict(measured, limit) == expected
 
 
-def test_folds_are_held_against_the_first_in_both_directions():
-    figure = costs.fold_figure([500e6, 620e6, 250e6])
-    assert figure == Measured(250.0, "after each: 500, 620, 250")
-    assert tune.verdict(figure, tune.FIGURES["folds"].limit) == "over"
-
-
-def test_drawing_is_told_per_batch_and_the_step_whole():
-    figures = costs.step_figures(
-        {"draw": 0.01, "forward": 0.03, "step": 0.044}, {"forward": 0.03, "step": 0.04}, 2
-    )
-    values = {name: figure.value for name, figure in figures.items()}
-    assert values == pytest.approx({"draw": 5, "step": 44, "synthetic": 40, "ratio": 1.1})
-    assert figures["step"].note == "forward 30.0"
-
-
-def made_up(**values):
-    names = {name: Measured(0.0) for name in tune.FIGURES}
-    return names | {name: Measured(value) for name, value in values.items()}, {}
-
-
 @pytest.mark.parametrize("wait, status", [(4.9, 0), (5.1, 1)])
 def test_what_is_over_comes_with_the_setting_to_turn(tmp_path, monkeypatch, capsys, wait, status):
-    monkeypatch.setattr(tune, "measure", lambda plan, steps: made_up(wait=wait))
-    assert tune.main(make_settings(make_root(tmp_path))) == status
+    made_up = dict.fromkeys(tune.FIGURES, Measured(0.0)) | {"wait": Measured(wait)}
+    monkeypatch.setattr(tune, "measure", lambda plan, steps: made_up)
+    assert tune.benchmark(make_plan(make_root(tmp_path))) == status
     advice = [line for line in capsys.readouterr().out.splitlines() if " is over: " in line]
     assert len(advice) == status and all("training.workers" in line for line in advice)
 
 
-# ---------------------------------------------------------------------------- wrong input
+# ---------------------------------------------------------------------------- the command line
+
+
+def write_config(root):
+    path = root / "tiny.yaml"
+    path.write_text(f"data: {{root: {root}}}\nsampling: {{patch: [8, 16, 16]}}\n")
+    return str(path)
+
+
+def test_the_contact_sheet_is_of_the_first_training_case(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(
+        tune.contact_sheet, "write_sheet", lambda *args, **kw: calls.append((args, kw))
+    )
+    command = [write_config(make_root(tmp_path)), "--contact-sheet", "sheet.png", "run.seed=3"]
+    assert tune.cli([*command, "data.validation=[slab0]", "augment.elastic=1"]) == 0
+    ((path, case, augment), keywords) = calls[0]
+    assert (str(path), case.id, augment["elastic"]) == ("sheet.png", "slab1", 1)
+    assert keywords["patch"] == (8, 16, 16) and keywords["spacing"] == (2, 1, 1)
+    assert keywords["classes"] == {"foreground": [1], "ignore_label": None}
+    assert keywords["scale"].keys() == {"mean", "std", "low", "high"}
+    assert (keywords["seed"], keywords["name"]) == (3, "tiny")
+    assert "wrote sheet.png" in capsys.readouterr().out
 
 
 def test_a_wrong_data_root_is_one_sentence_and_nothing_is_written(tmp_path, capsys):
-    out = tmp_path / "figures.json"
-    assert tune.main(make_settings(tmp_path), out=out) == 2
+    config = write_config(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        tune.cli([config, "--benchmark", "--json", str(tmp_path / "figures.json")])
+    assert exit_.value.code == 2
     assert capsys.readouterr().err.startswith("data.root: expected")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
 @pytest.mark.parametrize("name", ["none/figures.json", "."])
-def test_a_place_that_cannot_be_written_is_refused_before_measuring(
+def test_a_path_that_cannot_be_written_is_refused_before_measuring(
     tmp_path, monkeypatch, capsys, name
 ):
     monkeypatch.setattr(tune, "measure", None)
-    assert tune.main(make_settings(make_root(tmp_path)), out=tmp_path / name) == 2
-    assert capsys.readouterr().err.startswith("--out: expected a file")
-
-
-def test_figures_that_json_cannot_hold_leave_no_file(tmp_path):
-    with pytest.raises(ValueError):
-        tune.write_json(tmp_path / "figures.json", {"value": math.nan})
-    assert not list(tmp_path.iterdir())
+    config = write_config(make_root(tmp_path))
+    with pytest.raises(SystemExit) as exit_:
+        tune.cli([config, "--benchmark", "--json", str(tmp_path / name)])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith("--json: expected a file")
 
 
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["training.workers=2"], "--benchmark"),
-        (["--benchmark", "c.yaml", "--steps", "0"], "--steps"),
-        (["--benchmark", "none.yaml"], "none.yaml"),
+        (["c.yaml", "training.workers=2"], "--benchmark"),
+        (["c.yaml", "--benchmark", "--contact-sheet", "a.png"], "not allowed with"),
+        (["c.yaml", "--benchmark", "--steps", "0"], "--steps"),
+        (["none.yaml", "--benchmark"], "none.yaml"),
     ],
 )
 def test_a_wrong_command_line_exits_with_2(arguments, named, capsys):

@@ -1,24 +1,22 @@
-"""Persistent homology of a window: which pieces, loops and hollows it has, and how firmly.
+"""Persistent homology of a window: which components, loops and hollows it has, and how firmly.
 
-    pieces, loops, hollows = diagrams(probs, valid)        # numpy: born, died, and at which voxels
+    components, loops, hollows = diagrams(probs, valid)    # numpy: births, deaths, their voxels
     b0, b1, b2 = betti_numbers(mask, valid)                # how many of each a label has
     loss = topological_loss(probs, target, valid)          # torch: the graph goes through probs
 
-A probability p becomes a level 1 - p, and the window fills from level 0 up: what is most surely
-foreground enters first. A component, loop or hollow is born at the level at which it appears and
-dies at the one at which it is joined or filled. Voxels are the vertices of the cubical complex, so
-that foreground touches by faces (6 neighbours) and background by faces, edges and corners.
+A probability p becomes a level 1 - p, and the window fills from level 0 up: the surest foreground
+enters first. A component, loop or hollow is born at the level at which it appears and dies at the
+one at which it is joined or filled. Voxels are the vertices of the cubical complex, so that
+foreground touches by faces (6 neighbours) and background by faces, edges and corners.
 
-Unlabeled voxels enter last, at level 2, and what is born or dies there is dropped: whether it is a
-hole was for them to say. So their content changes nothing. Two consequences. A loop around
-unlabeled voxels that labeled background can close stays a loop, in prediction and label alike. Of
-labeled regions that only unlabeled voxels join, one keeps its most persistent component and each
-of the others loses that one (a second component in it still counts).
+Unlabeled voxels enter last, at level 2, and what is born or dies there is dropped, so that their
+content changes nothing. Two consequences. A loop around unlabeled voxels that labeled background
+can close stays a loop, in prediction and label alike. Of labeled regions that only unlabeled voxels
+join, one keeps its most persistent component and each of the others loses that one.
 
 The homology is cripser's, on one core of the host and without Python's lock: windows in threads run
-side by side. topological_loss with its backward takes about 0.02 s for 32^3 voxels, 0.08 s for 48^3
-and 0.22 s for 64^3 with smooth probabilities, and about three times that with those of an untrained
-network, which are rough (one core of an AMD EPYC; 40 MB of memory at 64^3).
+side by side. topological_loss and its backward take 0.02 s for 32^3 voxels, 0.22 s and 40 MB for
+64^3 (one core of an AMD EPYC), and three times that for an untrained network, which is rough.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +26,7 @@ import numpy as np
 import torch
 
 UNLABELED_LEVEL = 2.0
-EMPTY_LEVEL = 1.0  # of an empty prediction: what lives for ever is given this death
-
+EMPTY_LEVEL = 1.0  # of an empty prediction: the death of a component that never dies
 FAINT = 0.2  # persistence below which a class may be noise, and counts for less
 
 
@@ -57,9 +54,8 @@ def diagrams(probs, valid=None):
     the level of an empty prediction, so that it is there (from 1 to 1) in an empty window too.
     Without a valid voxel all three are empty.
 
-    Where many voxels share a level (probabilities that saturated at 0 or 1) more than one choice
-    of critical voxels is right, and this gives one of them.
-
+    Where voxels share a level (saturated probabilities), several choices of critical voxels are
+    right, and this gives one of them.
     ValueError for another shape, an empty window, or a valid probability outside [0, 1].
     """
     import cripser  # late: only this loss needs it
@@ -74,15 +70,14 @@ def diagrams(probs, valid=None):
 def betti_numbers(mask, valid=None):
     """(b0, b1, b2): the components, loops and hollows of a mask's valid foreground.
 
-    mask and valid (D, H, W) bool, as in `diagrams`. Foreground touches by faces. (0, 0, 0) for an
-    empty mask; what unlabeled voxels decide is not counted.
+    mask and valid (D, H, W) bool, as in `diagrams`. What unlabeled voxels decide is not counted.
     """
     mask = np.asarray(mask, dtype=bool)
     # Foreground lies in [0.5, 1), background in [0, 0.5). The ramp breaks the ties inside each,
     # which changes no class that lives across 0.5 and halves the time (measured at 64^3).
     ramp = np.linspace(0.0, 0.5, mask.size, endpoint=False).reshape(mask.shape)
-    found = diagrams(0.5 * mask + ramp, valid)
-    return tuple(int(np.count_nonzero((d.births <= 0.5) & (d.deaths > 0.5))) for d in found)
+    dimensions = diagrams(0.5 * mask + ramp, valid)
+    return tuple(int(np.count_nonzero((d.births <= 0.5) & (d.deaths > 0.5))) for d in dimensions)
 
 
 def _levels(probs, valid):
@@ -105,12 +100,12 @@ def _diagram(rows, shape):
     rows = rows[(rows[:, 1] < UNLABELED_LEVEL) & (endless | (rows[:, 2] < UNLABELED_LEVEL))]
     endless = rows[:, 2] > UNLABELED_LEVEL
     strides = np.array([shape[1] * shape[2], shape[2], 1])
-    places = rows[:, 3:9].astype(np.int64)
+    voxels = rows[:, 3:9].astype(np.int64)
     return Diagram(
         births=rows[:, 1],
         deaths=np.where(endless, EMPTY_LEVEL, rows[:, 2]),
-        birth_voxels=places[:, :3] @ strides,
-        death_voxels=np.where(endless, -1, places[:, 3:] @ strides),
+        birth_voxels=voxels[:, :3] @ strides,
+        death_voxels=np.where(endless, -1, voxels[:, 3:] @ strides),
     )
 
 
@@ -124,32 +119,27 @@ def topological_loss(probs, target, valid=None):
     (D, H, W) bool (None: everywhere). The result is float32 (float64 if probs is).
 
     In each dimension the label's Betti number says how many classes the prediction should have. As
-    many of its most persistent ones are pulled to birth at level 0 and death at 1:
-    birth^2 + (1 - death)^2. All others are pulled to the diagonal, where they vanish:
-    (death - birth)^2 / 2. A class that the prediction lacks costs 1/2, the least that a point of
-    the diagonal could, without gradient. The sum over dimensions is divided by the number of the
-    label's classes and of the others, at least 1, where a class fainter than FAINT counts as
-    (persistence / FAINT)^2 and the total is rounded down: a rough or a fresh prediction has
-    thousands of classes, and their sum would outweigh every other term. 0 for a perfect prediction,
-    1 for an empty one of a single piece.
+    many of the most persistent are pulled to birth at 0 and death at 1: birth^2 + (1 - death)^2.
+    All others are pulled to the diagonal, where they vanish: (death - birth)^2 / 2. A class that
+    the prediction lacks costs 1/2, the least that a point of the diagonal could, without gradient.
+    The sum is divided by the number of the label's classes and of the others, at least 1, where a
+    class fainter than FAINT counts as (persistence / FAINT)^2 and the total is rounded down: a
+    rough prediction has thousands of classes, whose sum would outweigh every other term. 0 for a
+    perfect prediction, 1 for an empty one of a single component.
 
-    Hu, Li, Samaras and Chen 2019, "Topology-Preserving Deep Image Segmentation", who take the sum,
-    here in 3D and all dimensions at once. As there, classes are matched by persistence and not by
-    place: a false handle can take the part of a true one that is fainter.
+    Hu et al. 2019, "Topology-Preserving Deep Image Segmentation", who use the sum, here in 3D and
+    all dimensions at once. As there, classes are matched by persistence and not by position: a
+    false handle can stand in for a true one that is fainter.
 
-    The gradient reaches the voxels of births and deaths only; which ones these are is taken as
-    constant. Invalid voxels are none of them, and what they hold does not count. Without a valid
-    voxel: 0, with gradient 0. NaN in a valid probability: NaN. ValueError as for `diagrams`. Waits
-    for the device once.
+    The gradient reaches the voxels of births and deaths only, none of them invalid; which ones
+    these are counts as constant. Without a valid voxel: 0, with gradient 0. NaN in a valid
+    probability: NaN. ValueError as for `diagrams`. Waits for the device once.
     """
     return topological_losses([(probs, target, valid)])[0]
 
 
 def topological_losses(windows):
-    """`topological_loss` of each (probs, target, valid): (N,); () gives no element.
-
-    Windows are worked out side by side, as many at a time as torch has threads.
-    """
+    """`topological_loss` of each (probs, target, valid): (N,), in as many threads as torch has."""
     windows = [(p if p.dtype == torch.float64 else p.float(), t, v) for p, t, v in windows]
     arrays = [_to_host(*window) for window in windows]
     with ThreadPoolExecutor(max(1, min(len(windows), torch.get_num_threads()))) as pool:
@@ -159,7 +149,7 @@ def topological_losses(windows):
 
 
 def _cost(probs, classes, constant, count):
-    """The loss of a window as `_plan` found it; the graph goes through probs here."""
+    """The loss of a window from its `_plan`; the graph goes through probs here."""
     births, deaths, wanted = torch.from_numpy(classes).to(probs.device)  # (N,) each, in one copy
     levels = 1.0 - probs.flatten()
     born = levels.index_select(0, births)
@@ -178,21 +168,19 @@ def _to_host(probs, target, valid):
             f"topological_loss: expected probs, target and valid of one shape (D, H, W), "
             f"got {', '.join(map(str, shapes))}"
         )
-    valid = torch.ones_like(probs, dtype=torch.bool) if valid is None else valid.bool()
+    valid = torch.ones_like(probs) if valid is None else valid.bool()
     window, label, labeled = torch.stack([probs, target > 0.5, valid]).cpu().numpy()
     return window, label > 0, labeled > 0
 
 
 def _plan(arrays):
-    """What `_cost` needs of a window's probs, label and valid.
+    """(3, N) int64: birth and death voxel, 1 if wanted; the cost of missing classes; the divisor.
 
-    (3, N) int64: birth voxel, death voxel, 1 if wanted, of all classes; the cost of those that are
-    missing; by how many to divide. Wanted are the most persistent classes of each dimension, as
-    many as the label has. The endless component is always among the most persistent: nothing is
-    born before it or outlives it.
+    Wanted are the most persistent classes of each dimension, as many as the label has. The endless
+    component is always among them: nothing is born before it or outlives it.
     """
     probs, label, valid = arrays
-    if np.isnan(probs[valid]).any():  # for the loop to see, as with any other term
+    if np.isnan(probs[valid]).any():  # the training loop must see it
         return np.zeros((3, 0), np.int64), np.nan, 1
     betti = betti_numbers(label, valid)
     columns, missing, others = [], 0, 0

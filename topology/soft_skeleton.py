@@ -1,7 +1,6 @@
-"""The soft skeleton of probabilities: what the losses of centrelines are made of.
+"""The soft skeleton of probabilities, for the losses of centrelines.
 
-Exact, with unlabeled voxels, and ten times faster on a CPU than pooling; only torch is needed, so
-that this file can be lifted out with one copy.
+Exact, with unlabeled voxels, and ten times faster on a CPU than pooling. Only torch is needed.
 """
 
 import torch
@@ -12,17 +11,15 @@ def soft_skeleton(probs, iterations=3, valid=None):
     """The soft skeleton of clDice: what an opening removes, erosion after erosion.
 
     probs (..., D, H, W) float32 in [0, 1]; valid of the same shape, bool, None: everywhere; returns
-    the same shape in [0, 1], 0 where invalid. Each volume of the leading dimensions by itself. A
-    structure of more than 2 * iterations + 2 voxels across is never eroded to its middle: nothing
-    but its corners is kept.
+    the same shape in [0, 1], 0 where invalid. Each volume of the leading dimensions by itself. Of a
+    structure of more than 2 * iterations + 2 voxels across only the corners are kept.
 
     As Shit et al. 2021: erosion by the six neighbours, dilation by the box of 27, iterations + 1
     openings, joined as 1 - prod(1 - removed). The border of the volume and the edge of the
-    unlabeled region erode nothing: an invalid voxel is no background, and no foreground either.
+    unlabeled region erode nothing: an invalid voxel is neither background nor foreground.
 
-    Exact, gradient included; where neighbours tie, one of them takes it, as in max pooling.
-    Checkpointed: only `probs` is kept for the backward pass, which computes the rest anew.
-    ValueError for fewer than 3 dimensions, shapes that differ, or iterations < 0.
+    The gradient is exact; where neighbours tie, one of them gets it. Only `probs` is kept for the
+    backward pass. ValueError for fewer than 3 dimensions, shapes that differ, or iterations < 0.
     """
     shapes = {tuple(x.shape) for x in (probs, valid) if x is not None}
     if probs.ndim < 3 or len(shapes) > 1:
@@ -70,16 +67,16 @@ class _SoftSkeleton(torch.autograd.Function):
             grad_removed = earlier.pop().mul_(later).mul_(removed > 0)
             later.addcmul_(later, removed, value=-1.0)
             grad_eroded = grid.open_backward(-grad_removed, stages).add_(grad_x)
-            grad_x = grid.erode_backward(grad_eroded, x, eroded, onto=grad_removed)
+            grad_x = grid.pool_backward(grad_eroded, x, eroded, grid.steps, onto=grad_removed)
+            grad_x.mul_(grid.inside)
         return grid.volume(grad_x), None, None
 
 
 class _Grid:
     """Volumes as one flat buffer, each with a border of one voxel.
 
-    A neighbour is then a fixed offset and every pass one operation on contiguous memory: some ten
-    times faster than pooling on a CPU. Invalid voxels are treated like the border: 1 for an erosion
-    and 0 for a dilation, so that they decide neither.
+    A neighbour is then a fixed offset and every pass one operation on contiguous memory. Invalid
+    voxels are treated like the border: 1 for an erosion and 0 for a dilation.
     """
 
     def __init__(self, valid):
@@ -95,8 +92,7 @@ class _Grid:
         return F.pad(torch.where(self.valid, volume, 0.0), (1,) * 6).flatten().add_(self.outside)
 
     def volume(self, flat):
-        inner = flat.mul_(self.inside).view(self.padded)[..., 1:-1, 1:-1, 1:-1]
-        return inner.contiguous()
+        return flat.mul_(self.inside).view(self.padded)[..., 1:-1, 1:-1, 1:-1].contiguous()
 
     def at(self, flat, offset=0):
         """The buffer from the first to the last voxel that is no border, moved by `offset`."""
@@ -123,13 +119,10 @@ class _Grid:
         """Uses up `grad` and `stages`."""
         for step in reversed(self.steps):
             pooled = stages.pop()
-            grad = self._pool_backward(grad, stages[-1], pooled, (step,), torch.zeros_like(grad))
+            grad = self.pool_backward(grad, stages[-1], pooled, (step,), torch.zeros_like(grad))
         return grad.mul_(self.inside)
 
-    def erode_backward(self, grad, x, eroded, onto):
-        return self._pool_backward(grad, x, eroded, self.steps, onto).mul_(self.inside)
-
-    def _pool_backward(self, grad, x, pooled, steps, onto):
+    def pool_backward(self, grad, x, pooled, steps, onto):
         """Add to `onto` each voxel's gradient, at the first of its neighbours that it came from."""
         left, came, pooled = self.at(grad), self.at(torch.empty_like(x)), self.at(pooled)
         *first, last = [0] + [s for step in steps for s in (-step, step)]

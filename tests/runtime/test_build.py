@@ -4,7 +4,7 @@ import h5py
 import pytest
 
 from runtime import build as planning
-from tests.runtime.test_trial import make_root, make_settings
+from tests.test_training_step import make_root, make_settings
 
 
 @pytest.mark.parametrize(

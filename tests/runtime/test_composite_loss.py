@@ -57,16 +57,16 @@ def test_composite_is_the_weighted_sum_over_scales():
         "surface_distance": {"weight": 0.25, "scales": 1, "tolerance": 3.0},
         "soft_dice": {"weight": 0.0},
     }
-    total, parts = composite_loss([logits, coarse], target, valid, terms)
+    total, components = composite_loss([logits, coarse], target, valid, terms)
     pooled = pool_target(target, valid, (2, 5, 3))
     bce = 2 / 3 * weighted_bce_loss(logits, target, valid, positive_weight=2.0)
     bce = bce + 1 / 3 * weighted_bce_loss(coarse, *pooled, positive_weight=2.0)
     surface = surface_distance_loss(logits, target, valid, tolerance=3.0)
-    assert set(parts) == {"weighted_bce", "surface_distance", "total"}
-    torch.testing.assert_close(parts["weighted_bce"], bce)
-    torch.testing.assert_close(parts["surface_distance"], surface)
+    assert set(components) == {"weighted_bce", "surface_distance", "total"}
+    torch.testing.assert_close(components["weighted_bce"], bce)
+    torch.testing.assert_close(components["surface_distance"], surface)
     torch.testing.assert_close(total, 0.5 * bce + 0.25 * surface)
-    torch.testing.assert_close(parts["total"], total)
+    torch.testing.assert_close(components["total"], total)
 
 
 def test_composite_scales_the_spacing_with_the_pooling():
@@ -81,9 +81,9 @@ def test_composite_scales_the_spacing_with_the_pooling():
 
 def test_composite_of_one_tensor_is_its_finest_scale():
     logits, target, valid = draw()
-    total, parts = composite_loss(logits, target, valid, {"soft_dice": {"weight": 2.0}})
-    torch.testing.assert_close(parts["soft_dice"], soft_dice_loss(logits, target, valid))
-    torch.testing.assert_close(total, 2.0 * parts["soft_dice"])
+    total, components = composite_loss(logits, target, valid, {"soft_dice": {"weight": 2.0}})
+    torch.testing.assert_close(components["soft_dice"], soft_dice_loss(logits, target, valid))
+    torch.testing.assert_close(total, 2.0 * components["soft_dice"])
 
 
 def test_composite_gives_ignored_voxels_no_gradient_at_any_scale():
@@ -92,9 +92,9 @@ def test_composite_gives_ignored_voxels_no_gradient_at_any_scale():
     outputs = [logits, torch.zeros(2, 1, 2, 5, 3)]
     outputs = [x.clone().requires_grad_() for x in outputs]
     terms = {name: {"weight": 1.0} for name in LOSSES}
-    total, parts = composite_loss(outputs, torch.where(valid, target, math.nan), valid, terms)
+    total, components = composite_loss(outputs, torch.where(valid, target, math.nan), valid, terms)
     total.backward()
-    assert math.isfinite(parts["total"])
+    assert math.isfinite(components["total"])
     assert bool((outputs[0].grad[~valid] == 0).all())
     assert bool((outputs[1].grad[..., 0] == 0).all())
     assert bool((outputs[1].grad[..., 1:] != 0).any())
@@ -107,10 +107,10 @@ def test_term_of_an_interval_acts_on_one_step_of_so_many():
     logits, target, valid = draw()
     terms = {"soft_dice": {"weight": 1.0}, "cldice": {"weight": 2.0, "interval": 4}}
     values = [composite_loss(logits, target, valid, terms, step=s)[1] for s in range(8)]
-    assert ["cldice" in parts for parts in values] == [True, False, False, False] * 2
-    for parts in values:
+    assert ["cldice" in components for components in values] == [True, False, False, False] * 2
+    for components in values:
         torch.testing.assert_close(
-            parts["total"], parts["soft_dice"] + 2.0 * parts.get("cldice", 0.0)
+            components["total"], components["soft_dice"] + 2.0 * components.get("cldice", 0.0)
         )
 
 
@@ -118,10 +118,10 @@ def test_boundary_stands_in_between_under_its_own_name():
     logits, target, valid = draw()
     coarse = torch.zeros(2, 1, 2, 5, 3)
     terms = {"surface_distance": {"weight": 0.5, "interval": 2, "off_step": "boundary"}}
-    total, parts = composite_loss([logits, coarse], target, valid, terms, step=1)
-    assert set(parts) == {"surface_distance_boundary", "total"}
+    total, components = composite_loss([logits, coarse], target, valid, terms, step=1)
+    assert set(components) == {"surface_distance_boundary", "total"}
     torch.testing.assert_close(
-        parts["surface_distance_boundary"], boundary_loss(logits, target, valid)
+        components["surface_distance_boundary"], boundary_loss(logits, target, valid)
     )
     torch.testing.assert_close(total, 0.5 * boundary_loss(logits, target, valid))
     assert set(composite_loss([logits, coarse], target, valid, terms, step=2)[1]) == {
@@ -157,10 +157,10 @@ def test_terms_of_one_scale_share_their_skeletons(monkeypatch):
     monkeypatch.setattr("runtime.composite_loss.soft_skeletons", counting)
     logits, target, valid = draw()
     terms = {"cldice": {"weight": 1.0}, "morph_skeleton": {"weight": 1.0}}
-    _, parts = composite_loss(logits, target, valid, terms)
+    _, components = composite_loss(logits, target, valid, terms)
     assert made == [3]
     for name in terms:
-        torch.testing.assert_close(parts[name], LOSSES[name](logits, target, valid))
+        torch.testing.assert_close(components[name], LOSSES[name](logits, target, valid))
     terms["morph_skeleton"]["iterations"] = 1
     composite_loss(logits, target, valid, terms)
     assert made == [3, 3, 1]
@@ -182,10 +182,10 @@ def test_tubed_skeleton_is_pooled_to_the_coarse_scale():
     target, skeleton = bar(0, 8, 8), bar(2, 6, 8)
     terms = {"skeleton_recall": {"weight": 1.0}}
     options = {"skeleton": skeleton, "scale_weights": [1.0, 1.0]}
-    _, parts = composite_loss([logits, coarse], target, None, terms, **options)
+    _, components = composite_loss([logits, coarse], target, None, terms, **options)
     # Of 6 voxels 2 are found, of 3 coarse cells 1; one of smoothing each.
     expected = (1 - (2 + 1) / (6 + 1) + 1 - (1 + 1) / (3 + 1)) / 2
-    assert parts["skeleton_recall"].item() == pytest.approx(expected, rel=1e-5)
+    assert components["skeleton_recall"].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("step", range(4))
@@ -327,22 +327,22 @@ def test_validation_losses_are_means_over_tiles():
         "weighted_bce": {"weight": 0.0, "validation_only": True},
         "surface_distance": {"weight": 0.1, "validation_only": True, "tolerance": 3.0},
     }
-    found = validation_losses(
+    values = validation_losses(
         torch.sigmoid(logits), target > 0.5, valid, terms, tile=(3, 5, 6), spacing=(2.0, 1.0, 1.0)
     )
     whole = [x[None, None] for x in (logits, (target > 0.5).float(), valid)]
-    assert set(found) == {"weighted_bce_loss", "surface_distance_loss"}
+    assert set(values) == {"weighted_bce_loss", "surface_distance_loss"}
     # A mean over voxels is the same with tiles and without.
-    assert found["weighted_bce_loss"] == pytest.approx(weighted_bce_loss(*whole).item(), rel=1e-4)
-    parts = [
+    assert values["weighted_bce_loss"] == pytest.approx(weighted_bce_loss(*whole).item(), rel=1e-4)
+    tiles = [
         surface_distance_loss(
             *(x[:, :, part] for x in whole), tolerance=3.0, spacing=(2.0, 1.0, 1.0)
         ).item()
         for part in (slice(0, 3), slice(3, 4))
     ]
     counts = [int(valid[:3].sum()), int(valid[3:].sum())]
-    expected = sum(p * n for p, n in zip(parts, counts, strict=True)) / sum(counts)
-    assert found["surface_distance_loss"] == pytest.approx(expected, rel=1e-4)
+    expected = sum(p * n for p, n in zip(tiles, counts, strict=True)) / sum(counts)
+    assert values["surface_distance_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_validation_recalls_the_skeleton_that_is_given():
@@ -350,8 +350,8 @@ def test_validation_recalls_the_skeleton_that_is_given():
     probs, everywhere = torch.where(bar(0, 3)[0, 0] > 0, 1.0, 0.0), torch.ones_like(target) > 0
     terms = {"skeleton_recall": {"weight": 0.0, "validation_only": True}}
     options = {"tile": (9, 9, 9), "skeleton": bar(2, 3)[0, 0]}
-    found = validation_losses(probs, target, everywhere, terms, **options)
-    assert found["skeleton_recall_loss"] == pytest.approx(1 - (1 + 1) / (3 + 1), rel=1e-4)
+    values = validation_losses(probs, target, everywhere, terms, **options)
+    assert values["skeleton_recall_loss"] == pytest.approx(1 - (1 + 1) / (3 + 1), rel=1e-4)
     assert takes_skeleton(terms, validation_only=True)
     assert not takes_skeleton(terms)
 
@@ -369,10 +369,12 @@ def test_validation_without_a_term_or_a_valid_voxel():
 # ---------------------------------------------------------------------------- checks
 
 
-def test_parts_are_detached_tensors():
+def test_components_are_detached_tensors():
     logits, target, valid = draw()
-    _, parts = composite_loss(logits.requires_grad_(), target, valid, {"soft_dice": {"weight": 1}})
-    assert all(torch.is_tensor(part) and not part.requires_grad for part in parts.values())
+    _, components = composite_loss(
+        logits.requires_grad_(), target, valid, {"soft_dice": {"weight": 1}}
+    )
+    assert all(torch.is_tensor(c) and not c.requires_grad for c in components.values())
 
 
 @pytest.mark.parametrize(

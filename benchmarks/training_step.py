@@ -1,11 +1,12 @@
 """A network and its training step outside of a run, for those who measure them.
 
     plan = planning.resolve(settings)
-    trainer, source = trial.Trainer(plan), trial.batches(plan, planning.make_patches(plan), 20)
+    trainer = training_step.Trainer(plan)
+    source = training_step.batches(plan, planning.make_patches(plan), 20)
     with contextlib.closing(source):                      # or the workers stay
-        step = functools.partial(trainer.step, trial.from_loader(plan, source))
-        steps = trial.run_steps(step, range(20), plan.device)
-    trial.medians(steps), trial.wait_share(steps)
+        step = functools.partial(trainer.step, training_step.from_loader(plan, source))
+        steps = training_step.run_steps(step, range(20), plan.device)
+    training_step.medians(steps), training_step.wait_share(steps)
 
 The step is that of train.py: the same parts, in the same order, under the same names. Nothing is
 written.
@@ -18,7 +19,8 @@ import threading
 import psutil
 import torch
 
-import loader
+import data
+from patches import transfer
 from runtime import build as planning
 from runtime import composite_loss as composite
 from runtime import timer as clock
@@ -35,7 +37,7 @@ def batches(plan, patches, count, per_epoch=None):
     Close it (contextlib.closing): its workers live until then.
     """
     training = plan.settings.training
-    return loader.Batches(
+    return data.Batches(
         patches,
         0,
         count,
@@ -50,15 +52,15 @@ def batches(plan, patches, count, per_epoch=None):
 
 def from_loader(plan, source):
     """What `Trainer.step` fetches batches with: read by workers, copied and drawn, as in a run."""
-    copying = loader.copy_stream(plan.device)
+    copying = transfer.copy_stream(plan.device)
 
     def fetch(ticks):
         samples = next(source)
         ticks.mark("wait")
-        samples = loader.to_device(samples, plan.device, copying)
+        samples = transfer.to_device(samples, plan.device, copying)
         ticks.mark("transfer")
-        drawn = planning.draw(plan, samples)
-        ticks.mark("draw")
+        drawn = planning.augment_batch(plan, samples)
+        ticks.mark("augment")
         return drawn
 
     return fetch
@@ -102,7 +104,7 @@ class Trainer:
             self.scaler.scale(loss / accumulate).backward()
             ticks.mark("backward")
         self._update()
-        ticks.mark("optimiser")
+        ticks.mark("optimizer")
 
     def _loss(self, logits, target, valid, skeleton, *, number):
         about = {"spacing": self.plan.spacing, "skeleton": skeleton, "step": number}
@@ -128,7 +130,7 @@ def run_steps(step, numbers, device):
 
     Each step has a clock of its own, read when all are done, so that no step waits for one.
     """
-    clocks = [clock.StepClock(device) for _ in numbers]
+    clocks = [clock.StepTimer(device) for _ in numbers]
     for number, ticks in zip(numbers, clocks, strict=True):
         ticks.start()
         step(number, ticks)

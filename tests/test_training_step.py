@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import train
+from benchmarks import training_step
 from runtime import build as planning
-from runtime import checkpoint, config, trial
+from runtime import checkpoint, config
 from runtime import timer as clock
 from volumes import casefile as cases
 
@@ -82,31 +83,35 @@ def test_the_weights_after_some_steps_are_those_of_the_run(tmp_path, changes):
 
     torch.manual_seed(settings.run.seed)
     plan = planning.resolve(settings)
-    trainer = trial.Trainer(plan)
-    source = trial.batches(plan, planning.make_patches(plan), 3 * settings.training.accumulate)
-    step = functools.partial(trainer.step, trial.from_loader(plan, source))
-    trial.run_steps(step, range(3), CPU)
+    trainer = training_step.Trainer(plan)
+    source = training_step.batches(
+        plan, planning.make_patches(plan), 3 * settings.training.accumulate
+    )
+    step = functools.partial(trainer.step, training_step.from_loader(plan, source))
+    training_step.run_steps(step, range(3), CPU)
     assert all(torch.equal(w, trained[n]) for n, w in trainer.network.state_dict().items())
 
 
 def test_a_step_marks_its_parts_and_one_without_data_has_no_data_parts(root):
     plan = planning.resolve(make_settings(root))
-    patches, trainer = planning.make_patches(plan), trial.Trainer(plan)
-    with contextlib.closing(trial.batches(plan, patches, 2)) as source:
-        step = functools.partial(trainer.step, trial.from_loader(plan, source))
-        real = trial.run_steps(step, range(2), CPU)
-    drawn = planning.draw(plan, [patches[0, 0]])
-    synthetic = trial.run_steps(functools.partial(trainer.step, lambda ticks: drawn), [0], CPU)
+    patches, trainer = planning.make_patches(plan), training_step.Trainer(plan)
+    with contextlib.closing(training_step.batches(plan, patches, 2)) as source:
+        step = functools.partial(trainer.step, training_step.from_loader(plan, source))
+        real = training_step.run_steps(step, range(2), CPU)
+    drawn = planning.augment_batch(plan, [patches[0, 0]])
+    synthetic = training_step.run_steps(
+        functools.partial(trainer.step, lambda ticks: drawn), [0], CPU
+    )
     assert [tuple(step) for step in real] == [clock.PARTS] * 2
     assert [tuple(step) for step in synthetic] == [clock.PARTS[3:]]
 
 
 def test_averaged_weights_move_with_the_network(root):
     plan = planning.resolve(make_settings(root, "optim.ema=0.5"))
-    trainer = trial.Trainer(plan)
+    trainer = training_step.Trainer(plan)
     before = copy.deepcopy(trainer.ema.state_dict())
-    drawn = planning.draw(plan, [planning.make_patches(plan)[0, 0]])
-    trial.run_steps(functools.partial(trainer.step, lambda ticks: drawn), [0], CPU)
+    drawn = planning.augment_batch(plan, [planning.make_patches(plan)[0, 0]])
+    training_step.run_steps(functools.partial(trainer.step, lambda ticks: drawn), [0], CPU)
     after = trainer.network.state_dict()
     for name, average in trainer.ema.state_dict().items():
         torch.testing.assert_close(average, (before[name] + after[name]) / 2)
@@ -127,13 +132,13 @@ def test_medians_are_of_each_part_and_of_whole_steps():
         {"wait": 2.0, "forward": 2.0},
         {"wait": 6, "forward": 1},
     ]
-    assert trial.medians(steps) == {"wait": 2.0, "forward": 2.0, "step": 7.0}
-    assert trial.medians([]) == {}
+    assert training_step.medians(steps) == {"wait": 2.0, "forward": 2.0, "step": 7.0}
+    assert training_step.medians([]) == {}
 
 
 def test_the_share_of_waiting_is_of_all_steps_together():
-    assert trial.wait_share([{"wait": 1.0, "forward": 3.0}, {"forward": 4.0}]) == 1 / 8
-    assert trial.wait_share([]) == 0.0
+    assert training_step.wait_share([{"wait": 1.0, "forward": 3.0}, {"forward": 4.0}]) == 1 / 8
+    assert training_step.wait_share([]) == 0.0
 
 
 def test_every_step_gets_its_number_and_a_time_of_its_own():
@@ -144,13 +149,13 @@ def test_every_step_gets_its_number_and_a_time_of_its_own():
         time.sleep(0.05 if number == 4 else 0)
         ticks.mark("forward")
 
-    taken = [step["forward"] for step in trial.run_steps(step, range(3, 6), CPU)]
+    taken = [step["forward"] for step in training_step.run_steps(step, range(3, 6), CPU)]
     assert seen == [3, 4, 5] and taken[1] >= 0.05 > max(taken[0], taken[2])
 
 
 def test_a_sampler_looks_at_the_start_in_between_and_at_the_end():
     looks = iter(range(10**6))
-    with trial.Sampler(lambda: next(looks), 0.001) as sampler:
+    with training_step.Sampler(lambda: next(looks), 0.001) as sampler:
         while len(sampler.values) < 4:
             time.sleep(0.001)
     count = len(sampler.values)
@@ -159,9 +164,9 @@ def test_a_sampler_looks_at_the_start_in_between_and_at_the_end():
 
 
 def test_peak_memory_sees_what_was_held_only_for_a_while():
-    with trial.PeakMemory(CPU) as peak:
+    with training_step.PeakMemory(CPU) as peak:
         held = torch.ones(16, 2**20)
-        time.sleep(3 * trial.SAMPLED_EVERY)
+        time.sleep(3 * training_step.SAMPLED_EVERY)
         del held
     assert 60e6 < peak.ram < 100e6
     assert peak.gpu is None and peak.reserved is None
