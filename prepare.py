@@ -32,7 +32,7 @@ from pathlib import Path
 from volumes import layouts, phantoms
 from volumes.casefile import DATASET_FILE, read_dataset, write_dataset
 from volumes.files import split_dataset
-from volumes.formats import UNITS
+from volumes.volume import UNITS
 from volumes.ingest import PhantomCase, Rules, prepare_case
 from volumes.layouts import InputErrors
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from volumes.files import Source, VolumeError, find_volumes, is_label_name, stem_of
-from volumes.formats import UNITS
+from volumes.volume import UNITS
 
 VESUVIUS_IGNORE_LABEL = 2
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")

@@ -257,11 +257,11 @@ def test_a_file_of_another_kind_is_a_volume_error(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("shape", "got"), [((20, 30), "one page"), ((20, 30, 3), "colour"), ((4, 20, 30, 3), "colour")]
+    ("shape", "got"), [((20, 30), "one page"), ((20, 30, 3), "color"), ((4, 20, 30, 3), "color")]
 )
 def test_a_tiff_without_z_is_no_volume(tmp_path, shape, got):
-    colour = "rgb" if shape[-1] == 3 else "minisblack"
-    tifffile.imwrite(tmp_path / "a.tif", np.zeros(shape, np.uint8), photometric=colour)
+    color = "rgb" if shape[-1] == 3 else "minisblack"
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros(shape, np.uint8), photometric=color)
     with pytest.raises(VolumeError, match=f"got {got}.*no volume"):
         read_image(tmp_path / "a.tif")
 
