@@ -32,9 +32,8 @@ from pathlib import Path
 from volumes import layouts, phantoms
 from volumes.casefile import DATASET_FILE, read_dataset, write_dataset
 from volumes.files import split_dataset
-from volumes.volume import UNITS
 from volumes.ingest import PhantomCase, Rules, prepare_case
-from volumes.layouts import InputErrors
+from volumes.volume import UNITS, InputErrors
 
 MAX_NAMED = 8  # cases that a note spells out
 MAX_ROWS = 40  # of the summary
@@ -236,7 +235,7 @@ def _collected(faults):
     try:
         yield
     except InputErrors as error:
-        faults += error.sentences
+        faults += str(error).split("\n")
 
 
 def _phantom_layout(options):
@@ -355,7 +354,7 @@ def main(argv=None):
     try:
         rules = make_rules(options, layout)
     except InputErrors as error:
-        return refuse(error.sentences + faults, cases)
+        return refuse(str(error).split("\n") + faults, cases)
     with _collected(faults):
         cases = layouts.assign_groups(cases, options.group_from, options.images)
     existing = existing_dataset(options.out, cases, rules, faults)

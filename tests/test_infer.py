@@ -271,7 +271,7 @@ def test_all_faults_come_at_once_and_nothing_is_written(run, tmp_path, capsys):
     names = ["inference.overlp", "nowhere.tif", "flat.tif", "hole.nii.gz", "short.nii.gz", "two.h5"]
     assert len(faults) == len(names)
     assert all(sum(name in fault for fault in faults) == 1 for name in names)
-    assert "inference.overlap" in faults[0] and "1 that are NaN" in "".join(faults)
+    assert "inference.overlap" in faults[0] and "1 voxels of NaN" in "".join(faults)
     assert not (tmp_path / "out").exists()
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from volumes import hdf5, nifti, tiff
-from volumes.volume import Volume, VolumeError
+from volumes.volume import VolumeError
 
 FORMATS = {
     ".nii.gz": nifti,
@@ -147,12 +147,18 @@ def read_image(path):
 
     TIFF of several pages, NIfTI (3-D, or 4-D with channels last), HDF5 (3-D, or 4-D with
     channels first). Only NIfTI with a scale in its header becomes float32. VolumeError if the
-    file cannot be read or holds no volume.
+    file cannot be read, or holds no volume, or one with NaN or infinite voxels.
     """
     volume = _read(path, "image")
-    if volume.array.dtype.kind not in "uif":
+    array = volume.array
+    if array.dtype.kind not in "uif":
         raise VolumeError(
-            f"{path}: expected an image of real numbers, got dtype {volume.array.dtype}; convert it"
+            f"{path}: expected an image of real numbers, got dtype {array.dtype}; convert it"
+        )
+    if array.dtype.kind == "f" and (bad := array.size - np.count_nonzero(np.isfinite(array))):
+        raise VolumeError(
+            f"{path}: expected finite values, got {bad} voxels of NaN or Inf; "
+            "replace them, by 0 for voxels without a measurement"
         )
     return volume
 

@@ -12,15 +12,8 @@ import numpy as np
 
 from volumes import layouts, phantoms
 from volumes.casefile import write_case
-from volumes.files import (
-    METRES,
-    Volume,
-    VolumeError,
-    crop_affine,
-    read_image,
-    read_label,
-    same_axes,
-)
+from volumes.files import METRES, crop_affine, read_image, read_label, same_axes
+from volumes.volume import Volume, VolumeError
 
 HEADER_TOLERANCE = 0.01  # relative; headers round, and affines hold float32
 WHITE = (254, 255)  # what imaging tools write where they mean 1

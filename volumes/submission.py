@@ -26,7 +26,7 @@ class Submission:
     """Writes a submission to path. Memory: two masks of one case."""
 
     def __init__(self, path):
-        self.path, self.added = Path(path), {}
+        self.path, self.checksums = Path(path), {}  # {id: CRC-32 of its mask}
         self.partial = self.path.with_name(f".partial_{os.getpid()}_{self.path.name}")
 
     def __enter__(self):
@@ -39,18 +39,30 @@ class Submission:
         mask = np.asarray(mask)
         if mask.ndim != 3 or mask.dtype.kind not in "bui" or not np.isin(mask, (0, 1)).all():
             raise ValueError(f"{case}: expected a mask (D, H, W) of 0 and 1")
-        if case in self.added or "/" in case:
+        if case in self.checksums or "/" in case:
             raise ValueError(f"{case}: expected an id of one case, without slashes")
-        mask, file = mask.astype(np.uint8), io.BytesIO()
+        mask, file = mask.astype(np.uint8, order="C"), io.BytesIO()
         tifffile.imwrite(file, mask, photometric="minisblack", metadata=None)
         self.zip.writestr(f"{case}.tif", file.getvalue())
-        self.added[case] = mask.shape, _checksum(mask)
+        self.checksums[case] = zlib.crc32(mask)
 
     def finish(self):
         """Check what was written, and let the file appear. SubmissionError if it is not that."""
         self.zip.close()
-        if faults := list(check(self.partial, self.added)):
-            raise SubmissionError("\n".join(f"{self.path}: {fault}" for fault in faults))
+        expected = sorted(f"{case}.tif" for case in self.checksums)
+        with zipfile.ZipFile(self.partial) as archive:
+            names = sorted(archive.namelist())
+            if names != expected:
+                raise SubmissionError(
+                    f"{self.path}: expected the files {', '.join(expected) or 'none'}, got "
+                    f"{', '.join(names) or 'none'}"
+                )
+            for case, checksum in self.checksums.items():
+                mask = tifffile.imread(io.BytesIO(archive.read(f"{case}.tif")))
+                if mask.dtype != np.uint8 or zlib.crc32(np.ascontiguousarray(mask)) != checksum:
+                    raise SubmissionError(
+                        f"{self.path}: {case}.tif: expected the mask that was written, got another"
+                    )
         os.replace(self.partial, self.path)
 
     def __exit__(self, *_):
@@ -58,38 +70,13 @@ class Submission:
         self.partial.unlink(missing_ok=True)
 
 
-def check(path, wanted):
-    """What is wrong with a submission, as sentences; wanted: {id: (shape, CRC-32 of the mask)}."""
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        if sorted(names) != sorted(f"{case}.tif" for case in wanted):
-            yield f"expected the files {_listed(wanted)}, got {_listed(names)}"
-            return
-        for case, (shape, checksum) in wanted.items():
-            with archive.open(f"{case}.tif") as file:
-                mask = tifffile.imread(io.BytesIO(file.read()))
-            # Of one page alone the reader gives (H, W).
-            if mask.size != np.prod(shape) or mask.dtype != np.uint8:
-                yield f"{case}.tif: expected uint8 of {shape}, got {mask.dtype} of {mask.shape}"
-            elif mask.max() > 1 or _checksum(mask.reshape(shape)) != checksum:
-                yield f"{case}.tif: expected the mask that was written, got another one"
-
-
-def _checksum(mask):
-    return zlib.crc32(np.ascontiguousarray(mask).data)
-
-
-def _listed(names):
-    return ", ".join(sorted(names)) or "none"
-
-
-def faults_of(path, cases):
+def submission_faults(path, cases):
     """What keeps a submission of these ids from being written to path, as sentences."""
     path = Path(path)
     if path.suffix.lower() != ".zip" or path.is_dir():
         yield f"--submission {path}: expected the name of a .zip file"
-    there = next(p for p in path.absolute().parents if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        yield f"--submission {path}: expected a file to write, but {there} is no such folder"
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        yield f"--submission {path}: expected a file to write, but {parent} is no such folder"
     for case in sorted({case for case in cases if cases.count(case) > 1}):
         yield f"--submission {path}: expected one volume of each id, got several of {case}"

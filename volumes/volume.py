@@ -1,5 +1,6 @@
-"""A volume in memory, and the names of its units: what the readers of all formats share."""
+"""A volume in memory, its units, and errors in sentences: what every format shares."""
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,22 @@ UNITS = {"mm": "mm", "millimeter": "mm", "micron": "micron", "microns": "micron"
 
 class VolumeError(ValueError):
     """A volume that cannot be used; the message is one sentence that names the file."""
+
+
+class InputErrors(ValueError):
+    """Everything that is wrong with an input: one sentence per fault, a line each."""
+
+    def __init__(self, *sentences):
+        super().__init__("\n".join(sentences))
+
+
+@contextlib.contextmanager
+def collect_errors(sentences):
+    """Append the lines of a ValueError or FileNotFoundError to a list instead of raising it."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        sentences += str(error).split("\n")
 
 
 @dataclass(frozen=True)
