@@ -29,8 +29,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import data
 import model
 from patches.intensity import normalise
-from runtime import checkpoint, config, log, sliding_window
+from runtime import checkpoint, config, log
 from runtime.signals import CannotGoOn
+from runtime.sliding_window import (
+    predict_slabs,
+    resolve_device,
+    resolve_precision,
+    resolve_threads,
+)
 from scoring import postprocess
 from volumes.files import write_volume
 from volumes.inputs import check_inputs
@@ -96,9 +102,8 @@ def prepare_to_predict(arguments):
     roots = [t.partition("=")[2] for t in arguments.overrides if t.startswith("data.root=")]
     with collect_errors(faults):
         settings = resolve_settings(state, arguments.overrides)
-        device, device_reason = sliding_window.resolve_device(settings.run.device)
-        wanted = settings.training.precision
-        precision, precision_reason = sliding_window.resolve_precision(wanted, device)
+        device, device_reason = resolve_device(settings.run.device)
+        precision, precision_reason = resolve_precision(settings.training.precision, device)
     with collect_errors(faults):
         network, weights = build_network(state)
     with collect_errors(faults):
@@ -108,7 +113,7 @@ def prepare_to_predict(arguments):
             faults += submission_faults(arguments.submission, [volume.id for volume in inputs])
     if faults:
         raise InputErrors(*faults)
-    torch.set_num_threads(sliding_window.resolve_threads(settings.run.threads))
+    torch.set_num_threads(resolve_threads(settings.run.threads))
     how = {"device": device, "precision": precision, "remembered": {}}  # no volume's memory yet
     run = functools.partial(predict, network.to(device), settings, state["data"]["spacing"], **how)
     inference, post = settings.inference, settings.postprocess.model_dump()
@@ -130,7 +135,7 @@ def predict(network, settings, spacing, volume, **how):
     """(mask, probs) of an `Input`: mask (D, H, W) uint8 of 0 and 1; probs float32 or None.
 
     spacing: of the run, 0 on an axis that is used as stored; how: device, precision and more for
-    sliding_window.predict_slabs. Memory: a byte per voxel beside the slab, four more if
+    predict_slabs. Memory: a byte per voxel beside the slab, four more if
     inference.save_probabilities asks for probs.
     """
     inference, post = settings.inference, settings.postprocess
@@ -143,11 +148,9 @@ def predict(network, settings, spacing, volume, **how):
             w / s if w != s else 1.0 for w, s in zip(wanted, volume.spacing, strict=True)
         ]
     scale = data.normalisation(volume.intensity, settings.data.percentiles)
-    how |= settings.window_arguments()
+    how |= settings.window_arguments() | {"normalize": functools.partial(normalise, **scale)}
     with volume.voxels() as image:
-        for z0, planes in sliding_window.predict_slabs(
-            network, image, normalize=functools.partial(normalise, **scale), **how
-        ):
+        for z0, planes in predict_slabs(network, image, **how):
             part = slice(z0, z0 + planes.shape[1])
             high[part] = planes[0] >= inference.threshold
             if low is not None:

@@ -406,7 +406,7 @@ def test_a_case_whose_voxels_cannot_be_read_is_one_sentence(run, tmp_path, capsy
     def unreadable(*arguments, **how):
         raise OSError("Can't synchronously read data (filter returned failure during read)")
 
-    monkeypatch.setattr(windows, "predict_slabs", unreadable)
+    monkeypatch.setattr(infer, "predict_slabs", unreadable)
     assert infer.main(["--ckpt", str(run()), "--input", str(tmp_path / "data" / "a.h5")]) == 1
     error = capsys.readouterr().err
     assert "a: " in error and "a.h5: expected a volume that can be read" in error

@@ -97,7 +97,7 @@ def test_a_mask_of_255_becomes_class_1_and_it_is_said(raw, out, capsys):
     said = capsys.readouterr().out
     assert "label values {0, 255} read as classes {0, 1} (1 case: a)" in said
     assert "label values {0, 254} read as classes {0, 1} (1 case: b)" in said
-    assert "1 1 1 is taken" in said
+    assert "1 1 1 is used" in said
     for name in "ab":
         with h5py.File(out / f"{name}.h5") as file:
             assert np.array_equal(file["label"], mask())
