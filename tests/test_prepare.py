@@ -1,8 +1,9 @@
 """prepare.py end to end, in-process: what it writes, what it says, and everything it refuses."""
 
 import json
+import multiprocessing
 import os
-from concurrent.futures.process import BrokenProcessPool
+import signal
 from pathlib import Path
 
 import h5py
@@ -433,12 +434,21 @@ def test_a_full_disk_is_one_sentence_with_status_1(out, capsys, monkeypatch):
     assert not out.exists()
 
 
+class Deadly:
+    """A case whose id kills the worker process that asks for it."""
+
+    @property
+    def id(self):
+        if multiprocessing.parent_process():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "b"
+
+
 def test_a_killed_worker_is_one_sentence_that_names_a_case():
     with pytest.raises(
         prepare.Stopped, match="case b or one beside it: a worker process was killed"
     ):
-        with prepare.naming("b"):
-            raise BrokenProcessPool
+        prepare.prepare_all([Deadly(), Deadly()], rules=None, workers=2)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real volumes are not in {REAL}")

@@ -23,10 +23,10 @@ class InputErrors(ValueError):
 
 @contextlib.contextmanager
 def collect_errors(sentences):
-    """Append the lines of a ValueError or FileNotFoundError to a list instead of raising it."""
+    """Append the lines of a ValueError or OSError to a list instead of raising it."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sentences += str(error).split("\n")
 
 
