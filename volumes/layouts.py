@@ -86,11 +86,17 @@ def _one_of_each_id(items, path_of, layout):
     return [same[0] for same in by_id.values()]
 
 
-def _without_partner(name, what, path):
-    return (
-        f"case {name}: expected {what} of this id for {path}, got none; add it, or name the pairs "
-        "by patterns such as 'folder/{id}_img.tif'"
-    )
+def _add_cases(entries, layout, labels_expected=True):
+    """Add a case for each (id, image paths, label path or None); what has no partner is a fault."""
+    for name, images, label in entries:
+        if images and (label or not labels_expected):
+            layout.cases.append(RawCase(name, tuple(images), label, name))
+            continue
+        what, path = ("a label", images[0]) if images else ("an image", label)
+        layout.faults.append(
+            f"case {name}: expected {what} of this id for {path}, got none; add it, or name the "
+            "pairs by patterns such as 'folder/{id}_img.tif'"
+        )
 
 
 # ---------------------------------------------------------------------------- pairs by name
@@ -131,13 +137,8 @@ def _find_pairs(images_text, labels_text, layout):
         pairs = [(images[0].id, images[0], labels[0])]
     else:
         pairs = match_pairs(images, labels)
-    for name, image, label in pairs:
-        if image is None:
-            layout.faults.append(_without_partner(name, "an image", label.path))
-        elif label is None and labels_text is not None:
-            layout.faults.append(_without_partner(name, "a label", image.path))
-        else:
-            layout.cases.append(RawCase(name, (image.path,), label and label.path, name))
+    entries = [(name, [i.path] if i else [], label and label.path) for name, i, label in pairs]
+    _add_cases(entries, layout, labels_expected=labels_text is not None)
 
 
 def _is_file(text):
@@ -188,17 +189,14 @@ def _add_channel_cases(folder, labels, channels, layout):
     for stem, path in sorted(files.items()):
         by_case.setdefault(_CHANNEL.match(stem)[1] if split else stem, []).append(path)
     for name, paths in by_case.items():
-        if split and channels and len(paths) != channels:
+        if split and channels not in (0, len(paths)):
             layout.faults.append(
                 f"case {name}: expected {channels} channels as in dataset.json, "
                 f"got {len(paths)} ({', '.join(paths)})"
             )
-        elif labels and name not in labels:
-            layout.faults.append(_without_partner(name, "a label", paths[0]))
-        else:
-            layout.cases.append(RawCase(name, tuple(paths), labels.get(name), name))
-    for name in sorted(labels.keys() - by_case.keys()):
-        layout.faults.append(_without_partner(name, "an image", labels[name]))
+    names = [*by_case, *sorted(labels.keys() - by_case.keys())]
+    entries = [(name, by_case.get(name, []), labels.get(name)) for name in names]
+    _add_cases(entries, layout, labels_expected=bool(labels))
 
 
 # ---------------------------------------------------------------------------- Vesuvius
@@ -220,15 +218,14 @@ def _find_vesuvius(root, layout):
             f"{root / 'train.csv'} lists {len(gone)} ids that have no file any more; skipped: "
             + ", ".join(gone)
         )
-    for name, path in images.items():
-        if name in gone:
-            continue
-        if name not in labels:
-            layout.faults.append(_without_partner(name, "a label", path))
-        elif name not in scrolls:
-            layout.faults.append(f"case {name}: expected its scroll_id in train.csv, got no row")
-        else:
-            layout.cases.append(RawCase(name, (path,), labels[name], scrolls[name]))
+    names = [name for name in images if name not in gone]
+    layout.faults += [
+        f"case {name}: expected its scroll_id in train.csv, got no row"
+        for name in names
+        if name in labels and name not in scrolls
+    ]
+    _add_cases([(name, [images[name]], labels.get(name)) for name in names], layout)
+    layout.cases = [replace(case, group=scrolls.get(case.id, "")) for case in layout.cases]
 
 
 # ---------------------------------------------------------------------------- tables and groups
