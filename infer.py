@@ -40,7 +40,7 @@ from runtime.sliding_window import (
 from scoring import postprocess
 from volumes.files import write_volume
 from volumes.inputs import check_inputs
-from volumes.submission import Submission, SubmissionError, submission_faults
+from volumes.submission import SubmissionError, open_submission, submission_faults
 from volumes.volume import InputErrors, VolumeError, collect_errors
 
 # All else that a config holds was decided by training and comes from the checkpoint.
@@ -245,13 +245,12 @@ def main(argv=None):
     console.print("\n".join(lines))
     submission = arguments.submission
     try:
-        with Submission(submission) if submission else contextlib.nullcontext() as archive:
+        with open_submission(submission) if submission else contextlib.nullcontext() as archive:
             for number, volume in enumerate(inputs, start=1):
                 line = predict_and_write(run, volume, output, archive, console)
                 console.print(f"{number}/{len(inputs)} {line}")
-            if archive:
-                archive.finish()
-                console.print(f"{submission}: {len(inputs)} masks, read back and the same")
+        if submission:
+            console.print(f"{submission}: {len(inputs)} masks, read back and the same")
     except (PredictionError, SubmissionError) as error:
         print(error, file=sys.stderr)
         return 1

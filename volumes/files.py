@@ -244,16 +244,24 @@ def write_volume(path, array, *, spacing=None, unit="", affine=None):
     z and ImageJ's spacing; HDF5 gets the dataset `segmentation`. The file appears whole or not
     at all. VolumeError for another suffix or number of dimensions.
     """
-    path, suffix, array = Path(path), suffix_of(path), np.asarray(array)
+    suffix, array = suffix_of(path), np.asarray(array)
     array = array.astype(np.uint8) if array.dtype == bool else array
     if not suffix:
         raise VolumeError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
     if array.ndim not in FORMATS[suffix].WRITES_DIMENSIONS:
         raise VolumeError(f"{path}: expected (D, H, W) to write, got shape {array.shape}")
+    with whole_file(path) as partial:
+        FORMATS[suffix].write(partial, array, spacing, unit, affine)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields a path to write to; what is written there appears at path, or nothing does."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial_{os.getpid()}_{path.name}")  # the libraries need the suffix
     try:
-        FORMATS[suffix].write(partial, array, spacing, unit, affine)
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

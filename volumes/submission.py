@@ -1,13 +1,13 @@
 """The format of the Vesuvius Challenge: a zip of <id>.tif, uint8 0 and 1, a page per z slice.
 
-    with Submission("submission.zip") as submission:
+    with open_submission("submission.zip") as submission:
         submission.add("1407735", mask)
-        submission.finish()     # reads it back, and compares each mask with what was added
 
-(As the challenge's page on kaggle.com, surface detection 2025, describes it.) The file appears when
-it is finished, whole and checked, or not at all.
+(As the challenge's page on kaggle.com, surface detection 2025, describes it.) At the end of the
+block each mask is read back and compared with what was added; then the file appears.
 """
 
+import contextlib
 import io
 import os
 import zipfile
@@ -17,22 +17,41 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
+from volumes.files import whole_file
+
 
 class SubmissionError(RuntimeError):
-    """A submission that is not what was to be written; one sentence per fault, a line each."""
+    """A submission that is not what was to be written; the message is one sentence."""
+
+
+@contextlib.contextmanager
+def open_submission(path):
+    """Yields a `Submission`; SubmissionError if it does not read back. Memory: two masks."""
+    with whole_file(path) as partial:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+            submission = Submission(archive)
+            yield submission
+        expected = sorted(f"{case}.tif" for case in submission.checksums)
+        with zipfile.ZipFile(partial) as archive:
+            names = sorted(archive.namelist())
+            if names != expected:
+                raise SubmissionError(
+                    f"{path}: expected the files {', '.join(expected) or 'none'}, got "
+                    f"{', '.join(names) or 'none'}"
+                )
+            for case, checksum in submission.checksums.items():
+                mask = tifffile.imread(io.BytesIO(archive.read(f"{case}.tif")))
+                if mask.dtype != np.uint8 or zlib.crc32(np.ascontiguousarray(mask)) != checksum:
+                    raise SubmissionError(
+                        f"{path}: {case}.tif: expected the mask that was written, got another one"
+                    )
 
 
 class Submission:
-    """Writes a submission to path. Memory: two masks of one case."""
+    """The masks of a submission that is being written."""
 
-    def __init__(self, path):
-        self.path, self.checksums = Path(path), {}  # {id: CRC-32 of its mask}
-        self.partial = self.path.with_name(f".partial_{os.getpid()}_{self.path.name}")
-
-    def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.zip = zipfile.ZipFile(self.partial, "w", zipfile.ZIP_DEFLATED)
-        return self
+    def __init__(self, archive):
+        self.archive, self.checksums = archive, {}  # {id: CRC-32 of its mask}
 
     def add(self, case, mask):
         """mask (D, H, W): bool, or integers 0 and 1; else ValueError, and for a case's second."""
@@ -43,31 +62,8 @@ class Submission:
             raise ValueError(f"{case}: expected an id of one case, without slashes")
         mask, file = mask.astype(np.uint8, order="C"), io.BytesIO()
         tifffile.imwrite(file, mask, photometric="minisblack", metadata=None)
-        self.zip.writestr(f"{case}.tif", file.getvalue())
+        self.archive.writestr(f"{case}.tif", file.getvalue())
         self.checksums[case] = zlib.crc32(mask)
-
-    def finish(self):
-        """Check what was written, and let the file appear. SubmissionError if it is not that."""
-        self.zip.close()
-        expected = sorted(f"{case}.tif" for case in self.checksums)
-        with zipfile.ZipFile(self.partial) as archive:
-            names = sorted(archive.namelist())
-            if names != expected:
-                raise SubmissionError(
-                    f"{self.path}: expected the files {', '.join(expected) or 'none'}, got "
-                    f"{', '.join(names) or 'none'}"
-                )
-            for case, checksum in self.checksums.items():
-                mask = tifffile.imread(io.BytesIO(archive.read(f"{case}.tif")))
-                if mask.dtype != np.uint8 or zlib.crc32(np.ascontiguousarray(mask)) != checksum:
-                    raise SubmissionError(
-                        f"{self.path}: {case}.tif: expected the mask that was written, got another"
-                    )
-        os.replace(self.partial, self.path)
-
-    def __exit__(self, *_):
-        self.zip.close()
-        self.partial.unlink(missing_ok=True)
 
 
 def submission_faults(path, cases):
