@@ -49,10 +49,6 @@ SETTABLE = ("inference.", "postprocess.", "data.root", *DEVICE_KEYS)
 SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 
 
-class PredictionError(RuntimeError):
-    """A prediction that could not be made or written; the message names its volume."""
-
-
 # ---------------------------------------------------------------------------- settings
 
 
@@ -162,7 +158,7 @@ def predict(network, settings, spacing, volume, **how):
 
 
 def predict_and_write(run, volume, output, archive, console):
-    """Predict an `Input` and write its results; returns a line about them. PredictionError."""
+    """Predict an `Input` and write its results; returns a line about them, or CannotGoOn."""
     started = time.perf_counter()
     target = volume.prediction_path(output)
     grid = {"spacing": volume.spacing, "unit": volume.unit, "affine": volume.affine}
@@ -177,9 +173,9 @@ def predict_and_write(run, volume, output, archive, console):
         if archive:
             archive.add(volume.id, mask)
     except (CannotGoOn, VolumeError) as error:
-        raise PredictionError(f"{volume.id}: {error}") from error
+        raise CannotGoOn(f"{volume.id}: {error}") from error
     except OSError as error:
-        raise PredictionError(f"{volume.id}: the prediction cannot be written ({error})") from error
+        raise CannotGoOn(f"{volume.id}: the prediction cannot be written ({error})") from error
     seconds, share = time.perf_counter() - started, 100 * mask.mean()
     size = "x".join(map(str, volume.shape))
     return f"{volume.id}: {size}, {seconds:.1f} s, {share:.2f} % foreground, {target}"
@@ -251,7 +247,7 @@ def main(argv=None):
                 console.print(f"{number}/{len(inputs)} {line}")
         if submission:
             console.print(f"{submission}: {len(inputs)} masks, read back and the same")
-    except (PredictionError, SubmissionError) as error:
+    except (CannotGoOn, SubmissionError) as error:
         print(error, file=sys.stderr)
         return 1
     except OSError as error:

@@ -32,7 +32,6 @@ FORMATS = {
     ".h5": hdf5,
     ".hdf5": hdf5,
 }
-SUFFIXES = tuple(FORMATS)
 METRES = {"m": 1.0, "mm": 1e-3, "micron": 1e-6, "nm": 1e-9}  # of a unit
 _HDF5_NAME = re.compile(r"^(.*\.(?:h5|hdf5)):(.+)$", re.IGNORECASE)
 _CHANNEL = re.compile(r"_0000$")
@@ -67,7 +66,7 @@ def split_dataset(path):
 def suffix_of(path):
     """The known suffix of a file name in lower case (".nii.gz" is one), or ""."""
     name = Path(split_dataset(path)[0]).name.lower()
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+    return next((suffix for suffix in FORMATS if name.endswith(suffix)), "")
 
 
 def stem_of(path):
@@ -109,7 +108,7 @@ def find_volumes(text):
     if os.path.isdir(location):
         files = _volume_files(os.path.join(glob.escape(location), "*"))
         sources = [Source(case_id(file), file) for file in files]
-        expected = f"a folder with volumes ({', '.join(SUFFIXES)}), got one without any"
+        expected = f"a folder with volumes ({', '.join(FORMATS)}), got one without any"
     elif "{id}" in location or glob.has_magic(location):
         tail = f":{dataset}" if dataset else ""
         sources = [Source(name, file + tail) for name, file in _matches(location)]
@@ -204,7 +203,7 @@ def _read(path, role):
     suffix = suffix_of(file)
     if not suffix or not os.path.isfile(file):
         got = "another kind" if os.path.isfile(file) else "none there"
-        raise VolumeError(f"{path}: expected a {', '.join(SUFFIXES)} file, got {got}")
+        raise VolumeError(f"{path}: expected a {', '.join(FORMATS)} file, got {got}")
     with _one_sentence(path):
         volume = FORMATS[suffix].read(file, dataset, role)
     array = volume.array
@@ -247,7 +246,7 @@ def write_volume(path, array, *, spacing=None, unit="", affine=None):
     suffix, array = suffix_of(path), np.asarray(array)
     array = array.astype(np.uint8) if array.dtype == bool else array
     if not suffix:
-        raise VolumeError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
+        raise VolumeError(f"{path}: expected a name that ends in {', '.join(FORMATS)}")
     if array.ndim not in FORMATS[suffix].WRITES_DIMENSIONS:
         raise VolumeError(f"{path}: expected (D, H, W) to write, got shape {array.shape}")
     with whole_file(path) as partial:

@@ -3,6 +3,7 @@
 import gzip
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import nibabel
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from volumes import files as volumes
-from volumes.files import VolumeError, case_id, find_volumes, read_image, read_label, write_volume
+from volumes.files import case_id, find_volumes, read_image, read_label, write_volume
+from volumes.volume import Volume, VolumeError
 
 SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[3] / "shared"))
 REAL = SHARED / "data"
@@ -235,6 +237,24 @@ def test_whole_floats_are_a_label_and_fractions_are_not(tmp_path, voxels):
             read_label(make_nifti(tmp_path / "b.nii", array))
 
 
+def test_another_format_is_a_module_and_a_line_of_the_table(tmp_path, voxels, monkeypatch):
+    npy = SimpleNamespace(
+        WRITES_DIMENSIONS=(3,),
+        read=lambda path, dataset, role: Volume(np.load(path), (3.0, 2.0, 1.0), "mm", None, path),
+        write=lambda path, array, spacing, unit, affine: np.save(path, array),
+        count_voxels=lambda path, dataset: np.load(path).size,
+    )
+    monkeypatch.setitem(volumes.FORMATS, ".npy", npy)
+    write_volume(tmp_path / "a_img.npy", voxels)
+    (source,) = find_volumes(tmp_path)
+    assert (source.id, volumes.voxel_count(source.path)) == ("a", voxels.size)
+    volume = read_image(source.path)
+    assert np.array_equal(volume.array[0], voxels) and volume.spacing == (3.0, 2.0, 1.0)
+    (tmp_path / "a_img.npy").write_bytes(b"cut")
+    with pytest.raises(VolumeError, match=r"a_img\.npy: expected a whole \.npy file"):
+        read_image(source.path)
+
+
 # ---------------------------------------------------------------------------- faults
 
 
@@ -316,7 +336,7 @@ def test_a_tiff_cut_between_its_pages_is_refused(tmp_path):
     whole = (tmp_path / "a.tif").read_bytes()
     assert volumes.read_image(tmp_path / "a.tif").array.shape == (1, 20, 16, 16)
     (tmp_path / "b.tif").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(volumes.VolumeError, match=r"b\.tif"):
+    with pytest.raises(VolumeError, match=r"b\.tif"):
         volumes.read_image(tmp_path / "b.tif")
 
 
