@@ -88,10 +88,9 @@ def build_network(state):
 
 
 def prepare_to_predict(arguments):
-    """(predict, inputs, output, lines) of a command line: predict(volume, **how) is `predict` with
-    the run's network and settings, lines say what will happen and why.
+    """(predictor, inputs, output, lines) of a command line; ValueError names every fault.
 
-    ValueError names every fault, a line each.
+    predictor(volume, **how) is `predict` by the run; lines say what will happen and why.
     """
     state, faults = checkpoint.load(arguments.ckpt), []
     output = Path(arguments.output or default_output(arguments.ckpt))
@@ -110,8 +109,10 @@ def prepare_to_predict(arguments):
     if faults:
         raise InputErrors(*faults)
     torch.set_num_threads(resolve_threads(settings.run.threads))
-    how = {"device": device, "precision": precision, "remembered": {}}  # no volume's memory yet
-    run = functools.partial(predict, network.to(device), settings, state["data"]["spacing"], **how)
+    # remembered: what memory the volumes before have needed, for all that follow.
+    how = {"device": device, "precision": precision, "remembered": {}}
+    network, spacing = network.to(device), state["data"]["spacing"]
+    predictor = functools.partial(predict, network, settings, spacing, **how)
     inference, post = settings.inference, settings.postprocess.model_dump()
     steps = ", ".join(f"{key} {value}" for key, value in post.items() if value)
     lines = [
@@ -121,7 +122,7 @@ def prepare_to_predict(arguments):
         f"{inference.overlap}, {'8 flips' if inference.flips else 'no flips'}, threshold "
         f"{inference.threshold}, {steps or 'no postprocessing'}",
     ]
-    return run, inputs, output, lines + notes
+    return predictor, inputs, output, lines + notes
 
 
 # ---------------------------------------------------------------------------- prediction
@@ -157,14 +158,14 @@ def predict(network, settings, spacing, volume, **how):
     return mask.astype(np.uint8), probs
 
 
-def predict_and_write(run, volume, output, archive, console):
+def predict_and_write(predictor, volume, output, archive, console):
     """Predict an `Input` and write its results; returns a line about them, or CannotGoOn."""
     started = time.perf_counter()
     target = volume.prediction_path(output)
     grid = {"spacing": volume.spacing, "unit": volume.unit, "affine": volume.affine}
     try:
         with progress_of(volume, console) as progress:
-            mask, probs = run(
+            mask, probs = predictor(
                 volume, progress=progress, report=lambda kind, text, **_: console.print(text)
             )
         if probs is not None:
@@ -234,7 +235,7 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     console = Console(file=log.Output(), highlight=False, soft_wrap=True, markup=False)
     try:
-        run, inputs, output, lines = prepare_to_predict(arguments)
+        predictor, inputs, output, lines = prepare_to_predict(arguments)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -243,7 +244,7 @@ def main(argv=None):
     try:
         with open_submission(submission) if submission else contextlib.nullcontext() as archive:
             for number, volume in enumerate(inputs, start=1):
-                line = predict_and_write(run, volume, output, archive, console)
+                line = predict_and_write(predictor, volume, output, archive, console)
                 console.print(f"{number}/{len(inputs)} {line}")
         if submission:
             console.print(f"{submission}: {len(inputs)} masks, read back and the same")

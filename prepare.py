@@ -60,27 +60,20 @@ def prepare_all(cases, rules, workers):
         advance = stack.enter_context(_progress(len(cases)))
         results = run(prepare_case, cases, itertools.repeat(rules))
         for case in cases:
-            with _failure_named(case.id):
+            try:
                 outcomes.append(next(results))
+            except BrokenProcessPool as error:
+                raise Stopped(
+                    f"case {case.id} or one beside it: a worker process was killed, most likely "
+                    "for memory; try fewer --workers"
+                ) from error
+            except (OSError, MemoryError) as error:
+                raise Stopped(f"case {case.id}: {type(error).__name__}: {error}") from error
+            except Exception as error:
+                error.add_note(f"while preparing case {case.id}")
+                raise
             advance(case.id)
     return outcomes
-
-
-@contextlib.contextmanager
-def _failure_named(name):
-    """Name the case in whatever stops it that is no fault of the input."""
-    try:
-        yield
-    except BrokenProcessPool as error:
-        raise Stopped(
-            f"case {name} or one beside it: a worker process was killed, most likely for memory; "
-            "try fewer --workers"
-        ) from error
-    except (OSError, MemoryError) as error:
-        raise Stopped(f"case {name}: {type(error).__name__}: {error}") from error
-    except Exception as error:
-        error.add_note(f"while preparing case {name}")
-        raise
 
 
 @contextlib.contextmanager

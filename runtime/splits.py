@@ -52,7 +52,7 @@ def _matches(dataset, key, patterns, faults):
     return matches
 
 
-def facts(dataset, split, foreground):
+def metadata(dataset, split, foreground):
     """What a checkpoint says of the data it was trained on: plain values."""
     return {
         "root": str(Path(dataset.root).resolve()),

@@ -16,7 +16,7 @@ PHANTOM_SUFFIX = ".nii.gz"  # of cases that were made from no file
 
 @dataclass(frozen=True)
 class Input:
-    """One volume to predict, checked. path is a case file or what files.read_image takes."""
+    """One volume to predict, checked. path is a case file or what files.read_image reads."""
 
     id: str
     path: str

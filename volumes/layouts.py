@@ -1,7 +1,7 @@
 """Which raw files make a case: pairs by name, nnU-Net / MSD folders, Vesuvius folders, groups.
 
 Nothing here opens a volume. What does not fit is not raised one by one: it is collected as
-sentences, so that whoever prepares a folder sees all of it at once.
+sentences, so that all of it is shown at once.
 """
 
 import csv

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 UNLABELED = 2
 
-# Scroll: lengths in voxels, brightness in grey levels.
+# Scroll: lengths in voxels, brightness in gray levels.
 PITCH = (20.0, 24.0)
 SHEET_HALF_THICKNESS = 1.5
 CLOSEST = 4.0  # between the middles of two sheets in contact
@@ -24,7 +24,7 @@ VESSEL_SPACING = (3.0, 1.0, 1.0)
 RADIUS = (1.0, 3.0)
 STEP = 1.0
 VOLUME_PER_TREE = 180_000.0  # cubic micron
-MOST_POINTS = 1200  # of a tree; each costs some 20 microseconds to draw
+MOST_POINTS = 1200  # of a tree; each costs some 20 microseconds to paint
 VESSEL_CONTRAST = 100.0
 
 

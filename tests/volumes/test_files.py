@@ -87,8 +87,8 @@ def test_the_id_stands_where_the_pattern_says(tmp_path):
 def test_a_glob_may_name_a_dataset(tmp_path):
     for name in ("a.h5", "b.h5"):
         (tmp_path / name).touch()
-    found = find_volumes(f"{tmp_path}/*.h5:raw")
-    assert [s.path for s in found] == [f"{tmp_path}/a.h5:raw", f"{tmp_path}/b.h5:raw"]
+    sources = find_volumes(f"{tmp_path}/*.h5:raw")
+    assert [s.path for s in sources] == [f"{tmp_path}/a.h5:raw", f"{tmp_path}/b.h5:raw"]
 
 
 @pytest.mark.parametrize("text", ["nowhere", "empty", "*.tif", "{id}.tif"])

@@ -1,4 +1,4 @@
-"""The zip of masks that the Vesuvius Challenge takes."""
+"""The zip of masks that the Vesuvius Challenge expects."""
 
 import io
 import zipfile
@@ -26,9 +26,9 @@ def test_a_submission_holds_a_tiff_of_zeros_and_ones_per_id(tmp_path):
         for case, mask in masks.items():
             with tifffile.TiffFile(io.BytesIO(opened.read(f"{case}.tif"))) as tif:
                 assert len(tif.pages) == len(mask)  # one for each z
-                found = tif.asarray().reshape(mask.shape)
-            assert found.dtype == np.uint8
-            assert (found == mask).all()
+                array = tif.asarray().reshape(mask.shape)
+            assert array.dtype == np.uint8
+            assert (array == mask).all()
 
 
 def test_after_an_error_the_file_is_the_one_before(tmp_path):
