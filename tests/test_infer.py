@@ -278,6 +278,7 @@ def test_all_faults_come_at_once_and_nothing_is_written(run, tmp_path, capsys):
 def test_case_files_that_are_gone_are_named_one_by_one(run, tmp_path, capsys):
     faults = faults_of(capsys, "--ckpt", run(test=["x", "y"]))
     assert len(faults) == 2 and "x.h5" in faults[0] and "y.h5" in faults[1]
+    assert all(fault.endswith("if the data lie elsewhere, give data.root=DIR") for fault in faults)
 
 
 def test_run_without_cases_to_predict_asks_for_input(run, capsys):

@@ -77,6 +77,9 @@ def default_inputs(metadata, root):
     for key in ("test", "validation"):
         if metadata[key]:
             paths = [str(Path(root) / f"{case_id}.h5") for case_id in metadata[key]]
+            if gone := [path for path in paths if not Path(path).is_file()]:
+                sentence = "expected a case of the run, got no such file; if the data lie elsewhere"
+                raise InputErrors(*(f"{path}: {sentence}, give data.root=DIR" for path in gone))
             return paths, f"the run's {key} cases in {root}"
     raise ValueError("--input: expected volumes, for the run has no test or validation cases")
 
