@@ -241,10 +241,10 @@ class WindowFit:
         return torch.device("cpu") if self.on_cpu else self.device
 
     def attempt(self, function, *arguments):
-        """function(slab_device, *arguments), again with less memory each time it runs out."""
+        """function(*arguments, device=slab_device), again each time that runs out of memory."""
         while True:
             try:
-                return function(self.slab_device, *arguments)
+                return function(*arguments, device=self.slab_device)
             except RuntimeError as error:
                 self.lower(error)
 
@@ -261,25 +261,15 @@ class WindowFit:
             ) from error
         if self.batch > 1:
             self.batch //= 2
+            what = f"{self.batch} windows at once"
         else:
-            self.on_cpu = True
-        what = "the results on the CPU" if self.on_cpu else f"{self.batch} windows at once"
+            self.on_cpu, what = True, "the results on the CPU"
         self.remembered[self.key] = [self.batch, self.on_cpu]
         error.__traceback__ = None  # its frames hold what was computed
         if torch.device(self.device).type == "cuda":
             torch.cuda.empty_cache()
         text = f"{where} volume of {self.key}: it goes on with {what}, as will others of this size"
         self.report("cuda memory", text, windows=self.batch, on_cpu=self.on_cpu)
-
-
-def _empty_slab(device, *shape):
-    return torch.zeros(1, *shape, device=device)
-
-
-def _moved_on(device, slab, finished):
-    """The slab without its first planes and as many empty ones at its end."""
-    slab = slab.to(device)
-    return torch.cat([slab[:, finished:], torch.zeros_like(slab[:, :finished])], dim=1)
 
 
 # ---------------------------------------------------------------------------- volumes
@@ -359,7 +349,7 @@ def _slabs(volume, axes, predict, normalize, fit, progress):
     rows, *plane = axes
     columns = list(product(*plane))
     depth, height, width = volume.shape[1:]
-    slab = fit.attempt(_empty_slab, min(depth, rows[0].stop), height, width)
+    slab = fit.attempt(torch.zeros, 1, min(depth, rows[0].stop), height, width)
     done, total = 0, len(rows) * len(columns)
     for z, following in zip_longest(rows, rows[1:]):
         first = 0
@@ -377,6 +367,12 @@ def _slabs(volume, axes, predict, normalize, fit, progress):
         finished = (following.start if following else depth) - z.start
         yield z.start, slab[:, :finished].cpu().numpy().copy()
         slab = fit.attempt(_moved_on, slab, finished)
+
+
+def _moved_on(slab, finished, device):
+    """The slab without its first planes and as many empty ones at its end."""
+    slab = slab.to(device)
+    return torch.cat([slab[:, finished:], torch.zeros_like(slab[:, :finished])], dim=1)
 
 
 def predict_volume(network, volume, window, overlap=0.5, **settings):
