@@ -104,32 +104,27 @@ def find_volumes(text):
     location, dataset = split_dataset(text)
     if os.path.isfile(location):
         return [Source(case_id(location), text)]
-    sources, expected = [], "a file, a folder or a pattern, got a path that does not exist"
     if os.path.isdir(location):
-        files = _volume_files(os.path.join(glob.escape(location), "*"))
-        sources = [Source(case_id(file), file) for file in files]
+        pattern = os.path.join(glob.escape(location), "*")
         expected = f"a folder with volumes ({', '.join(FORMATS)}), got one without any"
     elif "{id}" in location or glob.has_magic(location):
-        tail = f":{dataset}" if dataset else ""
-        sources = [Source(name, file + tail) for name, file in _matches(location)]
-        expected = "a pattern that matches volumes, got one that matches none"
+        pattern, expected = location, "a pattern that matches volumes, got one that matches none"
+    else:
+        pattern, expected = "", "a file, a folder or a pattern, got a path that does not exist"
+    tail = f":{dataset}" if dataset else ""
+    sources = [Source(name, file + tail) for name, file in _matches(pattern)]
     if not sources:
         raise VolumeError(f"{text}: expected {expected}; check the path")
     return sources
 
 
-def _volume_files(pattern):
-    """The files with a known suffix that a glob matches, sorted; hidden ones are no volumes."""
-    return [
-        file
-        for file in sorted(glob.glob(pattern))
-        if suffix_of(file) and os.path.isfile(file) and not os.path.basename(file).startswith(".")
-    ]
-
-
 def _matches(pattern):
     """(id, file) of every volume that a glob or an `{id}` pattern matches, sorted by file."""
-    files = _volume_files(pattern.replace("{id}", "*"))
+    files = [
+        file
+        for file in sorted(glob.glob(pattern.replace("{id}", "*")))
+        if suffix_of(file) and os.path.isfile(file) and not os.path.basename(file).startswith(".")
+    ]
     if "{id}" not in pattern:
         return [(case_id(file), file) for file in files]
     regex = re.escape(pattern).replace(r"\*", "[^/]*")

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from volumes.files import find_volumes, is_label_name, stem_of
+from volumes.files import find_volumes, is_label_name, split_dataset, stem_of
 from volumes.volume import UNITS, InputErrors, VolumeError, collect_errors
 
 VESUVIUS_IGNORE_LABEL = 2
@@ -133,16 +133,13 @@ def _find_pairs(images_text, labels_text, layout):
         layout.faults.append(f"--images {images_text}: expected images, got labels only")
     labels = _one_of_each_id(labels, lambda source: source.path, layout)
 
-    if len(images) == len(labels) == 1 and _is_file(images_text) and _is_file(labels_text):
+    texts = [split_dataset(text)[0] for text in (images_text, labels_text)]
+    if len(images) == len(labels) == 1 and all(map(os.path.isfile, texts)):
         pairs = [(images[0].id, images[0], labels[0])]
     else:
         pairs = match_pairs(images, labels)
     entries = [(name, [i.path] if i else [], label and label.path) for name, i, label in pairs]
     _add_cases(entries, layout, labels_expected=labels_text is not None)
-
-
-def _is_file(text):
-    return not (os.path.isdir(text) or "{id}" in text or "*" in text)
 
 
 # ---------------------------------------------------------------------------- nnU-Net and MSD
@@ -263,7 +260,11 @@ def assign_groups(cases, rule, images):
         key = "id" if rows and "id" in rows[0] else next(iter(rows[0]), "") if rows else ""
         groups = {row[key]: row[column] for row in rows}
     elif kind == "regex" and rest:
-        groups = _match_groups(rest, [case.id for case in cases])
+        try:
+            matches = {case.id: re.search(rest, case.id) for case in cases}
+        except re.error as error:
+            raise InputErrors(f"--group-from {rule}: expected a pattern, got {error}") from error
+        groups = {name: m[1] if m.re.groups else m[0] for name, m in matches.items() if m}
     else:
         raise InputErrors(
             f"--group-from {rule}: expected csv:COLUMN, csv:FILE:COLUMN or regex:PATTERN"
@@ -274,17 +275,6 @@ def assign_groups(cases, rule, images):
             *(f"case {i}: expected a group by --group-from {rule}, got none" for i in without)
         )
     return [replace(case, group=groups[case.id]) for case in cases]
-
-
-def _match_groups(pattern, names):
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise InputErrors(
-            f"--group-from regex:{pattern}: expected a pattern, got {error}"
-        ) from error
-    matches = {name: regex.search(name) for name in names}
-    return {name: m[1] if regex.groups else m[0] for name, m in matches.items() if m}
 
 
 def _only_csv(images):
