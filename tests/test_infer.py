@@ -412,3 +412,36 @@ def test_a_case_whose_voxels_cannot_be_read_is_one_sentence(run, tmp_path, capsy
     error = capsys.readouterr().err
     assert "a: " in error and "a.h5: expected a volume that can be read" in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_volume_that_is_gone_when_its_turn_comes_is_one_sentence(
+    run, tmp_path, capsys, monkeypatch
+):
+    scans = [tmp_path / f"{name}.nii.gz" for name in "ab"]
+    for scan in scans:
+        write_nifti(scan, image_of((8, 16, 16)))
+    slabs = infer.predict_slabs
+
+    def last_of_the_folder(*arguments, **how):
+        scans[1].unlink(missing_ok=True)
+        return slabs(*arguments, **how)
+
+    monkeypatch.setattr(infer, "predict_slabs", last_of_the_folder)
+    arguments = ["--ckpt", run(), "--input", *scans, "--output", tmp_path / "out"]
+    assert infer.main([str(a) for a in arguments]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"b: {scans[1]}: expected a") and "none there" in error
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.nii.gz"]
+
+
+def test_a_submission_that_cannot_be_opened_is_one_sentence(run, tmp_path, capsys, monkeypatch):
+    def full(path):
+        raise OSError("no space left on device")
+
+    write_nifti(tmp_path / "a.nii", image_of((8, 16, 16)))
+    monkeypatch.setattr(infer, "open_submission", full)
+    target = tmp_path / "s.zip"
+    arguments = ["--ckpt", run(), "--input", tmp_path / "a.nii", "--submission", target]
+    assert infer.main([str(a) for a in arguments]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error == f"{target}: the submission cannot be written (no space left on device)"

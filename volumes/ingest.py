@@ -16,7 +16,7 @@ from volumes.files import METRES, crop_affine, read_image, read_label, same_axes
 from volumes.volume import Volume, collect_errors, round_spacing
 
 HEADER_TOLERANCE = 0.01  # relative; headers round, and affines hold float32
-WHITE = ([254], [255])  # what imaging tools write where they mean 1
+WHITE = (254, 255)  # what imaging tools write where they mean 1
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _class_ids(name, label, rules, outcome):
     values = sorted(set().union(*(np.unique(plane).tolist() for plane in label)))
     declared = {*rules.classes.values(), rules.ignore_label} - {None}
     unknown = [value for value in values if value not in declared]
-    if len(rules.classes) == 2 and unknown in WHITE and 1 not in values:
+    if len(rules.classes) == 2 and len(unknown) == 1 and unknown[0] in WHITE and 1 not in values:
         outcome.notes.append(f"label values {{0, {unknown[0]}}} read as classes {{0, 1}}")
         label = np.where(label == unknown[0], 1, label)
     elif unknown:
