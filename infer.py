@@ -21,7 +21,6 @@ import sys
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from rich.console import Console
@@ -29,15 +28,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import data
 import model
-from patches import intensity
-from runtime import checkpoint, config
-from runtime import log as runlog
-from runtime import signals as stopping
-from runtime import sliding_window as windows
+from patches.intensity import normalise
+from runtime import checkpoint, config, log
+from runtime.signals import CannotGoOn
+from runtime.sliding_window import (
+    predict_slabs,
+    resolve_device,
+    resolve_precision,
+    resolve_threads,
+)
 from scoring import postprocess
-from volumes import boxes, submission
-from volumes import files as volumes
-from volumes.inputs import check_inputs, collected, readable, target_path
+from volumes.files import write_volume
+from volumes.inputs import check_inputs
+from volumes.submission import SubmissionError, open_submission, submission_faults
+from volumes.volume import InputErrors, VolumeError, collect_errors
 
 # All else that a config holds was decided by training and comes from the checkpoint.
 DEVICE_KEYS = ("run.device", "run.threads", "training.precision")
@@ -58,7 +62,7 @@ def resolve_settings(state, overrides):
         if not key.startswith(SETTABLE)
     ]
     if faults:
-        raise ValueError("\n".join(faults))
+        raise InputErrors(*faults)
     settings = config.build(config.apply_overrides(state["config"], overrides))
     settings = settings.with_chosen(state["loop"]["evaluations"]["chosen"])
     window = settings.inference.window or settings.sampling.patch
@@ -68,11 +72,10 @@ def resolve_settings(state, overrides):
 
 def build_network(state):
     """(network, which weights) of a checkpoint, in eval mode on the CPU."""
-    facts = state["data"]
+    metadata = state["data"]
     settings = config.build(state["config"]).model.model_dump(exclude={"strides", "compile"})
-    network = model.UNet3D(
-        facts["channels"], 1, strides=facts["strides"], kernels=facts["kernels"], **settings
-    )
+    shape = {"strides": metadata["strides"], "kernels": metadata["kernels"]}
+    network = model.UNet3D(metadata["channels"], 1, **shape, **settings)
     averaged = state["ema"] is not None
     try:
         network.load_state_dict(state["ema"] if averaged else state["model"])
@@ -84,77 +87,108 @@ def build_network(state):
     return network.eval(), "averaged (EMA) weights" if averaged else "weights of the last step"
 
 
+def prepare_to_predict(arguments):
+    """(predictor, inputs, output, lines) of a command line; ValueError names every fault.
+
+    predictor(volume, **how) is `predict` by the run; lines say what will happen and why.
+    """
+    state, faults = checkpoint.load(arguments.ckpt), []
+    output = Path(arguments.output or default_output(arguments.ckpt))
+    roots = [t.partition("=")[2] for t in arguments.overrides if t.startswith("data.root=")]
+    with collect_errors(faults):
+        settings = resolve_settings(state, arguments.overrides)
+        device, device_reason = resolve_device(settings.run.device)
+        precision, precision_reason = resolve_precision(settings.training.precision, device)
+    with collect_errors(faults):
+        network, weights = build_network(state)
+    with collect_errors(faults):
+        root = [state["data"]["root"], *roots][-1]
+        inputs, notes = check_inputs(arguments.input, state["data"], root, output)
+        if arguments.submission:
+            faults += submission_faults(arguments.submission, [volume.id for volume in inputs])
+    if faults:
+        raise InputErrors(*faults)
+    torch.set_num_threads(resolve_threads(settings.run.threads))
+    # remembered: what memory the volumes before have needed, for all that follow.
+    how = {"device": device, "precision": precision, "remembered": {}}
+    network, spacing = network.to(device), state["data"]["spacing"]
+    predictor = functools.partial(predict, network, settings, spacing, **how)
+    inference, post = settings.inference, settings.postprocess.model_dump()
+    steps = ", ".join(f"{key} {value}" for key, value in post.items() if value)
+    lines = [
+        f"checkpoint {arguments.ckpt}, step {state['loop']['step']}, {weights}",
+        f"device     {device} ({device_reason}), precision {precision} ({precision_reason})",
+        f"windows    {list(inference.window or settings.sampling.patch)}, overlap "
+        f"{inference.overlap}, {'8 flips' if inference.flips else 'no flips'}, threshold "
+        f"{inference.threshold}, {steps or 'no postprocessing'}",
+    ]
+    return predictor, inputs, output, lines + notes
+
+
 # ---------------------------------------------------------------------------- prediction
 
 
-@contextlib.contextmanager
-def voxels(job):
-    """(C, D, H, W) of a job: the dataset of a case file, which stays on disk, or an array."""
-    if job.is_case:
-        with h5py.File(job.path, "r") as file:
-            yield file["image"]
-    else:
-        yield volumes.read_image(job.path).array
+def predict(network, settings, spacing, volume, **how):
+    """(mask, probs) of an `Input`: mask (D, H, W) uint8 of 0 and 1; probs float32 or None.
 
-
-def predict(network, job, settings, spacing, **how):
-    """(mask, probs) of a job: mask (D, H, W) uint8 of 0 and 1; probs float32 or None, as asked for.
-
-    spacing: of the run, 0 or None where it takes an axis as stored; how: device, precision and
-    more for windows.predict_slabs. Memory: a byte per voxel beside the slab, four more with
-    probabilities.
+    spacing: of the run, 0 on an axis that is used as stored; how: device, precision and more for
+    predict_slabs. Memory: a byte per voxel beside the slab, four more if
+    inference.save_probabilities asks for probs.
     """
     inference, post = settings.inference, settings.postprocess
-    high = np.empty(job.shape, bool)
-    low = None if post.hysteresis is None else np.empty(job.shape, bool)
-    probs = np.empty(job.shape, np.float32) if inference.save_probabilities else None
-    ratio = (1.0, 1.0, 1.0)
-    if job.spacing is not None:
-        wanted = data.network_spacing(job.spacing, spacing)
-        ratio = [w / s if w != s else 1.0 for w, s in zip(wanted, job.spacing, strict=True)]
-    scale = data.normalisation(job.intensity, settings.data.percentiles)
-    with voxels(job) as image:
-        for z0, planes in windows.predict_slabs(
-            network,
-            image,
-            ratio=ratio,
-            normalize=functools.partial(intensity.normalise, **scale),
-            **settings.window_arguments(),
-            **how,
-        ):
+    high = np.empty(volume.shape, bool)
+    low = None if post.hysteresis is None else np.empty(volume.shape, bool)
+    probs = np.empty(volume.shape, np.float32) if inference.save_probabilities else None
+    if volume.spacing is not None:
+        wanted = data.network_spacing(volume.spacing, spacing)
+        how["ratio"] = [
+            w / s if w != s else 1.0 for w, s in zip(wanted, volume.spacing, strict=True)
+        ]
+    scale = data.normalisation(volume.intensity, settings.data.percentiles)
+    how |= settings.window_arguments() | {"normalize": functools.partial(normalise, **scale)}
+    with volume.voxels() as image:
+        for z0, planes in predict_slabs(network, image, **how):
             part = slice(z0, z0 + planes.shape[1])
             high[part] = planes[0] >= inference.threshold
             if low is not None:
                 low[part] = planes[0] >= post.hysteresis
             if probs is not None:
                 probs[part] = planes[0]
-    mask = postprocess.finish(high, low, spacing=job.spacing, **post.model_dump())
+    mask = postprocess.finish(high, low, spacing=volume.spacing, **post.model_dump())
     return mask.astype(np.uint8), probs
 
 
-def _masks(settings):
-    """What else is done to a mask, for people."""
-    on = {name: value for name, value in settings.postprocess.model_dump().items() if value}
-    return ", ".join(f"{name} {value}" for name, value in on.items()) or "no postprocessing"
-
-
-def write(job, output, mask, probs):
-    """Write a job's results; returns where the mask lies."""
-    target = target_path(job, output)
-    about = {"spacing": job.spacing, "unit": job.unit, "affine": job.affine}
-    if probs is not None:
-        volumes.write_volume(output / "probabilities" / target.name, probs, **about)
-    volumes.write_volume(target, mask, **about)
-    return target
+def predict_and_write(predictor, volume, output, archive, console):
+    """Predict an `Input` and write its results; returns a line about them, or CannotGoOn."""
+    started = time.perf_counter()
+    target = volume.prediction_path(output)
+    grid = {"spacing": volume.spacing, "unit": volume.unit, "affine": volume.affine}
+    try:
+        with progress_of(volume, console) as progress:
+            mask, probs = predictor(
+                volume, progress=progress, report=lambda kind, text, **_: console.print(text)
+            )
+        if probs is not None:
+            write_volume(output / "probabilities" / target.name, probs, **grid)
+        write_volume(target, mask, **grid)
+        if archive:
+            archive.add(volume.id, mask)
+    except (CannotGoOn, VolumeError) as error:
+        raise CannotGoOn(f"{volume.id}: {error}") from error
+    except OSError as error:
+        raise CannotGoOn(f"{volume.id}: the prediction cannot be written ({error})") from error
+    seconds, share = time.perf_counter() - started, 100 * mask.mean()
+    size = "x".join(map(str, volume.shape))
+    return f"{volume.id}: {size}, {seconds:.1f} s, {share:.2f} % foreground, {target}"
 
 
 @contextlib.contextmanager
-def progress_of(job, console):
+def progress_of(volume, console):
     """A callable(done, total): a bar on a terminal, elsewhere a line now and then."""
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(30), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(job.id)
+            task = bar.add_task(volume.id)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
     last = time.perf_counter()
@@ -162,7 +196,7 @@ def progress_of(job, console):
     def line(done, total):
         nonlocal last
         if time.perf_counter() - last > SECONDS_BETWEEN_LINES:
-            console.print(f"{job.id}: {done} of {total} windows")
+            console.print(f"{volume.id}: {done} of {total} windows")
             last = time.perf_counter()
 
     yield line
@@ -181,20 +215,15 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ckpt", required=True, help="a checkpoint that train.py wrote")
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATH",
-        help="case files, prepared folders, volumes, folders or patterns of volumes",
-    )
-    parser.add_argument("--output", help="folder; default: predictions/ of the checkpoint's run")
-    parser.add_argument("--submission", metavar="FILE.zip", help="write the masks into this too")
-    parser.add_argument("overrides", nargs="*", metavar="group.key=value")
+    add = parser.add_argument
+    add("--ckpt", required=True, help="a checkpoint that train.py wrote")
+    what = "case files, prepared folders, volumes, folders or patterns of volumes"
+    add("--input", nargs="+", action="extend", default=[], metavar="PATH", help=what)
+    add("--output", help="folder; default: predictions/ of the checkpoint's run")
+    add("--submission", metavar="FILE.zip", help="write the masks into this too")
+    add("overrides", nargs="*", metavar="group.key=value")
     arguments = parser.parse_intermixed_args(argv)
-    # After --input all that follows is taken for a path.
+    # argparse takes settings that follow --input for paths.
     keys = tuple(f"{key.split('.')[0]}." for key in config.valid_keys())
     late = [t for t in arguments.input if "=" in t and t.startswith(keys) and not Path(t).exists()]
     arguments.overrides += late
@@ -204,87 +233,28 @@ def parse_arguments(argv):
 
 def main(argv=None):
     arguments = parse_arguments(argv)
-    console = Console(file=runlog.Output(), highlight=False, soft_wrap=True, markup=False)
-
-    # ------------------------------------------------------------------ everything is checked
+    console = Console(file=log.Output(), highlight=False, soft_wrap=True, markup=False)
     try:
-        state = checkpoint.load(arguments.ckpt)
-    except checkpoint.CheckpointError as error:
+        predictor, inputs, output, lines = prepare_to_predict(arguments)
+    except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    faults = []
-    output = Path(arguments.output or default_output(arguments.ckpt))
-    given = [t.partition("=")[2] for t in arguments.overrides if t.startswith("data.root=")]
-    root = given[-1] if given else state["data"]["root"]
-    with collected(faults):
-        settings = resolve_settings(state, arguments.overrides)
-        device, device_reason = windows.resolve_device(settings.run.device)
-        precision, precision_reason = windows.resolve_precision(settings.training.precision, device)
-    with collected(faults):
-        network, weights = build_network(state)
-    with collected(faults):
-        jobs, notes = check_inputs(arguments.input, state, root, output)
-        if arguments.submission:
-            faults += submission.faults_of(arguments.submission, [job.id for job in jobs])
-    if faults:
-        print("\n".join(faults), file=sys.stderr)
-        return 2
-
-    # ------------------------------------------------------------------ what will happen, and why
-    torch.set_num_threads(windows.resolve_threads(settings.run.threads))
-    inference = settings.inference
-    for line in [
-        f"checkpoint {arguments.ckpt}, step {state['loop']['step']}, {weights}",
-        f"device     {device} ({device_reason}), precision {precision} ({precision_reason})",
-        f"windows    {list(inference.window or settings.sampling.patch)}, overlap "
-        f"{inference.overlap}, {'8 flips' if inference.flips else 'no flips'}, threshold "
-        f"{inference.threshold}, {_masks(settings)}",
-        *notes,
-    ]:
-        console.print(line)
-
-    # ------------------------------------------------------------------ one volume after another
-    how = {
-        "device": device,
-        "precision": precision,
-        "remembered": {},  # which sizes of volumes need what memory
-        "report": lambda kind, text, **figures: console.print(text),
-    }
-    network.to(device)
-    with contextlib.ExitStack() as stack:
-        archive = None
-        try:
-            if arguments.submission:
-                archive = stack.enter_context(submission.Submission(arguments.submission))
-            for number, job in enumerate(jobs, start=1):
-                started = time.perf_counter()
-                with progress_of(job, console) as progress, readable(job.path):
-                    mask, probs = predict(
-                        network, job, settings, state["data"]["spacing"], progress=progress, **how
-                    )
-                target = write(job, output, mask, probs)
-                if archive:
-                    archive.add(job.id, mask)
-                console.print(
-                    f"{number}/{len(jobs)} {job.id}: {'x'.join(map(str, job.shape))}, "
-                    f"{time.perf_counter() - started:.1f} s, {100 * mask.mean():.2f} % foreground, "
-                    f"{target}"
-                )
-            if archive:
-                archive.finish()
-                console.print(f"{arguments.submission}: {len(jobs)} masks, read back and the same")
-        except (stopping.CannotGoOn, boxes.Unreadable) as fault:
-            return _failed(f"{job.id}: {fault}")
-        except OSError as error:
-            return _failed(f"{job.id}: the prediction cannot be written ({error})")
-        except submission.SubmissionError as error:
-            return _failed(error)
+    console.print("\n".join(lines))
+    submission = arguments.submission
+    try:
+        with open_submission(submission) if submission else contextlib.nullcontext() as archive:
+            for number, volume in enumerate(inputs, start=1):
+                line = predict_and_write(predictor, volume, output, archive, console)
+                console.print(f"{number}/{len(inputs)} {line}")
+        if submission:
+            console.print(f"{submission}: {len(inputs)} masks, read back and the same")
+    except (CannotGoOn, SubmissionError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{submission}: the submission cannot be written ({error})", file=sys.stderr)
+        return 1
     return 0
-
-
-def _failed(text):
-    print(text, file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

@@ -18,23 +18,25 @@ import argparse
 import contextlib
 import itertools
 import math
+import multiprocessing
 import os
 import re
-import shutil
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
 from volumes import layouts, phantoms
 from volumes.casefile import DATASET_FILE, read_dataset, write_dataset
 from volumes.files import split_dataset
-from volumes.formats import UNITS
 from volumes.ingest import PhantomCase, Rules, prepare_case
-from volumes.layouts import InputErrors
+from volumes.volume import UNITS, InputErrors, collect_errors
 
 MAX_NAMED = 8  # cases that a note spells out
 MAX_ROWS = 40  # of the summary
@@ -49,106 +51,82 @@ class Stopped(RuntimeError):
 
 def prepare_all(cases, rules, workers):
     """The outcomes of all cases, in their order. Stopped if memory or disk end."""
-    outcomes = {}
-    running = _in_processes if workers > 1 and len(cases) > 1 else _in_turn
-    with _progress(len(cases)) as advance:
-        for outcome in running(cases, rules, workers):
-            outcomes[outcome.id] = outcome
-            advance(outcome.id)
-    return [outcomes[case.id] for case in cases]
-
-
-def _in_turn(cases, rules, _workers):
-    for case in cases:
-        with naming(case.id):
-            yield prepare_case(case, rules)
-
-
-def _in_processes(cases, rules, workers):
-    with ProcessPoolExecutor(min(workers, len(cases)), mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(prepare_case, case, rules): case.id for case in cases}
-        try:
-            for future in as_completed(futures):
-                with naming(futures[future]):
-                    yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def naming(name):
-    """Name the case in whatever stops it that is no fault of the input."""
-    try:
-        yield
-    except BrokenProcessPool as error:
-        raise Stopped(
-            f"case {name} or one beside it: a worker process was killed, most likely for memory; "
-            "try fewer --workers"
-        ) from error
-    except (OSError, MemoryError) as error:
-        raise Stopped(f"case {name}: {type(error).__name__}: {error}") from error
-    except Exception as error:
-        error.add_note(f"while preparing case {name}")
-        raise
+    outcomes, run = [], map
+    with contextlib.ExitStack() as stack:
+        if workers > 1 and len(cases) > 1:
+            spawn = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(min(workers, len(cases)), mp_context=spawn)
+            run = stack.enter_context(pool).map
+        advance = stack.enter_context(_progress(len(cases)))
+        results = run(prepare_case, cases, itertools.repeat(rules))
+        for case in cases:
+            try:
+                outcomes.append(next(results))
+            except BrokenProcessPool as error:
+                raise Stopped(
+                    f"case {case.id} or one beside it: a worker process was killed, most likely "
+                    "for memory; try fewer --workers"
+                ) from error
+            except (OSError, MemoryError) as error:
+                raise Stopped(f"case {case.id}: {type(error).__name__}: {error}") from error
+            except Exception as error:
+                error.add_note(f"while preparing case {case.id}")
+                raise
+            advance(case.id)
+    return outcomes
 
 
 @contextlib.contextmanager
 def _progress(total):
     """Yields a function to call with each finished case: a bar on a terminal, else plain lines."""
-    if not sys.stdout.isatty():
+    if sys.stdout.isatty():
+        with Progress() as progress:
+            task = progress.add_task("cases", total=total)
+            yield lambda _name: progress.advance(task)
+    else:
         count = itertools.count(1)
         yield lambda name: print(f"[{next(count)}/{total}] {name}", flush=True)
-        return
-    from rich.progress import Progress
-
-    with Progress() as progress:
-        task = progress.add_task("cases", total=total)
-        yield lambda _name: progress.advance(task)
 
 
-def merge_faults(outcomes, existing):
-    """What is wrong with the cases together, and with those of the dataset they join."""
-    rows = [row for outcome in outcomes for row in outcome.rows]
+def merge_faults(rows, existing):
+    """What is wrong with the new cases together, and with those of the dataset they join."""
     new = {row["case"] for row in rows}
     kept = [case for case in (existing.cases.values() if existing else ()) if case.id not in new]
     units = {row["unit"]: row["case"] for row in rows} | {case.unit: case.id for case in kept}
     channels = {row["channels"]: row["case"] for row in rows} | {c.channels: c.id for c in kept}
-    faults = []
-    for what, found, advice in (
+    for what, examples, advice in (
         ("unit", units, "give --unit to convert them, or prepare them apart"),
         ("number of channels", channels, "prepare them apart"),
     ):
-        if len(found) > 1:
-            named = ", ".join(f"{value or 'unknown'} (case {i})" for value, i in found.items())
-            faults.append(f"dataset: expected one {what} in all cases, got {named}; {advice}")
-    return faults
+        if len(examples) > 1:
+            named = ", ".join(f"{value or 'unknown'} (case {i})" for value, i in examples.items())
+            yield f"dataset: expected one {what} in all cases, got {named}; {advice}"
 
 
 @contextlib.contextmanager
 def staging(out):
-    """A temporary folder inside out; if it is not emptied by `publish`, out is left as it was."""
+    """A temporary folder inside out; where nothing is published, out is left as it was."""
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".preparing_", dir=out))
     try:
-        yield folder
+        with tempfile.TemporaryDirectory(prefix=".preparing_", dir=out) as folder:
+            yield Path(folder)
     finally:
-        shutil.rmtree(folder)
-        for empty in made:
-            if not any(empty.iterdir()):
-                empty.rmdir()
+        for folder in made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
-def publish(folder, out, outcomes, rules, existing):
+def publish(folder, out, rows, rules, existing):
     """Move the finished case files into out and write its `dataset.json`."""
-    names = [row["case"] for outcome in outcomes for row in outcome.rows]
+    names = [row["case"] for row in rows]
     for name in names:
         os.replace(folder / f"{name}.h5", out / f"{name}.h5")
     write_dataset(
         out,
         classes=rules.classes,
         ignore_label=rules.ignore_label,
-        unit=next(row["unit"] for outcome in outcomes for row in outcome.rows),
+        unit=rows[0]["unit"],
         case_ids={*names, *(existing.cases if existing else ())},
     )
 
@@ -167,26 +145,18 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         prog="prepare.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    add = parser.add_argument
-    add(
-        "--images", metavar="PATH", help="file, file.h5:dataset, folder, glob, '{id}' pattern, root"
-    )
+    add, zyx = parser.add_argument, ("Z", "Y", "X")
+    what = "file, file.h5:dataset, folder, glob, '{id}' pattern, root"
+    add("--images", metavar="PATH", help=what)
     add("--labels", metavar="PATH", help="the same for the labels; left out: cases without label")
     add("--out", metavar="DIR", type=Path, required=True, help="made, or added to")
     add("--phantom", choices=sorted(phantoms.PHANTOMS), help="make synthetic cases instead")
     add("--cases", type=int, default=8, help="phantoms to make (8)")
-    add(
-        "--shape",
-        type=int,
-        nargs=3,
-        default=(96, 96, 96),
-        metavar=("Z", "Y", "X"),
-        help="of a phantom",
-    )
+    add("--shape", type=int, nargs=3, default=(96,) * 3, metavar=zyx, help="of a phantom")
     add("--seed", type=int, default=0, help="of the phantoms")
     add("--ignore-label", type=int, metavar="ID", help="label value of unlabeled voxels")
     add("--classes", nargs="+", metavar="NAME", help="foreground classes, ids 1 to N")
-    add("--spacing", type=float, nargs=3, metavar=("Z", "Y", "X"), help="wins over headers")
+    add("--spacing", type=float, nargs=3, metavar=zyx, help="wins over headers")
     add("--spacing-csv", metavar="FILE", help="columns id,z,y,x[,unit]; wins over --spacing")
     add("--unit", choices=sorted({*UNITS.values(), "um"}), help="of the spacing")
     add("--group-from", metavar="RULE", help="csv:COLUMN, csv:FILE:COLUMN or regex:PATTERN")
@@ -216,11 +186,11 @@ def make_rules(options, layout):
     if options.classes is not None:
         classes = {"background": 0} | {n: i for i, n in enumerate(options.classes, start=1)}
     ignore = layout.ignore_label if options.ignore_label is None else options.ignore_label
-    faults, rows, crops = _option_faults(options, classes, ignore), [], []
-    with _collected(faults):
+    faults, rows, crops = list(_option_faults(options, classes, ignore)), [], []
+    with collect_errors(faults):
         rows = layouts.read_spacings(options.spacing_csv) if options.spacing_csv else []
     for text in options.crop:
-        with _collected(faults):
+        with collect_errors(faults):
             crops.append(_crop(text))
     if len({name for name, _, _ in crops}) < len(crops):
         faults.append(f"--crop: expected distinct names, got {' '.join(options.crop)}")
@@ -229,14 +199,6 @@ def make_rules(options, layout):
     unit = options.unit and UNITS[options.unit]
     store = {"skeleton": not options.no_skeletons, "compression": options.compression}
     return Rules(classes, ignore, options.spacing, unit, rows, crops, store, "")
-
-
-@contextlib.contextmanager
-def _collected(faults):
-    try:
-        yield
-    except InputErrors as error:
-        faults += error.sentences
 
 
 def _phantom_layout(options):
@@ -252,73 +214,61 @@ def _phantom_layout(options):
 
 def _option_faults(options, classes, ignore):
     """What is wrong with the plain options, as sentences."""
-    faults = []
     if options.spacing and not all(math.isfinite(s) and s > 0 for s in options.spacing):
-        faults.append(f"--spacing: expected three numbers above 0, got {tuple(options.spacing)}")
+        yield f"--spacing: expected three numbers above 0, got {tuple(options.spacing)}"
     if options.workers < 1:
-        faults.append(f"--workers: expected at least 1, got {options.workers}")
+        yield f"--workers: expected at least 1, got {options.workers}"
     if options.classes and len(classes) != len(options.classes) + 1:
-        faults.append(f"--classes: expected distinct foreground names, got {options.classes}")
+        yield f"--classes: expected distinct foreground names, got {options.classes}"
     if max(classes.values()) > 255 or min(classes.values()) < 0:
-        faults.append(f"classes: expected ids from 0 to 255, got {classes}")
+        yield f"classes: expected ids from 0 to 255, got {classes}"
     if ignore is not None and (ignore in classes.values() or not 0 < ignore < 256):
-        faults.append(
+        yield (
             f"--ignore-label: expected a value from 1 to 255 that is no class of {classes}, "
             f"got {ignore}"
         )
-    return faults
 
 
 def _crop(text):
     """`NAME=Z0:Z1` as (name, z0, z1); either end may be left out."""
-    match = re.fullmatch(r"([\w-]+)=(-?\d*):(-?\d*)", text)
-    if not match or "-" in match.groups()[1:]:
+    match = re.fullmatch(r"([\w-]+)=(\d*):(\d*)", text)
+    if not match:
         raise InputErrors(f"--crop {text}: expected NAME=Z0:Z1, such as train=0:80")
     name, *ends = match.groups()
     return (name, *(int(end) if end else None for end in ends))
 
 
-def existing_dataset(out, cases, rules, faults):
-    """The `Dataset` already in out, or None; what forbids adding to out is added to faults."""
+def existing_dataset(out, cases, rules):
+    """The `Dataset` already in out, or None. InputErrors with what forbids adding to out."""
+    faults = []
     sources = [path for case in cases for path in getattr(case, "images", ())]
-    folders = {Path(split_dataset(path)[0]).resolve().parent for path in sources}
-    if out.exists() and not out.is_dir():
-        faults.append(f"--out {out}: expected a folder, got a file")
-    elif out.resolve() in folders:
+    if out.resolve() in {Path(split_dataset(path)[0]).resolve().parent for path in sources}:
         faults.append(f"--out {out}: expected another folder than that of the images")
-    if not (out / DATASET_FILE).is_file():
-        return None
-    try:
-        found = read_dataset(out)
-    except (OSError, ValueError) as error:
-        faults.append(f"--out {error}")
-        return None
-    for what, have, want in (
-        ("classes", found.classes, rules.classes),
-        ("ignore label", found.ignore_label, rules.ignore_label),
-    ):
-        if have != want:
+    dataset = read_dataset(out) if (out / DATASET_FILE).is_file() else None
+    for name in ("classes", "ignore_label") if dataset else ():
+        there, here = getattr(dataset, name), getattr(rules, name)
+        if there != here:
             faults.append(
-                f"--out {out}: expected the {what} of the dataset there, {have}, got {want}; "
-                "choose another folder, or prepare all cases alike"
+                f"--out {out}: expected the {name.replace('_', ' ')} of the dataset there, "
+                f"{there}, got {here}; choose another folder, or prepare all cases alike"
             )
-    return found
+    if faults:
+        raise InputErrors(*faults)
+    return dataset
 
 
 def report(outcomes, notes):
     """Print notes, each once with its cases, and the table of what was written."""
-    from rich.console import Console
-    from rich.table import Table
-
-    told = {}
+    cases_of = {}
     for outcome in outcomes:
         for note in outcome.notes:
-            told.setdefault(note, []).append(outcome.id)
+            cases_of.setdefault(note, []).append(outcome.id)
+    for note, names in cases_of.items():
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        named = f"{_count(len(names), 'case')}: {', '.join(names[:MAX_NAMED])}{more}"
+        notes = [*notes, f"{note} ({named})"]
     for note in notes:
         print(f"note: {note}")
-    for note, names in told.items():
-        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-        print(f"note: {note} ({_count(len(names), 'case')}: {', '.join(names[:MAX_NAMED])}{more})")
     rows = [row for outcome in outcomes for row in outcome.rows]
     columns = ("case", "shape", "spacing", "dtype", "fg %", "unlabeled %", "group")
     table = Table(*columns)
@@ -333,10 +283,9 @@ def refuse(faults, cases, notes=()):
     """Print every fault to stderr, and the notes that may explain it; returns the exit status."""
     for note in notes:
         print(f"note: {note}")
-    for fault in faults:
-        print(fault, file=sys.stderr)
     among = f" in {_count(len(cases), 'case')}" if cases else ""
-    print(f"{_count(len(faults), 'fault')}{among}; nothing was written", file=sys.stderr)
+    last = f"{_count(len(faults), 'fault')}{among}; nothing was written"
+    print(*faults, last, sep="\n", file=sys.stderr)
     return 2
 
 
@@ -347,42 +296,46 @@ def _count(number, noun):
 def main(argv=None):
     """Prepare what the command line says; returns the exit status."""
     options = parse(argv)
+    out, existing = options.out, None
     if options.phantom:
         layout = _phantom_layout(options)
     else:
         layout = layouts.find_cases(options.images, options.labels, options.test_images)
-    cases, faults, notes = layout.cases, layout.faults, layout.notes
-    try:
+    cases, faults, notes, option_faults = layout.cases, layout.faults, layout.notes, []
+    with collect_errors(option_faults):
         rules = make_rules(options, layout)
-    except InputErrors as error:
-        return refuse(error.sentences + faults, cases)
-    with _collected(faults):
+    if option_faults:
+        return refuse(option_faults + faults, cases)
+    with collect_errors(faults):
         cases = layouts.assign_groups(cases, options.group_from, options.images)
-    existing = existing_dataset(options.out, cases, rules, faults)
+    if out.exists() and not out.is_dir():
+        return refuse([*faults, f"--out {out}: expected a folder, got a file"], cases, notes)
+    with collect_errors(faults):
+        existing = existing_dataset(out, cases, rules)
     if not cases and not faults:
         faults.append(f"--images {options.images}: expected cases, got none that is whole")
-    if not cases or (options.out.exists() and not options.out.is_dir()):
+    if not cases:
         return refuse(faults, cases, notes)
     try:
-        with staging(options.out) as folder:
-            rules = replace(rules, folder=str(folder))
-            outcomes = prepare_all(cases, rules, options.workers)
+        with staging(out) as folder:
+            outcomes = prepare_all(cases, replace(rules, folder=str(folder)), options.workers)
+            rows = [row for outcome in outcomes for row in outcome.rows]
             faults += [fault for outcome in outcomes for fault in outcome.faults]
-            faults += merge_faults(outcomes, existing)
+            faults += merge_faults(rows, existing)
             if faults:
                 return refuse(faults, cases)
-            publish(folder, options.out, outcomes, rules, existing)
+            publish(folder, out, rows, rules, existing)
     except Stopped as error:
         print(f"{error}; nothing was written", file=sys.stderr)
         return 1
     except OSError as error:
-        return refuse([f"--out {options.out}: expected a folder to write to, got {error}"], cases)
-    written = {row["case"] for outcome in outcomes for row in outcome.rows}
+        return refuse([f"--out {out}: expected a folder to write to, got {error}"], cases)
+    written = {row["case"] for row in rows}
     replaced = sorted(written & (existing.cases.keys() if existing else set()))
     if replaced:
-        notes.append(f"replaced in {options.out}: {', '.join(replaced)}")
+        notes.append(f"replaced in {out}: {', '.join(replaced)}")
     report(outcomes, notes)
-    print(f"{_count(len(written), 'case')} written to {options.out}")
+    print(f"{_count(len(written), 'case')} written to {out}")
     return 0
 
 

@@ -31,12 +31,12 @@ import h5py
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import infer
 from runtime import checkpoint, config
 from runtime import folder as runs
 from scoring import metrics
 from volumes import casefile as cases
 from volumes import files as volumes
+from volumes.inputs import default_inputs
 
 # What a term weighs where it is on.
 BASE = {"weighted_bce": 0.5, "soft_dice": 0.5}
@@ -156,7 +156,7 @@ def make_row(identity, settings, arguments, folder):
 
 def score_run(run, facts, root, tolerance):
     """The SCORES of each case that infer.py predicted; facts: what the checkpoint holds of data."""
-    files, _ = infer.default_inputs(facts, root)
+    files, _ = default_inputs(facts, root)
     scores = []
     for case in map(cases.read_case, files):
         (path,) = (run / "predictions").glob(f"{case.id}.*")

@@ -222,7 +222,7 @@ def announce(plan, network, patches):
 def metadata(plan):
     """All that infer.py must know of the data, as plain values."""
     return {
-        **splits.facts(plan.dataset, plan.split, plan.foreground),
+        **splits.metadata(plan.dataset, plan.split, plan.foreground),
         "spacing": list(plan.settings.data.spacing),  # 0 or None: an axis as it is stored
         "strides": [list(stride) for stride in plan.strides],
         "kernels": [list(kernel) for kernel in plan.kernels],

@@ -11,20 +11,21 @@ weights at that voxel). A product of three partitions of unity is one too, so no
 weights is kept and no floor under a small sum is needed: the border has its full weight.
 
 Memory on the device: a slab of floor(window_z * ratio_z) x H x W float32 (twice that while it
-moves on), beside what the network needs for one batch. Where that is not there, fewer windows go at
-once, and then the slab lies on the CPU: see `fitting.WindowFit`.
+moves on), beside what the network needs for one batch. If the device has less, fewer windows go at
+once, and then the slab lies on the CPU: see `WindowFit`.
 """
 
 import functools
 import math
 import os
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product, zip_longest
 
 import numpy as np
 import torch
 
-from runtime.microbatch import WindowFit, nothing
+from runtime.microbatch import figures, nothing, out_of_memory
+from runtime.signals import CannotGoOn
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLIPS = [axes for n in range(4) for axes in combinations((-3, -2, -1), n)]  # all 8 of z, y, x
@@ -76,23 +77,18 @@ def resolve_threads(wanted):
 
 
 @dataclass(frozen=True)
-class Taps:
-    """Linear interpolation along one axis: out[i] = lerp(in[low[i]], in[high[i]], share[i])."""
-
-    low: torch.Tensor
-    high: torch.Tensor
-    share: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Span:
-    """What one window does on one axis; start, stop and read count voxels of the volume."""
+    """What one window does on one axis; start, stop and read count voxels of the volume.
+
+    to_network and to_volume interpolate along the axis by (low, high, fraction), three tensors:
+    out[i] = lerp(in[low[i]], in[high[i]], fraction[i]). They are None where nothing changes.
+    """
 
     start: int  # voxels start..stop get this window's probabilities
     stop: int
-    read: slice  # voxels that the network's input is drawn from
-    to_network: Taps | None  # read voxels -> network voxels; None: they are the same
-    to_volume: Taps | None  # network voxels -> voxels start..stop; None: they are the same
+    read: slice  # voxels that the network's input is interpolated from
+    to_network: tuple | None  # read voxels -> network voxels
+    to_volume: tuple | None  # network voxels -> voxels start..stop
     weight: torch.Tensor  # (stop - start,) share of this window in the blend
 
 
@@ -100,7 +96,7 @@ def window_starts(size, extent, overlap):
     """Starts of the windows on an axis of `size` voxels: evenly spread integers.
 
     The first is 0, the last size - extent, and no step is above extent * (1 - overlap) (or above
-    1 where that is less). A window at least as long as the axis is alone and centred on it, so
+    1 where that is less). A window at least as long as the axis is alone and centered on it, so
     its start is 0 or negative.
     """
     if extent >= size:
@@ -123,64 +119,59 @@ def blend_weights(size, extent, starts):
 
 
 def _taps(positions, size, device):
-    """Taps at fractional positions of an axis of `size` voxels, the edge voxel repeated beyond."""
+    """(low, high, fraction) at positions of an axis of `size` voxels, its edge repeated beyond."""
     positions = np.clip(positions, 0, size - 1)
     low = np.floor(positions).astype(np.int64)
     high = np.minimum(low + 1, size - 1)
-    share = (positions - low).astype(np.float32)
-    return Taps(*(torch.from_numpy(a).to(device) for a in (low, high, share)))
+    fraction = (positions - low).astype(np.float32)
+    return tuple(torch.from_numpy(a).to(device) for a in (low, high, fraction))
 
 
 def axis_spans(size, window, overlap, ratio, device):
     """The `Span` of every window on one axis.
 
-    Network voxel j lies at volume coordinate centre + (j - (window - 1) / 2) * ratio. The window
-    is answerable for the whole volume voxels that it holds, floor(window * ratio) of them.
+    Network voxel j lies at volume coordinate center + (j - (window - 1) / 2) * ratio. A window
+    predicts the whole volume voxels that it holds, floor(window * ratio) of them.
     """
     extent = max(1, math.floor(window * ratio + 1e-6))
     starts = window_starts(size, extent, overlap)
-    weights = blend_weights(size, extent, starts)
     spans = []
-    for begin, weight in zip(starts, weights, strict=True):
-        centre = begin + (extent - 1) / 2
-        drawn = centre + (np.arange(window) - (window - 1) / 2) * ratio
+    for begin, weight in zip(starts, blend_weights(size, extent, starts), strict=True):
+        center = begin + (extent - 1) / 2
+        positions = center + (np.arange(window) - (window - 1) / 2) * ratio
         # Clipped to the volume twice: a padded window may begin or end wholly outside.
-        first = min(max(math.floor(drawn[0]), 0), size - 1)
-        last = min(max(math.ceil(drawn[-1]), 0), size - 1)
+        first = min(max(math.floor(positions[0]), 0), size - 1)
+        last = min(max(math.ceil(positions[-1]), 0), size - 1)
         start, stop = max(begin, 0), min(begin + extent, size)
-        back = (np.arange(start, stop) - centre) / ratio + (window - 1) / 2
-        same = ratio == 1 and (start, stop) == (begin, begin + window)
-        spans.append(
-            Span(
-                start=start,
-                stop=stop,
-                read=slice(first, last + 1),
-                to_network=None if same else _taps(drawn - first, last + 1 - first, device),
-                to_volume=None if same else _taps(back, window, device),
-                weight=torch.from_numpy(weight[start:stop]).float().to(device),
-            )
-        )
+        to_network = to_volume = None
+        if ratio != 1 or (start, stop) != (begin, begin + window):
+            back = (np.arange(start, stop) - center) / ratio + (window - 1) / 2
+            to_network = _taps(positions - first, last + 1 - first, device)
+            to_volume = _taps(back, window, device)
+        share = torch.from_numpy(weight[start:stop]).float().to(device)
+        spans.append(Span(start, stop, slice(first, last + 1), to_network, to_volume, share))
     return spans
 
 
 # ---------------------------------------------------------------------------- one batch of windows
 
 
-def _resample(x, taps):
-    """x (C, D, H, W) drawn along z, y, x by the axis' taps; an axis whose taps are None stays."""
+def _interpolate(x, taps):
+    """x (C, D, H, W) along z, y, x by the taps of each axis; None leaves an axis as it is."""
     for axis, tap in enumerate(taps, start=1):
         if tap is not None:
-            share = tap.share.view([-1 if a == axis else 1 for a in range(x.ndim)])
-            x = torch.lerp(x.index_select(axis, tap.low), x.index_select(axis, tap.high), share)
+            low, high, fraction = tap
+            fraction = fraction.view([-1 if a == axis else 1 for a in range(x.ndim)])
+            x = torch.lerp(x.index_select(axis, low), x.index_select(axis, high), fraction)
     return x
 
 
-def _draw(volume, spans, normalize, device):
+def _read_patch(volume, spans, normalize, device):
     """One network input (C, *window) float32 from the box that its three spans read."""
     box = volume[(slice(None), *(span.read for span in spans))]
     dtype = box.dtype if box.dtype in SENT_AS_STORED else np.float32
     box = torch.from_numpy(np.array(box, dtype=dtype, order="C")).to(device)
-    patch = _resample(box.float(), [span.to_network for span in spans])
+    patch = _interpolate(box.float(), [span.to_network for span in spans])
     return patch if normalize is None else normalize(patch)
 
 
@@ -217,14 +208,68 @@ def _add_windows(slab, volume, windows, predict, normalize, device):
 
     slab (1, d, H, W) begins at the plane where the windows begin; windows are (z, y, x) spans.
     """
-    patches = torch.stack([_draw(volume, spans, normalize, device) for spans in windows])
+    patches = torch.stack([_read_patch(volume, spans, normalize, device) for spans in windows])
     weighted = []
     for probs, (z, y, x) in zip(predict(patches), windows, strict=True):
-        probs = _resample(probs, [z.to_volume, y.to_volume, x.to_volume])
+        probs = _interpolate(probs, [z.to_volume, y.to_volume, x.to_volume])
         probs = probs * (z.weight[:, None, None] * y.weight[:, None] * x.weight)
         weighted.append(probs.to(slab.device))
-    for probs, (z, y, x) in zip(weighted, windows, strict=True):  # takes no memory any more
+    for probs, (z, y, x) in zip(weighted, windows, strict=True):  # needs no more memory
         slab[:, : z.stop - z.start, y.start : y.stop, x.start : x.stop] += probs
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+class WindowFit:
+    """How many windows go at once and where the slab lies, for a volume of some size.
+
+    Each time the device runs out of memory it is less: half as many windows, down to one, then the
+    slab on the CPU. remembered: {"DxHxW": [windows, whether on the CPU]}, plain values that outlive
+    the volume; a volume begins with what volumes of its size and smaller ones have needed.
+    """
+
+    def __init__(self, shape, batch, device, remembered, report):
+        self.key, self.device, self.report = "x".join(map(str, shape)), device, report
+        self.remembered, self.batch, self.on_cpu = remembered, batch, False
+        for key, (windows, on_cpu) in remembered.items():
+            if math.prod(map(int, key.split("x"))) <= math.prod(shape):
+                self.batch, self.on_cpu = min(self.batch, windows), self.on_cpu or on_cpu
+
+    @property
+    def slab_device(self):
+        return torch.device("cpu") if self.on_cpu else self.device
+
+    def attempt(self, function, *arguments):
+        """function(*arguments, device=slab_device), again each time that runs out of memory."""
+        while True:
+            try:
+                return function(*arguments, device=self.slab_device)
+            except RuntimeError as error:
+                self.lower(error)
+
+    def lower(self, error):
+        """Ask for less memory after an error. Raises it if it is another one, and `CannotGoOn` if
+        nothing is left that could be less."""
+        if not out_of_memory(error):
+            raise error
+        where = f"{self.device} ran out of memory{figures(self.device)} in the prediction of a"
+        if self.batch == 1 and self.on_cpu:
+            raise CannotGoOn(
+                f"{where} volume of {self.key} with one window at a time and the results on the "
+                "CPU; lower inference.window"
+            ) from error
+        if self.batch > 1:
+            self.batch //= 2
+            what = f"{self.batch} windows at once"
+        else:
+            self.on_cpu, what = True, "the results on the CPU"
+        self.remembered[self.key] = [self.batch, self.on_cpu]
+        error.__traceback__ = None  # its frames hold what was computed
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
+        text = f"{where} volume of {self.key}: it goes on with {what}, as will others of this size"
+        self.report("cuda memory", text, windows=self.batch, on_cpu=self.on_cpu)
 
 
 # ---------------------------------------------------------------------------- volumes
@@ -274,17 +319,17 @@ def predict_slabs(
     which the first counts; the caller has put it on the device and in eval mode.
     volume (C, D, H, W): array or HDF5 dataset, any real dtype; only boxes are read from it.
     window (z, y, x) in voxels of the network; ratio (z, y, x) is the network's voxel size over
-    the volume's (target spacing / native spacing). Where it is not 1 each window is drawn
-    linearly at the network's spacing, and its probabilities are drawn back; blending happens in
-    voxels of the volume, which is never resampled whole. Where it is 1 nothing is interpolated.
+    the volume's (target spacing / native spacing). Where it is not 1 each window is
+    interpolated to the network's spacing, and its probabilities back; blending happens in voxels
+    of the volume, which is never resampled whole. Where it is 1 nothing is interpolated.
     An axis shorter than the window is padded with its edge voxels, cut off afterwards.
     normalize(patch (C, *window) float32 on the device) -> the same shape, after interpolation as
     in training; it sees one window at a time, so its numbers must not come from that window.
     flips: mean of the probabilities over the 8 flips, at 8 times the cost. batch: windows of one
     z row that go through the network at once.
     precision: fp32, bf16 or fp16 (autocast); sums are float32 always. progress(done, total) is
-    called with numbers of windows. remembered, report(kind, text, **figures): what to do when the
-    device runs out of memory, see `fitting.WindowFit`; None forgets it after the call.
+    called with numbers of windows. remembered, report(kind, text, **figures): see `WindowFit`;
+    without remembered, the next call tries the full batch again.
 
     ValueError, at the call and naming all faults, for arguments that cannot work.
     """
@@ -294,20 +339,19 @@ def predict_slabs(
         axis_spans(size, int(length), overlap, float(r), device)
         for size, length, r in zip(volume.shape[1:], window, ratio, strict=True)
     ]
-    fit = WindowFit(
-        volume.shape[1:], batch, device, {} if remembered is None else remembered, report
-    )
+    remembered = {} if remembered is None else remembered
+    fit = WindowFit(volume.shape[1:], batch, device, remembered, report)
     return _slabs(volume, axes, predict, normalize, fit, progress or nothing)
 
 
 def _slabs(volume, axes, predict, normalize, fit, progress):
     """The generator behind predict_slabs, whose arguments are checked by then."""
     rows, *plane = axes
-    columns = [(y, x) for y in plane[0] for x in plane[1]]
+    columns = list(product(*plane))
     depth, height, width = volume.shape[1:]
-    slab = _fitting(fit, _empty_slab, min(depth, rows[0].stop), height, width)
-    done = 0
-    for row, z in enumerate(rows):
+    slab = fit.attempt(torch.zeros, 1, min(depth, rows[0].stop), height, width)
+    done, total = 0, len(rows) * len(columns)
+    for z, following in zip_longest(rows, rows[1:]):
         first = 0
         while first < len(columns):
             windows = [(z, y, x) for y, x in columns[first : first + fit.batch]]
@@ -318,27 +362,14 @@ def _slabs(volume, axes, predict, normalize, fit, progress):
                 slab = slab.to(fit.slab_device)
                 continue
             first += len(windows)
-            progress(done + first, len(rows) * len(columns))
+            progress(done + first, total)
         done += len(columns)
-        reached = rows[row + 1].start if row + 1 < len(rows) else depth
-        yield z.start, slab[:, : reached - z.start].cpu().numpy().copy()
-        slab = _fitting(fit, _moved_on, slab, reached - z.start)
+        finished = (following.start if following else depth) - z.start
+        yield z.start, slab[:, :finished].cpu().numpy().copy()
+        slab = fit.attempt(_moved_on, slab, finished)
 
 
-def _fitting(fit, function, *arguments):
-    """What a function of the slab's device gives, asked again if that has no memory for it."""
-    while True:
-        try:
-            return function(fit.slab_device, *arguments)
-        except RuntimeError as error:
-            fit.lower(error)
-
-
-def _empty_slab(device, *shape):
-    return torch.zeros(1, *shape, device=device)
-
-
-def _moved_on(device, slab, finished):
+def _moved_on(slab, finished, device):
     """The slab without its first planes and as many empty ones at its end."""
     slab = slab.to(device)
     return torch.cat([slab[:, finished:], torch.zeros_like(slab[:, :finished])], dim=1)

@@ -20,32 +20,16 @@ def choose_cases(dataset, *, train, validation, test, folds, fold):
     and validation is fold number `fold`.
     """
     faults, notes = [], []
-
-    def named(key, patterns):
-        found = {}
-        for pattern in patterns or ():
-            hits = [
-                c
-                for c in dataset.cases.values()
-                if fnmatch.fnmatch(c.id, pattern) or fnmatch.fnmatch(c.group, pattern)
-            ]
-            if not hits:
-                known = ", ".join(list(dataset.cases)[:8])
-                faults.append(
-                    f"data.{key}: no case or group is named {pattern!r}; there are {known}"
-                )
-            found |= {c.id: c for c in hits}
-        return found
-
-    chosen_test, chosen_validation = named("test", test), named("validation", validation)
-    chosen_train = named("train", train)
+    chosen_train, chosen_validation, chosen_test = (
+        _matches(dataset, key, patterns or (), faults)
+        for key, patterns in (("train", train), ("validation", validation), ("test", test))
+    )
     if train is None:
-        taken = chosen_test | chosen_validation
-        chosen_train = {i: c for i, c in dataset.cases.items() if i not in taken and c.labeled}
+        elsewhere = chosen_validation | chosen_test
+        chosen_train = {i: c for i, c in dataset.cases.items() if i not in elsewhere and c.labeled}
     if folds:
-        chosen_validation, note = _fold(chosen_train, folds, fold)
+        chosen_validation, notes = _fold(chosen_train, folds, fold)
         chosen_train = {i: c for i, c in chosen_train.items() if i not in chosen_validation}
-        notes += note
     split = Split(*(list(d.values()) for d in (chosen_train, chosen_validation, chosen_test)))
     faults += _split_faults(split)
     if faults:
@@ -55,7 +39,20 @@ def choose_cases(dataset, *, train, validation, test, folds, fold):
     return split, notes
 
 
-def facts(dataset, split, foreground):
+def _matches(dataset, key, patterns, faults):
+    """{id: case} whose id or group matches any pattern; one that matches none is a fault."""
+    matches = {}
+    for pattern in patterns:
+        names = {i: (i, case.group) for i, case in dataset.cases.items()}
+        hits = {i: dataset.cases[i] for i in names if fnmatch.filter(names[i], pattern)}
+        if not hits:
+            known = ", ".join(list(dataset.cases)[:8])
+            faults.append(f"data.{key}: no case or group is named {pattern!r}; there are {known}")
+        matches |= hits
+    return matches
+
+
+def metadata(dataset, split, foreground):
     """What a checkpoint says of the data it was trained on: plain values."""
     return {
         "root": str(Path(dataset.root).resolve()),

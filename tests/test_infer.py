@@ -271,13 +271,14 @@ def test_all_faults_come_at_once_and_nothing_is_written(run, tmp_path, capsys):
     names = ["inference.overlp", "nowhere.tif", "flat.tif", "hole.nii.gz", "short.nii.gz", "two.h5"]
     assert len(faults) == len(names)
     assert all(sum(name in fault for fault in faults) == 1 for name in names)
-    assert "inference.overlap" in faults[0] and "1 that are NaN" in "".join(faults)
+    assert "inference.overlap" in faults[0] and "1 voxels of NaN" in "".join(faults)
     assert not (tmp_path / "out").exists()
 
 
 def test_case_files_that_are_gone_are_named_one_by_one(run, tmp_path, capsys):
     faults = faults_of(capsys, "--ckpt", run(test=["x", "y"]))
     assert len(faults) == 2 and "x.h5" in faults[0] and "y.h5" in faults[1]
+    assert all(fault.endswith("if the data lie elsewhere, give data.root=DIR") for fault in faults)
 
 
 def test_run_without_cases_to_predict_asks_for_input(run, capsys):
@@ -406,8 +407,41 @@ def test_a_case_whose_voxels_cannot_be_read_is_one_sentence(run, tmp_path, capsy
     def unreadable(*arguments, **how):
         raise OSError("Can't synchronously read data (filter returned failure during read)")
 
-    monkeypatch.setattr(windows, "predict_slabs", unreadable)
+    monkeypatch.setattr(infer, "predict_slabs", unreadable)
     assert infer.main(["--ckpt", str(run()), "--input", str(tmp_path / "data" / "a.h5")]) == 1
     error = capsys.readouterr().err
     assert "a: " in error and "a.h5: expected a volume that can be read" in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_volume_that_is_gone_when_its_turn_comes_is_one_sentence(
+    run, tmp_path, capsys, monkeypatch
+):
+    scans = [tmp_path / f"{name}.nii.gz" for name in "ab"]
+    for scan in scans:
+        write_nifti(scan, image_of((8, 16, 16)))
+    slabs = infer.predict_slabs
+
+    def last_of_the_folder(*arguments, **how):
+        scans[1].unlink(missing_ok=True)
+        return slabs(*arguments, **how)
+
+    monkeypatch.setattr(infer, "predict_slabs", last_of_the_folder)
+    arguments = ["--ckpt", run(), "--input", *scans, "--output", tmp_path / "out"]
+    assert infer.main([str(a) for a in arguments]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"b: {scans[1]}: expected a") and "none there" in error
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.nii.gz"]
+
+
+def test_a_submission_that_cannot_be_opened_is_one_sentence(run, tmp_path, capsys, monkeypatch):
+    def full(path):
+        raise OSError("no space left on device")
+
+    write_nifti(tmp_path / "a.nii", image_of((8, 16, 16)))
+    monkeypatch.setattr(infer, "open_submission", full)
+    target = tmp_path / "s.zip"
+    arguments = ["--ckpt", run(), "--input", tmp_path / "a.nii", "--submission", target]
+    assert infer.main([str(a) for a in arguments]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error == f"{target}: the submission cannot be written (no space left on device)"

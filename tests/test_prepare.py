@@ -1,8 +1,9 @@
 """prepare.py end to end, in-process: what it writes, what it says, and everything it refuses."""
 
 import json
+import multiprocessing
 import os
-from concurrent.futures.process import BrokenProcessPool
+import signal
 from pathlib import Path
 
 import h5py
@@ -97,7 +98,7 @@ def test_a_mask_of_255_becomes_class_1_and_it_is_said(raw, out, capsys):
     said = capsys.readouterr().out
     assert "label values {0, 255} read as classes {0, 1} (1 case: a)" in said
     assert "label values {0, 254} read as classes {0, 1} (1 case: b)" in said
-    assert "1 1 1 is taken" in said
+    assert "1 1 1 is used" in said
     for name in "ab":
         with h5py.File(out / f"{name}.h5") as file:
             assert np.array_equal(file["label"], mask())
@@ -138,9 +139,11 @@ def test_crops_are_cases_of_their_own_with_a_moved_affine(raw, out):
     nifti(raw / "a_lbl.nii.gz", label)
     crops = ("--crop", "train=0:3", "test=4:")
     assert run("--images", raw, "--labels", raw, "--out", out, *crops) == 0
-    found = cases.read_dataset(out).cases
-    assert {i: case.group for i, case in found.items()} == {i: i for i in ("a_train", "a_test")}
-    with h5py.File(found["a_test"].path) as file:
+    dataset_cases = cases.read_dataset(out).cases
+    assert {i: case.group for i, case in dataset_cases.items()} == {
+        i: i for i in ("a_train", "a_test")
+    }
+    with h5py.File(dataset_cases["a_test"].path) as file:
         assert np.array_equal(file["image"][0], image[4:])
         assert np.array_equal(file["label"], label[4:])
         assert file.attrs["affine"][:3, 3].tolist() == [0, 0, 8]  # 4 slices of 2 mm
@@ -153,10 +156,10 @@ def test_the_spacing_table_wins_over_the_option_and_both_over_the_header(raw, ou
     table.write_text("id,z,y,x,unit\na*,5,0.994,0.994,micron\n")
     options = ("--spacing", 3, 2, 1, "--unit", "micron", "--spacing-csv", table)
     assert run("--images", raw, "--out", out, *options) == 0
-    found = cases.read_dataset(out).cases
-    assert found["a1"].spacing == (5.0, 0.994, 0.994)
-    assert found["b1"].spacing == (3.0, 2.0, 1.0)
-    assert not found["a1"].labeled
+    dataset_cases = cases.read_dataset(out).cases
+    assert dataset_cases["a1"].spacing == (5.0, 0.994, 0.994)
+    assert dataset_cases["b1"].spacing == (3.0, 2.0, 1.0)
+    assert not dataset_cases["a1"].labeled
     said = capsys.readouterr().out
     assert "spacing from --spacing-csv replaces the header's (1 case: a1)" in said
     assert "spacing from --spacing replaces the header's (1 case: b1)" in said
@@ -283,8 +286,8 @@ def test_a_vesuvius_root_skips_and_lists_ids_whose_file_is_gone(raw, out, capsys
 def test_an_image_goes_with_the_longest_label_id_it_begins_with():
     images = [Source("a_b_den", "1"), Source("c", "2"), Source("ab", "3")]
     labels = [Source("a", "4"), Source("a_b", "5"), Source("c", "6")]
-    found = [(i, x and x.path, y and y.path) for i, x, y in layouts.match_pairs(images, labels)]
-    assert found == [("a_b", "1", "5"), ("c", "2", "6"), ("ab", "3", None), ("a", None, "4")]
+    pairs = [(i, x and x.path, y and y.path) for i, x, y in layouts.match_pairs(images, labels)]
+    assert pairs == [("a_b", "1", "5"), ("c", "2", "6"), ("ab", "3", None), ("a", None, "4")]
 
 
 def test_two_named_files_are_a_pair_whatever_their_names(raw, out):
@@ -303,7 +306,7 @@ def test_a_label_of_unlabeled_and_background_only_is_empty(raw, out, capsys):
     assert "warning: the label is empty" in capsys.readouterr().out
 
 
-def test_all_faults_of_a_folder_are_told_in_one_go_and_nothing_is_written(raw, out, capsys):
+def test_all_faults_of_a_folder_are_named_at_once_and_nothing_is_written(raw, out, capsys):
     nan = voxels().astype(np.float32)
     nan[0, 0, :3] = np.nan
     nifti(raw / "i/good.nii.gz", voxels())
@@ -433,12 +436,21 @@ def test_a_full_disk_is_one_sentence_with_status_1(out, capsys, monkeypatch):
     assert not out.exists()
 
 
+class Deadly:
+    """A case whose id kills the worker process that asks for it."""
+
+    @property
+    def id(self):
+        if multiprocessing.parent_process():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "b"
+
+
 def test_a_killed_worker_is_one_sentence_that_names_a_case():
     with pytest.raises(
         prepare.Stopped, match="case b or one beside it: a worker process was killed"
     ):
-        with prepare.naming("b"):
-            raise BrokenProcessPool
+        prepare.prepare_all([Deadly(), Deadly()], rules=None, workers=2)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real volumes are not in {REAL}")
@@ -500,7 +512,7 @@ def test_a_case_without_a_row_in_the_spacing_table_is_a_fault(raw, out, capsys):
     assert fault == "case a: expected a row in --spacing-csv, got none for this id"
 
 
-def test_a_lone_value_that_is_not_white_is_not_taken_for_a_mask(raw, out, capsys):
+def test_a_lone_value_that_is_not_white_is_not_read_as_a_mask(raw, out, capsys):
     nifti(raw / "a_img.nii.gz", voxels())
     nifti(raw / "a_lbl.nii.gz", mask(7))
     (fault, _) = refused(capsys, out, "--images", raw, "--labels", raw)

@@ -1,29 +1,43 @@
 """Volumes of every format: found by name, read, and written with spacing, unit and affine.
 
-An image is (C, D, H, W) and a label (D, H, W), in the file's own dtype; spacing is z, y, x.
-NIfTI stores x, y, z: it is turned on reading and turned back on writing, never reoriented, so a
-mask written with the affine of its image overlays that image in a viewer.
+An image is (C, D, H, W) and a label (D, H, W), in the file's own dtype; spacing is z, y, x. A mask
+that is written with the affine of its image overlays that image in a viewer.
+
+A format is a module with three functions, and one line of FORMATS for each of its suffixes:
+
+    read(path, dataset, role) -> Volume      (D, H, W), or (C, D, H, W) with its channels
+    count_voxels(path, dataset) -> int       from the header alone
+    write(path, array, spacing, unit, affine)   of as many dimensions as WRITES_DIMENSIONS names
+
+dataset and role ("image" or "label") say which volume is meant, in files that hold several.
 """
 
 import contextlib
 import glob
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from volumes import formats
-from volumes.formats import VolumeError
+from volumes import hdf5, nifti, tiff
+from volumes.volume import VolumeError
 
-SUFFIXES = (".nii.gz", ".nii", ".tif", ".tiff", ".h5", ".hdf5")
+FORMATS = {
+    ".nii.gz": nifti,
+    ".nii": nifti,
+    ".tif": tiff,
+    ".tiff": tiff,
+    ".h5": hdf5,
+    ".hdf5": hdf5,
+}
 METRES = {"m": 1.0, "mm": 1e-3, "micron": 1e-6, "nm": 1e-9}  # of a unit
 _HDF5_NAME = re.compile(r"^(.*\.(?:h5|hdf5)):(.+)$", re.IGNORECASE)
 _CHANNEL = re.compile(r"_0000$")
 _IMAGE_ROLE = re.compile(r"[_-](?:img|image|raw|im|vol)$", re.IGNORECASE)
-# A label word may drag one more token, as in `_labels_v1` or `_seg-manual`, but no bare number:
-# `label_01` and `label_02` are two cases.
+# A label word may be followed by one more token, as in `_labels_v1` or `_seg-manual`, but by no
+# bare number: `label_01` and `label_02` are two cases.
 _LABEL_ROLE = re.compile(
     r"[_-](?:(?:lbl|labels?)(?:[_-](?!\d+$)[A-Za-z0-9]+)?"
     r"|(?:(?:gm|wm|sc)?seg|segmentation|masks?|gt|truth|pred|prediction)"
@@ -33,30 +47,14 @@ _LABEL_ROLE = re.compile(
 
 
 @dataclass(frozen=True)
-class Volume:
-    """Voxels and what the file says of them.
-
-    array (C, D, H, W) of an image, (D, H, W) of a label; spacing z, y, x or None if the file
-    has none; unit "mm", "micron", "nm", "m" or "" (unknown); affine (4, 4), voxel x, y, z to
-    world as NIfTI has it, or None.
-    """
-
-    array: np.ndarray
-    spacing: tuple[float, float, float] | None
-    unit: str
-    affine: np.ndarray | None
-    path: str
-
-
-@dataclass(frozen=True)
 class Source:
-    """A volume that was found but not read. path may be `file.h5:dataset`."""
+    """The file of a volume that has not been read. path may be `file.h5:dataset`."""
 
     id: str
     path: str
 
 
-# ---------------------------------------------------------------------------- names and places
+# ---------------------------------------------------------------------------- names
 
 
 def split_dataset(path):
@@ -68,7 +66,7 @@ def split_dataset(path):
 def suffix_of(path):
     """The known suffix of a file name in lower case (".nii.gz" is one), or ""."""
     name = Path(split_dataset(path)[0]).name.lower()
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+    return next((suffix for suffix in FORMATS if name.endswith(suffix)), "")
 
 
 def stem_of(path):
@@ -107,34 +105,32 @@ def find_volumes(text):
     if os.path.isfile(location):
         return [Source(case_id(location), text)]
     if os.path.isdir(location):
-        files = [entry.path for entry in os.scandir(location) if _is_volume_file(entry.path)]
-        found = [Source(case_id(file), file) for file in sorted(files)]
-        expected = f"a folder with volumes ({', '.join(SUFFIXES)}), got one without any"
+        pattern = os.path.join(glob.escape(location), "*")
+        expected = f"a folder with volumes ({', '.join(FORMATS)}), got one without any"
     elif "{id}" in location or glob.has_magic(location):
-        tail = f":{dataset}" if dataset else ""
-        found = [Source(name, file + tail) for name, file in _matches(location)]
-        expected = "a pattern that matches volumes, got one that matches none"
+        pattern, expected = location, "a pattern that matches volumes, got one that matches none"
     else:
-        found, expected = [], "a file, a folder or a pattern, got a path that does not exist"
-    if not found:
+        pattern, expected = "", "a file, a folder or a pattern, got a path that does not exist"
+    tail = f":{dataset}" if dataset else ""
+    sources = [Source(name, file + tail) for name, file in _matches(pattern)]
+    if not sources:
         raise VolumeError(f"{text}: expected {expected}; check the path")
-    return found
-
-
-def _is_volume_file(path):
-    hidden = os.path.basename(path).startswith(".")
-    return suffix_of(path) != "" and not hidden and os.path.isfile(path)
+    return sources
 
 
 def _matches(pattern):
     """(id, file) of every volume that a glob or an `{id}` pattern matches, sorted by file."""
-    files = [f for f in sorted(glob.glob(pattern.replace("{id}", "*"))) if _is_volume_file(f)]
+    files = [
+        file
+        for file in sorted(glob.glob(pattern.replace("{id}", "*")))
+        if suffix_of(file) and os.path.isfile(file) and not os.path.basename(file).startswith(".")
+    ]
     if "{id}" not in pattern:
         return [(case_id(file), file) for file in files]
     regex = re.escape(pattern).replace(r"\*", "[^/]*")
     regex = regex.replace(r"\{id\}", "(?P<id>[^/]+?)", 1).replace(r"\{id\}", "(?P=id)")
-    found = ((re.fullmatch(regex, file), file) for file in files)
-    return [(match["id"], file) for match, file in found if match]
+    matches = ((re.fullmatch(regex, file), file) for file in files)
+    return [(match["id"], file) for match, file in matches if match]
 
 
 # ---------------------------------------------------------------------------- reading
@@ -145,12 +141,18 @@ def read_image(path):
 
     TIFF of several pages, NIfTI (3-D, or 4-D with channels last), HDF5 (3-D, or 4-D with
     channels first). Only NIfTI with a scale in its header becomes float32. VolumeError if the
-    file cannot be read or holds no volume.
+    file cannot be read, or holds no volume, or one with NaN or infinite voxels.
     """
-    volume = _read(path, ("image",), ("label",))
-    if volume.array.dtype.kind not in "uif":
+    volume = _read(path, "image")
+    array = volume.array
+    if array.dtype.kind not in "uif":
         raise VolumeError(
-            f"{path}: expected an image of real numbers, got dtype {volume.array.dtype}; convert it"
+            f"{path}: expected an image of real numbers, got dtype {array.dtype}; convert it"
+        )
+    if array.dtype.kind == "f" and (bad := array.size - np.count_nonzero(np.isfinite(array))):
+        raise VolumeError(
+            f"{path}: expected finite values, got {bad} voxels of NaN or Inf; "
+            "replace them, by 0 for voxels without a measurement"
         )
     return volume
 
@@ -161,14 +163,13 @@ def read_label(path):
     Formats as `read_image`. Floats are accepted if every value is whole. VolumeError otherwise,
     and for a file with more than one channel.
     """
-    volume = _read(path, ("label", "segmentation"), ("image",))
-    array = volume.array
-    if array.shape[0] != 1:
+    volume = _read(path, "label")
+    channels, array = len(volume.array), volume.array[0]
+    if channels != 1:
         raise VolumeError(
-            f"{path}: expected a label with one channel, got {array.shape[0]}; "
+            f"{path}: expected a label with one channel, got {channels}; "
             "store class ids in one volume"
         )
-    array = array[0]
     if array.dtype.kind not in "ui":
         # NaN fails the comparison too, and beyond 2^24 a float32 is not exact any more.
         real = array.dtype.kind == "f"
@@ -178,43 +179,36 @@ def read_label(path):
                 "are none; store class ids"
             )
         array = array.astype(np.int32)
-    return Volume(array, volume.spacing, volume.unit, volume.affine, volume.path)
+    return replace(volume, array=array)
 
 
 def voxel_count(path):
-    """Voxels of the volume in a file, by its header alone; 0 where that says nothing.
-
-    What is wrong with the file is for those who read it to say.
-    """
+    """Voxels of the volume in a file, by its header alone; 0 if that cannot be read."""
     file, dataset = split_dataset(path)
     try:
         with _one_sentence(path):
-            return formats.count_voxels(file, dataset)
+            return FORMATS[suffix_of(file)].count_voxels(file, dataset)
     except VolumeError:
         return 0
 
 
-def _read(path, wanted, other):
+def _read(path, role):
     """A `Volume` with (C, D, H, W), native byte order, and no dimension of length 0."""
     file, dataset = split_dataset(path)
     suffix = suffix_of(file)
     if not suffix or not os.path.isfile(file):
         got = "another kind" if os.path.isfile(file) else "none there"
-        raise VolumeError(f"{path}: expected a {', '.join(SUFFIXES)} file, got {got}")
+        raise VolumeError(f"{path}: expected a {', '.join(FORMATS)} file, got {got}")
     with _one_sentence(path):
-        if suffix in (".tif", ".tiff"):
-            array, spacing, unit, affine = formats.read_tiff(file)
-        elif suffix in (".nii", ".nii.gz"):
-            array, spacing, unit, affine = formats.read_nifti(file)
-        else:
-            array, spacing, unit, affine = formats.read_hdf5(file, dataset, wanted, other)
+        volume = FORMATS[suffix].read(file, dataset, role)
+    array = volume.array
     if 0 in array.shape:
         raise VolumeError(f"{path}: expected a volume, got an empty one of shape {array.shape}")
     if array.dtype == bool:
         array = array.astype(np.uint8)
     array = array[None] if array.ndim == 3 else array
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
-    return Volume(array, spacing, unit, affine, str(path))
+    return replace(volume, array=array, path=str(path))
 
 
 @contextlib.contextmanager
@@ -244,22 +238,24 @@ def write_volume(path, array, *, spacing=None, unit="", affine=None):
     z and ImageJ's spacing; HDF5 gets the dataset `segmentation`. The file appears whole or not
     at all. VolumeError for another suffix or number of dimensions.
     """
-    path, suffix, array = Path(path), suffix_of(path), np.asarray(array)
+    suffix, array = suffix_of(path), np.asarray(array)
     array = array.astype(np.uint8) if array.dtype == bool else array
-    tiff = suffix in (".tif", ".tiff")
     if not suffix:
-        raise VolumeError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
-    if array.ndim != 3 and (tiff or array.ndim != 4):
+        raise VolumeError(f"{path}: expected a name that ends in {', '.join(FORMATS)}")
+    if array.ndim not in FORMATS[suffix].WRITES_DIMENSIONS:
         raise VolumeError(f"{path}: expected (D, H, W) to write, got shape {array.shape}")
+    with whole_file(path) as partial:
+        FORMATS[suffix].write(partial, array, spacing, unit, affine)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields a path to write to; what is written there appears at path, or nothing does."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial_{os.getpid()}_{path.name}")  # the libraries need the suffix
     try:
-        if tiff:
-            formats.write_tiff(partial, array, spacing, unit)
-        elif suffix in (".nii", ".nii.gz"):
-            formats.write_nifti(partial, array, spacing, unit, affine)
-        else:
-            formats.write_hdf5(partial, array, spacing, unit, affine)
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -269,8 +265,8 @@ def same_axes(a, b):
     """Whether the axes of two volumes point the same way, as far as both files say (affine)."""
     if a.affine is None or b.affine is None:
         return True
-    ways = (v.affine[:3, :3] / np.linalg.norm(v.affine[:3, :3], axis=0) for v in (a, b))
-    return bool(np.allclose(*ways, atol=0.02))
+    directions = (v.affine[:3, :3] / np.linalg.norm(v.affine[:3, :3], axis=0) for v in (a, b))
+    return bool(np.allclose(*directions, atol=0.02))
 
 
 def crop_affine(affine, offset_zyx):

@@ -2,23 +2,21 @@
 
 import contextlib
 import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from volumes import boxes
-from volumes import casefile as cases
-from volumes import files as volumes
+from volumes import casefile, files
+from volumes.volume import InputErrors, VolumeError, collect_errors
 
 PHANTOM_SUFFIX = ".nii.gz"  # of cases that were made from no file
 
 
 @dataclass(frozen=True)
-class Job:
-    """One volume to predict, checked. path is a case file or what volumes.read_image takes."""
+class Input:
+    """One volume to predict, checked. path is a case file or what files.read_image reads."""
 
     id: str
     path: str
@@ -32,30 +30,90 @@ class Job:
     affine: np.ndarray | None
     intensity: dict
 
+    @contextlib.contextmanager
+    def voxels(self):
+        """(C, D, H, W): the dataset of a case file, which stays on disk, or an array.
 
-def default_inputs(facts, root):
+        VolumeError, a sentence, where the file turns out to be damaged while it is read.
+        """
+        with damage_named(self.path):
+            if self.is_case:
+                with h5py.File(self.path, "r") as file:
+                    yield file["image"]
+            else:
+                yield files.read_image(self.path).array
+
+    def prediction_path(self, output):
+        """Where the mask of this input goes in the folder output."""
+        return output / f"{self.id}{self.suffix}"
+
+
+def check_inputs(texts, metadata, root, output):
+    """(inputs, notes) of all --input texts, or of the run's own cases where there are none.
+
+    metadata: what the checkpoint says of the run's data; root: where its case files lie; output:
+    the folder of the predictions. InputErrors with every fault, if there is one.
+    """
+    faults, notes, paths, inputs = [], [], [], []
+    with collect_errors(faults):
+        if not texts:
+            texts, reason = default_inputs(metadata, root)
+            notes.append(f"inputs     {reason}")
+    for text in texts:
+        with collect_errors(faults):
+            paths += _find(text, notes)
+    for case_id, path in dict.fromkeys(paths):
+        with collect_errors(faults), damage_named(path):
+            inputs.append(_inspect(case_id, path))
+            faults.extend(_run_faults(inputs[-1], metadata))
+    faults.extend(_output_faults(inputs, output))
+    if faults:
+        raise InputErrors(*faults)
+    return inputs, notes
+
+
+def default_inputs(metadata, root):
     """(case files, why these) where no --input is given: the run's test cases, else validation."""
     for key in ("test", "validation"):
-        if facts[key]:
-            files = [str(Path(root) / f"{case_id}.h5") for case_id in facts[key]]
-            return files, f"the run's {key} cases in {root}"
+        if metadata[key]:
+            paths = [str(Path(root) / f"{case_id}.h5") for case_id in metadata[key]]
+            if gone := [path for path in paths if not Path(path).is_file()]:
+                sentence = "expected a case of the run, got no such file; if the data lie elsewhere"
+                raise InputErrors(*(f"{path}: {sentence}, give data.root=DIR" for path in gone))
+            return paths, f"the run's {key} cases in {root}"
     raise ValueError("--input: expected volumes, for the run has no test or validation cases")
 
 
-def expand(text):
-    """The volumes that one --input names, as [(id, path)], and notes on what was left out."""
-    index = Path(text) / cases.DATASET_FILE
+def _find(text, notes):
+    """The volumes that one --input names, as [(id, path)]; a note says which are left out."""
+    index = Path(text) / casefile.DATASET_FILE
     if index.is_file() and "lamina-dataset" in index.read_text(errors="replace"):
-        return [(case.id, case.path) for case in cases.read_dataset(text).cases.values()], []
-    sources = volumes.find_volumes(text)
-    images = [s for s in sources if not volumes.is_label_name(s.path)]
-    skipped = len(sources) - len(images)
-    if not images or not skipped:
-        return [(s.id, s.path) for s in sources], []
-    return [(s.id, s.path) for s in images], [f"{text}: {skipped} files named as labels left out"]
+        return [(case.id, case.path) for case in casefile.read_dataset(text).cases.values()]
+    sources = files.find_volumes(text)
+    images = [source for source in sources if not files.is_label_name(source.path)]
+    if images and len(images) < len(sources):
+        notes.append(f"{text}: {len(sources) - len(images)} files named as labels left out")
+    return [(source.id, source.path) for source in images or sources]
 
 
-def is_case_file(path):
+def _inspect(case_id, path):
+    """The `Input` of a case file, or of any other volume, which is read whole for this."""
+    if _is_case_file(path):
+        case = casefile.read_case(path)
+        with h5py.File(path, "r") as file:
+            affine, source = file.attrs.get("affine"), str(file.attrs["source_image"])
+            sources = (*source.split(", "), str(file.attrs["source_label"]))
+        suffix = files.suffix_of(source) or PHANTOM_SUFFIX
+        grid = (case.shape, case.channels, case.spacing, case.unit, affine)
+        return Input(case.id, path, True, sources, suffix, *grid, case.intensity)
+    volume = files.read_image(path)
+    channels, *shape = volume.array.shape
+    grid = (tuple(shape), channels, volume.spacing, volume.unit, volume.affine)
+    intensity = casefile.intensity_statistics(volume.array)
+    return Input(case_id, path, False, (), files.suffix_of(path), *grid, intensity)
+
+
+def _is_case_file(path):
     """Whether a path is an HDF5 file that prepare.py wrote, and not one of its datasets."""
     if not h5py.is_hdf5(path):
         return False
@@ -63,112 +121,57 @@ def is_case_file(path):
         return "intensity" in file.attrs and "image" in file
 
 
-def inspect(case_id, path):
-    """The `Job` of a case file or of any other volume, which is read whole for this."""
-    if is_case_file(path):
-        case = cases.read_case(path)
-        with h5py.File(path, "r") as file:
-            affine, source = file.attrs.get("affine"), str(file.attrs["source_image"])
-            sources = (*source.split(", "), str(file.attrs["source_label"]))
-        suffix = volumes.suffix_of(source) or PHANTOM_SUFFIX
-        facts = (case.shape, case.channels, case.spacing, case.unit, affine, case.intensity)
-        return Job(case.id, path, True, sources, suffix, *facts)
-    volume = volumes.read_image(path)
-    array = volume.array
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError(
-            f"{path}: expected finite voxels, got {int((~np.isfinite(array)).sum())} that are NaN "
-            "or infinite; replace them, by 0 where nothing was measured"
-        )
-    intensity = cases.intensity_statistics(array)
-    facts = (array.shape[1:], len(array), volume.spacing, volume.unit, volume.affine, intensity)
-    return Job(case_id, path, False, (), volumes.suffix_of(path), *facts)
-
-
-def run_faults(job, facts):
-    """What keeps a network with these facts of its data from predicting a volume, as sentences."""
-    if job.channels != facts["channels"]:
+def _run_faults(volume, metadata):
+    """What keeps a network that was trained on such data from predicting an input."""
+    spacing, unit = metadata["spacing"], metadata["unit"]
+    if volume.channels != metadata["channels"]:
         yield (
-            f"{job.path}: expected {facts['channels']} channels as in training, got "
-            f"{job.channels}; store the same channels in one file"
+            f"{volume.path}: expected {metadata['channels']} channels as in training, got "
+            f"{volume.channels}; store the same channels in one file"
         )
-    if not any(facts["spacing"]):
+    if not any(spacing):
         return
-    if job.spacing is None or not all(np.isfinite(s) and s > 0 for s in job.spacing):
-        got = "none" if job.spacing is None else list(job.spacing)
+    if volume.spacing is None or not all(np.isfinite(s) and s > 0 for s in volume.spacing):
+        got = "none" if volume.spacing is None else list(volume.spacing)
         yield (
-            f"{job.path}: expected a spacing, because the run works at {facts['spacing']} "
-            f"{facts['unit']}, got {got}; prepare the volume with prepare.py --spacing Z Y X"
+            f"{volume.path}: expected a spacing, because the run works at {spacing} {unit}, got "
+            f"{got}; prepare the volume with prepare.py --spacing Z Y X"
         )
-    elif job.unit and facts["unit"] and job.unit != facts["unit"]:
+    elif volume.unit and unit and volume.unit != unit:
         yield (
-            f"{job.path}: expected a spacing in {facts['unit']} as in training, got {job.unit}; "
-            f"prepare the volume with prepare.py --spacing Z Y X --unit {facts['unit']}"
+            f"{volume.path}: expected a spacing in {unit} as in training, got {volume.unit}; "
+            f"prepare the volume with prepare.py --spacing Z Y X --unit {unit}"
         )
 
 
-def target_faults(jobs, output):
+def _output_faults(inputs, output):
     """Predictions that cannot be written where they belong, as sentences."""
-    targets = {job.path: target_path(job, output) for job in jobs}
-    for target, count in Counter(targets.values()).items():
-        if count > 1:
-            paths = ", ".join(path for path, other in targets.items() if other == target)
-            yield f"{target}: expected one input for this prediction, got {paths}; give one of them"
-    read = [path for job in jobs for path in (job.path, *job.sources)]
-    if volumes.suffix_of(output):
-        yield f"--output {output}: expected a folder, got the name of a file"
-    inputs = {Path(volumes.split_dataset(path)[0]).resolve() for path in read}
-    for target in sorted(set(targets.values())):
-        if target.resolve() in inputs:
+    by_target, read = {}, set()
+    for volume in inputs:
+        by_target.setdefault(volume.prediction_path(output), []).append(volume.path)
+        for path in (volume.path, *volume.sources):
+            read.add(Path(files.split_dataset(path)[0]).resolve())
+    for target, paths in by_target.items():
+        if len(paths) > 1:
+            yield (
+                f"{target}: expected one input for this prediction, got {', '.join(paths)}; "
+                "give one of them"
+            )
+        if target.resolve() in read:
             yield f"{target}: the prediction would overwrite an input; give another --output"
+    if files.suffix_of(output):
+        yield f"--output {output}: expected a folder, got the name of a file"
     existing = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         yield f"--output {output}: expected a folder that may be written; {existing} is none"
 
 
-def target_path(job, output):
-    return output / f"{job.id}{job.suffix}"
-
-
-def check_inputs(texts, state, root, output):
-    """(jobs, notes) of all inputs; ValueError names every fault, a line each."""
-    facts, faults, notes, found, jobs = state["data"], [], [], [], []
-    with collected(faults):
-        if texts:
-            for text in texts:
-                with collected(faults):
-                    pairs, excluded = expand(text)
-                    found, notes = found + pairs, notes + excluded
-        else:
-            files, why = default_inputs(facts, root)
-            found, notes = [(Path(file).stem, file) for file in files], [f"inputs     {why}"]
-    for case_id, path in dict.fromkeys(found):
-        with collected(faults), readable(path):
-            jobs.append(inspect(case_id, path))
-            faults.extend(run_faults(jobs[-1], facts))
-    faults.extend(target_faults(jobs, output))
-    if faults:
-        raise ValueError("\n".join(faults))
-    return jobs, notes
-
-
 @contextlib.contextmanager
-def collected(faults):
-    """Append the sentences of a ValueError to faults instead of raising it."""
+def damage_named(path):
+    """VolumeError, a sentence, for a file that is there and cannot be read."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
-        faults.extend(str(error).split("\n"))
-
-
-@contextlib.contextmanager
-def readable(path):
-    """boxes.Unreadable, a sentence, for a file that is there and damaged."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
     except OSError as error:
-        raise boxes.Unreadable(
+        raise VolumeError(
             f"{path}: expected a volume that can be read, got {error}; copy or prepare it again"
         ) from error

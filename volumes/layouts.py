@@ -1,7 +1,7 @@
 """Which raw files make a case: pairs by name, nnU-Net / MSD folders, Vesuvius folders, groups.
 
 Nothing here opens a volume. What does not fit is not raised one by one: it is collected as
-sentences, so that whoever prepares a folder sees all of it at once.
+sentences, so that all of it is shown at once.
 """
 
 import csv
@@ -10,23 +10,14 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from volumes.files import Source, VolumeError, find_volumes, is_label_name, stem_of
-from volumes.formats import UNITS
+from volumes.files import find_volumes, is_label_name, split_dataset, stem_of
+from volumes.volume import UNITS, InputErrors, VolumeError, collect_errors
 
 VESUVIUS_IGNORE_LABEL = 2
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
-
-
-class InputErrors(ValueError):
-    """Everything that is wrong with an input: `sentences`, one string each."""
-
-    def __init__(self, *sentences):
-        super().__init__("\n".join(sentences))
-        self.sentences = list(sentences)
 
 
 @dataclass(frozen=True)
@@ -55,18 +46,57 @@ def find_cases(images, labels=None, test_images=False):
 
     labels is given for pairs only; test_images adds the imagesTs of an nnU-Net root, unlabeled.
     """
-    root = Path(images)
-    known = _nnunet if (root / "imagesTr").is_dir() else None
-    known = _vesuvius if (root / "train_images").is_dir() else known
-    if known is None:
-        return _pairs(images, labels)
-    if labels is not None:
-        sentence = (
+    root, layout = Path(images), Layout()
+    nnunet, vesuvius = (root / "imagesTr").is_dir(), (root / "train_images").is_dir()
+    if labels is not None and (nnunet or vesuvius):
+        layout.faults.append(
             f"--labels {labels}: expected no --labels, for {root} brings its own; "
             "leave it out, or give the folder with the images alone as --images"
         )
-        return Layout(faults=[sentence])
-    return known(root, test_images)
+    elif vesuvius:
+        _find_vesuvius(root, layout)
+    elif nnunet:
+        _find_nnunet(root, test_images, layout)
+    else:
+        _find_pairs(images, labels, layout)
+    layout.cases = _one_of_each_id(layout.cases, lambda case: case.images[0], layout)
+    return layout
+
+
+def _find(option, text, layout):
+    try:
+        return find_volumes(text)
+    except VolumeError as error:
+        layout.faults.append(f"{option} {error}")
+        return []
+
+
+def _one_of_each_id(items, path_of, layout):
+    """The first of the items of every id; each id that comes again is a fault."""
+    by_id = {}
+    for item in items:
+        by_id.setdefault(item.id, []).append(item)
+    for name, same in by_id.items():
+        if len(same) > 1:
+            layout.faults.append(
+                f"case {name}: expected one file of this id, got {len(same)} "
+                f"({', '.join(map(path_of, same))}); rename or remove all but one, or choose "
+                "them by a pattern such as 'folder/{id}_img.tif'"
+            )
+    return [same[0] for same in by_id.values()]
+
+
+def _add_cases(entries, layout, labels_expected=True):
+    """Add a case for each (id, image paths, label path or None); what has no partner is a fault."""
+    for name, images, label in entries:
+        if images and (label or not labels_expected):
+            layout.cases.append(RawCase(name, tuple(images), label, name))
+            continue
+        what, path = ("a label", images[0]) if images else ("an image", label)
+        layout.faults.append(
+            f"case {name}: expected {what} of this id for {path}, got none; add it, or name the "
+            "pairs by patterns such as 'folder/{id}_img.tif'"
+        )
 
 
 # ---------------------------------------------------------------------------- pairs by name
@@ -75,9 +105,9 @@ def find_cases(images, labels=None, test_images=False):
 def match_pairs(images, labels):
     """Images and labels of one id, as a list of (id, image, label).
 
-    images, labels: lists of `Source`, each id once. An image whose id no label has takes the
+    images, labels: lists of `Source`, each id once. An image whose id no label has goes with the
     label whose id is the longest beginning of its own, up to a `_`, `-` or `.`: `a_denoised`
-    goes with `a`. What finds no partner stands alone, with None on the other side.
+    goes with `a`. What has no partner stands alone, with None on the other side.
     """
     by_id = {label.id: label for label in labels}
     free = by_id.keys() - {image.id for image in images}
@@ -90,99 +120,51 @@ def match_pairs(images, labels):
     return pairs + [(label.id, None, label) for label in labels if label.id not in used]
 
 
-def _pairs(images_text, labels_text):
-    layout = Layout()
-    images = _found("--images", images_text, layout)
-    labels = [] if labels_text is None else _found("--labels", labels_text, layout)
+def _find_pairs(images_text, labels_text, layout):
+    images = _find("--images", images_text, layout)
+    labels = [] if labels_text is None else _find("--labels", labels_text, layout)
     if layout.faults:
-        return layout
-    if {s.path for s in images} == {s.path for s in labels}:
-        images = [s for s in images if not is_label_name(s.path)]
+        return
+    if [s.path for s in images] == [s.path for s in labels]:  # one folder holds both
         labels = [s for s in labels if is_label_name(s.path)]
-    labeled = {s.path for s in labels}
-    images = [s for s in images if s.path not in labeled]
-    pictured = {s.path for s in images}
-    labels = [s for s in labels if s.path not in pictured]
+    label_paths = {s.path for s in labels}
+    images = [s for s in images if s.path not in label_paths]
     if not images:
         layout.faults.append(f"--images {images_text}: expected images, got labels only")
-    images, labels = _without_twins(images, layout), _without_twins(labels, layout)
+    labels = _one_of_each_id(labels, lambda source: source.path, layout)
 
-    if len(images) == len(labels) == 1 and _names_files(images_text, labels_text):
+    texts = [split_dataset(text)[0] for text in (images_text, labels_text)]
+    if len(images) == len(labels) == 1 and all(map(os.path.isfile, texts)):
         pairs = [(images[0].id, images[0], labels[0])]
     else:
         pairs = match_pairs(images, labels)
-    by_name = [Source(name, image.path) for name, image, _ in pairs if image is not None]
-    once = {source.path for source in _without_twins(by_name, layout)}
-    for name, image, label in pairs:
-        if image is None:
-            layout.faults.append(_without_partner(name, "an image", label.path))
-        elif label is None and labels_text is not None:
-            layout.faults.append(_without_partner(name, "a label", image.path))
-        elif image.path in once:
-            path = None if label is None else label.path
-            layout.cases.append(RawCase(name, (image.path,), path, name))
-    return layout
-
-
-def _found(option, text, layout):
-    try:
-        return find_volumes(text)
-    except VolumeError as error:
-        layout.faults.append(f"{option} {error}")
-        return []
-
-
-def _names_files(*texts):
-    return not any(os.path.isdir(text) or "{id}" in text or "*" in text for text in texts)
-
-
-def _without_partner(name, what, path):
-    return (
-        f"case {name}: expected {what} of this id for {path}, got none; add it, or name the pairs "
-        "by patterns such as 'folder/{id}_img.tif'"
-    )
-
-
-def _without_twins(sources, layout):
-    """The first source of every id; each id that comes again is a fault."""
-    paths = {}
-    for source in sources:
-        paths.setdefault(source.id, []).append(source)
-    for name, same in paths.items():
-        if len(same) > 1:
-            layout.faults.append(
-                f"case {name}: expected one file of this id, got {len(same)} "
-                f"({', '.join(s.path for s in same)}); rename or remove all but one, or choose "
-                "them by a pattern such as 'folder/{id}_img.tif'"
-            )
-    return [same[0] for same in paths.values()]
+    entries = [(name, [i.path] if i else [], label and label.path) for name, i, label in pairs]
+    _add_cases(entries, layout, labels_expected=labels_text is not None)
 
 
 # ---------------------------------------------------------------------------- nnU-Net and MSD
 
 
-def _nnunet(root, test_images):
+def _find_nnunet(root, test_images, layout):
     """imagesTr and labelsTr with dataset.json; files `<id>_0000`, `<id>_0001` are channels."""
-    layout = Layout()
     try:
         declared = json.loads((root / "dataset.json").read_text())
         layout.classes, layout.ignore_label = _declared_classes(declared["labels"])
+        channels = len(declared.get("channel_names") or declared.get("modality") or ())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         layout.faults.append(
             f"{root / 'dataset.json'}: expected nnU-Net's or MSD's description with `labels` as "
             f"names and whole numbers, got {type(error).__name__}: {error}"
         )
-        return layout
-    labels = {}
-    if (root / "labelsTr").is_dir():
-        found = _found("--images", root / "labelsTr", layout)
-        labels = {stem_of(s.path): s.path for s in found}
-    _channel_cases(root / "imagesTr", labels, declared, layout)
+        return
+    labels = _paths_by_stem(root / "labelsTr", layout) if (root / "labelsTr").is_dir() else {}
+    _add_channel_cases(root / "imagesTr", labels, channels, layout)
     if test_images:
-        _channel_cases(root / "imagesTs", None, declared, layout)
-    repeated = [i for i, n in Counter(case.id for case in layout.cases).items() if n > 1]
-    layout.faults += [f"case {i}: expected one case of this id, got another" for i in repeated]
-    return layout
+        _add_channel_cases(root / "imagesTs", {}, channels, layout)
+
+
+def _paths_by_stem(folder, layout):
+    return {stem_of(source.path): source.path for source in _find("--images", folder, layout)}
 
 
 def _declared_classes(labels):
@@ -195,61 +177,52 @@ def _declared_classes(labels):
     return {"background": 0, **{name: i for name, i in labels.items() if i != 0}}, ignore
 
 
-def _channel_cases(folder, labels, declared, layout):
-    """Add the cases of one folder; labels maps id to path, None for a folder without labels."""
-    files = {stem_of(s.path): s.path for s in _found("--images", folder, layout)}
+def _add_channel_cases(folder, labels, channels, layout):
+    """Add the cases of one folder. labels: {id: path}, empty if it has none; channels 0: any."""
+    files = _paths_by_stem(folder, layout)
     # MSD's `la_0001` may be an id and not a channel: then a label of that very name exists.
-    split = all(_CHANNEL.match(stem) and stem not in (labels or ()) for stem in files)
-    grouped = {}
+    split = all(_CHANNEL.match(stem) and stem not in labels for stem in files)
+    by_case = {}
     for stem, path in sorted(files.items()):
-        name = _CHANNEL.match(stem)[1] if split else stem
-        grouped.setdefault(name, []).append(path)
-    names = declared.get("channel_names") or declared.get("modality") or {}
-    for name, paths in grouped.items():
-        if split and names and len(paths) != len(names):
+        by_case.setdefault(_CHANNEL.match(stem)[1] if split else stem, []).append(path)
+    for name, paths in by_case.items():
+        if split and channels not in (0, len(paths)):
             layout.faults.append(
-                f"case {name}: expected {len(names)} channels as in dataset.json, "
+                f"case {name}: expected {channels} channels as in dataset.json, "
                 f"got {len(paths)} ({', '.join(paths)})"
             )
-        elif labels is not None and labels and name not in labels:
-            layout.faults.append(_without_partner(name, "a label", paths[0]))
-        else:
-            layout.cases.append(RawCase(name, tuple(paths), (labels or {}).get(name), name))
-    for name in sorted((labels or {}).keys() - grouped.keys()):
-        layout.faults.append(_without_partner(name, "an image", labels[name]))
+    names = [*by_case, *sorted(labels.keys() - by_case.keys())]
+    entries = [(name, by_case.get(name, []), labels.get(name)) for name in names]
+    _add_cases(entries, layout, labels_expected=bool(labels))
 
 
 # ---------------------------------------------------------------------------- Vesuvius
 
 
-def _vesuvius(root, _test_images):
+def _find_vesuvius(root, layout):
     """train_images, train_labels and train.csv (id, scroll_id); the scroll is the group."""
-    layout = Layout(ignore_label=VESUVIUS_IGNORE_LABEL)
-    try:
-        scrolls = {
-            row["id"]: row["scroll_id"] for row in read_table(root / "train.csv", "scroll_id", "id")
-        }
-    except InputErrors as faults:
-        layout.faults += faults.sentences
-        return layout
-    images = {s.id: s.path for s in _found("--images", root / "train_images", layout)}
-    labels = {s.id: s.path for s in _found("--images", root / "train_labels", layout)}
+    layout.ignore_label = VESUVIUS_IGNORE_LABEL
+    with collect_errors(layout.faults):
+        rows = read_table(root / "train.csv", "scroll_id", "id")
+    if layout.faults:
+        return
+    scrolls = {row["id"]: row["scroll_id"] for row in rows}
+    images = {s.id: s.path for s in _find("--images", root / "train_images", layout)}
+    labels = {s.id: s.path for s in _find("--images", root / "train_labels", layout)}
     gone = [name for name in scrolls if name not in images or name not in labels]
     if gone:
         layout.notes.append(
             f"{root / 'train.csv'} lists {len(gone)} ids that have no file any more; skipped: "
             + ", ".join(gone)
         )
-    for name, path in images.items():
-        if name in gone:
-            continue
-        if name not in labels:
-            layout.faults.append(_without_partner(name, "a label", path))
-        elif name not in scrolls:
-            layout.faults.append(f"case {name}: expected its scroll_id in train.csv, got no row")
-        else:
-            layout.cases.append(RawCase(name, (path,), labels[name], scrolls[name]))
-    return layout
+    names = [name for name in images if name not in gone]
+    layout.faults += [
+        f"case {name}: expected its scroll_id in train.csv, got no row"
+        for name in names
+        if name in labels and name not in scrolls
+    ]
+    _add_cases([(name, [images[name]], labels.get(name)) for name in names], layout)
+    layout.cases = [replace(case, group=scrolls.get(case.id, "")) for case in layout.cases]
 
 
 # ---------------------------------------------------------------------------- tables and groups
@@ -283,36 +256,25 @@ def assign_groups(cases, rule, images):
     kind, _, rest = rule.partition(":")
     if kind == "csv" and rest:
         file, _, column = rest.rpartition(":")
-        groups = _groups_of_table(file or _only_csv(images), column)
+        rows = read_table(file or _only_csv(images), column)
+        key = "id" if rows and "id" in rows[0] else next(iter(rows[0]), "") if rows else ""
+        groups = {row[key]: row[column] for row in rows}
     elif kind == "regex" and rest:
-        groups = _groups_of_pattern(rest, [case.id for case in cases])
+        try:
+            matches = {case.id: re.search(rest, case.id) for case in cases}
+        except re.error as error:
+            raise InputErrors(f"--group-from {rule}: expected a pattern, got {error}") from error
+        groups = {name: m[1] if m.re.groups else m[0] for name, m in matches.items() if m}
     else:
         raise InputErrors(
             f"--group-from {rule}: expected csv:COLUMN, csv:FILE:COLUMN or regex:PATTERN"
         )
-    lost = [case.id for case in cases if not groups.get(case.id)]
-    if lost:
+    without = [case.id for case in cases if not groups.get(case.id)]
+    if without:
         raise InputErrors(
-            *(f"case {i}: expected a group by --group-from {rule}, got none" for i in lost)
+            *(f"case {i}: expected a group by --group-from {rule}, got none" for i in without)
         )
     return [replace(case, group=groups[case.id]) for case in cases]
-
-
-def _groups_of_table(path, column):
-    rows = read_table(path, column)
-    key = "id" if rows and "id" in rows[0] else next(iter(rows[0]), "") if rows else ""
-    return {row[key]: row[column] for row in rows}
-
-
-def _groups_of_pattern(pattern, names):
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise InputErrors(
-            f"--group-from regex:{pattern}: expected a pattern, got {error}"
-        ) from error
-    found = {name: regex.search(name) for name in names}
-    return {name: m[1] if regex.groups else m[0] for name, m in found.items() if m}
 
 
 def _only_csv(images):

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 UNLABELED = 2
 
-# Scroll: lengths in voxels, brightness in grey levels.
+# Scroll: lengths in voxels, brightness in gray levels.
 PITCH = (20.0, 24.0)
 SHEET_HALF_THICKNESS = 1.5
 CLOSEST = 4.0  # between the middles of two sheets in contact
@@ -24,7 +24,7 @@ VESSEL_SPACING = (3.0, 1.0, 1.0)
 RADIUS = (1.0, 3.0)
 STEP = 1.0
 VOLUME_PER_TREE = 180_000.0  # cubic micron
-MOST_POINTS = 1200  # of a tree; each costs some 20 microseconds to draw
+MOST_POINTS = 1200  # of a tree; each costs some 20 microseconds to paint
 VESSEL_CONTRAST = 100.0
 
 
@@ -72,6 +72,10 @@ def _noise(shape, rng, white, correlated):
     grain = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 1.0)
     grain *= correlated / max(float(grain.std()), 1e-6)
     return grain + white * rng.standard_normal(shape, dtype=np.float32)
+
+
+def _as_uint8(image):
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------- scroll
@@ -125,10 +129,9 @@ def _dust(shape, middle, rng):
     """Grains from 0 to 1: round, as bright as a sheet, and in the gaps between sheets."""
     grains = np.zeros(shape, np.float32)
     for _ in range(max(2, math.prod(shape) // 2600)):
-        centre = rng.uniform(0, np.array(shape) - 1)
-        radius = rng.uniform(2.0, 4.2)
-        if middle[tuple(centre.astype(int))] > 0.5:
-            _paint_ball(grains, centre, radius, rng.uniform(0.8, 1.3), (1.0, 1.0, 1.0))
+        center, radius = rng.uniform(0, np.array(shape) - 1), rng.uniform(2.0, 4.2)
+        if middle[tuple(center.astype(int))] > 0.5:
+            _paint_ball(grains, center, radius, rng.uniform(0.8, 1.3), (1.0, 1.0, 1.0))
     return grains
 
 
@@ -159,9 +162,8 @@ def vessels(shape, seed=0, index=0):
 
     bodies = np.zeros(shape, np.float32)
     for _ in range(max(1, round(float(size.prod()) / 40_000))):
-        centre = rng.uniform(0, np.array(shape) - 1)
-        bright = rng.uniform(0.6, 1.2)
-        _paint_ball(bodies, centre, rng.uniform(3.5, 6.0), bright, VESSEL_SPACING)
+        center, bright = rng.uniform(0, np.array(shape) - 1), rng.uniform(0.6, 1.2)
+        _paint_ball(bodies, center, rng.uniform(3.5, 6.0), bright, VESSEL_SPACING)
     bright = ndimage.gaussian_filter(np.maximum(tubes, bodies), (0.7, 0.8, 0.8))
     gain = np.exp(0.32 * smooth_field(shape, np.array(size.max() / 2.5) / VESSEL_SPACING, rng))
     haze = 24.0 * np.exp(0.5 * smooth_field(shape, np.array(30.0) / VESSEL_SPACING, rng))
@@ -174,9 +176,8 @@ def _tree(size, rng):
     """The points of one tree as (position z, y, x in micron, radius, brightness)."""
     # Not too near the border: a tree that leaves at once would leave a thin volume empty.
     start = size * rng.uniform(0.15, 0.85, size=3)
-    points, open_ends = [], []
-    for way in (_direction(rng), None):
-        way = -open_ends[0][1] if way is None else way
+    points, open_ends, direction = [], [], _direction(rng)
+    for way in (direction, -direction):
         open_ends.append((start, way, rng.uniform(2.0, RADIUS[1]), rng.uniform(0.7, 1.2)))
     while open_ends and len(points) < MOST_POINTS:
         position, way, radius, brightness = open_ends.pop()
@@ -217,29 +218,24 @@ def _direction(rng):
 # ---------------------------------------------------------------------------- drawing
 
 
-def _paint_ball(canvas, centre, radius, value, spacing):
+def _paint_ball(canvas, center, radius, value, spacing):
     """Raise canvas to value inside a ball, in place.
 
-    centre in voxels, radius and spacing in units. A voxel counts as reached where the ball
+    center in voxels, radius and spacing in units. A voxel counts as reached where the ball
     touches its slab in z beyond the in-plane voxel size.
     """
     slab = (spacing[0] - spacing[1]) / 2
-    box, squared = [], 0.0
-    for axis, (c, s, n) in enumerate(zip(centre, spacing, canvas.shape, strict=True)):
-        reach = (radius + (slab if axis == 0 else 0)) / s
-        low, high = max(0, math.ceil(c - reach)), min(n, math.floor(c + reach) + 1)
-        if low >= high:
-            return
-        away = np.abs(np.arange(low, high, dtype=np.float32) - np.float32(c)) * s
-        away = np.maximum(away - slab, 0) if axis == 0 else away
-        squared = squared + (away**2).reshape([-1 if axis == a else 1 for a in range(3)])
-        box.append(slice(low, high))
-    part = canvas[tuple(box)]
-    np.maximum(part, np.float32(value) * (squared <= radius**2), out=part)
-
-
-def _as_uint8(image):
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    reach = (radius + np.array([slab, 0, 0])) / spacing
+    low = np.maximum(np.ceil(center - reach), 0).astype(int)
+    high = np.minimum(np.floor(center + reach) + 1, canvas.shape).astype(int)
+    if (low >= high).any():
+        return
+    axes = zip(low, high, center, spacing, strict=True)
+    away = [np.abs(np.arange(a, b, dtype=np.float32) - np.float32(c)) * s for a, b, c, s in axes]
+    z, y, x = np.ix_(*away)
+    inside = np.maximum(z - slab, 0) ** 2 + y**2 + x**2 <= radius**2
+    part = canvas[tuple(map(slice, low, high))]
+    np.maximum(part, np.float32(value) * inside, out=part)
 
 
 PHANTOMS = {"scroll": scroll, "vessels": vessels}

@@ -6,7 +6,10 @@ import pytest
 import torch
 from scipy import ndimage
 
+from runtime.microbatch import nothing
+from runtime.signals import CannotGoOn
 from runtime.sliding_window import (
+    WindowFit,
     blend_weights,
     predict_slabs,
     predict_volume,
@@ -82,7 +85,7 @@ def test_touching_windows_without_overlap_are_not_mixed():
         np.testing.assert_allclose(halves[..., columns], 1 / (1 + math.exp(-mean)), atol=1e-6)
 
 
-# ---------------------------------------------------------------------------- places of voxels
+# ---------------------------------------------------------------------------- positions of voxels
 
 
 @pytest.mark.parametrize("shape", [(11, 19, 23), (1, 17, 8), (2, 3, 5), (7, 9, 9), (30, 8, 1)])
@@ -235,6 +238,54 @@ def test_any_dtype_and_byte_order_is_read(dtype):
     volume = np.random.default_rng(1).integers(1, 100, (2, 5, 6, 7)).astype(dtype)
     probs = predict_volume(same, volume, (4, 4, 4), normalize=lambda x: x / 128)
     np.testing.assert_allclose(probs[0], volume[0] / 128, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------- too little memory
+
+
+def lowered(fit, times):
+    """(windows, where the slab lies) at first and after each of so many errors."""
+    states = [(fit.batch, fit.slab_device)]
+    for _ in range(times):
+        fit.lower(torch.OutOfMemoryError("CUDA out of memory"))
+        states.append((fit.batch, fit.slab_device))
+    return states
+
+
+def test_windows_are_halved_and_then_the_results_lie_on_the_cpu():
+    reports, device = [], torch.device("meta")  # as a device that is not the CPU
+    fit = WindowFit((4, 5, 6), 6, device, {}, lambda kind, text, **f: reports.append(text))
+    cpu = torch.device("cpu")
+    assert lowered(fit, 3) == [(6, device), (3, device), (1, device), (1, cpu)]
+    assert "3 windows at once" in reports[0] and "results on the CPU" in reports[2]
+    assert "volume of 4x5x6" in reports[0]
+    with pytest.raises(CannotGoOn, match=r"volume of 4x5x6 with one window.*inference.window"):
+        fit.lower(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def test_what_a_size_needed_is_where_it_and_larger_ones_begin_and_smaller_ones_do_not():
+    known = {}
+    lowered(WindowFit((4, 10, 10), 8, "meta", known, nothing), 1)
+    lowered(WindowFit((9, 10, 10), 8, "meta", known, nothing), 3)
+    assert known == {"4x10x10": [4, False], "9x10x10": [1, True]}
+    begin = {
+        shape: WindowFit(shape, 8, "meta", known, nothing)
+        for shape in [(3, 10, 10), (10, 4, 10), (8, 10, 10), (30, 30, 30)]
+    }
+    assert [fit.batch for fit in begin.values()] == [8, 4, 4, 1]
+    assert [fit.on_cpu for fit in begin.values()] == [False, False, False, True]
+
+
+def test_fewer_windows_than_what_fitted_stay_as_they_are():
+    fit = WindowFit((4, 4, 4), 1, "meta", {"2x2x2": [4, False]}, nothing)
+    assert (fit.batch, fit.on_cpu) == (1, False)
+
+
+def test_an_error_of_another_kind_in_a_prediction_is_raised_and_nothing_is_remembered():
+    known = {}
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
+        WindowFit((4, 4, 4), 2, "meta", known, nothing).lower(RuntimeError("shapes differ"))
+    assert known == {}
 
 
 # ---------------------------------------------------------------------------- the call

@@ -64,12 +64,12 @@ def test_an_empty_list_of_foreground_classes_is_none():
         splits.foreground_ids({"background": 0, "a": 1, "b": 2}, ())
 
 
-def test_facts_are_plain_and_name_the_cases_of_each_part(root):
+def test_metadata_are_plain_and_name_the_cases_of_each_part(root):
     dataset = cases.read_dataset(root)
     split, _ = splits.choose_cases(
         dataset, train=("a",), validation=("b",), test=("bar3",), folds=0, fold=0
     )
-    assert splits.facts(dataset, split, [1]) == {
+    assert splits.metadata(dataset, split, [1]) == {
         "root": str(root.resolve()),
         "train": ["bar0", "bar1"],
         "validation": ["bar2"],

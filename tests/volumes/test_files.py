@@ -3,6 +3,7 @@
 import gzip
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import nibabel
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from volumes import files as volumes
-from volumes.files import VolumeError, case_id, find_volumes, read_image, read_label, write_volume
+from volumes.files import case_id, find_volumes, read_image, read_label, write_volume
+from volumes.volume import Volume, VolumeError
 
 SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[3] / "shared"))
 REAL = SHARED / "data"
@@ -85,8 +87,8 @@ def test_the_id_stands_where_the_pattern_says(tmp_path):
 def test_a_glob_may_name_a_dataset(tmp_path):
     for name in ("a.h5", "b.h5"):
         (tmp_path / name).touch()
-    found = find_volumes(f"{tmp_path}/*.h5:raw")
-    assert [s.path for s in found] == [f"{tmp_path}/a.h5:raw", f"{tmp_path}/b.h5:raw"]
+    sources = find_volumes(f"{tmp_path}/*.h5:raw")
+    assert [s.path for s in sources] == [f"{tmp_path}/a.h5:raw", f"{tmp_path}/b.h5:raw"]
 
 
 @pytest.mark.parametrize("text", ["nowhere", "empty", "*.tif", "{id}.tif"])
@@ -235,6 +237,24 @@ def test_whole_floats_are_a_label_and_fractions_are_not(tmp_path, voxels):
             read_label(make_nifti(tmp_path / "b.nii", array))
 
 
+def test_another_format_is_a_module_and_a_line_of_the_table(tmp_path, voxels, monkeypatch):
+    npy = SimpleNamespace(
+        WRITES_DIMENSIONS=(3,),
+        read=lambda path, dataset, role: Volume(np.load(path), (3.0, 2.0, 1.0), "mm", None, path),
+        write=lambda path, array, spacing, unit, affine: np.save(path, array),
+        count_voxels=lambda path, dataset: np.load(path).size,
+    )
+    monkeypatch.setitem(volumes.FORMATS, ".npy", npy)
+    write_volume(tmp_path / "a_img.npy", voxels)
+    (source,) = find_volumes(tmp_path)
+    assert (source.id, volumes.voxel_count(source.path)) == ("a", voxels.size)
+    volume = read_image(source.path)
+    assert np.array_equal(volume.array[0], voxels) and volume.spacing == (3.0, 2.0, 1.0)
+    (tmp_path / "a_img.npy").write_bytes(b"cut")
+    with pytest.raises(VolumeError, match=r"a_img\.npy: expected a whole \.npy file"):
+        read_image(source.path)
+
+
 # ---------------------------------------------------------------------------- faults
 
 
@@ -257,11 +277,11 @@ def test_a_file_of_another_kind_is_a_volume_error(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("shape", "got"), [((20, 30), "one page"), ((20, 30, 3), "colour"), ((4, 20, 30, 3), "colour")]
+    ("shape", "got"), [((20, 30), "one page"), ((20, 30, 3), "color"), ((4, 20, 30, 3), "color")]
 )
 def test_a_tiff_without_z_is_no_volume(tmp_path, shape, got):
-    colour = "rgb" if shape[-1] == 3 else "minisblack"
-    tifffile.imwrite(tmp_path / "a.tif", np.zeros(shape, np.uint8), photometric=colour)
+    color = "rgb" if shape[-1] == 3 else "minisblack"
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros(shape, np.uint8), photometric=color)
     with pytest.raises(VolumeError, match=f"got {got}.*no volume"):
         read_image(tmp_path / "a.tif")
 
@@ -316,7 +336,7 @@ def test_a_tiff_cut_between_its_pages_is_refused(tmp_path):
     whole = (tmp_path / "a.tif").read_bytes()
     assert volumes.read_image(tmp_path / "a.tif").array.shape == (1, 20, 16, 16)
     (tmp_path / "b.tif").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(volumes.VolumeError, match=r"b\.tif"):
+    with pytest.raises(VolumeError, match=r"b\.tif"):
         volumes.read_image(tmp_path / "b.tif")
 
 
