@@ -21,7 +21,6 @@ means over the valid voxels of a batch, and the topological one chooses its wind
 """
 
 import gc
-import math
 import traceback
 
 import torch
@@ -183,59 +182,3 @@ def _set_generators(device, states):
     torch.set_rng_state(states[0])
     if states[1] is not None:
         torch.cuda.set_rng_state(states[1], device)
-
-
-# ---------------------------------------------------------------------------- prediction
-
-
-class WindowFit:
-    """How many windows go at once and where the slab lies, for a volume of some size.
-
-    Each time the device runs out of memory it is less: half as many windows, down to one, then the
-    slab on the CPU. remembered: {"DxHxW": [windows, whether on the CPU]}, plain values that outlive
-    the volume; what a size has needed is where that size and larger ones begin.
-    """
-
-    def __init__(self, shape, batch, device, remembered, report):
-        self.key, self.device, self.report = "x".join(map(str, shape)), device, report
-        self.remembered = remembered
-        known = [
-            value for key, value in remembered.items() if _voxels(key) <= math.prod(map(int, shape))
-        ]
-        self.batch = min([batch, *(value[0] for value in known)])
-        self.on_cpu = any(value[1] for value in known)
-
-    @property
-    def slab_device(self):
-        return torch.device("cpu") if self.on_cpu else self.device
-
-    def lower(self, error):
-        """Ask for less memory after an error. Raises it if it is another one, and
-        `stopping.CannotGoOn` if nothing is left that could be less."""
-        if not out_of_memory(error):
-            raise error
-        if self.batch == 1 and self.on_cpu:
-            raise CannotGoOn(
-                f"{self.device} ran out of memory{memory_figures(self.device)} in the prediction "
-                f"of a volume of {self.key} with one window at a time and the results on the CPU; "
-                "lower inference.window"
-            ) from error
-        if self.batch > 1:
-            self.batch //= 2
-            what = f"{self.batch} windows at once"
-        else:
-            self.on_cpu = True
-            what = "the results on the CPU"
-        self.remembered[self.key] = [self.batch, self.on_cpu]
-        free_memory(error, self.device)
-        self.report(
-            "cuda memory",
-            f"{self.device} ran out of memory{memory_figures(self.device)} in the prediction of a "
-            f"volume of {self.key}: it goes on with {what}, as will others of this size",
-            windows=self.batch,
-            on_cpu=self.on_cpu,
-        )
-
-
-def _voxels(key):
-    return math.prod(map(int, key.split("x")))

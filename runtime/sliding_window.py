@@ -24,7 +24,7 @@ from itertools import combinations, product, zip_longest
 import numpy as np
 import torch
 
-from runtime.microbatch import figures, nothing, out_of_memory
+from runtime.microbatch import free_memory, memory_figures, nothing, out_of_memory
 from runtime.signals import CannotGoOn
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -253,7 +253,9 @@ class WindowFit:
         nothing is left that could be less."""
         if not out_of_memory(error):
             raise error
-        where = f"{self.device} ran out of memory{figures(self.device)} in the prediction of a"
+        where = (
+            f"{self.device} ran out of memory{memory_figures(self.device)} in the prediction of a"
+        )
         if self.batch == 1 and self.on_cpu:
             raise CannotGoOn(
                 f"{where} volume of {self.key} with one window at a time and the results on the "
@@ -265,9 +267,7 @@ class WindowFit:
         else:
             self.on_cpu, what = True, "the results on the CPU"
         self.remembered[self.key] = [self.batch, self.on_cpu]
-        error.__traceback__ = None  # its frames hold what was computed
-        if torch.device(self.device).type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(error, self.device)
         text = f"{where} volume of {self.key}: it goes on with {what}, as will others of this size"
         self.report("cuda memory", text, windows=self.batch, on_cpu=self.on_cpu)
 

@@ -58,7 +58,7 @@ def run(tmp_path):
         state = dict.fromkeys(checkpoint.KEYS)
         state["model"] = network_of(2)[0].state_dict() if ema else network.state_dict()
         state["ema"] = network.state_dict() if ema else None
-        state |= {"config": settings.plain(), "loop": {"step": 0}}
+        state |= {"config": settings.plain(), "loop": {"step": 0, "evaluations": {"chosen": {}}}}
         state["data"] = {
             "root": str(tmp_path / "cases"),
             "train": ["a"],

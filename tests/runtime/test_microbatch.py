@@ -11,7 +11,7 @@ import losses
 import model
 from runtime import composite_loss as composite
 from runtime import microbatch
-from runtime.microbatch import MicroBatch, WindowFit
+from runtime.microbatch import MicroBatch
 from runtime.signals import CannotGoOn
 
 SHAPE = (8, 16, 16)
@@ -298,53 +298,3 @@ def test_the_state_of_a_run_that_is_resumed_holds_from_the_start():
 )
 def test_errors_of_memory_are_known_whoever_raises_them(error, memory):
     assert microbatch.out_of_memory(error) is memory
-
-
-# ---------------------------------------------------------------------------- prediction
-
-
-def lowered(fit, times):
-    """(windows, where the slab lies) at first and after each of so many errors."""
-    found = [(fit.batch, fit.slab_device)]
-    for _ in range(times):
-        fit.lower(torch.OutOfMemoryError(NO_MEMORY))
-        found.append((fit.batch, fit.slab_device))
-    return found
-
-
-def test_windows_are_halved_and_then_the_results_lie_on_the_cpu():
-    reports, device = [], torch.device("meta")  # as a device that is not the CPU
-    fit = WindowFit((4, 5, 6), 6, device, {}, lambda kind, text, **f: reports.append(text))
-    cpu = torch.device("cpu")
-    assert lowered(fit, 3) == [(6, device), (3, device), (1, device), (1, cpu)]
-    assert "3 windows at once" in reports[0] and "results on the CPU" in reports[2]
-    assert "volume of 4x5x6" in reports[0]
-    with pytest.raises(CannotGoOn, match=r"volume of 4x5x6 with one window.*inference.window"):
-        fit.lower(torch.OutOfMemoryError(NO_MEMORY))
-
-
-def test_what_a_size_needed_is_where_it_and_larger_ones_begin_and_smaller_ones_do_not():
-    known = {}
-    lowered(WindowFit((4, 10, 10), 8, "meta", known, microbatch.nothing), 1)
-    lowered(WindowFit((9, 10, 10), 8, "meta", known, microbatch.nothing), 3)
-    assert known == {"4x10x10": [4, False], "9x10x10": [1, True]}
-    begin = {
-        shape: WindowFit(shape, 8, "meta", known, microbatch.nothing)
-        for shape in [(3, 10, 10), (10, 4, 10), (8, 10, 10), (30, 30, 30)]
-    }
-    assert [fit.batch for fit in begin.values()] == [8, 4, 4, 1]
-    assert [fit.on_cpu for fit in begin.values()] == [False, False, False, True]
-
-
-def test_fewer_windows_than_what_fitted_stay_as_they_are():
-    fit = WindowFit((4, 4, 4), 1, "meta", {"2x2x2": [4, False]}, microbatch.nothing)
-    assert (fit.batch, fit.on_cpu) == (1, False)
-
-
-def test_an_error_of_another_kind_in_a_prediction_is_raised_and_nothing_is_learnt():
-    known = {}
-    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
-        WindowFit((4, 4, 4), 2, "meta", known, microbatch.nothing).lower(
-            RuntimeError("shapes differ")
-        )
-    assert known == {}
