@@ -240,6 +240,7 @@ def main(argv=None):
         print(error, file=sys.stderr)
         return 2
     console.print("\n".join(lines))
+    torch.backends.cudnn.benchmark = True  # all windows have one shape; see train.py
     submission = arguments.submission
     try:
         with open_submission(submission) if submission else contextlib.nullcontext() as archive:

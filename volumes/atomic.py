@@ -14,6 +14,7 @@ def replacing(path):
     one and no other.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial_{os.getpid()}_{path.name}")  # readers go by the suffix
     try:
         yield partial

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volumes import hdf5, nifti, tiff
+from volumes import atomic, hdf5, nifti, tiff
 from volumes.volume import VolumeError
 
 FORMATS = {
@@ -244,21 +244,8 @@ def write_volume(path, array, *, spacing=None, unit="", affine=None):
         raise VolumeError(f"{path}: expected a name that ends in {', '.join(FORMATS)}")
     if array.ndim not in FORMATS[suffix].WRITES_DIMENSIONS:
         raise VolumeError(f"{path}: expected (D, H, W) to write, got shape {array.shape}")
-    with whole_file(path) as partial:
+    with atomic.replacing(path) as partial:
         FORMATS[suffix].write(partial, array, spacing, unit, affine)
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """Yields a path to write to; what is written there appears at path, or nothing does."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial_{os.getpid()}_{path.name}")  # the libraries need the suffix
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def same_axes(a, b):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
-from volumes.files import whole_file
+from volumes import atomic
 
 
 class SubmissionError(RuntimeError):
@@ -27,7 +27,7 @@ class SubmissionError(RuntimeError):
 @contextlib.contextmanager
 def open_submission(path):
     """Yields a `Submission`; SubmissionError if it does not read back. Memory: two masks."""
-    with whole_file(path) as partial:
+    with atomic.replacing(path) as partial:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
             submission = Submission(archive)
             yield submission
