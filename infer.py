@@ -73,9 +73,13 @@ def resolve_settings(state, overrides):
 def build_network(state):
     """(network, which weights) of a checkpoint, in eval mode on the CPU."""
     metadata = state["data"]
-    settings = config.build(state["config"]).model.model_dump(exclude={"strides", "compile"})
-    shape = {"strides": metadata["strides"], "kernels": metadata["kernels"]}
-    network = model.UNet3D(metadata["channels"], 1, **shape, **settings)
+    network = model.build_network(
+        metadata["channels"],
+        1,
+        strides=metadata["strides"],
+        kernels=metadata["kernels"],
+        settings=config.build(state["config"]).model.model_dump(),
+    )
     averaged = state["ema"] is not None
     try:
         network.load_state_dict(state["ema"] if averaged else state["model"])

@@ -201,6 +201,17 @@ class UNet3D(nn.Module):
         return tuple(math.prod(factors) for factors in zip(*self.strides, strict=True))
 
 
+def build_network(in_channels, out_channels, *, strides, kernels, settings):
+    """The network of a run, on the CPU; for another one, build it here.
+
+    settings: {name: value} of the group `model` of settings.py. strides and kernels: see `fit`;
+    whatever the network is, patches must be multiples of the product of the strides.
+    """
+    names = ("base", "multipliers", "blocks", "dropout", "deep_supervision", "checkpointing")
+    shape = {name: settings[name] for name in names}
+    return UNet3D(in_channels, out_channels, strides=strides, kernels=kernels, **shape)
+
+
 def _initialise(module):
     if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

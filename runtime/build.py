@@ -117,9 +117,13 @@ def make_patches(plan, **changes):
 
 def make_network(plan, outputs=1):
     """The settings' network for this many output channels, on the device, in training mode."""
-    shape = plan.settings.model.model_dump(exclude={"strides", "compile"})
-    channels = plan.split.train[0].channels
-    network = model.UNet3D(channels, outputs, strides=plan.strides, kernels=plan.kernels, **shape)
+    network = model.build_network(
+        plan.split.train[0].channels,
+        outputs,
+        strides=plan.strides,
+        kernels=plan.kernels,
+        settings=plan.settings.model.model_dump(),
+    )
     return network.to(plan.device)
 
 
