@@ -12,8 +12,6 @@ import nibabel
 import numpy as np
 import pytest
 
-from runtime import config
-
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("LAMINA_SHARED", ROOT.parent / "shared"))
 TINY = [
@@ -94,22 +92,3 @@ def test_real_vessels_train_and_the_prediction_lies_on_the_image(tmp_path):
     assert prediction.shape == image.shape
     assert prediction.header.get_xyzt_units()[0] == "micron"
     assert set(np.unique(prediction.dataobj)) <= {0, 1}
-
-
-def test_the_file_map_and_the_edit_table_of_the_readme_are_true():
-    text = (ROOT / "README.md").read_text()
-    modules = {path.name for path in ROOT.glob("*.py")}
-    named = {word.strip("`") for word in text.split() if word.strip("`").endswith(".py")}
-    table = text.split("## Files")[1].split("\n## ")[0]
-    mapped = {line.split("`")[1] for line in table.splitlines() if line.startswith("| `")}
-    assert {name for name in mapped if name.endswith(".py")} == modules
-    assert {n for n in named if "/" not in n} <= modules
-    for name in mapped:
-        assert (ROOT / name).exists(), name
-
-
-def test_every_config_named_in_the_readme_exists_and_every_config_is_named():
-    text = (ROOT / "README.md").read_text()
-    for path in (ROOT / "configs").glob("*.yaml"):
-        assert f"configs/{path.name}" in text
-        config.load(path)
