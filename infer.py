@@ -35,7 +35,7 @@ from runtime import log as runlog
 from runtime import signals as stopping
 from runtime import sliding_window as windows
 from scoring import postprocess
-from volumes import boxes, submission
+from volumes import casefile, submission
 from volumes import files as volumes
 from volumes.inputs import check_inputs, collected, readable, target_path
 
@@ -273,7 +273,7 @@ def main(argv=None):
             if archive:
                 archive.finish()
                 console.print(f"{arguments.submission}: {len(jobs)} masks, read back and the same")
-        except (stopping.CannotGoOn, boxes.Unreadable) as fault:
+        except (stopping.CannotGoOn, casefile.Unreadable) as fault:
             return _failed(f"{job.id}: {fault}")
         except OSError as error:
             return _failed(f"{job.id}: the prediction cannot be written ({error})")

@@ -9,7 +9,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from volumes import boxes
 from volumes import casefile as cases
 from volumes import files as volumes
 
@@ -163,12 +162,12 @@ def collected(faults):
 
 @contextlib.contextmanager
 def readable(path):
-    """boxes.Unreadable, a sentence, for a file that is there and damaged."""
+    """cases.Unreadable, a sentence, for a file that is there and damaged."""
     try:
         yield
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise boxes.Unreadable(
+        raise cases.Unreadable(
             f"{path}: expected a volume that can be read, got {error}; copy or prepare it again"
         ) from error
