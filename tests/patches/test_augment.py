@@ -1,4 +1,4 @@
-"""What sample_spatial_params draws, against what its settings ask for; batches drawn from samples."""
+"""What sample_spatial_params samples, against what its settings ask for; batches of samples."""
 
 import collections
 import itertools
