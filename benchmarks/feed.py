@@ -85,7 +85,7 @@ def our_patches(case, *, patch, spacing=(0, 0, 0)):
 
 def draw(sample, patch):
     boxes = (sample["image"], sample["label"])
-    return grid.resample_patch(*boxes, about=sample, patch=patch, foreground=[1], ignore_label=2)
+    return grid.resample_patch(*boxes, geometry=sample, patch=patch, foreground=[1], ignore_label=2)
 
 
 def ours(case):

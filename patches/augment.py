@@ -156,7 +156,7 @@ def augment_batch(samples, patch, *, foreground, ignore_label, device):
             if name in sample
         }
         image, *own_masks = resample.resample_patch(
-            **boxes, about=sample, patch=patch, foreground=foreground, ignore_label=ignore_label
+            **boxes, geometry=sample, patch=patch, foreground=foreground, ignore_label=ignore_label
         )
         scale = {key: sample[key] for key in ("mean", "std", "low", "high")}
         images.append(intensity.normalise(image, **scale))

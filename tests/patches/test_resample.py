@@ -68,7 +68,7 @@ def draw(image, label, drawn, centre, patch, *, ignore_label=None, skeleton=None
         torch.from_numpy(image[(slice(None), *box)]),
         torch.from_numpy(label[box]),
         None if skeleton is None else torch.from_numpy(skeleton[box]),
-        about={**drawn._asdict(), **place._asdict(), "shape": image.shape[1:]},
+        geometry={**drawn._asdict(), **place._asdict(), "shape": image.shape[1:]},
         patch=patch,
         foreground=[1],
         ignore_label=ignore_label,
@@ -221,9 +221,14 @@ def test_the_image_is_drawn_from_any_dtype_as_float32(dtype):
 
 def test_a_volume_without_a_label_gives_no_target_and_nothing_valid():
     place = grid.place_patch(of(np.eye(3)), (2, 2, 2), (3, 3, 3), (5, 5, 5))
-    about = {**of(np.eye(3))._asdict(), **place._asdict(), "shape": (5, 5, 5)}
+    geometry = {**of(np.eye(3))._asdict(), **place._asdict(), "shape": (5, 5, 5)}
     image, target, valid, skeleton = grid.resample_patch(
-        torch.ones(2, 3, 3, 3), None, about=about, patch=(3, 3, 3), foreground=[1], ignore_label=2
+        torch.ones(2, 3, 3, 3),
+        None,
+        geometry=geometry,
+        patch=(3, 3, 3),
+        foreground=[1],
+        ignore_label=2,
     )
     assert image.shape == (2, 3, 3, 3) and target.shape == valid.shape == (1, 3, 3, 3)
     assert not target.any() and not valid.any() and skeleton is None
@@ -415,7 +420,7 @@ def test_slices_that_are_not_turned_are_not_blended_with_their_neighbours():
         found, *_ = grid.resample_patch(
             torch.from_numpy(image[box])[None],
             None,
-            about={**drawn._asdict(), **place._asdict(), "shape": image.shape},
+            geometry={**drawn._asdict(), **place._asdict(), "shape": image.shape},
             patch=(4, 6, 6),
             foreground=[1],
             ignore_label=None,
@@ -441,7 +446,7 @@ def test_a_patch_that_ends_at_a_face_takes_the_last_voxels_there(axis, below):
     _, target, valid, _ = grid.resample_patch(
         torch.from_numpy(label[box].astype(np.float32))[None],
         torch.from_numpy(label[box]),
-        about={**drawn._asdict(), **place._asdict(), "shape": shape},
+        geometry={**drawn._asdict(), **place._asdict(), "shape": shape},
         patch=patch,
         foreground=[1],
         ignore_label=None,

@@ -281,7 +281,7 @@ def draw_whole(label, matrix, skeleton):
         torch.zeros(1, *label.shape),
         torch.from_numpy(label),
         torch.from_numpy(skeleton),
-        about={
+        geometry={
             **grid.Map(matrix, matrix)._asdict(),
             "origin": (n - 1) / 2 - matrix @ np.full(3, (n - 1) / 2),
             "start": np.zeros(3, int),
