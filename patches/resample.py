@@ -122,7 +122,7 @@ def _reach(mapping, origin, patch):
         corners = np.array(list(itertools.product(*((0, n - 1) for n in patch))))
         reached = origin + corners @ mapping.matrix.T
         return reached.min(0), reached.max(0)
-    # The map is computed on a coarse grid. Between neighbors h apart it leaves their hull by h^2 / 8
+    # The map is computed on a coarse grid. Between points h apart it leaves their hull by h^2 / 8
     # times its second derivative, at most that of the lattice: a second difference over step^2.
     # That is a fraction of a voxel; the hull of the lattice would make the box half again as large.
     points, slack = [], np.zeros(3)
