@@ -9,9 +9,8 @@ that no other choice has more hits (benchmarks/cache.py: 30 %, where least recen
 A held volume is decoded by the first process that reads it, into memory that all share: anonymous
 memory and not /dev/shm, of which a container has 64 MB.
 
-There is no lock. Every volume has its own place in that memory, and a flag that says it is
-complete. Two processes that decode it at once write the same bytes; one that is killed before the
-end leaves the flag unset.
+There is no lock. Every volume has its own place, and a flag that says it is complete. Two processes
+that decode it at once write the same bytes; one that is killed on the way leaves the flag unset.
 """
 
 import math
@@ -27,9 +26,7 @@ import numpy as np
 
 from volumes import casefile
 
-# Each thread counts its reads for itself: of a number that two add to, some would be lost. Those
-# that run side by side have ids that differ modulo this.
-COUNTERS = 1024
+COUNTERS = 1024  # each thread counts for itself; ids of threads side by side differ modulo this
 
 
 class Place(NamedTuple):
@@ -50,13 +47,10 @@ def _lay_out(cases, names):
             if name in case.layout and case.layout[name] is None:
                 shape = (case.channels, *case.shape) if name == "image" else case.shape
                 dtype = np.dtype(case.dtype if name == "image" else np.uint8)
-                start, end = end, end + _whole_pages(math.prod(shape) * dtype.itemsize)
+                pages = math.ceil(math.prod(shape) * dtype.itemsize / mmap.PAGESIZE)
+                start, end = end, end + pages * mmap.PAGESIZE
                 places[case.path, name] = Place(len(places), start, end, shape, dtype)
     return places, end
-
-
-def _whole_pages(size):
-    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def default_budget(cases, available_bytes, names=casefile.VOLUMES):
@@ -72,10 +66,9 @@ class VolumeCache:
     """Reads boxes from case files and holds decoded volumes, up to `budget` bytes in all.
 
     cases: list of `Case`; budget: bytes for all processes together, 0 holds nothing; names: of the
-    volumes that will be read. It may be handed to processes that are spawned: they share what is
-    held and what is counted. Pickled in any other way, the copy starts empty and on its own.
-    Threads may share one. Reading raises `casefile.Unreadable`, a ValueError, where a file is
-    missing, damaged, or not the one that `casefile.read_case` saw.
+    volumes that will be read. Threads may share one, and so may spawned processes: they share what
+    is held and counted. Pickled otherwise, the copy starts empty and on its own. Reading raises
+    `casefile.Unreadable` where a file is missing, damaged, or not the one that `read_case` saw.
     """
 
     def __init__(self, cases, budget, names=casefile.VOLUMES):
@@ -89,26 +82,22 @@ class VolumeCache:
         The arrays are copies, C-contiguous, of the stored dtype in this machine's byte order.
         """
         if not all(0 <= s.start <= s.stop <= n for s, n in zip(box, case.shape, strict=True)):
-            raise ValueError(
-                f"case {case.id}: expected a box inside {case.shape} (z, y, x), got {box}"
-            )
+            raise ValueError(f"case {case.id}: expected a box inside {case.shape}, got {box}")
         casefile.check_unchanged(case)
         arrays, hit = {}, 1
         for name in names:
             selection = (slice(None), *box) if name == "image" else box
-            place = self._places.get((case.path, name))
-            if place is None:
-                arrays[name] = casefile.read_array(case, name, selection)
-            else:
-                arrays[name], was_held = self._read_compressed(case, name, selection, place)
-                hit &= was_held
+            arrays[name], without_decoding = self._read(case, name, selection)
+            hit &= without_decoding
         self._reads[threading.get_native_id() % COUNTERS, hit] += 1
         return arrays
 
-    def _read_compressed(self, case, name, selection, place):
-        """(array, 1 if it was in memory, else 0)."""
-        if place.end > self._budget[0]:
-            return casefile.read_array(case, name, selection), 0
+    def _read(self, case, name, selection):
+        """(array, 1 if nothing had to be decoded for it, else 0)."""
+        place = self._places.get((case.path, name))
+        if place is None or place.end > self._budget[0]:
+            array = casefile.read_array(case, name, selection)
+            return array, int(case.layout[name] is not None)
         volume = np.ndarray(place.shape, place.dtype, self._memory, self._header + place.start)
         was_held = int(self._ready[place.number])
         if not was_held:
@@ -133,7 +122,7 @@ class VolumeCache:
 
     def announce(self):
         """For people: how much may be held, of how much."""
-        budget, total = int(self._budget[0]) / 1e6, self._total / 1e6
+        budget, total = self._budget[0] / 1e6, self._total / 1e6
         return f"{budget:,.1f} MB for all workers, of {total:,.1f} MB of decoded volumes"
 
     def counts(self):
@@ -175,38 +164,35 @@ class VolumeCache:
         if hasattr(mmap, "MADV_REMOVE"):  # elsewhere it stays until the run ends
             self._memory.madvise(mmap.MADV_REMOVE, self._header + start, end - start)
 
-    # ------------------------------------------------------------------------ what is shared
-
     def _attach(self, places, total, budget, fd=None):
         """Make the shared memory, or map that of another process."""
-        self._places, self._total, count = places, total, 2 + 2 * COUNTERS + len(places)
-        self._header = _whole_pages(8 * count)  # bytes of numbers, before the volumes
-        created = fd is None
-        if created:
+        count = 2 + 2 * COUNTERS + len(places)
+        header = math.ceil(8 * count / mmap.PAGESIZE) * mmap.PAGESIZE  # the volumes follow
+        if fd is None:
             if hasattr(os, "memfd_create"):
                 fd = os.memfd_create("lamina-cache")
             else:  # macOS: a file that has lost its name
                 fd = os.dup(tempfile.TemporaryFile().fileno())
             # Sparse: it takes the memory of what is decoded into it, never more than the budget.
-            os.ftruncate(fd, self._header + total)
+            os.ftruncate(fd, header + total)
+            os.write(fd, np.int64(budget).tobytes())
         os.set_inheritable(fd, False)  # as it came from a spawn: programs run here get none
         weakref.finalize(self, os.close, fd)
-        self._fd, self._memory = fd, mmap.mmap(fd, self._header + total)
+        self._places, self._total, self._header, self._fd = places, total, header, fd
+        self._memory = mmap.mmap(fd, header + total)
         numbers = np.frombuffer(self._memory, np.int64, count)
         self._budget, self._evictions = numbers[:1], numbers[1:2]
         self._reads = numbers[2 : 2 + 2 * COUNTERS].reshape(COUNTERS, 2)  # misses, hits
         self._ready = numbers[2 + 2 * COUNTERS :]
-        if created:
-            self._budget[0] = int(budget)
 
     def __getstate__(self):
         spawning = context.get_spawning_popen() is not None
-        shared = reduction.DupFd(self._fd) if spawning else None
-        return self._places, self._total, int(self._budget[0]), shared
+        fd = reduction.DupFd(self._fd) if spawning else None
+        return self._places, self._total, int(self._budget[0]), fd
 
     def __setstate__(self, state):
-        *arguments, shared = state
-        self._attach(*arguments, shared.detach() if shared else None)
+        *arguments, fd = state
+        self._attach(*arguments, fd and fd.detach())
 
 
 def _checked(budget):
