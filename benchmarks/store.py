@@ -4,11 +4,11 @@
     python benchmarks/store.py --side 64 --repeats 1
 
 One scroll phantom of 160 x 320 x 320 voxels, image and label, is stored in every way. From each
-file the box of a turned and zoomed patch of 72 x 136 x 136 is read, 100 x 190 x 190 voxels of both,
-at eight places: medians of processor time on one thread, all of the file in memory. "from file"
-goes through VolumeCache with a budget of 0, "HDF5" through a file that is open already, "cached"
-through VolumeCache once it holds the case. "touched" is what a box needs of the file: pages, or whole
-chunks as they are stored. Leaves nothing on disk.
+file the box of a rotated and scaled patch of 72 x 136 x 136 is read, 100 x 190 x 190 voxels of
+both, at eight places: medians of processor time on one thread, all of the file in memory. "from
+file" goes through VolumeCache with a budget of 0, "HDF5" through a file that is open already,
+"cached" through VolumeCache once it holds the case. "touched" is what a box needs of the file:
+pages, or whole chunks as they are stored. Leaves nothing on disk.
 
 Found on two cores of an AMD EPYC: contiguous it is. Its box takes 1.4 ms, of chunks without
 compression 7 to 10 ms, with lzf 26 to 65 ms, with gzip 76 to 107 ms, both with the checksums that
@@ -16,7 +16,7 @@ case files have, though it touches more of the file than small compressed chunks
 with lzf). Of the chunks, 16 x 32 x 32 are the best to compress: the least to decode for a box. lzf
 makes the file 1.8 times smaller and gzip 2.3 times; they save time only where nothing stays in
 memory and the disk gives each worker less than some 300 MB/s (lzf) or 100 MB/s (gzip). What the
-cache keeps is read in a millisecond however it was stored.
+cache holds is read in a millisecond however it was stored.
 """
 
 import argparse
