@@ -64,14 +64,12 @@ def rotate_in(plane, angle):
 
 def _rotation(rng, spacing, settings):
     """About z alone, or about every axis; never between axes of too different spacing if auto."""
-    axes = settings["rotation_axes"]
     matrix = np.eye(3)
     for axis, plane in ((0, (1, 2)), (1, (0, 2)), (2, (0, 1))):
         chance, angle = rng.random(), math.radians(rng.uniform(*settings["rotation_degrees"]))
         ratio = max(spacing[list(plane)]) / min(spacing[list(plane)])
-        allowed = axes == "all" or (axes == "z" and axis == 0)
-        allowed = allowed or (axes == "auto" and ratio <= ISOTROPY)
-        if allowed and chance < settings["rotation"]:
+        allowed = {"all": True, "z": axis == 0, "auto": ratio <= ISOTROPY}
+        if allowed[settings["rotation_axes"]] and chance < settings["rotation"]:
             matrix = matrix @ rotate_in(plane, angle)
     return matrix
 
@@ -108,8 +106,8 @@ def _elastic(rng, spacing, patch, settings):
     Control points are uniform in a cube and independent, which bounds them: with an amplitude of
     at most 0.075 of their distance, a B-spline of them maps one to one (Choi & Lee 2000). They are
     scaled so that the mean square of the field over the patch, along each axis, is the amplitude's.
-    Of points further apart than the patch is long most of it moves the patch as a whole, and
-    resample.place_patch takes that back: they bend it less than the amplitude says.
+    Points further apart than the patch is long mostly move it as a whole, which
+    resample.place_patch undoes: they bend it less than the amplitude says.
     """
     distance, amplitudes = elastic_range(spacing, settings)
     chance, amplitude, seed = rng.random(), rng.uniform(*amplitudes), rng.integers(2**62)

@@ -56,8 +56,7 @@ def _lay_out(cases, names):
 def default_budget(cases, available_bytes, names=casefile.VOLUMES):
     """Bytes to hold: half of what is available, at most what the cases take when decoded.
 
-    The other half is for what grows with the workers and not with the data, boxes on their way
-    above all, and for the system's file cache.
+    The other half is for the boxes of all workers and for the system's file cache.
     """
     return min(int(available_bytes) // 2, _lay_out(cases, names)[1])
 

@@ -125,8 +125,8 @@ def _illuminate(patch, params, spacing):
     field = _normal(patch.new_empty(len(patch), *orders), params, "illumination")
     field[:, 0, 0, 0] = 0
     for axis, n in enumerate(patch.shape[1:], start=1):
-        place = (torch.arange(n, device=patch.device, dtype=patch.dtype) + 0.5) * (math.pi / n)
-        order = torch.arange(orders[axis - 1], device=patch.device, dtype=patch.dtype)
+        place = (_arange(0, n, patch) + 0.5) * (math.pi / n)
+        order = _arange(0, orders[axis - 1], patch)
         field = _along(field, torch.cos(place[:, None] * order), axis)
     largest = torch.maximum(field.amax(dim=(1, 2, 3), keepdim=True), -_low(field)).clamp_min(TINY)
     gain = field.mul_(params["illumination"] / largest).exp_()
@@ -140,11 +140,9 @@ def _blur(patch, params, spacing):
     Both act in physical units: an axis of coarser voxels is blurred by fewer of them, and changes
     resolution only if the new voxels, value times the finest spacing, are larger than its own. Down
     is an average over the new voxels, a grid about the patch's middle, up is linear between their
-    centers (after the low-resolution simulation of nnU-Net, Isensee et al. 2021, which takes the
-    nearest voxel down, a cubic up, and every axis alike).
-
-    A matrix costs 4 to 7 ms per axis of 72 x 136 x 136 on a CPU core, whatever the width; a
-    convolution of 9 taps 27 ms.
+    centers (after nnU-Net, Isensee et al. 2021, which takes the nearest voxel down, a cubic up, and
+    every axis alike). A matrix costs 4 to 7 ms per axis of 72 x 136 x 136 on a CPU core, whatever
+    the width; a convolution of 9 taps 27 ms.
     """
     changed = patch
     for axis, step in enumerate(spacing, start=1):
@@ -163,8 +161,7 @@ def _blur(patch, params, spacing):
 def _blur_matrix(n, sigma, like):
     """(n, n): a Gaussian of sigma voxels, cut where scipy.ndimage.gaussian_filter cuts it."""
     reach = int(4 * sigma + 0.5)
-    place = torch.arange(n, device=like.device, dtype=like.dtype)
-    padded = torch.arange(-reach, n + reach, device=like.device, dtype=like.dtype)
+    place, padded = _arange(0, n, like), _arange(-reach, n + reach, like)
     away = padded - place[:, None]
     weights = torch.exp(-0.5 * (away / sigma) ** 2) * (away.abs() <= reach)
     border = (padded.clamp(0, n - 1)[:, None] == place).to(like.dtype)
@@ -175,13 +172,11 @@ def _low_resolution_matrix(n, factor, like):
     """(n, n): to voxels that are `factor` times larger, and back."""
     fewer = max(math.ceil(n / factor - 1e-6), 1)  # a rounding error must not add a voxel
     first = (n - fewer * factor) / 2  # the outer ones hang over both ends alike
-    voxel = torch.arange(n, device=like.device, dtype=like.dtype)
-    edge = torch.arange(fewer, device=like.device, dtype=like.dtype)[:, None] * factor + first
+    voxel, edge = _arange(0, n, like), _arange(0, fewer, like)[:, None] * factor + first
     shared = (torch.minimum(edge + factor, voxel + 1) - torch.maximum(edge, voxel)).clamp_min(0)
     down = shared / shared.sum(dim=1, keepdim=True)
     place = ((voxel + 0.5 - first) / factor - 0.5).clamp(0, fewer - 1)[:, None]
-    between = torch.arange(fewer, device=like.device, dtype=like.dtype)
-    up = (1 - (place - between).abs()).clamp_min(0)
+    up = (1 - (place - _arange(0, fewer, like)).abs()).clamp_min(0)
     return up @ down
 
 
@@ -227,8 +222,7 @@ def _change_contrast(patch, params, spacing):
 
 def _drop_boxes(patch, params, spacing):
     """Dropout: the network shall bridge such a gap, so label and valid stay."""
-    mean = _mean(patch)
-    rng = np.random.default_rng(params["noise_seed"])
+    mean, rng = _mean(patch), np.random.default_rng(params["noise_seed"])
     share, count = params["dropout"], params["dropout_boxes"]
     for box in blank_boxes(rng, patch.shape[1:], share=share, count=count):
         patch[(slice(None), *box)] = mean
@@ -237,9 +231,9 @@ def _drop_boxes(patch, params, spacing):
 def blank_boxes(rng, shape, *, share, count):
     """Boxes that do not overlap and cover this share of a patch, as tuples of slices z, y, x.
 
-    The patch is cut into `count` cells at random places, across the longest side each time; each
-    cell holds one box of its own proportions and place, and what rounding to voxels adds or lacks
-    is carried over to the next. Fewer boxes where the patch has too few voxels to cut or to cover.
+    The patch is cut into `count` cells at random, across the longest side each time; each holds one
+    box of its own proportions and place, and the rounding to voxels is made up for in the next.
+    Fewer boxes where the patch has too few voxels to cut or to cover.
     """
     boxes, covered, passed = [], 0, 0
     for start, size in _cells(rng, (0, 0, 0), tuple(shape), count):
@@ -285,6 +279,10 @@ def _normal(empty, params, name):
     """Fill with normal noise that depends on the seed and on the transform alone."""
     seed = params["noise_seed"] + RANDOM.index(name)
     return empty.normal_(generator=torch.Generator(empty.device).manual_seed(seed))
+
+
+def _arange(start, stop, like):
+    return torch.arange(start, stop, device=like.device, dtype=like.dtype)
 
 
 def _low(patch):

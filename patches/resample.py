@@ -19,9 +19,7 @@ import torch
 import torch.nn.functional as F
 
 WHOLE = 1e-6  # a matrix or origin this close to whole numbers is used as such, and is then exact
-# A patch is called inside if it keeps this far from the faces: on the device coordinates are
-# float32, and one that rounding moves over a face has no nearest voxel in the box.
-FACE_MARGIN = 1e-3
+FACE_MARGIN = 1e-3  # a patch inside keeps this far from the faces, for coordinates are rounded
 FIXED_POINT = 8  # steps, each of which leaves half of the error or less: the field never folds
 SAMPLES = 4  # points per lattice cell and axis at which place_patch looks at the field
 
@@ -47,13 +45,12 @@ class Map(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a patch lies: origin (3,) in source voxels, the box [start, stop) that it needs, and
-    whether all of it is inside the volume."""
+    """Where a patch lies: its first voxel, and the box [start, stop) that it needs, both (3,)."""
 
-    origin: np.ndarray
+    origin: np.ndarray  # in source voxels
     start: np.ndarray
     stop: np.ndarray
-    inside: bool
+    inside: bool  # whether all of it is inside the volume
 
 
 # ---------------------------------------------------------------------------- on the host
@@ -84,8 +81,8 @@ def place_patch(mapping, center, patch, shape, voxel=None):
     start = np.clip(np.floor(lowest + WHOLE), 0, shape - 1).astype(int)
     stop = np.clip(np.ceil(highest - WHOLE), 0, shape - 1).astype(int) + 1
     margin = 0.5 - FACE_MARGIN
-    inside = bool((lowest > -margin).all() and (highest < shape - 1 + margin).all())
-    return Place(origin, start, stop, inside)
+    inside = (lowest > -margin).all() and (highest < shape - 1 + margin).all()
+    return Place(origin, start, stop, bool(inside))
 
 
 def _place_in_patch(mapping, origin, patch, voxel):
@@ -140,11 +137,6 @@ def _reach(mapping, origin, patch):
     return reached.min(0) - slack, reached.max(0) + slack
 
 
-def is_whole(matrix):
-    """Whether a matrix is a signed permutation: then a patch is a copy, not an interpolation."""
-    return bool(_whole_rows(matrix).all() and np.abs(np.linalg.det(matrix)) > 0.5)
-
-
 def _whole_rows(matrix):
     """The source axes along which patch voxels fall on voxels: bool (3,)."""
     matrix = np.asarray(matrix, float)
@@ -187,7 +179,9 @@ def resample_patch(image, label, skeleton=None, *, geometry, patch, foreground, 
     """
     stored = [box for box in (label, skeleton) if box is not None]
     origin = np.asarray(geometry["origin"], float) - geometry["start"]
-    whole = is_whole(geometry["matrix"]) and np.abs(origin - np.round(origin)).max() < WHOLE
+    # Of a signed permutation the patch is a copy, not an interpolation.
+    whole = _whole_rows(geometry["matrix"]).all() and abs(np.linalg.det(geometry["matrix"])) > 0.5
+    whole = whole and np.abs(origin - np.round(origin)).max() < WHOLE
     make = _copy if whole and geometry["control"] is None else _interpolate
     image, masks, valid = make(image, stored, origin, geometry, patch)
     if geometry["roll"]:

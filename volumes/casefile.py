@@ -5,8 +5,7 @@ One HDF5 file per case holds everything that training needs, in the source's own
     image               (C, D, H, W)   source dtype
     label               (D, H, W)      uint8 class ids, if the case is labeled
     skeleton            (D, H, W)      uint8 0 and 1: the tube around the skeleton of all foreground
-                                       classes together (skeletons.py); training with a term that
-                                       asks for it needs it, nothing else does
+                                       classes together (skeletons.py), for terms that ask for it
     foreground/<class>  (N, 3) int32   voxel coordinates of that class, at most 20 000
     background          (N, 3) int32   the same of labeled background
     attributes          spacing (z, y, x), unit, affine, ignore_label (-1: none), intensity (JSON),
@@ -51,8 +50,8 @@ class Case:
     labeled: bool
     ignore_label: int | None
     intensity: dict
-    # Where each dataset lies, so that it can be read without HDF5: {name: (offset in the file,
-    # shape, dtype)}, or {name: None} if it is stored in chunks or empty.
+    # {name: (offset in the file, shape, dtype)}, to read it without HDF5; {name: None} if it is
+    # is stored in chunks or empty.
     layout: dict
     counts: dict  # {class id: number of stored coordinates, "background": the same}
     stamp: tuple[int, int]  # bytes and time (ns) of the file: its layout holds for these only
@@ -102,10 +101,10 @@ def write_case(
 ):
     """Write one case file whole: under a temporary name first, then renamed.
 
-    image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x;
-    affine (4, 4) voxel x, y, z to world as NIfTI has it, or None; skeleton: whether a labeled case
-    gets one, which takes 3 s and 250 MB of memory for 320 x 320 x 320 voxels; compression: None,
-    "lzf" or "gzip", of image and label.
+    image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x; affine
+    (4, 4) voxel x, y, z to world as NIfTI has it, or None; skeleton: whether a labeled case gets
+    one (3 s and 250 MB for 320 x 320 x 320 voxels); compression: None, "lzf" or "gzip", of image
+    and label.
     """
     with replacing(Path(path)) as partial, h5py.File(partial, "w") as file:
         # As it is, a box is a strided read from the page cache, which all workers share: 2 ms for a
