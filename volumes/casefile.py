@@ -50,7 +50,7 @@ class Case:
     labeled: bool
     ignore_label: int | None
     intensity: dict
-    # {name: (offset in the file, shape, dtype)}, to read it without HDF5; {name: None} if it is
+    # {name: (offset in the file, shape, dtype)}, to read it without HDF5; {name: None} if it
     # is stored in chunks or empty.
     layout: dict
     counts: dict  # {class id: number of stored coordinates, "background": the same}
