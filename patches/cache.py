@@ -72,7 +72,7 @@ class VolumeCache:
 
     def __init__(self, cases, budget, names=casefile.VOLUMES):
         places, total = _lay_out(cases, names)
-        self._attach(places, total, min(_checked(budget), total))
+        self._attach(places, total, int(min(_checked(budget), total)))
 
     def read(self, case, box, names):
         """{name: array} of a box: image (C, d, h, w), label and skeleton (d, h, w).
@@ -153,7 +153,7 @@ class VolumeCache:
         # The budget first: readers look at it after they have copied.
         self._budget[0] = int(min(self._budget[0], _checked(keep_bytes)))
         for place in self._places.values():
-            if place.end > self._budget[0]:
+            if self._budget[0] < place.end <= before["budget"]:
                 self._give_back(place.start, place.end)
         after = self.counts()
         self._evictions[0] += before["cases"] - after["cases"]
@@ -172,13 +172,13 @@ class VolumeCache:
                 fd = os.memfd_create("lamina-cache")
             else:  # macOS: a file that has lost its name
                 fd = os.dup(tempfile.TemporaryFile().fileno())
-            # Sparse: it takes the memory of what is decoded into it, never more than the budget.
-            os.ftruncate(fd, header + total)
+            # Sparse: it takes the memory of what is decoded into it.
+            os.ftruncate(fd, header + budget)
             os.write(fd, np.int64(budget).tobytes())
         os.set_inheritable(fd, False)  # as it came from a spawn: programs run here get none
         weakref.finalize(self, os.close, fd)
         self._places, self._total, self._header, self._fd = places, total, header, fd
-        self._memory = mmap.mmap(fd, header + total)
+        self._memory = mmap.mmap(fd, 0)
         numbers = np.frombuffer(self._memory, np.int64, count)
         self._budget, self._evictions = numbers[:1], numbers[1:2]
         self._reads = numbers[2 : 2 + 2 * COUNTERS].reshape(COUNTERS, 2)  # misses, hits
