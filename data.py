@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from volumes.boxes import Unreadable
+from volumes.casefile import Unreadable
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 NEAR_BORDER = 0.9  # of half the patch: how far from its middle the voxel drawn around may come

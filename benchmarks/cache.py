@@ -1,17 +1,18 @@
 """Memory and time of patches that come from a store larger than the cache.
 
-    python benchmarks/cache.py                       # 70 cases, 6.4 GB of disk, some 5 minutes
+    python benchmarks/cache.py                       # 70 cases, 4 GB of disk, some 10 minutes
     python benchmarks/cache.py --keep                # leaves the store for the next time
-    python benchmarks/cache.py --cases 6 --side 96 --batches 300 --budget-gb 0.05
+    python benchmarks/cache.py --compression none    # stored plain: nothing for the cache to hold
+    python benchmarks/cache.py --cases 10 --side 144 --batches 300 --budget-gb 0.0185
 
 Makes a store of scroll phantoms, image and label of 358 x 358 x 358 uint8 each, and streams batches
-of two patches of 72 x 136 x 136, turned and zoomed, through four spawned workers: with a budget of
+of two patches of 72 x 136 x 136, rotated and scaled, through four spawned workers: with a budget of
 0, which is the base, and with --budget-gb. Memory is the proportional set size of the whole tree of
 processes, the mean of ten looks in every 100 batches: boxes differ in size, and with them what is
 on its way. An epoch pass is the time of as many patches as there are cases, in batches after those,
-in which nobody looks. A fill reads every case once with a budget that holds all of them, after the
-system has dropped their pages (cold) and again (warm). The last rows replay the order in which the
-cases were drawn, for two rules of what to keep.
+in which nobody looks. A fill reads every case once with a budget that holds all of them, 6.4 GB of
+memory, after the system has dropped their pages (cold) and again (warm). The last rows replay the
+order in which the cases were sampled, for two rules of what to hold.
 
 The pages of programs and libraries are shared with whatever else runs Python: that moves the memory
 of the tree by tens of MB when such a process starts or ends, so that its spread is judged without
@@ -24,6 +25,7 @@ but what it writes to the folder, and that only with --keep. Needs psutil, and L
 import argparse
 import collections
 import json
+import math
 import os
 import platform
 import shutil
@@ -44,8 +46,7 @@ from monitoring import machine
 from patches import augment
 from patches.cache import VolumeCache
 from settings import Augment
-from volumes import boxes, phantoms
-from volumes import casefile as cases
+from volumes import casefile, phantoms
 
 PATCH = (72, 136, 136)
 BATCH = 2
@@ -54,7 +55,7 @@ PREFETCH = 2
 WINDOW = 100  # batches
 LOOK = 10  # batches from one look at memory to the next: more than are on their way
 WARM, TIMED = 20, 300  # batches after those, in which nobody looks
-FILLED = 2  # windows until every case was drawn
+FILLED = 2  # windows until every case was sampled
 BASE_WINDOWS = 4
 SPARE = 2**30  # bytes of disk that stay free
 MB, GB = 10**6, 10**9
@@ -77,8 +78,8 @@ class Row(NamedTuple):
 
 def is_made(folder, count, side):
     """Whether the folder holds the store. ValueError if it holds another, or the disk is full."""
-    if (folder / cases.DATASET_FILE).exists():
-        stored = cases.read_dataset(folder).cases
+    if (folder / casefile.DATASET_FILE).exists():
+        stored = casefile.read_dataset(folder).cases
         whole = list(stored) == [name_of(number) for number in range(count)]
         if whole and all(case.shape == (side,) * 3 for case in stored.values()):
             return True
@@ -95,21 +96,22 @@ def is_made(folder, count, side):
     return False
 
 
-def make_store(folder, count, side):
+def make_store(folder, count, side, compression):
     phantom = phantoms.scroll((side,) * 3)
     settings = {"spacing": phantom.spacing, "unit": phantom.unit, "affine": None}
     for number in range(count):
         image, label = variation(phantom, number)
-        cases.write_case(
+        casefile.write_case(
             folder / f"{name_of(number)}.h5",
             image[None],
             label,
             group=name_of(number),
             ignore_label=phantom.ignore_label,
             skeleton=False,
+            compression=compression,
             **settings,
         )
-    cases.write_dataset(
+    casefile.write_dataset(
         folder,
         classes={"background": 0, "sheet": 1},
         ignore_label=phantom.ignore_label,
@@ -130,7 +132,7 @@ def variation(phantom, number):
 
 
 def remove_store(folder, count):
-    for name in [cases.DATASET_FILE, *(f"{name_of(number)}.h5" for number in range(count))]:
+    for name in [casefile.DATASET_FILE, *(f"{name_of(number)}.h5" for number in range(count))]:
         (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
@@ -173,22 +175,22 @@ def patches_of(stored, budget):
 def stream(options):
     """Batches through the workers: memory, times, counts and the order of the cases."""
     torch.set_num_threads(1)
-    stored = list(cases.read_dataset(options.folder).cases.values())
+    stored = list(casefile.read_dataset(options.folder).cases.values())
     dataset, cache = patches_of(stored, int(options.budget_gb * GB))
     plan = {"batches_per_epoch": max(1, len(stored) // BATCH), "batch_size": BATCH}
     run = {"workers": WORKERS, "prefetch": PREFETCH, "persistent": True, "pin": False}
     batches = loader.Batches(dataset, 0, options.batches + WARM + TIMED, **plan, **run)
 
     folder = str(options.folder.resolve())
-    order, looks, seconds, kept = [], [], {}, -1
+    order, looks, seconds, held = [], [], {}, -1
     started = time.perf_counter()
     for number, samples in enumerate(batches, 1):
         order += [sample["case"] for sample in samples]
         del samples
         now = time.perf_counter() - started
         seconds.setdefault("first batch", now)
-        if number <= options.batches and cache.counts()["cases"] > kept:
-            kept, seconds["last case kept"] = cache.counts()["cases"], now
+        if number <= options.batches and cache.counts()["cases"] > held:
+            held, seconds["last case held"] = cache.counts()["cases"], now
         if number <= options.batches and number % LOOK == 0:
             sizes = machine.tree_memory()
             looks.append((sum(sizes.values()), sum(own_memory(pid, folder) for pid in sizes)))
@@ -228,15 +230,15 @@ def means(looks):
 
 def fill(options):
     """{"cold": seconds, "warm": seconds} to read all cases once, with room for all of them."""
-    stored = list(cases.read_dataset(options.folder).cases.values())
+    stored = list(casefile.read_dataset(options.folder).cases.values())
     drop_pages(stored)
-    found = {}
+    seconds = {}
     for name in ("cold", "warm"):
         cache, started = VolumeCache(stored, 2**62), time.perf_counter()
         for case in stored:
             cache.read(case, tuple(slice(0, 1) for _ in range(3)), ("image", "label"))
-        found[name] = time.perf_counter() - started
-    return found
+        seconds[name] = time.perf_counter() - started
+    return seconds
 
 
 def drop_pages(stored):
@@ -251,24 +253,24 @@ def drop_pages(stored):
 
 
 def first_come_hits(order, room):
-    """Share of draws that find their case kept, if the first `room` cases stay for good."""
-    kept, hits = set(), 0
+    """Share of samples whose case is held, if the first `room` cases stay for good."""
+    held, hits = set(), 0
     for case in order:
-        hits += case in kept
-        if len(kept) < room:
-            kept.add(case)
+        hits += case in held
+        if len(held) < room:
+            held.add(case)
     return hits / len(order)
 
 
 def least_recent_hits(order, room):
     """The same if the case that was not used for longest makes room for a new one."""
-    kept, hits = collections.OrderedDict(), 0
+    held, hits = collections.OrderedDict(), 0
     for case in order:
-        hits += case in kept
-        kept[case] = True
-        kept.move_to_end(case)
-        if len(kept) > room:
-            kept.popitem(last=False)
+        hits += case in held
+        held[case] = True
+        held.move_to_end(case)
+        if len(held) > room:
+            held.popitem(last=False)
     return hits / len(order)
 
 
@@ -323,9 +325,9 @@ def time_rows(base, full, filled, size):
 
 def count_rows(full):
     counts = full["counts"]
-    draws = counts["hits"] + counts["misses"]
-    yield Row("cases kept", f"{counts['cases']}, {counts['bytes'] / MB:.0f} MB")
-    yield Row("hits", f"{counts['hits']} of {draws}: {100 * counts['hits'] / draws:.1f} %")
+    reads = counts["hits"] + counts["misses"]
+    yield Row("cases held", f"{counts['cases']}, {counts['bytes'] / MB:.0f} MB")
+    yield Row("hits", f"{counts['hits']} of {reads}: {100 * counts['hits'] / reads:.1f} %")
     yield Row("evictions", str(counts["evictions"]))
     for name, hits in (("first come stays", first_come_hits), ("LRU", least_recent_hits)):
         share = hits(full["order"], counts["cases"])
@@ -337,11 +339,12 @@ def measure_all(options):
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {machine.available().reason}; torch "
         f"{torch.__version__}, numpy {np.__version__}; {options.cases} cases of side "
-        f"{options.side}, {WORKERS} workers, batch {BATCH}, {options.batches} batches\n",
+        f"{options.side}, compression {options.compression}, {WORKERS} workers, batch {BATCH}, "
+        f"{options.batches} batches\n",
         flush=True,
     )
-    stored = cases.read_dataset(options.folder).cases.values()
-    size = sum(volume.size for case in stored for volume in boxes.volumes(case).values())
+    stored = casefile.read_dataset(options.folder).cases.values()
+    size = sum(2 * math.prod(case.shape) for case in stored)  # image and label, uint8
     filled = in_a_fresh_process("fill", options)
     base = in_a_fresh_process("stream", options, budget_gb=0, batches=BASE_WINDOWS * WINDOW)
     full = in_a_fresh_process("stream", options)
@@ -363,6 +366,7 @@ def parse():
     parser.add_argument("--side", type=int, default=358, help="voxels of a case, along each axis")
     parser.add_argument("--batches", type=int, default=3000, help="a multiple of 100, 300 or more")
     parser.add_argument("--budget-gb", type=float, default=2.0)
+    parser.add_argument("--compression", choices=("none", "lzf", "gzip"), default="lzf")
     parser.add_argument("--keep", action="store_true", help="leave the store")
     parser.add_argument("--measure", choices=sorted(MEASURES), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -387,7 +391,8 @@ def main():
         return 2
     try:
         if not made:
-            make_store(options.folder, options.cases, options.side)
+            compression = None if options.compression == "none" else options.compression
+            make_store(options.folder, options.cases, options.side, compression)
         return measure_all(options)
     finally:
         if not options.keep:

@@ -1,4 +1,4 @@
-"""Drawing one patch beside the peers: rotation, scaling and an elastic field, on one CPU thread.
+"""Making one patch beside the peers: rotation, scaling and an elastic field, on one CPU thread.
 
     python benchmarks/feed.py                # 2 minutes; prints markdown tables
     python benchmarks/feed.py --repeats 21
@@ -7,12 +7,11 @@ One volume of 160 x 320 x 320 uint8 with a label, one patch of 72 x 136 x 136. O
 path, from the case file to image and target as float32 and valid as bool; its first half, which is
 all that a worker does, stands in a row of its own. The peers start from arrays in memory, and each
 is given what is fastest for it: the part of the volume that nnU-Net would cut out first, the bare
-patch, or the whole volume as float32. In each round all take a turn; the median of the rounds is
-told.
+patch, or the whole volume as float32. In each round all take a turn; the table shows medians.
 
-The second table is a volume of 61 x 512 x 512 voxels of 4.97 micron, drawn at 1 micron beside one
-that is stored at 1 micron: memory that the process gains, and time per patch of 24 x 96 x 96. The
-last line is what the clock of train.py costs, which tells where the time of a step went.
+The second table is a volume of 61 x 512 x 512 voxels of 4.97 micron, resampled to 1 micron, beside
+one that is stored at 1 micron: memory that the process gains, and time per patch of 24 x 96 x 96.
+The last line is what the clock of train.py costs, which tells where the time of a step went.
 
 Exit status 1 if a bar is missed, else 0. The peers are in requirements-bench.txt; where they are
 not installed their rows say so. Leaves nothing on disk.
@@ -37,12 +36,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-from patches import augment, cache
-from patches import resample as grid
+from patches import augment, cache, resample
 from runtime import timer as clock
 from settings import Augment
-from volumes import casefile as cases
-from volumes import phantoms
+from volumes import casefile, phantoms
 
 SHAPE, PATCH = (160, 320, 320), (72, 136, 136)
 CUT = (100, 190, 190)  # what nnU-Net would cut out for this patch and these angles, about
@@ -83,16 +80,18 @@ def our_patches(case, *, patch, spacing=(0, 0, 0)):
     )
 
 
-def draw(sample, patch):
+def make_patch(sample, patch):
     boxes = (sample["image"], sample["label"])
-    return grid.resample_patch(*boxes, about=sample, patch=patch, foreground=[1], ignore_label=2)
+    return resample.resample_patch(
+        *boxes, geometry=sample, patch=patch, foreground=[1], ignore_label=2
+    )
 
 
 def ours(case):
     """{name: function of the round} of the whole path and of the worker's share of it."""
     patches = our_patches(case, patch=PATCH)
     return {
-        "whole path": lambda number: draw(patches[0, number], PATCH),
+        "whole path": lambda number: make_patch(patches[0, number], PATCH),
         "worker's share": lambda number: patches[0, number],
     }
 
@@ -204,7 +203,7 @@ def medians(functions, repeats):
 def make_case(folder, name, shape, spacing):
     phantom = phantoms.scroll(shape, seed=0)
     path = folder / f"{name}.h5"
-    cases.write_case(
+    casefile.write_case(
         path,
         phantom.image[None],
         phantom.label,
@@ -215,7 +214,7 @@ def make_case(folder, name, shape, spacing):
         ignore_label=2,
         skeleton=False,
     )
-    return cases.read_case(path), phantom
+    return casefile.read_case(path), phantom
 
 
 def compare(folder, repeats):
@@ -252,22 +251,22 @@ def outlier(folder, repeats):
     coarse, _ = make_case(folder, "outlier", OUTLIER, (COARSE,) * 3)
     mine, its = (our_patches(c, patch=SMALL_PATCH, spacing=(1, 1, 1)) for c in (native, coarse))
     for number in range(20):
-        draw(mine[0, number], SMALL_PATCH)
+        make_patch(mine[0, number], SMALL_PATCH)
     process = psutil.Process()
     before, highest = process.memory_info().rss, 0
     for number in range(200):
-        draw(its[0, number], SMALL_PATCH)
+        make_patch(its[0, number], SMALL_PATCH)
         highest = max(highest, process.memory_info().rss)
     gained = (highest - before) / 1e6
     seconds = medians(
         {
-            "native": lambda number: draw(mine[0, number], SMALL_PATCH),
-            "outlier": lambda number: draw(its[0, number], SMALL_PATCH),
+            "native": lambda number: make_patch(mine[0, number], SMALL_PATCH),
+            "outlier": lambda number: make_patch(its[0, number], SMALL_PATCH),
         },
         10 * repeats,
     )
     ratio = seconds["outlier"] / seconds["native"]
-    print(f"\n| {' x '.join(map(str, OUTLIER))} at {COARSE}, drawn at 1 | measured | asked |")
+    print(f"\n| {' x '.join(map(str, OUTLIER))} at {COARSE}, resampled to 1 | measured | asked |")
     print("|---|---|---|")
     print(f"| memory gained over 200 patches | {gained:.1f} MB | < 50 MB |")
     print(f"| ms per patch, beside a native one | {1e3 * seconds['outlier']:.1f} beside "

@@ -4,11 +4,11 @@
     python benchmarks/store.py --side 64 --repeats 1
 
 One scroll phantom of 160 x 320 x 320 voxels, image and label, is stored in every way. From each
-file the box of a turned and zoomed patch of 72 x 136 x 136 is read, 100 x 190 x 190 voxels of both,
-at eight places: medians of processor time on one thread, all of the file in memory. "unkept" goes
-through VolumeCache with a budget of 0, "HDF5" through a file that is open already, "kept" through
-VolumeCache once it holds the case. "touched" is what a box needs of the file: pages, or whole
-chunks as they are stored. Leaves nothing on disk.
+file the box of a rotated and scaled patch of 72 x 136 x 136 is read, 100 x 190 x 190 voxels of
+both, at eight places: medians of processor time on one thread, all of the file in memory. "from
+file" goes through VolumeCache with a budget of 0, "HDF5" through a file that is open already,
+"cached" through VolumeCache once it holds the case. "touched" is what a box needs of the file:
+pages, or whole chunks as they are stored. Leaves nothing on disk.
 
 Found on two cores of an AMD EPYC: contiguous it is. Its box takes 1.4 ms, of chunks without
 compression 7 to 10 ms, with lzf 26 to 65 ms, with gzip 76 to 107 ms, both with the checksums that
@@ -16,12 +16,13 @@ case files have, though it touches more of the file than small compressed chunks
 with lzf). Of the chunks, 16 x 32 x 32 are the best to compress: the least to decode for a box. lzf
 makes the file 1.8 times smaller and gzip 2.3 times; they save time only where nothing stays in
 memory and the disk gives each worker less than some 300 MB/s (lzf) or 100 MB/s (gzip). What the
-cache keeps is read in a millisecond however it was stored.
+cache holds is read in a millisecond however it was stored.
 """
 
 import argparse
 import itertools
 import math
+import mmap
 import os
 import platform
 import statistics
@@ -35,8 +36,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from patches.cache import VolumeCache
-from volumes import boxes, phantoms
-from volumes import casefile as cases
+from volumes import casefile, phantoms
 
 SHAPE = (160, 320, 320)
 BOX = (100, 190, 190)
@@ -65,9 +65,9 @@ def store(path, source, chunk, compression):
                 continue
             per_channel = (1,) * (old[name].ndim - 3)
             options = {"chunks": (*per_channel, *chunk), "compression": compression}
-            options["fletcher32"] = compression is not None  # as in cases.py
+            options["fletcher32"] = compression is not None  # as in casefile.py
             new.create_dataset(name, data=old[name][:], **options)
-    return cases.read_case(path)
+    return casefile.read_case(path)
 
 
 def places(shape, seed=0):
@@ -81,24 +81,24 @@ def places(shape, seed=0):
 
 def touched(case, box):
     """Bytes of the file that a box needs."""
-    volumes = boxes.volumes(case)
     with h5py.File(case.path) as file:
         return sum(
-            pages_of(volumes[name], box)
-            if volumes[name].offset is not None
+            pages_of(*case.layout[name], box)
+            if case.layout[name] is not None
             else chunks_of(file[name], box)
             for name in NAMES
         )
 
 
-def pages_of(volume, box):
+def pages_of(offset, shape, dtype, box):
     first = np.ravel_multi_index(
-        np.ix_(*(range(s.start, s.stop) for s in box[:2]), [box[2].start]), volume.shape[-3:]
+        np.ix_(*(range(s.start, s.stop) for s in box[:2]), [box[2].start]), shape[-3:]
     )
-    starts = volume.offset + volume.dtype.itemsize * first.ravel()
-    ends = starts + volume.dtype.itemsize * (box[2].stop - box[2].start) - 1
-    pages = np.concatenate([starts // boxes.PAGE, ends // boxes.PAGE])
-    return len(np.unique(pages)) * boxes.PAGE * math.prod(volume.shape[:-3])
+    size = np.dtype(dtype).itemsize
+    starts = offset + size * first.ravel()
+    ends = starts + size * (box[2].stop - box[2].start) - 1
+    pages = np.concatenate([starts // mmap.PAGESIZE, ends // mmap.PAGESIZE])
+    return len(np.unique(pages)) * mmap.PAGESIZE * math.prod(shape[:-3])
 
 
 def chunks_of(dataset, box):
@@ -115,11 +115,11 @@ def chunks_of(dataset, box):
     )
 
 
-def median_ms(read, boxes_read, repeats):
+def median_ms(read, boxes, repeats):
     """Median of processor time of read(box); each box once before, to have it in memory."""
     taken = []
     for number in range(repeats + 1):
-        for box in boxes_read:
+        for box in boxes:
             started = time.process_time()
             read(box)
             if number:
@@ -129,14 +129,14 @@ def median_ms(read, boxes_read, repeats):
 
 def measure(case, repeats):
     """The row of a table for one file: MB, MB touched, and milliseconds of the three ways."""
-    boxes_read = list(places(case.shape))
-    unkept, kept = VolumeCache([case], 0), VolumeCache([case], 2**62)
+    boxes = list(places(case.shape))
+    from_file, cached = VolumeCache([case], 0), VolumeCache([case], 2**62)
     with h5py.File(case.path) as file:
         yield os.path.getsize(case.path) / MB
-        yield statistics.mean(touched(case, box) for box in boxes_read) / MB
-        yield median_ms(lambda box: unkept.read(case, box, NAMES), boxes_read, repeats)
-        yield median_ms(lambda box: read_open(file, box), boxes_read, repeats)
-        yield median_ms(lambda box: kept.read(case, box, NAMES), boxes_read, repeats)
+        yield statistics.mean(touched(case, box) for box in boxes) / MB
+        yield median_ms(lambda box: from_file.read(case, box, NAMES), boxes, repeats)
+        yield median_ms(lambda box: read_open(file, box), boxes, repeats)
+        yield median_ms(lambda box: cached.read(case, box, NAMES), boxes, repeats)
 
 
 def read_open(file, box):
@@ -157,12 +157,12 @@ def main():
         f"{platform.machine()}, {os.cpu_count()} cores, h5py {h5py.__version__}, "
         f"HDF5 {h5py.version.hdf5_version}, numpy {np.__version__}\n"
     )
-    print("| stored | file, MB | touched, MB | unkept, ms | HDF5, ms | kept, ms |")
+    print("| stored | file, MB | touched, MB | from file, ms | HDF5, ms | cached, ms |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source.h5"
         settings = {"spacing": phantom.spacing, "unit": phantom.unit, "affine": None, "group": "g"}
-        cases.write_case(source, phantom.image[None], phantom.label, skeleton=False, **settings)
+        casefile.write_case(source, phantom.image[None], phantom.label, skeleton=False, **settings)
         for name, chunk, compression in ways(shape):
             path = Path(folder) / "case.h5"
             row = measure(store(path, source, chunk, compression), options.repeats)

@@ -1,68 +1,78 @@
 """Boxes of voxels from case files, for several workers, within one budget of memory for all.
 
-What is kept is kept once, whatever the number of workers:
+A volume that is stored as it is is read through a memory map, box by box. Its pages are those of
+the system's file cache, which all processes share: there is nothing to hold.
 
-- A volume that lies in its file as it is (`Case.layout`) is read through a memory map, for as long
-  as that takes. Its pages are those of the operating system's file cache, which all processes
-  share; there is no second copy. To keep it means to read it ahead, whole and in order. Left
-  mapped it would save 0.2 ms of a read of 1.1 ms, and make every worker look as large as the cache.
-- A volume that must be decoded (chunks, compression) is decoded once, into memory that all
-  processes share. That is anonymous memory and not /dev/shm, of which a container has 64 MB.
+A compressed volume would be decoded anew for every box. Which of these are held is fixed at the
+start: those of the smallest cases, as many as fit the budget. Cases are sampled equally often, so
+that no other choice has more hits (benchmarks/cache.py: 30 %, where least recently used has 19 %).
+A held volume is decoded by the first process that reads it, into memory that all share: anonymous
+memory and not /dev/shm, of which a container has 64 MB.
 
-First come stays: every case is drawn equally often, so that no other choice of cases is found more
-often; to keep those that were used last is worse, for cases take turns (benchmarks/cache.py: 19 %
-are found instead of 30 %). What does not fit is read from its file, each time.
+There is no lock. Every volume has its own place, and a flag that says it is complete. Two processes
+that decode it at once write the same bytes; one that is killed on the way leaves the flag unset.
 """
 
-import contextlib
-import fcntl
+import math
 import mmap
 import os
+import tempfile
 import threading
 import weakref
-from dataclasses import dataclass
 from multiprocessing import context, reduction
+from typing import NamedTuple
 
 import numpy as np
 
-from monitoring.machine import anonymous_file
-from volumes import boxes
-from volumes.casefile import Case
+from volumes import casefile
 
-ABSENT, FILLING, PRESENT = range(3)  # state of a volume in the cache
-BUDGET, HITS, MISSES, EVICTIONS = range(4)  # places in the shared header
-MUTEX = 0  # byte of the shared file that is locked to change the header; byte 1 + n: to fill n
+COUNTERS = 1024  # each thread counts for itself; ids of threads side by side differ modulo this
 
 
-@dataclass(frozen=True)
-class Slot:
-    """The place of one volume in the cache."""
+class Place(NamedTuple):
+    """Where a decoded volume lies in the shared memory; it is held if the budget reaches `end`."""
 
-    number: int  # its row in the shared table
-    case: Case
-    volume: boxes.Volume
-    start: int  # in the shared memory, if it must be decoded
+    number: int  # of its flag
+    start: int
+    end: int
+    shape: tuple
+    dtype: np.dtype  # as stored: decoding then writes each byte once, as it stays
 
-    @property
-    def decoded(self):
-        return self.volume.offset is None
+
+def _lay_out(cases, names):
+    """({(path, name): Place} of the compressed volumes, smallest cases first; bytes of all)."""
+    places, end = {}, 0
+    for case in sorted(cases, key=lambda case: case.channels * math.prod(case.shape)):
+        for name in names:
+            if name in case.layout and case.layout[name] is None:
+                shape = (case.channels, *case.shape) if name == "image" else case.shape
+                dtype = np.dtype(case.dtype if name == "image" else np.uint8)
+                pages = math.ceil(math.prod(shape) * dtype.itemsize / mmap.PAGESIZE)
+                start, end = end, end + pages * mmap.PAGESIZE
+                places[case.path, name] = Place(len(places), start, end, shape, dtype)
+    return places, end
+
+
+def default_budget(cases, available_bytes, names=casefile.VOLUMES):
+    """Bytes to hold: half of what is available, at most what the cases take when decoded.
+
+    The other half is for the boxes of all workers and for the system's file cache.
+    """
+    return min(int(available_bytes) // 2, _lay_out(cases, names)[1])
 
 
 class VolumeCache:
-    """Reads boxes from case files and keeps cases in memory, up to `budget` bytes in all.
+    """Reads boxes from case files and holds decoded volumes, up to `budget` bytes in all.
 
-    cases: list of `Case`; budget: bytes for all processes together, 0 keeps nothing.
-    It may be handed to processes that are spawned: they share what is kept and what is counted.
-    Pickled in any other way, the copy starts empty, with the same budget and on its own.
-    Threads may share one. Reading raises ValueError where a file is missing, or not the one that
-    `cases.read_case` saw.
+    cases: list of `Case`; budget: bytes for all processes together, 0 holds nothing; names: of the
+    volumes that will be read. Threads may share one, and so may spawned processes: they share what
+    is held and counted. Pickled otherwise, the copy starts empty and on its own. Reading raises
+    `casefile.Unreadable` where a file is missing, damaged, or not the one that `read_case` saw.
     """
 
-    def __init__(self, cases, budget):
-        self._places, self._arena_bytes = _lay_out(cases)
-        self._create(min(_checked(budget), bytes_of(cases)))
-
-    # ------------------------------------------------------------------------ reading
+    def __init__(self, cases, budget, names=casefile.VOLUMES):
+        places, total = _lay_out(cases, names)
+        self._attach(places, total, int(min(_checked(budget), total)))
 
     def read(self, case, box, names):
         """{name: array} of a box: image (C, d, h, w), label and skeleton (d, h, w).
@@ -70,269 +80,121 @@ class VolumeCache:
         box: three slices z, y, x, inside the volume; names: of `image`, `label`, `skeleton`.
         The arrays are copies, C-contiguous, of the stored dtype in this machine's byte order.
         """
-        places = [self._place(case, name) for name in names]
-        box = boxes.checked_box(case, box)
-        boxes.check_unchanged(case)
-        with self._locked():
-            kept = self._generations(places)
-            hit = len(kept) == len(places)
-            mine = [] if hit else self._claim([p for p in places if p.number not in kept])
-        if mine:
-            kept |= self._fill(case, mine)
-        arrays = {
-            place.volume.name: self._copy(place, box)
-            if place.number in kept and place.decoded
-            else boxes.read_box(case, place.volume, box)
-            for place in places
-        }
-        with self._locked():
-            self._header[HITS if hit else MISSES] += 1
-            unchanged = self._generations(places)
-        for place in places:
-            # Given back while it was copied: the copy may hold zeros, or what came after.
-            changed = unchanged.get(place.number) != kept.get(place.number)
-            if place.decoded and place.number in kept and changed:
-                arrays[place.volume.name] = boxes.read_box(case, place.volume, box)
+        if not all(0 <= s.start <= s.stop <= n for s, n in zip(box, case.shape, strict=True)):
+            raise ValueError(f"case {case.id}: expected a box inside {case.shape}, got {box}")
+        casefile.check_unchanged(case)
+        arrays, hit = {}, 1
+        for name in names:
+            selection = (slice(None), *box) if name == "image" else box
+            arrays[name], without_decoding = self._read(case, name, selection)
+            hit &= without_decoding
+        self._reads[threading.get_native_id() % COUNTERS, hit] += 1
         return arrays
 
-    def row(self, case, name, i):
-        """Row i of a list of coordinates, `background` or `foreground/<class>`: (3,) int32.
+    def _read(self, case, name, selection):
+        """(array, 1 if nothing had to be decoded for it, else 0)."""
+        place = self._places.get((case.path, name))
+        if place is None or place.end > self._budget[0]:
+            array = casefile.read_array(case, name, selection)
+            return array, int(case.layout[name] is not None)
+        volume = np.ndarray(place.shape, place.dtype, self._memory, self._header + place.start)
+        was_held = int(self._ready[place.number])
+        if not was_held:
+            with casefile.opened(case) as file:
+                file[name].read_direct(volume)
+            self._ready[place.number] = 1
+        array = casefile.native(volume[selection])
+        if place.end > self._budget[0]:
+            # Given back meanwhile: the copy may hold zeros, and decoding may have taken it again.
+            self._give_back(place.start, place.end)
+            return casefile.read_array(case, name, selection), 0
+        return array, was_held
 
-        A few bytes of the file; nothing is kept.
-        """
-        boxes.check_unchanged(case)
-        return boxes.read_row(case, name, i)
+    def row(self, case, name, i):
+        """Row i of a list of coordinates, `background` or `foreground/<class>`: (3,) int32."""
+        casefile.check_unchanged(case)
+        class_id = name.removeprefix("foreground/")
+        length = case.counts.get(int(class_id) if class_id.isdecimal() else class_id, 0)
+        if not 0 <= i < length:
+            raise ValueError(f"case {case.id}: expected a row of {name} below {length}, got {i}")
+        return casefile.read_array(case, name, i).astype(np.int32)
 
     def announce(self):
-        """For people: what may be kept, of how much."""
-        budget, held = (
-            f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
-            for n in (int(self._header[BUDGET]), int(self._sizes.sum()))
-        )
-        return f"{budget} at most over all workers, of cases of {held}"
+        """For people: how much may be held, of how much."""
+        budget, total = self._budget[0] / 1e6, self._total / 1e6
+        return f"{budget:,.1f} MB for all workers, of {total:,.1f} MB of decoded volumes"
 
     def counts(self):
-        """What all processes did together: cases and bytes kept, budget, hits, misses, evictions.
+        """What all processes did together: cases and bytes held, budget, hits, misses, evictions.
 
-        A hit is a read that found all it wanted in memory; evictions counts cases given back.
+        A miss is a read that had to decode, a hit any other; evictions counts cases given back.
         """
-        with self._locked():
-            states = self._state
-            kept = sum(
-                any(states[place.number] == PRESENT for place in places.values())
-                for places in self._places.values()
-            )
-            return {
-                "cases": kept,
-                "bytes": self._used(),
-                "budget": int(self._header[BUDGET]),
-                "hits": int(self._header[HITS]),
-                "misses": int(self._header[MISSES]),
-                "evictions": int(self._header[EVICTIONS]),
-            }
+        held = {
+            key: place.end - place.start
+            for key, place in self._places.items()
+            if self._ready[place.number] and place.end <= self._budget[0]
+        }
+        misses, hits = self._reads.sum(axis=0).tolist()
+        return {
+            "cases": len({path for path, _ in held}),
+            "bytes": sum(held.values()),
+            "budget": int(self._budget[0]),
+            "hits": hits,
+            "misses": misses,
+            "evictions": int(self._evictions[0]),
+        }
 
     def shrink(self, keep_bytes):
         """Lower the budget to keep_bytes, for good; returns how many bytes were given back.
 
-        Decoded volumes leave memory at once, and the system is told that the pages of the others
-        are not needed; a volume that is being filled goes at the end of that, and is not in the
-        number returned.
+        The largest cases go first. A volume that is being decoded goes when that is done.
         """
-        with self._locked():
-            before = self._used()
-            self._header[BUDGET] = int(min(self._header[BUDGET], _checked(keep_bytes)))
-            for places in reversed(self._places.values()):
-                if self._used() <= self._header[BUDGET]:
-                    break
-                kept = [p for p in places.values() if self._state[p.number] == PRESENT]
-                for place in kept + [p for p in places.values() if self._abandoned(p)]:
-                    self._release(place)
-                self._header[EVICTIONS] += bool(kept)
-            return before - self._used()
+        before = self.counts()
+        # The budget first: readers look at it after they have copied.
+        self._budget[0] = int(min(self._budget[0], _checked(keep_bytes)))
+        for place in self._places.values():
+            if self._budget[0] < place.end <= before["budget"]:
+                self._give_back(place.start, place.end)
+        after = self.counts()
+        self._evictions[0] += before["cases"] - after["cases"]
+        return before["bytes"] - after["bytes"]
 
-    # ------------------------------------------------------------------------ filling
+    def _give_back(self, start, end):
+        if hasattr(mmap, "MADV_REMOVE"):  # elsewhere it stays until the run ends
+            self._memory.madvise(mmap.MADV_REMOVE, self._header + start, end - start)
 
-    def _place(self, case, name):
-        volumes = self._places.get(case.path)
-        if volumes is None:
-            raise ValueError(
-                f"case {case.id}: expected one of the {len(self._places)} cases of this cache, got "
-                f"{case.path}; make the cache with all cases that it shall read"
-            )
-        if name not in volumes:
-            raise ValueError(
-                f"case {case.id}: expected {name!r} in {case.path}, got a file with "
-                f"{', '.join(volumes)} only; prepare this case again with it"
-            )
-        return volumes[name]
-
-    def _generations(self, places):
-        """{number: generation} of those that are kept; a place gets a new one when it changes."""
-        numbers = [p.number for p in places if self._state[p.number] == PRESENT]
-        return {number: int(self._generation[number]) for number in numbers}
-
-    def _used(self):
-        return int(self._sizes[self._state != ABSENT].sum())
-
-    def _claim(self, places):
-        """Those of the places that this process shall fill: none if they do not all fit."""
-        for place in places:
-            if self._abandoned(place):
-                self._release(place)
-        absent = [p for p in places if self._state[p.number] == ABSENT]
-        if self._used() + sum(p.volume.memory for p in absent) > self._header[BUDGET]:
-            return []
-        mine = [place for place in absent if self._lock_to_fill(place)]
-        for place in mine:
-            self._state[place.number] = FILLING
-        return mine
-
-    def _release(self, place):
-        """Take a place out of the cache, and give its memory back where the system has a way."""
-        self._generation[place.number] += 1  # before the bytes go, or a reader would trust them
-        self._state[place.number] = ABSENT
-        if not place.decoded:
-            boxes.drop_pages(place.case, place.volume)
-        elif hasattr(mmap, "MADV_REMOVE"):
-            self._arena().madvise(mmap.MADV_REMOVE, place.start, place.volume.memory)
-
-    def _lock_to_fill(self, place):
-        """Whether this process got the lock of a place; that of one that was killed is free."""
-        if place.number in self._filling:  # by another thread: file locks are one process's
-            return False
-        try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1 + place.number)
-        except (BlockingIOError, PermissionError):
-            return False
-        self._filling.add(place.number)
-        return True
-
-    def _abandoned(self, place):
-        """Whether a place is being filled by a process that is no more."""
-        if self._state[place.number] != FILLING or not self._lock_to_fill(place):
-            return False
-        self._unlock(place)
-        return True
-
-    def _unlock(self, place):
-        self._filling.discard(place.number)
-        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, 1 + place.number)
-
-    def _fill(self, case, places):
-        """Read ahead or decode the places that were claimed; {number: generation} of those kept."""
-        done = False
-        try:
-            for place in places:
-                if place.decoded:
-                    boxes.decode(case, place.volume, self._arena(), place.start)
-                else:
-                    boxes.read_ahead(case, place.volume)
-            done = True
-        finally:
-            with self._locked():
-                # The budget may have been lowered meanwhile.
-                done = done and self._used() <= self._header[BUDGET]
-                for place in places:
-                    if done:
-                        self._state[place.number] = PRESENT
-                    else:
-                        self._release(place)
-                    self._unlock(place)
-                kept = self._generations(places)
-        return kept
-
-    def _copy(self, place, box):
-        """The box of a decoded volume that is kept."""
-        return boxes.copy_box(self._arena(), place.volume, place.start, box)
-
-    def _arena(self):
-        if self._arena_map is None:
-            self._arena_map = mmap.mmap(self._arena_fd, self._arena_bytes)
-        return self._arena_map
-
-    # ------------------------------------------------------------------------ what is shared
-
-    def _create(self, budget):
-        count = sum(map(len, self._places.values()))
-        self._fd = anonymous_file(8 * (4 + 2 * count))
-        # Sparse: it takes the memory of what is decoded into it, never more than the budget.
-        self._arena_fd = anonymous_file(self._arena_bytes) if self._arena_bytes else None
-        self._attach()
-        self._header[BUDGET] = int(budget)
-
-    def _attach(self):
-        for fd in (self._fd, self._arena_fd):
-            if fd is not None:
-                os.set_inheritable(fd, False)  # as it came from a spawn: programs run here get none
-                weakref.finalize(self, os.close, fd)
-        rows = [place for places in self._places.values() for place in places.values()]
-        # Never closed while the cache lives: closing any descriptor of a file drops all of a
-        # process's locks on it, and a map has one.
-        numbers = np.frombuffer(mmap.mmap(self._fd, 0), np.int64)
-        self._header, self._state, self._generation = np.split(numbers, [4, 4 + len(rows)])
-        self._sizes = np.array([place.volume.memory for place in rows], np.int64)
-        self._thread_lock, self._filling = threading.Lock(), set()
-        self._arena_map = None
+    def _attach(self, places, total, budget, fd=None):
+        """Make the shared memory, or map that of another process."""
+        count = 2 + 2 * COUNTERS + len(places)
+        header = math.ceil(8 * count / mmap.PAGESIZE) * mmap.PAGESIZE  # the volumes follow
+        if fd is None:
+            if hasattr(os, "memfd_create"):
+                fd = os.memfd_create("lamina-cache")
+            else:  # macOS: a file that has lost its name
+                fd = os.dup(tempfile.TemporaryFile().fileno())
+            # Sparse: it takes the memory of what is decoded into it.
+            os.ftruncate(fd, header + budget)
+            os.write(fd, np.int64(budget).tobytes())
+        os.set_inheritable(fd, False)  # as it came from a spawn: programs run here get none
+        weakref.finalize(self, os.close, fd)
+        self._places, self._total, self._header, self._fd = places, total, header, fd
+        self._memory = mmap.mmap(fd, 0)
+        numbers = np.frombuffer(self._memory, np.int64, count)
+        self._budget, self._evictions = numbers[:1], numbers[1:2]
+        self._reads = numbers[2 : 2 + 2 * COUNTERS].reshape(COUNTERS, 2)  # misses, hits
+        self._ready = numbers[2 + 2 * COUNTERS :]
 
     def __getstate__(self):
         spawning = context.get_spawning_popen() is not None
-        fds = [fd for fd in (self._fd, self._arena_fd) if fd is not None]
-        return {
-            "places": (self._places, self._arena_bytes),
-            "budget": int(self._header[BUDGET]),
-            "files": [reduction.DupFd(fd) for fd in fds] if spawning else [],
-        }
+        fd = reduction.DupFd(self._fd) if spawning else None
+        return self._places, self._total, int(self._budget[0]), fd
 
     def __setstate__(self, state):
-        self._places, self._arena_bytes = state["places"]
-        if not state["files"]:
-            self._create(state["budget"])
-            return
-        self._fd, *arena = (file.detach() for file in state["files"])
-        self._arena_fd = arena[0] if arena else None
-        self._attach()
-
-    @contextlib.contextmanager
-    def _locked(self):
-        """Alone with the header. The file's lock ends with its process, even one that is killed.
-
-        It is the process's, so that threads need one of their own.
-        """
-        with self._thread_lock:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, MUTEX)
-            try:
-                yield
-            finally:
-                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, MUTEX)
+        *arguments, fd = state
+        self._attach(*arguments, fd and fd.detach())
 
 
 def _checked(budget):
     if not budget >= 0:  # NaN neither
-        raise ValueError(f"expected a cache of 0 bytes or more, got {budget}; 0 keeps nothing")
+        raise ValueError(f"expected a cache of 0 bytes or more, got {budget}; 0 holds nothing")
     return budget
-
-
-def _lay_out(cases):
-    """({path: {name: Slot}}, bytes of shared memory that would hold all that must be decoded)."""
-    places, number, arena = {}, 0, 0
-    for case in cases:
-        places[case.path] = {}
-        for name, volume in boxes.volumes(case).items():
-            places[case.path][name] = Slot(number, case, volume, arena)
-            number += 1
-            arena += volume.memory if places[case.path][name].decoded else 0
-    return places, arena
-
-
-def bytes_of(cases):
-    """Bytes of memory that all volumes of these cases take, decoded."""
-    return sum(volume.memory for case in cases for volume in boxes.volumes(case).values())
-
-
-def default_budget(cases, available_bytes):
-    """Bytes to keep: half of what is available, at most what the cases hold.
-
-    The other half is for what grows with the workers and not with the data, boxes on their way
-    above all, and for the file cache of what is not kept.
-    """
-    return min(int(available_bytes) // 2, bytes_of(cases))

@@ -1,248 +1,167 @@
-"""A contact sheet: one place of a volume under each transformation of the `augment` settings.
+"""A contact sheet: one patch of a case under each transformation of the `augment` settings.
 
-`variants` says with which settings a patch is drawn to show each transformation alone; `picture`
-paints a drawn patch; `write_sheet` lays the pictures out. Plain values in, one PNG out: augment.py
-reads the config and draws the patches.
+Every transformation stands alone, three times: its range from the lowest third to the highest. The
+title tells its probability, or that it is off. `python tune.py CONFIG --contact-sheet FILE.png`.
 """
 
+import functools
 import itertools
-import math
-import os
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+import torch
 
-DRAWS = 3  # pictures of each transformation
-BLOCKS = 3  # transformations side by side
-SIDE = 200  # pixels that the longest side of a patch may take, unless its voxels are more
-OUTLINE = (255, 140, 0)
-HATCH = (90, 120, 190)
+from patches import augment, intensity, resample
+from patches.cache import VolumeCache
+from volumes import atomic
 
-# Of the sheet, in pixels.
-DPI = 100
-GREYS = 64  # levels: in noise more are not told apart, and 250 make the file a third larger
-MARGIN, GAP = 28, 6
-TITLE, CAPTION, BELOW = 24, 14, 18
-LETTER = 5.4  # the mean width of a letter of a caption
-NARROWEST = 140  # from a picture to the next: narrower ones would leave no room for the texts
-
-
-class Shown(NamedTuple):
-    """A block of the sheet: the probabilities that it sets, the range that it draws from, and how
-    its title tells that range. spread: whether each draw has a part of the range to itself."""
-
-    title: str
-    on: dict[str, float]
-    range: str | None
-    meaning: str
-    spread: bool = True
-
-
-SHOWN = (
-    Shown("flip", {"flip": 0.5}, None, "per axis"),  # if certain, always of all three axes
-    Shown("turn90", {"turn90": 1.0}, None, "in each plane of equal spacing"),
-    Shown(
-        "rotation",
-        {"rotation": 1.0},
-        "rotation_degrees",
-        "{range} degrees, axes: {rotation_axes}",
-    ),
-    Shown("scaling", {"scaling": 1.0}, "scaling_range", "factor {range}"),
-    Shown(
-        "scaling per axis",
-        {"scaling": 1.0, "scaling_per_axis": 1.0},
-        "scaling_range",
-        "three factors {range}",
-        spread=False,  # three of one narrow part would hardly differ
-    ),
-    Shown(
-        "elastic",
-        {"elastic": 1.0},
-        "elastic_amplitude_range",
-        "RMS {range}, points {elastic_spacing:.3g} apart",
-    ),
-    Shown("roll", {"roll": 1.0}, None, "along z"),
-    Shown("gamma", {"gamma": 1.0}, "gamma_range", "exponent {range}"),
-    Shown("brightness", {"brightness": 1.0}, "brightness_range", "plus {range} std of the volume"),
-    Shown("contrast", {"contrast": 1.0}, "contrast_range", "factor {range}"),
-    Shown("noise", {"noise": 1.0}, "noise_range", "sigma {range} std of the volume"),
-    Shown("rician", {"rician": 1.0}, "rician_range", "sigma {range} std of the volume"),
-    Shown("blur", {"blur": 1.0}, "blur_range", "sigma {range} voxels of the finest axis"),
-    Shown(
-        "low_resolution", {"low_resolution": 1.0}, "low_resolution_range", "voxels {range} larger"
-    ),
-    Shown("illumination", {"illumination": 1.0}, "illumination_range", "log of the gain {range}"),
-    Shown(
-        "dropout",
-        {"dropout": 1.0},
-        "dropout_range",
-        "share {range} in {dropout_boxes[0]} to {dropout_boxes[1]} boxes",
-    ),
+PICTURES, BLOCKS = 3, 3  # of each transformation; transformations side by side
+CANDIDATES = 16  # voxels of which the one with most border of the label around it is chosen
+INCHES, NARROWEST = 1.8, 1.4  # the longest side of a picture; the least width, for the texts
+LABEL, INVALID = "darkorange", (0.2, 0.35, 0.8, 0.5)  # colors
+LEGEND = (
+    "Each picture: the patch's middle z slice (y down, x right), below it its middle y slice (z "
+    "down, x right). Orange: border of the label. Blue: not valid, that is unlabeled or outside."
 )
+SHOWN = {  # transformation: the setting of its range, and what the title says of it
+    "flip": (None, "per axis"),
+    "turn90": (None, "in each plane of equal spacing"),
+    "rotation": ("rotation_degrees", "{range} degrees, axes: {rotation_axes}"),
+    "scaling": ("scaling_range", "factor {range}"),
+    "scaling_per_axis": ("scaling_range", "three factors {range}"),
+    "elastic": ("elastic_amplitude_range", "RMS {range}, points {elastic_spacing:.3g} apart"),
+    "roll": (None, "along z"),
+    "gamma": ("gamma_range", "exponent {range}"),
+    "brightness": ("brightness_range", "plus {range} std of the volume"),
+    "contrast": ("contrast_range", "factor {range}"),
+    "noise": ("noise_range", "sigma {range} std of the volume"),
+    "rician": ("rician_range", "sigma {range} std of the volume"),
+    "blur": ("blur_range", "sigma {range} voxels of the finest axis"),
+    "low_resolution": ("low_resolution_range", "voxels {range} larger"),
+    "illumination": ("illumination_range", "log of the gain {range}"),
+    "dropout": ("dropout_range", "share {range} in {dropout_boxes[0]} to {dropout_boxes[1]} boxes"),
+}
 
-# ---------------------------------------------------------------------------- settings
 
+def write_sheet(path, case, settings, *, patch, spacing, scale, classes, seed=0, name=""):
+    """Write the PNG, on the CPU: a function of the arguments alone.
 
-def variants(settings):
-    """The blocks of the sheet: [(title, [settings of each of `DRAWS` draws]), ...].
-
-    settings: plain dict of the `augment` settings, every range in numbers. Each transformation is
-    alone and certain. The first draw comes from the lowest part of its range, the last from the
-    highest, so that both ends are seen. The title tells probability and range as they are set, so
-    that the sheet also shows what the run leaves out: "off".
+    case: a labeled `Case`; settings: plain dict of the `augment` settings; patch: voxels; spacing:
+    of the patch, z, y, x; scale: mean, std, low and high for intensity.normalise; classes: dict of
+    foreground and ignore_label for augment.augment_batch; name: for the heading. ValueError for a
+    path that cannot be written, and for a case without a labeled voxel.
     """
-    off = {name: 0.0 for shown in SHOWN for name in shown.on}
-    blocks = []
-    for shown in SHOWN:
-        alone = settings | off | shown.on
-        draws = [alone] * DRAWS
-        if shown.range and shown.spread:
-            edges = np.linspace(*settings[shown.range], DRAWS + 1).tolist()
-            draws = [alone | {shown.range: part} for part in itertools.pairwise(edges)]
-        blocks.append((_title(shown, settings), draws))
-    return blocks
-
-
-def _title(shown, settings):
-    share = math.prod(settings[name] for name in shown.on)
-    ends = "{:.3g} to {:.3g}".format(*settings[shown.range]) if shown.range else ""
-    meaning = shown.meaning.format(range=ends, **settings)
-    return f"{shown.title}: {f'p {share:g}' if share else 'off'}, {meaning}"
-
-
-# ---------------------------------------------------------------------------- pictures
-
-
-def middle_border(target):
-    """How much border of the label the two slices of `picture` show; target (D, H, W) bool.
-
-    Thin things have much of it, and a place inside a thick one, all foreground, has none.
-    """
-    cuts = [_middle(target, axis) for axis in (0, 1)]
-    return int(sum((np.diff(cut, axis=a) != 0).sum() for cut in cuts for a in (0, 1)))
-
-
-def grey_range(image):
-    """(black, white) for all pictures of a sheet: wider than the image, so that changes are seen.
-
-    image: the patch without augmentation, (D, H, W), normalised.
-    """
-    shown = np.concatenate([_middle(image, axis).ravel() for axis in (0, 1)])
-    low, high = np.percentile(shown, (0.5, 99.5))
-    margin = max(0.1 * (high - low), 0.5)  # of a constant patch: half a standard deviation
-    return float(low - margin), float(high + margin)
-
-
-def picture(image, target, valid, *, spacing, grey, outline=True):
-    """The middle z slice above the middle y slice, as (h, w, 3) uint8.
-
-    image (D, H, W) float; target, valid (D, H, W) bool; spacing z, y, x: a pixel is as long in
-    every direction; grey: values of black and white. The label is outlined on its own border
-    pixels, what is not valid is hatched.
-    """
-    enlarged = max(1, SIDE * min(spacing) // max(np.multiply(image.shape, spacing)))
-    views = []
-    for axis in (0, 1):
-        sides = [a for a in range(3) if a != axis]
-        pixels = [
-            max(1, round(image.shape[a] * spacing[a] / min(spacing) * enlarged)) for a in sides
-        ]
-        where = np.ix_(
-            *(np.arange(n) * image.shape[a] // n for n, a in zip(pixels, sides, strict=True))
-        )
-        cuts = [_middle(box, axis)[where] for box in (image, target & outline, valid)]
-        views += [np.full((GAP, pixels[1], 3), 255, np.uint8), _paint(*cuts, grey)]
-    return np.concatenate(views[1:])
-
-
-def _middle(box, axis):
-    return np.take(box, box.shape[axis] // 2, axis)
-
-
-def _paint(image, target, valid, grey):
-    """(h, w, 3) uint8 of one slice, pixel by pixel."""
-    from scipy import ndimage
-
-    low, high = grey
-    shade = np.clip((image - low) / (high - low), 0, 1) * 255
-    painted = np.repeat(shade[..., None], 3, axis=2)
-    painted[target & ~ndimage.binary_erosion(target, border_value=1)] = OUTLINE
-    painted[~valid] *= 0.5
-    stripes = np.add(*np.indices(valid.shape)) % 8 < 2
-    painted[~valid & stripes] = HATCH
-    return painted.round().astype(np.uint8)
-
-
-# ---------------------------------------------------------------------------- the sheet
-
-
-def write_sheet(path, blocks, *, heading):
-    """Write the PNG, under a temporary name first, then renamed.
-
-    blocks: [(title, [(picture, caption), ...]), ...] with pictures of one shape, at most `DRAWS` in
-    a block; heading: lines of text above them. ValueError names a path that cannot be written.
-    """
-    canvas, texts = _lay_out(blocks, heading)
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    cache, rng = VolumeCache([case], 0), np.random.default_rng(seed)
+    sample = functools.partial(
+        _sample, rng, case, cache, patch=patch, spacing=spacing, scale=scale, classes=classes
+    )
+    key = next((c for c in classes["foreground"] if case.counts.get(c)), "background")
+    if not case.counts.get(key):
+        raise ValueError(f"case {case.id}: expected labeled voxels to show a patch of, got none")
+    rows = rng.integers(case.counts[key], size=CANDIDATES)
+    voxels = key if key == "background" else f"foreground/{key}"
+    centers = [cache.row(case, voxels, int(row)) for row in rows]
+    center = max(centers, key=lambda center: _border(sample(center, None)[1]))
+    image, target, valid, _ = sample(center, None)
+    blocks = [("original", [(image, 0 * target, valid, ""), (image, target, valid, "label")])]
+    for title, variants in _variants(settings, spacing):
+        blocks.append((title, [sample(center, variant) for variant in variants]))
+    heading = (
+        f"{name}, case {case.id}, seed {seed}: patch of {tuple(patch)} voxels of {tuple(spacing)} "
+        f"{case.unit} around voxel {tuple(center.tolist())} (z, y, x)\n{LEGEND}"
+    )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _rendered(canvas, texts).save(partial, "PNG")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic.replacing(path) as partial:
+            _draw(blocks, spacing, heading).savefig(partial, format="png")
     except OSError as error:
-        raise ValueError(
-            f"{path}: expected a file to write, got {error.strerror or error}"
-        ) from error
+        reason = error.strerror or error
+        raise ValueError(f"{path}: expected a file to write, got {reason}") from error
 
 
-def _lay_out(blocks, heading):
-    """The pictures on white, (h, w, 3) uint8, and the texts: (x, y, text, size, weight)."""
-    high, wide, _ = blocks[0][1][0][0].shape
-    step = max(wide + GAP, NARROWEST)
-    across = DRAWS * step + MARGIN
-    texts = [(MARGIN, MARGIN / 2 + i * 18, line, 9, "normal") for i, line in enumerate(heading)]
-    top, pasted = MARGIN + len(heading) * 18, []
-    for first in range(0, len(blocks), BLOCKS):
-        lines = 0
-        for column, (title, pictures) in enumerate(blocks[first : first + BLOCKS]):
-            left = MARGIN + column * across
-            texts.append((left, top, title, 9, "bold"))
-            for i, (painted, caption) in enumerate(pictures):
-                x, wrapped = left + i * step, textwrap.wrap(caption, int(step / LETTER))
-                pasted.append((top + TITLE, x, painted))
-                texts.append((x, top + TITLE + high + 3, "\n".join(wrapped), 7, "normal"))
-                lines = max(lines, len(wrapped))
-        top += TITLE + high + lines * CAPTION + BELOW
-    canvas = np.full((top, MARGIN + BLOCKS * across, 3), 255, np.uint8)
-    for y, x, painted in pasted:
-        canvas[y : y + high, x : x + wide] = painted
-    return canvas, texts
+def _sample(rng, case, cache, center, settings, *, patch, spacing, scale, classes):
+    """(image, target, valid, caption) of a patch around a voxel; settings None: as it is stored."""
+    spatial = augment.sample_spatial_params(
+        rng, case.spacing, spacing, patch=patch, settings=settings
+    )
+    place = resample.place_patch(spatial, center, patch, case.shape)
+    box = tuple(slice(int(a), int(b)) for a, b in zip(place.start, place.stop, strict=True))
+    boxes = cache.read(case, box, ("image", "label"))
+    params = intensity.sample_intensity_params(rng, settings=settings)
+    sample = {
+        "image": torch.from_numpy(boxes["image"].astype(np.float32)),
+        "label": torch.from_numpy(boxes["label"]),
+        "shape": case.shape,
+        "spacing": spacing,
+        "intensity": params,
+    }
+    sample |= spatial._asdict() | place._asdict() | scale
+    *arrays, _ = augment.augment_batch([sample], patch, device="cpu", **classes)
+    caption = [f"{name} {params[name]:.2f}" for name in intensity.NAMES if name in params]
+    caption += [f"roll {spatial.roll}"] if spatial.roll else []
+    return *(array[0, 0].numpy() for array in arrays), ", ".join(caption)
 
 
-def _rendered(canvas, texts):
-    """The sheet as a PIL image: greys and the two colours, a byte per pixel."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _variants(settings, spacing):
+    """[(title, [settings of each picture])]: every transformation alone, then all as configured."""
+    distance, amplitudes = augment.elastic_range(spacing, settings)
+    settings = settings | {"elastic_spacing": distance, "elastic_amplitude_range": amplitudes}
+    blocks = []
+    for name, (key, text) in SHOWN.items():
+        alone = settings | dict.fromkeys(SHOWN, 0.0)
+        alone[name] = 0.5 if name == "flip" else 1.0  # if certain, always of all three axes
+        share, variants, ends = settings[name], [alone] * PICTURES, ""
+        if key is not None:
+            ends = "{:.3g} to {:.3g}".format(*settings[key])
+            edges = np.linspace(*settings[key], PICTURES + 1).tolist()
+            variants = [alone | {key: part} for part in itertools.pairwise(edges)]
+        if name == "scaling_per_axis":  # three factors of a third of the range would hardly differ
+            share, variants = share * settings["scaling"], [alone | {"scaling": 1.0}] * PICTURES
+        title = f"{name}: {f'p {share:g}' if share else 'off'}, {text}"
+        blocks.append((title.format(range=ends, **settings), variants))
+    return [*blocks, ("all as configured", [settings] * PICTURES)]
+
+
+def _border(target):
+    """Voxels of label border in the two slices that are shown: thin things have much of it."""
+    cuts = (target[target.shape[0] // 2], target[:, target.shape[1] // 2])
+    return sum(int((np.diff(cut, axis=axis) != 0).sum()) for cut in cuts for axis in (0, 1))
+
+
+def _draw(blocks, spacing, heading):
+    """The figure. Black and white are wider than the original, so that changes are seen."""
     from matplotlib.figure import Figure
-    from PIL import Image
 
-    high, wide, _ = canvas.shape
-    figure = Figure(figsize=(wide / DPI, high / DPI), dpi=DPI)
-    for x, y, text, size, weight in texts:
-        place = (x / wide, 1 - y / high)
-        figure.text(*place, text, size=size, weight=weight, va="top", parse_math=False)
-    drawn = FigureCanvasAgg(figure)
-    drawn.draw()
-    # The pictures go on beside matplotlib, pixel for pixel: all that it drew is grey on white.
-    colours = np.minimum(np.asarray(drawn.buffer_rgba())[..., :3], canvas)
-    index = np.round(colours[..., 0] * ((GREYS - 1) / 255)).astype(np.uint8)
-    for i, colour in enumerate((OUTLINE, HATCH)):
-        index[(colours == colour).all(axis=2)] = GREYS + i
-    sheet = Image.fromarray(index)
-    greys = np.linspace(0, 255, GREYS).round().astype(int)
-    sheet.putpalette([*np.repeat(greys, 3).tolist(), *OUTLINE, *HATCH])
-    return sheet
+    original = blocks[0][1][0][0]
+    low, high = np.percentile(original, (0.5, 99.5))
+    margin = max(0.1 * (high - low), 0.5)  # of a constant patch: half a standard deviation
+    sizes = np.multiply(original.shape, spacing)
+    depth, height, width = sizes * INCHES / sizes.max()
+    rows, tall = -(-len(blocks) // BLOCKS), height + depth + 0.7  # inches of a block
+    wide = PICTURES * max(width, NARROWEST) + 0.3
+    figure = Figure(figsize=(BLOCKS * wide, rows * tall + 0.6), dpi=100)
+    head, body = figure.subfigures(2, 1, height_ratios=(0.6, rows * tall))
+    head.text(0.01, 0.8, heading, fontsize=9, va="top", parse_math=False)
+    grid = {"left": 0.03, "right": 0.97, "top": 1 - 0.3 / tall, "bottom": 0.35 / tall}
+    grid |= {"height_ratios": (height, depth), "hspace": 0.05, "wspace": 0.05}
+    for panel, (title, pictures) in zip(body.subfigures(rows, BLOCKS).flat, blocks, strict=False):
+        panel.text(0.03, 1 - 0.1 / tall, title, fontsize=9, weight="bold", va="top")
+        axes = panel.subplots(2, PICTURES, gridspec_kw=grid)
+        for column, (*arrays, caption) in zip(axes.T, pictures, strict=False):
+            for axis, ax in enumerate(column):
+                cuts = (np.take(array, array.shape[axis] // 2, axis) for array in arrays)
+                _show(ax, *cuts, spacing[1 - axis] / spacing[2], (low - margin, high + margin))
+            column[1].set_xlabel(textwrap.fill(caption, 26), fontsize=7)
+        for ax in axes[:, len(pictures) :].flat:
+            ax.axis("off")
+    return figure
+
+
+def _show(ax, image, target, valid, aspect, limits):
+    """One slice: grey, what is not valid tinted, the border of the label as a line."""
+    ax.imshow(image, cmap="gray", vmin=limits[0], vmax=limits[1], aspect=aspect)
+    ax.imshow(np.where(valid[..., None], 0.0, INVALID), aspect=aspect)
+    if min(target.shape) > 1 and target.any() and not target.all():
+        ax.contour(target, [0.5], colors=LABEL, linewidths=1)
+    ax.set(xticks=[], yticks=[])

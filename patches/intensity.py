@@ -1,16 +1,14 @@
 """The intensity part of augmentation, on the device where the patches lie.
 
 Nothing but torch, numpy and the standard library is imported, so that this file can be lifted out
-with one copy. `sample_intensity_params` chooses what is done to a patch, in a worker, as a few plain
-numbers; `normalise` and `change_intensity` do the work.
+with one copy. `sample_intensity_params` chooses what is done to a patch, in a worker, as a few
+plain numbers; `normalise` and `change_intensity` do the work.
 
-Each transform runs on the samples that chose it, one after the other, in place, and takes its
-numbers as Python scalars: nothing is copied from the host, the device is never waited for, a sample
-that chose nothing keeps its bits, and a sample comes out the same alone and in any batch, bit for
-bit on a CPU, but for the last bits of a blur of a patch of a few voxels. Whoever calls it under
-autocast or with TF32 allowed loses digits in the blur.
-
-None depends on where the volume's zero lies: what is above the patch minimum stands for the signal.
+Each transform runs in place on the samples that chose it, one after the other, with its numbers as
+Python scalars: nothing is copied from the host and the device is never waited for. A sample that
+chose nothing keeps its bits. A sample comes out the same alone and in any batch, bit for bit on a
+CPU, but for the last bits of a blur of a patch of a few voxels. Under autocast or TF32 the blur
+loses digits. None depends on the volume's zero: what is above the patch minimum is the signal.
 """
 
 import math
@@ -22,28 +20,26 @@ SMOOTHEST = 0.2  # of a blur: below this sigma in voxels a neighbour weighs unde
 ORDERS = 3  # half waves of the illumination along each axis: 0, 1 or 2
 TINY = 1e-12  # below any deviation that float32 noise could make of a constant patch
 
-# ---------------------------------------------------------------------------- parameters
-
 
 def sample_intensity_params(rng, *, settings):
-    """Draw what `change_intensity` does to one patch.
+    """Sample what `change_intensity` does to one patch.
 
     rng: numpy Generator; settings: plain dict of the `augment` settings with, for each name of
     `NAMES`, a probability `name` and a range `name_range`, and `dropout_boxes`; or None.
     Returns a dict of plain numbers: a value for each name that was chosen, `dropout_boxes` if
     dropout was, and always `noise_seed`, from which all that is random on the device follows; {}
-    if settings is None. As many numbers are drawn whatever the settings say, so that one of them
-    does not shift the others.
+    if settings is None. The count of random numbers is the same whatever the settings say, so that
+    one setting does not shift the others.
     """
     if settings is None:
         return {}
     chosen = {}
     for name in NAMES:
-        wanted, value = rng.random(), rng.uniform(*settings[f"{name}_range"])
-        if wanted < settings[name]:
+        chance, value = rng.random(), rng.uniform(*settings[f"{name}_range"])
+        if chance < settings[name]:
             chosen[name] = float(value)
     fewest, most = settings["dropout_boxes"]
-    # Generator.integers draws nothing at all for a range of one number.
+    # Generator.integers takes no random number at all for a range of one.
     boxes = fewest + math.floor(rng.random() * (most - fewest + 1))
     if "dropout" in chosen:
         chosen["dropout_boxes"] = boxes
@@ -79,7 +75,7 @@ def change_intensity(images, chosen, spacings):
     transform begins):
         illumination    m + (x - m) * gain, exp(-value) <= gain <= exp(value). See `_illuminate`.
         blur            Gaussian, sigma = value voxels of the finest axis.
-        low_resolution  voxels `value` times larger, drawn down and up again. See `_soften`.
+        low_resolution  voxels `value` times larger, averaged and raised again. See `_blur`.
         rician          noise of magnitude images, sigma = value. See `_add_rician`.
         noise           x + value * normal noise.
         gamma           (x - m) ** value, brought back to the mean and deviation of x.
@@ -90,18 +86,6 @@ def change_intensity(images, chosen, spacings):
 
     ValueError for another number of dimensions, of dicts or of spacings, and for an unknown name.
     """
-    _check(images, chosen, spacings)
-    if not any(name in own for own in chosen for name in NAMES):
-        return images
-    images = images.clone(memory_format=torch.contiguous_format)
-    for patch, own, spacing in zip(images, chosen, spacings, strict=True):
-        for names, change in CHANGES:
-            if any(name in own for name in names):
-                change(patch, own, spacing)
-    return images
-
-
-def _check(images, chosen, spacings):
     if images.ndim != 5 or not images.is_floating_point():
         raise ValueError(
             "images: expected (B, C, D, H, W) of a float dtype, "
@@ -112,85 +96,87 @@ def _check(images, chosen, spacings):
             f"expected one dict of choices and one spacing for each of {len(images)} samples, "
             f"got {len(chosen)} and {len(spacings)}"
         )
-    unknown = {name for own in chosen for name in own} - {*NAMES, "dropout_boxes", "noise_seed"}
-    if unknown:
+    names = {name for params in chosen for name in params}
+    if unknown := names - {*NAMES, "dropout_boxes", "noise_seed"}:
         raise ValueError(f"chosen: expected names of {NAMES}, got {sorted(unknown)}")
+    if names.isdisjoint(NAMES):
+        return images
+    images = images.clone(memory_format=torch.contiguous_format)
+    for patch, params, spacing in zip(images, chosen, spacings, strict=True):
+        for group, change in CHANGES:
+            if not params.keys().isdisjoint(group):
+                change(patch, params, spacing)
+    return images
 
 
 # Each changes a contiguous patch (C, D, H, W) in place, by one signature, so that `CHANGES` can be
-# a table; chosen, spacing: of this sample.
+# a table; params, spacing: of this sample.
 
 
-def _illuminate(patch, chosen, spacing):
+def _illuminate(patch, params, spacing):
     """A gain that varies slowly over the patch, each channel by a field of its own.
 
     Its logarithm is a sum of the lowest cosines along each axis but the constant, as the bias field
     of Ashburner and Friston 2005 (Unified segmentation), with normal weights, scaled to a largest
-    absolute value of chosen["illumination"]. So it sums to 0 over the patch, and the gain's
+    absolute value of params["illumination"]. So it sums to 0 over the patch, and the gain's
     geometric mean is 1. An axis of one voxel has no slope; a patch of one voxel is left as it is.
     """
     orders = [min(ORDERS, n) for n in patch.shape[1:]]
-    field = _normal(patch.new_empty(len(patch), *orders), chosen, "illumination")
+    field = _normal(patch.new_empty(len(patch), *orders), params, "illumination")
     field[:, 0, 0, 0] = 0
     for axis, n in enumerate(patch.shape[1:], start=1):
-        place = (torch.arange(n, device=patch.device, dtype=patch.dtype) + 0.5) * (math.pi / n)
-        order = torch.arange(orders[axis - 1], device=patch.device, dtype=patch.dtype)
+        place = (_arange(0, n, patch) + 0.5) * (math.pi / n)
+        order = _arange(0, orders[axis - 1], patch)
         field = _along(field, torch.cos(place[:, None] * order), axis)
     largest = torch.maximum(field.amax(dim=(1, 2, 3), keepdim=True), -_low(field)).clamp_min(TINY)
-    gain = field.mul_(chosen["illumination"] / largest).exp_()
+    gain = field.mul_(params["illumination"] / largest).exp_()
     low = _low(patch)
     patch.sub_(low).mul_(gain).add_(low)
 
 
-def _soften(patch, chosen, spacing):
+def _blur(patch, params, spacing):
     """Blur and low resolution: one matrix per axis does both, borders repeated.
 
-    Both act in physical units: an axis of coarser voxels is blurred by fewer of them, and is
-    lowered only if the new voxels, value times the finest spacing, are larger than its own. Lowered
-    is by averaging over the new voxels, a grid about the patch's middle, and raised linearly
-    between their centres (after the low-resolution simulation of nnU-Net, Isensee et al. 2021,
-    which takes the nearest voxel down, a cubic up, and every axis alike).
-
-    A matrix costs 4 to 7 ms per axis of 72 x 136 x 136 on a CPU core, whatever the width; a
-    convolution of 9 taps 27 ms.
+    Both act in physical units: an axis of coarser voxels is blurred by fewer of them, and changes
+    resolution only if the new voxels, value times the finest spacing, are larger than its own. Down
+    is an average over the new voxels, a grid about the patch's middle, up is linear between their
+    centers (after nnU-Net, Isensee et al. 2021, which takes the nearest voxel down, a cubic up, and
+    every axis alike). A matrix costs 4 to 7 ms per axis of 72 x 136 x 136 on a CPU core, whatever
+    the width; a convolution of 9 taps 27 ms.
     """
     changed = patch
     for axis, step in enumerate(spacing, start=1):
         n, finest = patch.shape[axis], min(spacing) / step
-        sigma = chosen.get("blur", 0.0) * finest
-        factor = chosen.get("low_resolution", 1.0) * finest
-        matrices = [_blurring(n, sigma, patch)] if sigma >= SMOOTHEST else []
+        sigma = params.get("blur", 0.0) * finest
+        factor = params.get("low_resolution", 1.0) * finest
+        matrices = [_blur_matrix(n, sigma, patch)] if sigma >= SMOOTHEST else []
         if factor > 1:
-            matrices.append(_lowering(n, factor, patch))
+            matrices.append(_low_resolution_matrix(n, factor, patch))
         if n > 1 and matrices:
             matrix = matrices[0] if len(matrices) == 1 else matrices[1] @ matrices[0]
             changed = _along(changed, matrix, axis)
     patch.copy_(changed)
 
 
-def _blurring(n, sigma, like):
+def _blur_matrix(n, sigma, like):
     """(n, n): a Gaussian of sigma voxels, cut where scipy.ndimage.gaussian_filter cuts it."""
     reach = int(4 * sigma + 0.5)
-    place = torch.arange(n, device=like.device, dtype=like.dtype)
-    padded = torch.arange(-reach, n + reach, device=like.device, dtype=like.dtype)
+    place, padded = _arange(0, n, like), _arange(-reach, n + reach, like)
     away = padded - place[:, None]
     weights = torch.exp(-0.5 * (away / sigma) ** 2) * (away.abs() <= reach)
     border = (padded.clamp(0, n - 1)[:, None] == place).to(like.dtype)
     return (weights / weights.sum(dim=1, keepdim=True)) @ border
 
 
-def _lowering(n, factor, like):
+def _low_resolution_matrix(n, factor, like):
     """(n, n): to voxels that are `factor` times larger, and back."""
     fewer = max(math.ceil(n / factor - 1e-6), 1)  # a rounding error must not add a voxel
     first = (n - fewer * factor) / 2  # the outer ones hang over both ends alike
-    voxel = torch.arange(n, device=like.device, dtype=like.dtype)
-    edge = torch.arange(fewer, device=like.device, dtype=like.dtype)[:, None] * factor + first
-    shared = torch.minimum(edge + factor, voxel + 1) - torch.maximum(edge, voxel)
-    down = shared.clamp_min(0)
-    down = down / down.sum(dim=1, keepdim=True)
+    voxel, edge = _arange(0, n, like), _arange(0, fewer, like)[:, None] * factor + first
+    shared = (torch.minimum(edge + factor, voxel + 1) - torch.maximum(edge, voxel)).clamp_min(0)
+    down = shared / shared.sum(dim=1, keepdim=True)
     place = ((voxel + 0.5 - first) / factor - 0.5).clamp(0, fewer - 1)[:, None]
-    between = torch.arange(fewer, device=like.device, dtype=like.dtype)
-    up = (1 - (place - between).abs()).clamp_min(0)
+    up = (1 - (place - _arange(0, fewer, like)).abs()).clamp_min(0)
     return up @ down
 
 
@@ -203,64 +189,58 @@ def _along(box, matrix, axis):
     return (matrix @ box.reshape(-1, box.shape[axis], trailing)).view(shape)
 
 
-def _add_rician(patch, chosen, spacing):
-    """m + sqrt((x - m + n1)^2 + n2^2), n1 and n2 normal with deviation chosen["rician"].
+def _add_rician(patch, params, spacing):
+    """m + sqrt((x - m + n1)^2 + n2^2), n1 and n2 normal with deviation params["rician"].
 
     The magnitude of a complex signal with noise in both parts (Gudbjartsson and Patz 1995): where
     there is no signal, a Rayleigh distribution of mean 1.25 sigma.
     """
-    low, sigma = _low(patch), chosen["rician"]
-    noise = _normal(patch.new_empty(2, *patch.shape), chosen, "rician").mul_(sigma)
+    low, sigma = _low(patch), params["rician"]
+    noise = _normal(patch.new_empty(2, *patch.shape), params, "rician").mul_(sigma)
     torch.hypot(patch.sub_(low).add_(noise[0]), noise[1], out=patch).add_(low)
 
 
-def _add_noise(patch, chosen, spacing):
-    patch.add_(_normal(torch.empty_like(patch), chosen, "noise"), alpha=chosen["noise"])
+def _add_noise(patch, params, spacing):
+    patch.add_(_normal(torch.empty_like(patch), params, "noise"), alpha=params["noise"])
 
 
-def _bend(patch, chosen, spacing):
-    """Gamma. A constant patch stays as it is.
-
-    Dividing by the range before the power would only scale the result, and the deviation that it is
-    brought back to undoes every scale.
-    """
+def _change_gamma(patch, params, spacing):
+    """Gamma. A constant patch stays as it is. Dividing by the range first would change nothing, for
+    the deviation is brought back afterwards."""
     mean, std = _mean(patch), _std(patch)
-    patch.sub_(_low(patch)).pow_(chosen["gamma"])
+    patch.sub_(_low(patch)).pow_(params["gamma"])
     scale = std / _std(patch).clamp_min(TINY)
     patch.sub_(_mean(patch)).mul_(scale).add_(mean)
 
 
-def _stretch(patch, chosen, spacing):
+def _change_contrast(patch, params, spacing):
     """Contrast and brightness."""
-    contrast, brightness = chosen.get("contrast", 1.0), chosen.get("brightness", 0.0)
+    contrast, brightness = params.get("contrast", 1.0), params.get("brightness", 0.0)
     shift = brightness if contrast == 1 else _mean(patch) * (1 - contrast) + brightness
     patch.mul_(contrast).add_(shift)
 
 
-def _blank(patch, chosen, spacing):
-    """Dropout: what is hidden in a gap is to be bridged, so label and valid stay."""
-    mean = _mean(patch)
-    rng = np.random.default_rng(chosen["noise_seed"])
-    for box in blank_boxes(
-        rng, patch.shape[1:], share=chosen["dropout"], count=chosen["dropout_boxes"]
-    ):
+def _drop_boxes(patch, params, spacing):
+    """Dropout: the network shall bridge such a gap, so label and valid stay."""
+    mean, rng = _mean(patch), np.random.default_rng(params["noise_seed"])
+    share, count = params["dropout"], params["dropout_boxes"]
+    for box in blank_boxes(rng, patch.shape[1:], share=share, count=count):
         patch[(slice(None), *box)] = mean
 
 
 def blank_boxes(rng, shape, *, share, count):
     """Boxes that do not overlap and cover this share of a patch, as tuples of slices z, y, x.
 
-    The patch is cut into `count` cells at random places, across the longest side each time; each
-    cell holds one box of its own proportions and place, and what rounding to voxels adds or lacks
-    is carried over to the next. Fewer boxes where the patch has too few voxels to cut or to cover.
+    The patch is cut into `count` cells at random, across the longest side each time; each holds one
+    box of its own proportions and place, and the rounding to voxels is made up for in the next.
+    Fewer boxes where the patch has too few voxels to cut or to cover.
     """
     boxes, covered, passed = [], 0, 0
     for start, size in _cells(rng, (0, 0, 0), tuple(shape), count):
         passed += math.prod(size)
         edges = _edges(rng, size, share * passed - covered)
-        corner = [
-            a + int(rng.integers(n - e + 1)) for a, n, e in zip(start, size, edges, strict=True)
-        ]
+        cell = zip(start, size, edges, strict=True)
+        corner = [first + int(rng.integers(n - edge + 1)) for first, n, edge in cell]
         if math.prod(edges):
             boxes.append(tuple(slice(a, a + e) for a, e in zip(corner, edges, strict=True)))
             covered += math.prod(edges)
@@ -275,12 +255,9 @@ def _cells(rng, start, size, count):
     before = int(rng.integers(1, count))  # cells on this side of the cut
     place = size[axis] * (before / count + rng.uniform(-0.25, 0.25) / count)
     place = min(max(round(place), 1), size[axis] - 1)
-    after = tuple(a + place * (i == axis) for i, a in enumerate(start))
-    sizes = (
-        [m if i == axis else n for i, n in enumerate(size)] for m in (place, size[axis] - place)
-    )
-    left, right = (tuple(s) for s in sizes)
-    return _cells(rng, start, left, before) + _cells(rng, after, right, count - before)
+    left, right, second = list(size), list(size), list(start)
+    left[axis], right[axis], second[axis] = place, size[axis] - place, start[axis] + place
+    return _cells(rng, start, left, before) + _cells(rng, second, right, count - before)
 
 
 def _edges(rng, size, voxels):
@@ -298,10 +275,14 @@ def _edges(rng, size, voxels):
     return tuple(edges)
 
 
-def _normal(empty, chosen, name):
+def _normal(empty, params, name):
     """Fill with normal noise that depends on the seed and on the transform alone."""
-    seed = chosen["noise_seed"] + RANDOM.index(name)
+    seed = params["noise_seed"] + RANDOM.index(name)
     return empty.normal_(generator=torch.Generator(empty.device).manual_seed(seed))
+
+
+def _arange(start, stop, like):
+    return torch.arange(start, stop, device=like.device, dtype=like.dtype)
 
 
 def _low(patch):
@@ -318,12 +299,12 @@ def _std(patch):
 
 CHANGES = (
     (("illumination",), _illuminate),
-    (("blur", "low_resolution"), _soften),
+    (("blur", "low_resolution"), _blur),
     (("rician",), _add_rician),
     (("noise",), _add_noise),
-    (("gamma",), _bend),
-    (("contrast", "brightness"), _stretch),
-    (("dropout",), _blank),
+    (("gamma",), _change_gamma),
+    (("contrast", "brightness"), _change_contrast),
+    (("dropout",), _drop_boxes),
 )
 NAMES = tuple(name for names, _ in CHANGES for name in names)
 RANDOM = ("illumination", "rician", "noise")  # a stream of its own each

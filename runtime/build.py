@@ -14,11 +14,8 @@ import data
 import model
 from monitoring import machine
 from patches import augment, cache
-from runtime import composite_loss as composite
-from runtime import evaluator, splits, validation
-from runtime import sliding_window as windows
+from runtime import composite_loss, evaluator, sliding_window, splits, validation
 from settings import Settings
-from volumes import casefile as cases
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Plan:
     device_reason: str
     precision: str
     precision_reason: str
-    dataset: cases.Dataset
+    dataset: casefile.Dataset
     split: splits.Split
     foreground: list  # class ids
     terms: dict  # of the loss
@@ -44,7 +41,7 @@ class Plan:
     @property
     def autocast(self):
         """Makes the context in which the network runs."""
-        lower = windows.PRECISIONS[self.precision]
+        lower = sliding_window.PRECISIONS[self.precision]
         return functools.partial(
             torch.autocast, self.device.type, dtype=lower, enabled=lower is not None
         )
@@ -55,17 +52,20 @@ def resolve(settings):
 
     ValueError and FileNotFoundError, one sentence per fault, for what cannot be trained.
     """
-    device, device_reason = windows.resolve_device(settings.run.device)
-    precision, precision_reason = windows.resolve_precision(settings.training.precision, device)
-    dataset = cases.read_dataset(settings.data.root, settings.data.source)
+    device, device_reason = sliding_window.resolve_device(settings.run.device)
+    precision, precision_reason = sliding_window.resolve_precision(
+        settings.training.precision, device
+    )
+    dataset = casefile.read_dataset(settings.data.root, settings.data.source)
     which = settings.data.model_dump(include={"train", "validation", "test", "folds", "fold"})
     split, notes = splits.choose_cases(dataset, **which)
     terms = settings.terms()
-    composite.check_terms(terms, in_training=True)
+    composite_loss.check_terms(terms, in_training=True)
     evaluator.check(settings.validation.score, settings.validation.scores)
-    skeletons = composite.takes_skeleton(terms)
-    in_validation = composite.takes_skeleton(terms, validation_only=True)
-    cases.check_skeletons(split.train * skeletons + split.validation * in_validation)
+    if composite_loss.takes_skeleton(terms):
+        casefile.check_skeletons(split.train)
+    if composite_loss.takes_skeleton(terms, validation_only=True):
+        casefile.check_skeletons(split.validation)
     spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
     augment.check(settings.augment.model_dump(), spacings)
     spacing = tuple(map(statistics.median, zip(*spacings, strict=True)))
@@ -77,7 +77,10 @@ def resolve(settings):
         window=settings.inference.window,
     )
     free, wanted = machine.available(), settings.data.cache_gb
-    kept = cache.default_budget(split.train, free.bytes) if wanted is None else int(wanted * 1e9)
+    if wanted is None:
+        cache_bytes = cache.default_budget(split.train, free.bytes, names=volume_names(terms))
+    else:
+        cache_bytes = int(wanted * 1e9)
     return Plan(
         settings=settings,
         device=device,
@@ -91,9 +94,18 @@ def resolve(settings):
         spacing=spacing,
         strides=strides,
         kernels=kernels,
-        cache_bytes=kept,
+        cache_bytes=cache_bytes,
         cache_reason=free.reason,
         notes=notes,
+    )
+
+
+def volume_names(terms):
+    """What training reads of a case file."""
+    return (
+        ("image", "label", "skeleton")
+        if composite_loss.takes_skeleton(terms)
+        else ("image", "label")
     )
 
 
@@ -106,12 +118,13 @@ def make_patches(plan, **changes):
     classes, ratio = plan.dataset.classes, plan.settings.sampling.class_ratio
     arguments = {
         "foreground": data.class_weights(classes, plan.foreground, ratio),
-        "skeletons": composite.takes_skeleton(plan.terms),
+        "skeletons": composite_loss.takes_skeleton(plan.terms),
         **plan.settings.patch_arguments(),
         **augment.functions(plan.settings.augment.model_dump()),
     }
     if "cache" not in changes:
-        arguments["cache"] = cache.VolumeCache(plan.split.train, plan.cache_bytes)
+        names = volume_names(plan.terms)
+        arguments["cache"] = cache.VolumeCache(plan.split.train, plan.cache_bytes, names)
     return data.PatchDataset(plan.split.train, **(arguments | changes))
 
 

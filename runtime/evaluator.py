@@ -17,7 +17,6 @@ import torch
 
 from runtime import composite_loss as composite
 from scoring import metrics, postprocess
-from volumes import boxes
 from volumes import casefile as cases
 
 USUAL = 0.5  # the threshold where none was chosen
@@ -121,13 +120,13 @@ class _Truths:
     def can_read(self, case):
         try:
             self.read(case)
-        except boxes.Unreadable:
+        except cases.Unreadable:
             self.unread.append(case.id)
             return False
         return True
 
     def read(self, case):
-        with boxes.opened(case) as file:
+        with cases.opened(case) as file:
             return cases.read_truth(file, self.questions.foreground, case.ignore_label)
 
 
@@ -197,7 +196,7 @@ def _losses(questions, one, truth):
         return {}
     tube = None
     if composite.takes_skeleton(questions.terms, validation_only=True):
-        with boxes.opened(one.case) as file:
+        with cases.opened(one.case) as file:
             tube = torch.from_numpy(file["skeleton"][:])
     ignored = -1 if one.case.ignore_label is None else one.case.ignore_label
     volumes = (one.probs, truth == 1, truth != ignored)

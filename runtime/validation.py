@@ -20,7 +20,6 @@ from patches import intensity
 from runtime import checkpoint
 from runtime import evaluator as judging
 from runtime import sliding_window as windows
-from volumes import boxes
 from volumes import casefile as cases
 
 WAIT = 1.0  # seconds from one look at the judge, and at whether the run shall leave, to the next
@@ -134,14 +133,14 @@ def predict(network, case, questions, *, spacing, clip, window, with_slices=Fals
 
     spacing, clip: as in `data.PatchDataset`; window: what of the settings goes to
     `windows.predict_slabs`, how: what else does. Memory: a byte a voxel beside the slab, four more
-    where a validation-only term wants probabilities. boxes.Unreadable if the file cannot be read.
+    where a validation-only term wants probabilities. cases.Unreadable if the file cannot be read.
     """
     exact = bool(questions.terms) and any(
         t.get("validation_only") for t in questions.terms.values()
     )
     found = np.empty(case.shape, np.uint8)
     probs = np.empty(case.shape, np.float32) if exact else None
-    with boxes.opened(case) as file:
+    with cases.opened(case) as file:
         shown = None
         if with_slices:
             truth = cases.read_truth(file, questions.foreground, case.ignore_label)

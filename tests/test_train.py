@@ -43,6 +43,7 @@ def root(tmp_path_factory):
             affine=None,
             group=("a", "a", "b", "c", "c")[i],
             ignore_label=2,
+            compression="lzf",  # so that there is something for the cache to hold
         )
     cases.write_dataset(
         folder, classes={"background": 0, "bar": 1}, ignore_label=2, unit="micron", case_ids=ids

@@ -5,8 +5,7 @@ One HDF5 file per case holds everything that training needs, in the source's own
     image               (C, D, H, W)   source dtype
     label               (D, H, W)      uint8 class ids, if the case is labeled
     skeleton            (D, H, W)      uint8 0 and 1: the tube around the skeleton of all foreground
-                                       classes together (skeletons.py); training with a term that
-                                       asks for it needs it, nothing else does
+                                       classes together (skeletons.py), for terms that ask for it
     foreground/<class>  (N, 3) int32   voxel coordinates of that class, at most 20 000
     background          (N, 3) int32   the same of labeled background
     attributes          spacing (z, y, x), unit, affine, ignore_label (-1: none), intensity (JSON),
@@ -15,6 +14,7 @@ One HDF5 file per case holds everything that training needs, in the source's own
 `dataset.json` beside them lists cases, groups and classes.
 """
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -23,17 +23,17 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from volumes.skeletons import tubed_skeleton
+from volumes import atomic
+from volumes.statistics import intensity_statistics, sample_coordinates
 
 DATASET_FILE = "dataset.json"
-MAX_COORDINATES = 20_000
-PERCENTILES = (0.5, 1.0, 5.0, 50.0, 95.0, 99.0, 99.5)
 IGNORE_NONE = -1  # HDF5 attributes know no None
 CHUNK = (16, 32, 32)  # of what is compressed: benchmarks/store.py
 VOLUMES = ("image", "label", "skeleton")
 
 
-# ---------------------------------------------------------------------------- case files
+class Unreadable(ValueError):
+    """A case file that cannot be read, or not the one it was; one sentence for people."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Case:
     labeled: bool
     ignore_label: int | None
     intensity: dict
-    # Where each dataset lies, so that it can be read without HDF5: {name: (offset in the file,
-    # shape, dtype)}, or {name: None} if it is stored in chunks or empty.
+    # {name: (offset in the file, shape, dtype)}, to read it without HDF5; {name: None} if it
+    # is stored in chunks or empty.
     layout: dict
     counts: dict  # {class id: number of stored coordinates, "background": the same}
     stamp: tuple[int, int]  # bytes and time (ns) of the file: its layout holds for these only
@@ -70,44 +70,7 @@ class Dataset:
     cases: dict[str, Case]
 
 
-def sample_coordinates(label, class_id, rng, most=MAX_COORDINATES):
-    """Up to `most` voxel coordinates of one class, without repeats: (N, 3) int32, sorted.
-
-    Dense classes are found by rejection, so that no index array of the volume's size is made.
-    """
-    flat = label.reshape(-1)
-    count = int(np.count_nonzero(flat == class_id))
-    if count > 20 * most:
-        share = count / flat.size
-        found = np.empty(0, np.int64)
-        while found.size < most:
-            trial = rng.integers(0, flat.size, size=int(1.2 * most / share))
-            found = np.unique(np.concatenate([found, trial[flat[trial] == class_id]]))
-        chosen = rng.choice(found, most, replace=False)
-    else:
-        chosen = np.flatnonzero(flat == class_id)
-        if chosen.size > most:
-            chosen = rng.choice(chosen, most, replace=False)
-    return np.stack(np.unravel_index(np.sort(chosen), label.shape), axis=1).astype(np.int32)
-
-
-def intensity_statistics(image):
-    """Mean, std and percentiles of the non-zero finite voxels, per channel, as lists.
-
-    image (C, D, H, W). A channel without such a voxel gets mean 0, std 1 and percentiles 0.
-    """
-    out = {"mean": [], "std": [], "percentiles": {str(p): [] for p in PERCENTILES}}
-    for channel in image:
-        values = channel[channel != 0]
-        if np.issubdtype(values.dtype, np.floating):
-            values = values[np.isfinite(values)]
-        empty = values.size == 0
-        out["mean"].append(0.0 if empty else float(values.mean(dtype=np.float64)))
-        out["std"].append(1.0 if empty else float(values.std(dtype=np.float64)))
-        cuts = np.zeros(len(PERCENTILES)) if empty else np.percentile(values, PERCENTILES)
-        for p, cut in zip(PERCENTILES, cuts, strict=True):
-            out["percentiles"][str(p)].append(float(cut))
-    return out
+# ---------------------------------------------------------------------------- writing
 
 
 def write_case(
@@ -128,52 +91,43 @@ def write_case(
 ):
     """Write one case file whole: under a temporary name first, then renamed.
 
-    image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x;
-    affine (4, 4) voxel x, y, z to world as NIfTI has it, or None; skeleton: whether a labeled case
-    gets one, which takes 3 s and 250 MB of memory for 320 x 320 x 320 voxels; compression: None,
-    "lzf" or "gzip", of image and label.
+    image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x; affine
+    (4, 4) voxel x, y, z to world as NIfTI has it, or None; skeleton: whether a labeled case gets
+    one (3 s and 250 MB for 320 x 320 x 320 voxels); compression: None, "lzf" or "gzip", of image
+    and label.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with h5py.File(partial, "w") as file:
-            # As it is, a box is a strided read from the page cache, which all workers share: 2 ms
-            # for a patch of 72 x 136 x 136, where lzf takes 18 and gzip 43 (benchmarks/store.py).
-            file.create_dataset("image", data=image, **_stored(image.shape, compression))
-            if label is not None:
-                label = np.ascontiguousarray(label, dtype=np.uint8)
-                stored = _stored(label.shape, compression)
-                _write_label(file, label, ignore_label, np.random.default_rng(seed), stored)
-                if skeleton:
-                    _write_skeleton(file, label, ignore_label, spacing)
-            file.attrs["spacing"] = np.asarray(spacing, np.float64)
-            file.attrs["unit"] = unit
-            if affine is not None:
-                file.attrs["affine"] = np.asarray(affine, np.float64)
-            file.attrs["ignore_label"] = IGNORE_NONE if ignore_label is None else ignore_label
-            file.attrs["intensity"] = json.dumps(intensity_statistics(image))
-            file.attrs["source_image"] = str(source_image)
-            file.attrs["source_label"] = str(source_label)
-            file.attrs["group"] = group
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic.replacing(path) as partial, h5py.File(partial, "w") as file:
+        # As it is, a box is a strided read from the page cache, which all workers share: 2 ms for a
+        # patch of 72 x 136 x 136, where lzf takes 18 and gzip 43 (benchmarks/store.py).
+        file.create_dataset("image", data=image, **_storage(image.shape, compression))
+        if label is not None:
+            label = np.ascontiguousarray(label, dtype=np.uint8)
+            storage = _storage(label.shape, compression)
+            _write_label(file, label, ignore_label, np.random.default_rng(seed), storage)
+            if skeleton:
+                _write_skeleton(file, label, ignore_label, spacing)
+        file.attrs["spacing"] = np.asarray(spacing, np.float64)
+        file.attrs["unit"] = unit
+        if affine is not None:
+            file.attrs["affine"] = np.asarray(affine, np.float64)
+        file.attrs["ignore_label"] = IGNORE_NONE if ignore_label is None else ignore_label
+        file.attrs["intensity"] = json.dumps(intensity_statistics(image))
+        file.attrs["source_image"] = str(source_image)
+        file.attrs["source_label"] = str(source_label)
+        file.attrs["group"] = group
 
 
-def _stored(shape, compression):
+def _storage(shape, compression):
     """How h5py stores a volume: as it is, or in chunks, each compressed and with a checksum."""
     if compression is None:
         return {}
     chunk = tuple(min(most, n) for most, n in zip(CHUNK, shape[-3:], strict=True))
-    return {
-        "chunks": (*(1,) * (len(shape) - 3), *chunk),
-        "compression": compression,
-        "fletcher32": True,
-    }
+    chunks = (*(1,) * (len(shape) - 3), *chunk)
+    return {"chunks": chunks, "compression": compression, "fletcher32": True}
 
 
-def _write_label(file, label, ignore_label, rng, stored):
-    file.create_dataset("label", data=label, **stored)
+def _write_label(file, label, ignore_label, rng, storage):
+    file.create_dataset("label", data=label, **storage)
     present = np.flatnonzero(np.bincount(label.reshape(-1), minlength=256))
     for class_id in (c for c in present if c not in (0, ignore_label)):
         coordinates = sample_coordinates(label, class_id, rng)
@@ -182,13 +136,16 @@ def _write_label(file, label, ignore_label, rng, stored):
 
 
 def _write_skeleton(file, label, ignore_label, spacing):
-    foreground = label != 0
-    if ignore_label is not None:
-        foreground &= label != ignore_label
+    from volumes.skeletons import tubed_skeleton  # which needs scikit-image
+
+    foreground = ~np.isin(label, [0] if ignore_label is None else [0, ignore_label])
+    tube = tubed_skeleton(foreground, spacing=spacing).view(np.uint8)
     # Compressed, unlike the rest: a twelfth of the bytes in the file and in the page cache, for
     # 4 ms more per box of 72 x 136 x 136.
-    tube = tubed_skeleton(foreground, spacing=spacing).view(np.uint8)
-    file.create_dataset("skeleton", data=tube, **_stored(tube.shape, "lzf"))
+    file.create_dataset("skeleton", data=tube, **_storage(tube.shape, "lzf"))
+
+
+# ---------------------------------------------------------------------------- reading
 
 
 def read_case(path):
@@ -215,7 +172,7 @@ def read_case(path):
                 labeled="label" in file,
                 ignore_label=None if ignore == IGNORE_NONE else ignore,
                 intensity=json.loads(file.attrs["intensity"]),
-                layout={name: _place(file[name]) for name in names},
+                layout={name: _layout(file[name]) for name in names},
                 counts={key: len(file[name]) for key, name in coordinates.items()},
                 stamp=(status.st_size, status.st_mtime_ns),
                 skeleton="skeleton" in file,
@@ -227,9 +184,67 @@ def read_case(path):
         ) from error
 
 
-def _place(dataset):
+def _layout(dataset):
     offset = dataset.id.get_offset()  # None: stored in chunks, or nothing is stored
     return None if offset is None else (offset, dataset.shape, dataset.dtype.str)
+
+
+@contextlib.contextmanager
+def opened(case):
+    """The case file, open for HDF5. Unreadable where that cannot be read."""
+    try:
+        with h5py.File(case.path, "r") as file:
+            yield file
+    except OSError as error:
+        raise Unreadable(
+            f"case {case.id}: expected to read {case.path}, got {error}; prepare this case again"
+        ) from error
+
+
+def read_array(case, name, selection):
+    """A selection of a data set of a case file: a copy, C-contiguous, in native byte order.
+
+    What is stored as it is is read through a memory map, without HDF5, so that a box touches its
+    own pages and no more. The file is opened for this alone: no handle crosses a spawn or a fork.
+    """
+    if name not in case.layout:
+        raise ValueError(
+            f"case {case.id}: expected {name!r} in {case.path}, got a file with "
+            f"{', '.join(case.layout)} only; prepare this case again with it"
+        )
+    if case.layout[name] is None:
+        with opened(case) as file:
+            return native(file[name][selection])
+    offset, shape, dtype = case.layout[name]
+    try:
+        stored = np.memmap(case.path, dtype, "r", offset, shape)
+    except ValueError as error:  # of mmap, for a file that ends before the data set does
+        raise Unreadable(
+            f"case {case.id}: expected all of {name!r} in {case.path}, got a file that is cut off, "
+            "prepare this case again"
+        ) from error
+    return native(stored[selection])
+
+
+def native(array):
+    """A copy, C-contiguous, in this machine's byte order."""
+    return np.array(array, array.dtype.newbyteorder("="), order="C")
+
+
+def check_unchanged(case):
+    """Unreadable if the file of a case is missing, or not the one that was read at the start."""
+    try:
+        status = os.stat(case.path)
+    except OSError as error:
+        raise Unreadable(
+            f"case {case.id}: expected the file {case.path}, got {error.strerror}; put it back, or "
+            "prepare this case again"
+        ) from error
+    if (status.st_size, status.st_mtime_ns) != case.stamp:
+        raise Unreadable(
+            f"case {case.id}: expected {case.path} as it was when this run began, got a file that "
+            "was changed since; start the run again, and prepare no data while one is running"
+        )
 
 
 def check_skeletons(cases):
@@ -253,10 +268,14 @@ def read_truth(file, foreground, ignore_label):
     return truth
 
 
+# ---------------------------------------------------------------------------- data sets
+
+
 def write_dataset(root, *, classes, ignore_label, unit, case_ids):
     """Write `dataset.json` for the case files `<id>.h5` that stand in root."""
     root = Path(root)
     cases = [read_case(root / f"{case_id}.h5") for case_id in sorted(case_ids)]
+    keys = ("group", "shape", "channels", "spacing", "labeled")
     content = {
         "format": "lamina-dataset-1",
         "classes": classes,
@@ -264,21 +283,12 @@ def write_dataset(root, *, classes, ignore_label, unit, case_ids):
         "unit": unit,
         "groups": sorted({case.group for case in cases}),
         "cases": [
-            {
-                "id": case.id,
-                "file": f"{case.id}.h5",
-                "group": case.group,
-                "shape": case.shape,
-                "channels": case.channels,
-                "spacing": case.spacing,
-                "labeled": case.labeled,
-            }
+            {"id": case.id, "file": f"{case.id}.h5"} | {key: getattr(case, key) for key in keys}
             for case in cases
         ],
     }
-    partial = root / (DATASET_FILE + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, root / DATASET_FILE)
+    with atomic.replacing(root / DATASET_FILE) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_dataset(root, source=""):
@@ -299,10 +309,9 @@ def read_dataset(root, source=""):
         content = json.loads(path.read_text())
         if "lamina" not in str(content.get("format")):
             raise TypeError("another format, such as nnU-Net's: prepare that folder first")
-        ids = [entry["id"] for entry in content["cases"]]
-        files = [root / entry["file"] for entry in content["cases"]]
+        files = {entry["id"]: root / entry["file"] for entry in content["cases"]}
         classes, ignore, unit = content["classes"], content["ignore_label"], content["unit"]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected what prepare.py writes, got {error}") from error
-    cases = {i: read_case(file) for i, file in zip(ids, files, strict=True)}
+    cases = {case_id: read_case(file) for case_id, file in files.items()}
     return Dataset(str(root), classes, ignore, unit, cases)

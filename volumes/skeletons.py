@@ -1,4 +1,4 @@
-"""Skeletons: of a target, made once at preparation.
+"""Skeletons of targets, made once at preparation.
 
 A network that misses a thin part loses few voxels and much of the structure. The Skeleton Recall
 loss (Kirchhoff et al. 2024, "Skeleton Recall Loss for Connectivity Conserving and Resource
@@ -14,24 +14,19 @@ import math
 
 import numpy as np
 
-# ---------------------------------------------------------------------------- of a target
-
 
 def tubed_skeleton(mask, radius=2.0, spacing=(1.0, 1.0, 1.0)):
     """The skeleton of a mask, dilated within the mask: (D, H, W) bool.
 
     mask (D, H, W) bool; spacing z, y, x in any unit. A voxel of the mask belongs to the tube if it
     lies within `radius` times the smallest spacing of the skeleton: 2 voxels where voxels are
-    cubes. Where z is much coarser that is less than a slice, for two slices up or down is another
-    place, often the whole depth of a vessel.
+    cubes. Where z is much coarser that is less than a slice, because two slices up or down is
+    another place, often the whole depth of a vessel.
 
     A structure of up to 2 * radius voxels is covered nearly whole, a thicker one along its middle.
-    Empty mask: empty; a single voxel: itself.
-
-    An unlabeled voxel is False in the mask, so that the skeleton of what runs into the unlabeled
-    region may end early, as at the border of the volume: by half the structure's thickness, of
-    which the tube makes up for `radius`. Thin structures lose nothing there (over 99.9 % of the
-    skeleton that they would have on a full label is in the tube), thick ones a stump.
+    Empty mask: empty; a single voxel: itself. At the border of the volume and of the unlabeled
+    region the skeleton may end early, by half the structure's thickness: thin structures lose less
+    than 0.1 % of the skeleton that they would have on a full label, thick ones a stump.
 
     ValueError for a mask that is not (D, H, W) bool, a radius below 0 or a spacing not above 0.
     """
@@ -44,9 +39,8 @@ def thin(mask):
 
     The slices along each axis are thinned in 2D (Zhang and Suen 1984, scikit-image's). A voxel on
     the skeleton of a slice is kept if a slice along another axis has its skeleton within a voxel of
-    it: a sheet is a line in the slices along two axes or more, wherever it faces, while round a
-    thick tube only the lines near its middle agree. "Thick" and "flat" are meant in voxels,
-    whatever their spacing.
+    it: a sheet is a line in the slices along two axes or more, wherever it faces, while in a thick
+    tube only the lines near its middle agree. Thick and flat mean voxels, whatever their spacing.
 
     Thinning the volume itself (Lee et al. 1994, scikit-image's) would leave a sheet as a curve, and
     of some shapes of even thickness, such as a bar of 2 x 2 x 10, nothing.
@@ -73,7 +67,7 @@ def _thin_slices(mask, axis):
 
 
 def _grown(mask):
-    """Every voxel of the mask and its 26 neighbours."""
+    """Every voxel of the mask and its 26 neighbors."""
     grown = mask.copy()
     for axis in range(3):
         of, to = np.moveaxis(grown.copy(), axis, 0), np.moveaxis(grown, axis, 0)

@@ -1,4 +1,4 @@
-"""What sample_spatial_params draws, against what its settings ask for; batches drawn from samples."""
+"""Maps that sample_spatial_params samples, against what its settings ask for; whole batches."""
 
 import collections
 import itertools
@@ -15,14 +15,14 @@ from settings import Augment
 
 CUBE = (1.0, 1.0, 1.0)
 OFF = dict.fromkeys(("flip", "turn90", "rotation", "scaling", "elastic", "roll"), 0.0)
-UNLIKELY = 1e-3  # p-value: draws are seeded, so that a test that passes once always does
+UNLIKELY = 1e-3  # p-value: samples are seeded, so that a test that passes once always does
 
 
 def settings(**changes):
     return {**Augment().model_dump(), **OFF, **changes}
 
 
-def draws(count, spacing=CUBE, patch=(8, 8, 8), **changes):
+def sample_maps(count, spacing=CUBE, patch=(8, 8, 8), **changes):
     """Maps at the source's own spacing, each from a generator of its own, as a worker has it."""
     chosen = settings(**changes)
     return [
@@ -47,9 +47,9 @@ def are_alike(keys, kinds):
     return len(counts) == kinds and stats.chisquare(counts).pvalue > UNLIKELY
 
 
-def angles_of(drawn):
+def angles_of(sampled):
     """Degrees about z, then y, then x, of each map, by scipy; its y turns from x to z."""
-    turned = Rotation.from_matrix([m.matrix for m in drawn]).as_euler("XYZ", degrees=True)
+    turned = Rotation.from_matrix([m.matrix for m in sampled]).as_euler("XYZ", degrees=True)
     return turned * (1, -1, 1)
 
 
@@ -58,19 +58,19 @@ def angles_of(drawn):
 
 @pytest.mark.parametrize("chosen", [None, settings()])
 def test_probability_zero_changes_nothing(chosen):
-    drawn = augment.sample_spatial_params(
+    sampled = augment.sample_spatial_params(
         np.random.default_rng(0), (2, 1, 1), (2, 1, 1), patch=(4, 4, 4), settings=chosen
     )
-    assert np.array_equal(drawn.matrix, np.eye(3)) and np.array_equal(drawn.upright, np.eye(3))
-    assert drawn.control is None and drawn.roll == 0
+    assert np.array_equal(sampled.matrix, np.eye(3)) and np.array_equal(sampled.upright, np.eye(3))
+    assert sampled.control is None and sampled.roll == 0
 
 
-def test_one_transform_does_not_change_what_another_draws():
+def test_one_transform_does_not_change_what_another_samples():
     on = {"flip": 0.5, "turn90": 0.5, "rotation": 0.5, "scaling": 0.5, "elastic": 0.5, "roll": 0.5}
-    whole = draws(40, **on)
-    still = draws(40, **{**on, "elastic": 0.0, "roll": 0.0})
+    whole = sample_maps(40, **on)
+    still = sample_maps(40, **{**on, "elastic": 0.0, "roll": 0.0})
     assert all(np.array_equal(a.matrix, b.matrix) for a, b in zip(whole, still, strict=True))
-    upright = draws(40, **{**on, "rotation": 0.0})
+    upright = sample_maps(40, **{**on, "rotation": 0.0})
     for a, b in zip(whole, upright, strict=True):
         assert np.array_equal(a.upright, b.upright) and a.roll == b.roll
         assert (a.control is None) == (b.control is None)
@@ -80,13 +80,13 @@ def test_one_transform_does_not_change_what_another_draws():
 
 
 def test_angles_are_uniform_in_the_range_about_every_axis():
-    drawn = draws(1000, rotation=1.0, rotation_axes="all", rotation_degrees=(-10.0, 40.0))
-    for angles in angles_of(drawn).T:
+    sampled = sample_maps(1000, rotation=1.0, rotation_axes="all", rotation_degrees=(-10.0, 40.0))
+    for angles in angles_of(sampled).T:
         assert is_uniform(angles, -10, 40)
 
 
 def test_rotation_comes_with_its_probability_about_each_axis_alone():
-    angles = angles_of(draws(1000, rotation=0.4))
+    angles = angles_of(sample_maps(1000, rotation=0.4))
     turned = np.abs(angles) > 1e-9
     for axis in range(3):
         assert happens(turned[:, axis], 0.4)
@@ -95,40 +95,40 @@ def test_rotation_comes_with_its_probability_about_each_axis_alone():
 
 
 def test_rotation_about_z_alone_if_asked():
-    angles = angles_of(draws(300, rotation=1.0, rotation_axes="z"))
+    angles = angles_of(sample_maps(300, rotation=1.0, rotation_axes="z"))
     assert is_uniform(angles[:, 0], -30, 30) and np.allclose(angles[:, 1:], 0)
 
 
 def test_anisotropic_data_rotate_and_turn_in_plane_only():
-    for drawn in draws(50, spacing=(5, 1, 1), rotation=1.0, turn90=1.0):
-        assert np.allclose(drawn.matrix[0, 1:], 0) and np.allclose(drawn.matrix[1:, 0], 0)
-    turned = [m.matrix for m in draws(300, spacing=(5, 1, 1), rotation=1.0)]
+    for sampled in sample_maps(50, spacing=(5, 1, 1), rotation=1.0, turn90=1.0):
+        assert np.allclose(sampled.matrix[0, 1:], 0) and np.allclose(sampled.matrix[1:, 0], 0)
+    turned = [m.matrix for m in sample_maps(300, spacing=(5, 1, 1), rotation=1.0)]
     assert is_uniform([math.degrees(math.asin(m[2, 1])) for m in turned], -30, 30)
 
 
-def test_anisotropic_data_rotate_about_every_axis_if_told_to():
-    drawn = draws(20, spacing=(5, 1, 1), rotation=1.0, rotation_axes="all")
-    assert all(np.abs(m.matrix[0, 1:]).min() > 1e-6 for m in drawn)
+def test_anisotropic_data_rotate_about_every_axis_if_asked():
+    sampled = sample_maps(20, spacing=(5, 1, 1), rotation=1.0, rotation_axes="all")
+    assert all(np.abs(m.matrix[0, 1:]).min() > 1e-6 for m in sampled)
 
 
 def test_rotation_keeps_physical_lengths():
-    (drawn,) = draws(1, spacing=(1.5, 1, 1), rotation=1.0, rotation_axes="all")
-    physical = np.diag([1.5, 1, 1]) @ drawn.matrix @ np.diag([1 / 1.5, 1, 1])
+    (sampled,) = sample_maps(1, spacing=(1.5, 1, 1), rotation=1.0, rotation_axes="all")
+    physical = np.diag([1.5, 1, 1]) @ sampled.matrix @ np.diag([1 / 1.5, 1, 1])
     assert np.allclose(physical @ physical.T, np.eye(3))
-    assert not np.allclose(physical, np.eye(3)) and np.allclose(drawn.upright, np.eye(3))
+    assert not np.allclose(physical, np.eye(3)) and np.allclose(sampled.upright, np.eye(3))
 
 
 # ---------------------------------------------------------------------------- scaling
 
 
 def test_scaling_shows_things_larger_by_the_factor():
-    (drawn,) = draws(1, scaling=1.0, scaling_range=(2.0, 2.0))
-    assert np.allclose(drawn.matrix, np.eye(3) / 2)
+    (sampled,) = sample_maps(1, scaling=1.0, scaling_range=(2.0, 2.0))
+    assert np.allclose(sampled.matrix, np.eye(3) / 2)
 
 
 def test_scale_is_log_uniform_with_the_asked_share_of_factors_per_axis():
-    drawn = draws(2000, scaling=0.6, scaling_range=(0.5, 2.0), scaling_per_axis=0.3)
-    scales = np.array([-np.log(np.diag(m.matrix)) for m in drawn])
+    sampled = sample_maps(2000, scaling=0.6, scaling_range=(0.5, 2.0), scaling_per_axis=0.3)
+    scales = np.array([-np.log(np.diag(m.matrix)) for m in sampled])
     scaled = np.abs(scales).max(1) > 0
     assert happens(scaled, 0.6)
     own = np.ptp(scales[scaled], axis=1) > 1e-9
@@ -144,30 +144,30 @@ def test_scale_is_log_uniform_with_the_asked_share_of_factors_per_axis():
 
 
 def test_each_axis_is_flipped_with_its_probability_and_alone():
-    signs = [tuple(np.diag(m.matrix)) for m in draws(1600, flip=0.5)]
+    signs = [tuple(np.diag(m.matrix)) for m in sample_maps(1600, flip=0.5)]
     assert set(signs) == set(itertools.product((-1.0, 1.0), repeat=3)) and are_alike(signs, 8)
-    rare = [tuple(np.diag(m.matrix)) for m in draws(1000, flip=0.2)]
+    rare = [tuple(np.diag(m.matrix)) for m in sample_maps(1000, flip=0.2)]
     assert all(happens([s[axis] < 0 for s in rare], 0.2) for axis in range(3))
 
 
 def test_quarter_turns_are_uniform_in_the_plane_of_equal_spacing():
-    turns = [tuple(m.matrix.ravel()) for m in draws(1000, spacing=(3, 1, 1), turn90=1.0)]
+    turns = [tuple(m.matrix.ravel()) for m in sample_maps(1000, spacing=(3, 1, 1), turn90=1.0)]
     assert are_alike(turns, 4)
-    halves = [m.matrix for m in draws(1000, spacing=(3, 1, 1), turn90=0.5)]
+    halves = [m.matrix for m in sample_maps(1000, spacing=(3, 1, 1), turn90=0.5)]
     assert happens([np.array_equal(m, np.eye(3)) for m in halves], 0.5 + 0.5 / 4)
 
 
 def test_isotropic_patches_come_in_all_24_orientations_and_no_mirrored_one():
-    turns = {tuple(m.matrix.ravel()) for m in draws(600, turn90=1.0)}
+    turns = {tuple(m.matrix.ravel()) for m in sample_maps(600, turn90=1.0)}
     assert len(turns) == 24
     assert all(math.isclose(np.linalg.det(np.reshape(m, (3, 3))), 1) for m in turns)
 
 
 def test_roll_is_uniform_over_the_slices_with_its_probability():
-    assert all(m.roll == 0 for m in draws(50, roll=0.0))
-    rolls = [m.roll for m in draws(800, roll=1.0)]
+    assert all(m.roll == 0 for m in sample_maps(50, roll=0.0))
+    rolls = [m.roll for m in sample_maps(800, roll=1.0)]
     assert are_alike(rolls, 7) and min(rolls) == 1  # a patch of 8 slices; 0 would be none
-    assert happens([m.roll == 0 for m in draws(800, roll=0.3)], 0.7)
+    assert happens([m.roll == 0 for m in sample_maps(800, roll=0.3)], 0.7)
 
 
 # ---------------------------------------------------------------------------- elastic
@@ -175,16 +175,16 @@ def test_roll_is_uniform_over_the_slices_with_its_probability():
 
 def elastic(count, distance, amplitude, **how):
     ranges = {"elastic_spacing": distance, "elastic_amplitude_range": amplitude}
-    return draws(count, elastic=1.0, **{**ranges, **how})
+    return sample_maps(count, elastic=1.0, **{**ranges, **how})
 
 
-def field(drawn, points):
+def field(sampled, points):
     """Displacements in patch voxels at points (3, ...) in patch voxels, by scipy's spline."""
-    step = np.reshape(drawn.step, (3,) + (1,) * (points.ndim - 1))
+    step = np.reshape(sampled.step, (3,) + (1,) * (points.ndim - 1))
     return np.array(
         [
             ndimage.map_coordinates(c.astype(float), points / step + 1, order=3, prefilter=False)
-            for c in drawn.control
+            for c in sampled.control
         ]
     )
 
@@ -193,18 +193,18 @@ def field(drawn, points):
 @pytest.mark.parametrize("spacing", [CUBE, (3.0, 1.0, 1.5)])
 def test_displacement_has_the_asked_root_mean_square_along_each_axis(distance, spacing):
     patch, amplitude = (6, 12, 10), 0.05 * distance
-    drawn = elastic(1000, distance, (amplitude, amplitude), spacing=spacing, patch=patch)
+    sampled = elastic(1000, distance, (amplitude, amplitude), spacing=spacing, patch=patch)
     places = np.indices(patch).astype(float)
-    moved = np.array([field(m, places) for m in drawn]) * np.reshape(spacing, (1, 3, 1, 1, 1))
+    moved = np.array([field(m, places) for m in sampled]) * np.reshape(spacing, (1, 3, 1, 1, 1))
     rms = np.sqrt((moved**2).mean(axis=(0, 2, 3, 4)))
     assert np.abs(rms / amplitude - 1).max() < 0.04
-    # Patches smaller than the distance are moved as one: 4 standard errors of that many draws.
-    assert np.abs(moved.mean(axis=(0, 2, 3, 4))).max() < 4 * amplitude / math.sqrt(len(drawn))
+    # Patches smaller than the distance are moved as one: 4 standard errors of that many samples.
+    assert np.abs(moved.mean(axis=(0, 2, 3, 4))).max() < 4 * amplitude / math.sqrt(len(sampled))
     assert np.abs(np.corrcoef(moved.swapaxes(0, 1).reshape(3, -1))[0, 1:]).max() < 0.1
 
 
 def test_amplitude_is_uniform_in_its_range_and_comes_with_its_probability():
-    chosen = draws(1000, elastic=0.7, elastic_spacing=9.0, elastic_amplitude_range=(0.2, 1.0))
+    chosen = sample_maps(1000, elastic=0.7, elastic_spacing=9.0, elastic_amplitude_range=(0.2, 1.0))
     assert happens([m.control is not None for m in chosen], 0.7)
     unit = elastic(1000, 9.0, (1.0, 1.0))
     amplitudes = [
@@ -219,38 +219,39 @@ def test_displacement_forgets_itself_within_the_distance_of_the_control_points()
     # Independent control points make a cubic B-spline whose correlation over k distances is that
     # of the B-spline of degree 7 at k: 151/315, 397/1680, 1/42, 1/5040, as shares of the first.
     distance, patch = 8, (2, 2, 8 * 8)
-    drawn = elastic(400, float(distance), (0.5, 0.5), patch=patch)
-    moved = np.array([field(m, np.indices(patch).astype(float)) for m in drawn])
+    sampled = elastic(400, float(distance), (0.5, 0.5), patch=patch)
+    moved = np.array([field(m, np.indices(patch).astype(float)) for m in sampled])
     for k, share in ((1, 0.4930), (2, 0.0497), (3, 0.0004), (4, 0.0)):
         ahead, behind = moved[..., : -k * distance], moved[..., k * distance :]
         assert abs((ahead * behind).mean() / (moved**2).mean() - share) < 0.05
 
 
 def test_displacement_bends_no_more_than_its_control_points_do():
-    (drawn,) = elastic(1, 10.0, (0.7, 0.7), patch=(3, 3, 60))
-    line = field(drawn, np.indices((3, 3, 60)).astype(float))
+    (sampled,) = elastic(1, 10.0, (0.7, 0.7), patch=(3, 3, 60))
+    line = field(sampled, np.indices((3, 3, 60)).astype(float))
     bend = np.abs(np.diff(line, n=2, axis=3)).max()
-    assert 0 < bend <= np.abs(np.diff(drawn.control, n=2, axis=3)).max() / 10**2
+    assert 0 < bend <= np.abs(np.diff(sampled.control, n=2, axis=3)).max() / 10**2
 
 
 @pytest.mark.parametrize("spacing", [CUBE, (4.0, 1.0, 1.0)])
 def test_amplitude_below_0_075_of_the_distance_maps_one_to_one(spacing):
     rng, patch, smallest = np.random.default_rng(1), (10, 24, 24), np.inf
     h = 1e-3 * np.eye(3)[:, :, None]
-    for drawn in elastic(150, 12.0, (0.9, 0.9), spacing=spacing, patch=patch):
+    for sampled in elastic(150, 12.0, (0.9, 0.9), spacing=spacing, patch=patch):
         points = rng.uniform(0.01, np.array(patch) - 1.01, (400, 3)).T
         slopes = [
-            (field(drawn, points + h[a]) - field(drawn, points - h[a])) / 2e-3 for a in (0, 1, 2)
+            (field(sampled, points + h[a]) - field(sampled, points - h[a])) / 2e-3
+            for a in (0, 1, 2)
         ]
         jacobian = np.eye(3) + np.array(slopes).transpose(2, 1, 0)
         smallest = min(smallest, np.linalg.det(jacobian).min())
         # Choi & Lee 2000: one to one if no control point moves by 1 / 2.4795 of the distance.
-        moves = np.abs(drawn.control).max(axis=(1, 2, 3)) / drawn.step
+        moves = np.abs(sampled.control).max(axis=(1, 2, 3)) / sampled.step
         assert (moves < 1 / 2.4795).all()
     assert 0 < smallest < 0.7
 
 
-def test_displacement_is_drawn_in_the_unit_of_the_spacing_along_the_axes_of_the_patch():
+def test_displacement_is_sampled_in_the_unit_of_the_spacing_along_the_axes_of_the_patch():
     # A patch of 2 um that looks at voxels of 1 um, zoomed by 2 and turned by 90 degrees: a
     # displacement of one patch voxel is one source voxel, along another axis.
     how = {"elastic": 1.0, "elastic_spacing": 20.0, "elastic_amplitude_range": (1.0, 1.0)}
@@ -270,11 +271,11 @@ def test_displacement_is_drawn_in_the_unit_of_the_spacing_along_the_axes_of_the_
 
 
 def test_distance_and_amplitude_default_to_voxels_of_the_finest_axis():
-    drawn = draws(300, spacing=(2.0, 0.5, 0.5), patch=(4, 16, 16), elastic=1.0)
+    sampled = sample_maps(300, spacing=(2.0, 0.5, 0.5), patch=(4, 16, 16), elastic=1.0)
     unit = elastic(300, 12.0, (1.0, 1.0), spacing=(2.0, 0.5, 0.5), patch=(4, 16, 16))
-    assert drawn[0].step == (6.0, 24.0, 24.0)
+    assert sampled[0].step == (6.0, 24.0, 24.0)
     ratios = [
-        a.control[0, 0, 0, 0] / b.control[0, 0, 0, 0] for a, b in zip(drawn, unit, strict=True)
+        a.control[0, 0, 0, 0] / b.control[0, 0, 0, 0] for a, b in zip(sampled, unit, strict=True)
     ]
     assert is_uniform(ratios, 0.25, 0.75)
 
@@ -329,7 +330,7 @@ def test_a_batch_holds_normalised_images_and_the_masks_of_its_samples():
         assert torch.equal(skeletons[i], targets[i])  # here the tube is everywhere
 
 
-def test_each_sample_of_a_batch_gets_the_intensities_that_were_drawn_for_it():
+def test_each_sample_of_a_batch_gets_the_intensities_that_were_sampled_for_it():
     samples = [sample(0), {**sample(1), "intensity": {"brightness": 0.5, "noise_seed": 1}}]
     images, *_ = augment_batch(samples)
     plain, *_ = augment_batch([sample(0), sample(1)])
@@ -340,7 +341,7 @@ def test_each_sample_of_a_batch_gets_the_intensities_that_were_drawn_for_it():
     assert torch.equal(images, alone)
 
 
-def test_what_is_drawn_of_a_sample_does_not_depend_on_its_batch():
+def test_what_becomes_of_a_sample_does_not_depend_on_its_batch():
     samples = [sample(i) for i in range(3)]
     together, alone = augment_batch(samples), [augment_batch([one]) for one in samples]
     for k in range(4):

@@ -43,7 +43,7 @@ def random_patch(shape=(1, 12, 14, 16), seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------- drawing
+# ---------------------------------------------------------------------------- parameters
 
 
 def test_probability_zero_chooses_nothing_and_one_chooses_all_as_plain_numbers():
@@ -57,26 +57,26 @@ def test_probability_zero_chooses_nothing_and_one_chooses_all_as_plain_numbers()
 
 def test_values_lie_in_their_ranges_and_reach_over_them():
     asked = settings(1.0)
-    drawn = [
+    sampled = [
         intensity.sample_intensity_params(np.random.default_rng(s), settings=asked)
         for s in range(400)
     ]
     for name in intensity.NAMES:
         low, high = asked[f"{name}_range"]
-        found = [chosen[name] for chosen in drawn]
+        found = [chosen[name] for chosen in sampled]
         assert low <= min(found) < low + 0.05 * (high - low)
         assert high >= max(found) > high - 0.05 * (high - low)
-    assert {chosen["dropout_boxes"] for chosen in drawn} == set(range(1, 9))
+    assert {chosen["dropout_boxes"] for chosen in sampled} == set(range(1, 9))
 
 
 def test_each_transform_is_chosen_as_often_as_asked():
     rng, asked = np.random.default_rng(0), settings(0.3)
-    drawn = [intensity.sample_intensity_params(rng, settings=asked) for _ in range(2000)]
+    sampled = [intensity.sample_intensity_params(rng, settings=asked) for _ in range(2000)]
     for name in intensity.NAMES:
-        assert abs(sum(name in chosen for chosen in drawn) / 2000 - 0.3) < 0.04
+        assert abs(sum(name in chosen for chosen in sampled) / 2000 - 0.3) < 0.04
 
 
-def test_one_setting_does_not_shift_the_draws_of_the_others():
+def test_one_setting_does_not_shift_the_others():
     rngs = [np.random.default_rng(5) for _ in range(3)]
     narrow = settings(1.0, dropout_boxes=(3, 3), gamma_range=(1.0, 1.0))
     asked = settings(1.0), settings(0.0, noise=1.0), narrow

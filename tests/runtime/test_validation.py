@@ -11,7 +11,7 @@ from runtime import checkpoint, validation
 from runtime import signals as stopping
 from runtime.validation import Evaluation, Validator
 from tests.runtime.test_saver import CONSTANT
-from volumes import boxes
+from volumes import casefile
 
 VERDICT = {"scores": {"dice": 0.5}, "cases": {}, "steps": [], "threshold": 0.5, "unread": []}
 
@@ -52,7 +52,7 @@ def made(monkeypatch):
         def predict(network, case, questions, *, with_slices, progress, **how):
             tried.append((case.id, network.training))
             if case.id in unreadable:
-                raise boxes.Unreadable(f"case {case.id}: expected\na file")
+                raise casefile.Unreadable(f"case {case.id}: expected\na file")
             progress(1, 2)
             return case.id, {"of": case.id} if with_slices else None
 

@@ -9,12 +9,10 @@ from scipy import ndimage
 import data
 import loader
 import prepare
-from patches import augment
-from patches import resample as grid
+from patches import augment, resample
 from patches.cache import VolumeCache
 from settings import Augment
-from volumes import casefile as cases
-from volumes import phantoms, skeletons
+from volumes import casefile, phantoms, skeletons
 
 EVERYWHERE = np.ones((3, 3, 3))
 
@@ -161,8 +159,8 @@ def write(folder, label, **changes):
     rng = np.random.default_rng(0)
     image = rng.integers(1, 255, (1, *label.shape)).astype(np.uint8)
     about = {"spacing": (1.0, 1.0, 1.0), "unit": "", "affine": None, "group": "g"}
-    cases.write_case(folder / "a.h5", image, label, ignore_label=2, **{**about, **changes})
-    return cases.read_case(folder / "a.h5")
+    casefile.write_case(folder / "a.h5", image, label, ignore_label=2, **{**about, **changes})
+    return casefile.read_case(folder / "a.h5")
 
 
 def test_a_case_file_holds_the_tube_of_all_classes_and_not_of_the_unlabeled(tmp_path):
@@ -190,15 +188,15 @@ def test_a_case_file_without_a_skeleton_says_so(tmp_path):
     case = write(tmp_path, two_classes())
     with h5py.File(case.path, "a") as file:
         del file["skeleton"]  # as files were before there were skeletons
-    assert not cases.read_case(case.path).skeleton
+    assert not casefile.read_case(case.path).skeleton
 
 
-def test_prepare_writes_skeletons_unless_told_not_to(tmp_path):
+def test_prepare_writes_skeletons_unless_asked_not_to(tmp_path):
     phantom = ("--phantom", "vessels", "--cases", "1", "--shape", "10", "24", "24")
     for options, wanted in (((), True), (("--no-skeletons",), False)):
         out = tmp_path / str(wanted)
         assert prepare.main([*phantom, *options, "--workers", "1", "--out", str(out)]) == 0
-        (case,) = cases.read_dataset(out).cases.values()
+        (case,) = casefile.read_dataset(out).cases.values()
         assert case.skeleton == wanted
         with h5py.File(case.path) as file:
             mask = file["label"][:] == 1
@@ -225,7 +223,7 @@ def patches(case, *, augmentation=None, **changes):
     return data.PatchDataset([case], **{**settings, **changes})
 
 
-def drawn(samples, foreground=(1,)):
+def make_batch(samples, foreground=(1,)):
     return augment.augment_batch(
         samples,
         (8, 12, 12),
@@ -248,21 +246,21 @@ def test_a_sample_ships_the_box_of_the_skeleton_beside_the_label_if_asked(tmp_pa
 def test_a_case_without_a_skeleton_is_named_before_training(tmp_path):
     case = write(tmp_path, two_classes(), skeleton=False)
     with pytest.raises(ValueError, match="skeleton in every case file, got none in a; prepare"):
-        cases.check_skeletons([case])
-    cases.check_skeletons([write(tmp_path, two_classes())])
+        casefile.check_skeletons([case])
+    casefile.check_skeletons([write(tmp_path, two_classes())])
 
 
 def test_a_batch_without_skeletons_has_none_and_one_with_them_the_target_of_before(tmp_path):
     case = write(tmp_path, two_classes())
-    *plain, none = drawn([patches(case)[0, i] for i in range(3)])
-    *beside, skeleton = drawn([patches(case, skeletons=True)[0, i] for i in range(3)])
+    *plain, none = make_batch([patches(case)[0, i] for i in range(3)])
+    *beside, skeleton = make_batch([patches(case, skeletons=True)[0, i] for i in range(3)])
     assert none is None
     assert all(torch.equal(a, b) for a, b in zip(plain, beside, strict=True))
     assert skeleton.shape == (3, 1, 8, 12, 12) and skeleton.dtype == torch.float32
     assert set(skeleton.unique().tolist()) == {0.0, 1.0}
 
 
-def test_the_skeleton_is_drawn_for_the_foreground_that_is_trained_alone(tmp_path):
+def test_the_skeleton_is_resampled_for_the_foreground_that_is_trained_alone(tmp_path):
     case = write(tmp_path, two_classes())
     samples = [patches(case, skeletons=True, patch=(12, 20, 24))[0, 0]]
     for classes in ([1], [3], [1, 3]):
@@ -274,15 +272,15 @@ def test_the_skeleton_is_drawn_for_the_foreground_that_is_trained_alone(tmp_path
         assert skeleton.sum() < target.sum()
 
 
-def draw_whole(label, matrix, skeleton):
-    """A patch of the label's own shape (a cube's), drawn around its centre."""
+def resample_whole(label, matrix, skeleton):
+    """A patch of the label's own shape (a cube's), around its center."""
     n = label.shape[0]
-    return grid.resample_patch(
+    return resample.resample_patch(
         torch.zeros(1, *label.shape),
         torch.from_numpy(label),
         torch.from_numpy(skeleton),
-        about={
-            **grid.Map(matrix, matrix)._asdict(),
+        geometry={
+            **resample.Map(matrix, matrix)._asdict(),
             "origin": (n - 1) / 2 - matrix @ np.full(3, (n - 1) / 2),
             "start": np.zeros(3, int),
             "inside": False,
@@ -310,7 +308,7 @@ def test_flips_and_quarter_turns_bring_the_skeleton_exactly_where_it_was(quarter
     label, tube = crooked()
     signs = [-1.0 if axis in mirrored else 1.0 for axis in range(3)]
     turn = np.round(augment.rotate_in((1, 2), quarters * np.pi / 2)) @ np.diag(signs)
-    _, _, valid, skeleton = draw_whole(label, turn, tube)
+    _, _, valid, skeleton = resample_whole(label, turn, tube)
     places = np.moveaxis(np.indices(label.shape), 0, -1) - 9.5
     source = tuple(np.moveaxis(np.round(places @ turn.T + 9.5).astype(int), -1, 0))
     assert np.array_equal(skeleton[0], (tube * (label != 2))[source])
@@ -320,17 +318,17 @@ def test_flips_and_quarter_turns_bring_the_skeleton_exactly_where_it_was(quarter
 def test_a_rotated_skeleton_stays_in_the_target_and_takes_the_voxels_of_the_same_places():
     label, tube = crooked()
     matrix = augment.rotate_in((1, 2), 0.5) @ augment.rotate_in((0, 1), 0.3)
-    _, target, valid, skeleton = draw_whole(label, matrix, tube)
+    _, target, valid, skeleton = resample_whole(label, matrix, tube)
     assert skeleton.any() and not (skeleton > target).any()
     assert not (skeleton.bool() & ~valid).any()
-    _, of_tube, _, _ = draw_whole(np.where(label == 2, 2, tube).astype(np.uint8), matrix, tube)
+    _, of_tube, _, _ = resample_whole(np.where(label == 2, 2, tube).astype(np.uint8), matrix, tube)
     assert torch.equal(skeleton, of_tube)
 
 
 def test_a_skeleton_beside_a_wider_label_never_leaves_the_target():
     label, _ = crooked()
     everywhere = np.ones_like(label)
-    _, target, _, skeleton = draw_whole(label, np.eye(3), everywhere)
+    _, target, _, skeleton = resample_whole(label, np.eye(3), everywhere)
     assert torch.equal(skeleton, target)
 
 
@@ -342,6 +340,6 @@ def test_augmented_batches_carry_the_skeleton_through_the_loader(tmp_path, worke
     plan = {"batches_per_epoch": 2, "batch_size": 2, "prefetch": 2, "pin": False}
     stream = loader.Batches(dataset, 0, 2, **plan, workers=workers, persistent=True)
     for samples in stream:
-        _, target, valid, skeleton = drawn(samples)
+        _, target, valid, skeleton = make_batch(samples)
         assert skeleton.any() and not (skeleton > target).any()
         assert not (skeleton.bool() & ~valid).any()
