@@ -16,6 +16,7 @@ from monitoring import machine
 from patches import augment, cache
 from runtime import composite_loss, evaluator, sliding_window, splits, validation
 from settings import Settings
+from volumes import casefile
 
 
 @dataclass(frozen=True)
