@@ -128,7 +128,7 @@ def predict(network, job, settings, spacing, **how):
                 low[part] = planes[0] >= post.hysteresis
             if probs is not None:
                 probs[part] = planes[0]
-    mask = postprocess.finish(high, low, spacing=job.spacing, **post.model_dump())
+    mask = postprocess.apply(high, low, spacing=job.spacing, **post.model_dump())
     return mask.astype(np.uint8), probs
 
 

@@ -29,8 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from scoring.corners import bounding_box, extract
 from scoring.partitions import count_components
+from scoring.surface import bounding_box, extract
 
 DUAL = {6: 26, 26: 6}  # the connectivity of the background
 WEIGHTS = (0.34, 0.33, 0.33)  # of the TopoScore's dimensions

@@ -7,7 +7,7 @@
 It shares no code with the losses, so that a mistake there cannot hide itself here. Scores equal
 their published reference implementations on the same masks. All of them, with what is better and
 what they cost, stand in SCORES at the end of the file; what needs more than a line is in
-corners.py, neighbours.py, surfaces.py, partitions.py and homology.py.
+surface.py, partitions.py and homology.py.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scoring import corners, homology, partitions
+from scoring import homology, partitions
 from scoring import surface as surfaces
 from scoring.partitions import count_components
 from scoring.surface import surface_dice
@@ -166,7 +166,7 @@ class Comparison:
         if not _is_integer(threads) or threads < 1:
             raise ValueError(f"threads: expected an integer of 1 or more, got {threads}")
         self.threads = int(threads)
-        box = corners.bounding_box(prediction | truth)
+        box = surfaces.bounding_box(prediction | truth)
         self.masks = prediction[box], truth[box]
 
     def both(self, function, *arguments):
@@ -188,8 +188,8 @@ class Comparison:
 
     @functools.cached_property
     def corners(self):
-        """The `corners.Corners` of prediction and truth."""
-        return self.both(corners.extract, self.masks)
+        """The `surface.Corners` of prediction and truth."""
+        return self.both(surfaces.extract, self.masks)
 
     @functools.cached_property
     def surfaces(self):
