@@ -15,9 +15,8 @@ import model
 from monitoring import memory
 from patches import augment, cache
 from runtime import composite_loss as composite
-from runtime import evaluator as judging
+from runtime import evaluator, splits, validation
 from runtime import sliding_window as windows
-from runtime import splits, validation
 from settings import Settings
 from volumes import casefile as cases
 
@@ -63,7 +62,7 @@ def settle(settings):
     split, notes = splits.choose_cases(dataset, **which)
     terms = settings.terms()
     composite.check_terms(terms, in_training=True)
-    judging.check(settings.validation.score, settings.validation.scores)
+    evaluator.check(settings.validation.score, settings.validation.scores)
     skeletons = composite.takes_skeleton(terms)
     in_validation = composite.takes_skeleton(terms, validation_only=True)
     cases.check_skeletons(split.train * skeletons + split.validation * in_validation)
@@ -135,14 +134,14 @@ def draw(plan, samples):
     )
 
 
-def questions(plan):
-    """What validation asks of predictions: a `judging.Questions`."""
+def evaluation_spec(plan):
+    """What validation evaluates: an `evaluator.EvaluationSpec`."""
     settings = plan.settings
     asked, post = settings.validation, settings.postprocess
     threshold, size = settings.inference.threshold, post.min_component_voxels
-    usual_first = sorted(asked.thresholds, key=lambda t: (abs(t - judging.USUAL), t))
-    return judging.Questions(
-        by=asked.score,
+    usual_first = sorted(asked.thresholds, key=lambda t: (abs(t - evaluator.DEFAULT_THRESHOLD), t))
+    return evaluator.EvaluationSpec(
+        metric=asked.score,
         names=asked.scores,
         thresholds=tuple(usual_first) if threshold is None else (threshold,),
         sizes=tuple(sorted(asked.min_component_voxels)) if size is None else (size,),
@@ -162,7 +161,7 @@ def make_validator(plan, *, remembered, report, poll):
     wanted = settings.validation.background
     return validation.Validator(
         plan.split.validation[: settings.validation.max_cases],
-        questions(plan),
+        evaluation_spec(plan),
         background=plan.device.type == "cuda" if wanted is None else wanted,
         report=report,
         poll=poll,

@@ -14,8 +14,7 @@ import traceback
 
 import loader
 from monitoring import picture
-from runtime import checkpoint
-from runtime import evaluator as judging
+from runtime import checkpoint, evaluator
 from runtime import microbatch as fitting
 from runtime import signals as stopping
 from runtime.memory_guard import MemoryGuard
@@ -72,13 +71,13 @@ class Keeper:
     def evaluation(self, found):
         """Log a `validation.Evaluation`, and keep the state that it was of if that is the best.
 
-        None is no evaluation. One without all of its scores (a case that could not be read, a judge
-        that died) chooses nothing.
+        None is no evaluation. One without all of its scores (a case that could not be read, an
+        evaluator that died) chooses nothing.
         """
         if found is None:
             return
-        verdict = found.verdict or {"scores": {}, "cases": {}, "steps": []}
-        chosen = {key: verdict[key] for key in judging.CHOICES if key in verdict}
+        verdict = found.result or {"scores": {}, "cases": {}, "steps": []}
+        chosen = {key: verdict[key] for key in evaluator.CHOICES if key in verdict}
         content = {key: verdict[key] for key in ("scores", "cases", "steps")}
         content |= {"chosen": chosen, "unread": found.unread}
         epoch = found.step // self.iterations
@@ -91,12 +90,12 @@ class Keeper:
             self._choose(found.step, verdict["scores"].get(self.by), chosen)
         self.save("last.pt")
         if self.picture:
-            threshold = chosen.get("threshold", judging.USUAL)
+            threshold = chosen.get("threshold", evaluator.DEFAULT_THRESHOLD)
             picture.draw_progress(self.run_folder, self.run_folder.name, found.slices, threshold)
 
     def _choose(self, step, score, chosen):
         self.loop["chosen"] = chosen
-        if judging.better(score, self.loop["best_score"], self.by):
+        if evaluator.is_better(score, self.loop["best_score"], self.by):
             best = {"best_score": score, "best_step": step, "worse": 0}
             self.loop.update(best)
             changes = best | {"pending": None, "chosen": chosen}
