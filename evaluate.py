@@ -185,8 +185,8 @@ def parse(argv):
     add("--tolerance", type=non_negative, default=2.0, metavar="T",
         help="of surface Dice, in the unit of the spacing (default 2)")  # fmt: skip
     add("--rank", type=score_name, metavar="NAME",
-        help="the score by which methods are ranked and cases are worst (default: surface_dice if it is "
-        "among --scores, else the first)")  # fmt: skip
+        help="the score that ranks methods and cases (default: surface_dice if it is among "
+        "--scores, else the first)")  # fmt: skip
     add("--out", nargs="+", default=[], metavar="FILE", help="write the scores: CSV, or .json")
     add("--otsu", metavar="PATH", help="images: score their Otsu threshold too")
     add("--invert", action="store_true", help="--otsu looks for dark structures")

@@ -76,18 +76,18 @@ class Keeper:
         """
         if found is None:
             return
-        verdict = found.result or {"scores": {}, "cases": {}, "steps": []}
-        chosen = {key: verdict[key] for key in evaluator.CHOICES if key in verdict}
-        content = {key: verdict[key] for key in ("scores", "cases", "steps")}
+        result = found.result or {"scores": {}, "cases": {}, "steps": []}
+        chosen = {key: result[key] for key in evaluator.CHOICES if key in result}
+        content = {key: result[key] for key in ("scores", "cases", "steps")}
         content |= {"chosen": chosen, "unread": found.unread}
         epoch = found.step // self.iterations
         self.log.write("evaluation", step=found.step, epoch=epoch, **content)
-        if verdict["scores"]:
-            scores = " ".join(f"{name} {value:.4g}" for name, value in verdict["scores"].items())
+        if result["scores"]:
+            scores = " ".join(f"{name} {value:.4g}" for name, value in result["scores"].items())
             self.show.say(f"evaluation of step {found.step}: {scores}")
         self.loop.update(pending=None, worse=self.loop["worse"] + 1)
         if chosen and not found.unread:
-            self._choose(found.step, verdict["scores"].get(self.by), chosen)
+            self._choose(found.step, result["scores"].get(self.by), chosen)
         self.save("last.pt")
         if self.picture:
             threshold = chosen.get("threshold", evaluator.DEFAULT_THRESHOLD)

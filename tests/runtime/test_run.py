@@ -191,8 +191,8 @@ def test_a_best_state_that_was_lost_does_not_keep_a_run_from_leaving_with_its_st
 
 
 def evaluated(score, step=6, unread=(), name="dice"):
-    verdict = {"scores": {name: score}, "cases": {}, "steps": [], "threshold": 0.4}
-    return Evaluation(step, verdict | {"min_component_voxels": 10}, list(unread), None)
+    result = {"scores": {name: score}, "cases": {}, "steps": [], "threshold": 0.4}
+    return Evaluation(step, result | {"min_component_voxels": 10}, list(unread), None)
 
 
 def test_a_better_score_makes_the_state_that_was_evaluated_the_best(made):
@@ -224,7 +224,7 @@ def test_where_less_is_better_less_is_the_best(made):
     assert keeper.loop["best_score"] == 0.4 and len(saver.promoted) == 1
 
 
-def test_an_evaluation_that_lacks_a_case_or_its_judge_chooses_nothing(made):
+def test_an_evaluation_that_lacks_a_case_or_its_result_chooses_nothing(made):
     keeper, log, saver, _ = made()
     keeper.evaluation(evaluated(0.9, unread=["bar2"]))
     keeper.evaluation(Evaluation(6, None, [], None))
