@@ -1,4 +1,4 @@
-"""The judge: time and memory of its scores on torn sheets, beside the packages that define them.
+"""Time and memory of all scores on torn sheets, beside the packages that define them.
 
     python benchmarks/metrics.py
     python benchmarks/metrics.py --sizes 160 --rounds 3
@@ -31,7 +31,7 @@ import psutil
 from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from scoring import homology, metrics, neighbours, partitions
+from scoring import homology, metrics, partitions
 from scoring import surface as surfaces
 from volumes import phantoms
 
@@ -91,8 +91,8 @@ def package_information(prediction, truth):
 
 def hd95(prediction, truth, **constants):
     for name, value in constants.items():
-        setattr(neighbours, name, value)
-    return surfaces.hausdorff(prediction, truth, percentile=95.0)
+        setattr(surfaces, name, value)
+    return surfaces.surface_pair(prediction, truth).hausdorff(95.0)
 
 
 def names(*chosen):
@@ -103,10 +103,8 @@ PARTS = {
     "surface Dice": surfaces.surface_dice,
     "surface Dice, surface-distance": package_surface_dice,
     "HD95": hd95,
-    "HD95, k-d tree of all corners": lambda p, t: hd95(
-        p, t, _MOST_OFFSETS=1, _VOXELS_PER_QUERY=0, _ROWS_PER_VOXEL=0
-    ),
-    "HD95, transform of the box": lambda p, t: hd95(p, t, _MOST_OFFSETS=1, _VOXELS_PER_QUERY=10**9),
+    "HD95, k-d tree": lambda p, t: hd95(p, t, _VOXELS_PER_QUERY=0, _ROWS_PER_VOXEL=0),
+    "HD95, transform": lambda p, t: hd95(p, t, _VOXELS_PER_QUERY=10**9, _ROWS_PER_VOXEL=0),
     "HD95, surface-distance": package_hd95,
     "VOI": lambda p, t: partitions.partition(p, t).variation_of_information(),
     "VOI, scipy and scikit-image": package_information,
@@ -121,14 +119,14 @@ PARTS = {
 AGREE = [
     ("surface Dice", "surface Dice, surface-distance"),
     ("HD95", "HD95, surface-distance"),
-    ("HD95", "HD95, k-d tree of all corners"),
-    ("HD95", "HD95, transform of the box"),
+    ("HD95", "HD95, k-d tree"),
+    ("HD95", "HD95, transform"),
     ("VOI", "VOI, scipy and scikit-image"),
 ]
 
 
 def measure(path, part, rounds, results):
-    """Puts (median seconds, peak MB, what it found, median processor seconds of all threads)."""
+    """Puts (median seconds, peak MB, its result, median processor seconds of all threads)."""
     prediction, truth = np.load(path)
     Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
     held = psutil.Process().memory_info().rss

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -229,3 +230,16 @@ def test_an_evaluation_whose_state_is_gone_is_reported_and_not_started(files, tm
     validator, ((kind, text),) = again(files, loop, candidate, files("last.pt", 5))
     assert not hasattr(validator, "step") and loop["pending"] is None
     assert kind == "evaluation lost" and "evaluation of step 3 is lost" in text
+
+
+# ---------------------------------------------------------------------------- slices
+
+
+def test_the_slice_with_most_labeled_foreground_is_shown():
+    truth = np.zeros((4, 5, 6), np.uint8)
+    truth[1, :, 0:2], truth[2, 0:3], truth[3] = 1, 1, 2
+    image = np.arange(truth.size, dtype=np.uint16).reshape(truth.shape)[None]
+    slices = validation.middle_slices(image, truth, ignore_label=2)
+    assert slices["z"] == 2 and slices["labeled"].all() and slices["truth"].sum() == 18
+    assert np.array_equal(slices["image"], image[0, 2])
+    assert validation.middle_slices(image, truth, None)["z"] == 3
