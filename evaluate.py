@@ -103,10 +103,9 @@ def write_overlays(folder, pairs, rows, options, args):
         for case in report.worst_cases(rows, method, args.rank)[: args.overlay_cases]:
             masks = inputs.read(by_id[case], options, [])
             image = files.read_image(by_id[case].image).array[0] if by_id[case].image else None
-            limits = {"tolerance": args.tolerance, "ignore_label": options.ignore_label}
-            slices = report.worst_slices(
-                masks.masks[method], masks.truth, image, masks.spacing, **limits
-            )
+            how = {"tolerance": args.tolerance, "ignore_label": options.ignore_label}
+            pair = masks.masks[method], masks.truth
+            slices = report.worst_slices(*pair, image, masks.spacing, **how)
             drawn.append((case, scores[case, method], slices))
         path = Path(folder) / f"{method}.png"
         tolerance = f"{args.tolerance:g} {masks.unit}".rstrip()
@@ -118,23 +117,21 @@ def write_overlays(folder, pairs, rows, options, args):
 # ---------------------------------------------------------------------------- command line
 
 
-def non_negative(text):
-    value = float(text)
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text}")
-    return value
+def number(kind, wanted, accepts):
+    """A function that reads a number of the command line, or refuses it."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if accepts(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text}")
+
+    return parse
 
 
-def positive(text):
-    if non_negative(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return float(text)
-
-
-def count(text):
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text}")
-    return int(text)
+non_negative = number(float, "a number of 0 or more", lambda value: 0 <= value < math.inf)
+positive = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+count = number(int, "a whole number of 1 or more", lambda value: value >= 1)
 
 
 def score_name(text):
@@ -195,12 +192,7 @@ def parse(argv):
     add("--images", metavar="PATH",
         help="images under the overlays (default: those of --otsu or of the dataset)")  # fmt: skip
     add("--jobs", type=count, metavar="N", help="cases at one time (default: as many as fit)")
-    add(
-        "--memory-gb",
-        type=positive,
-        metavar="GB",
-        help="memory for all of them (default: what is free)",
-    )
+    add("--memory-gb", type=positive, metavar="GB", help="for all of them (default: what is free)")
     add("--list-scores", action=ListScores, nargs=0, help="name all scores, and leave")
     args = parser.parse_args(argv)
     check(parser, args)
@@ -210,8 +202,8 @@ def parse(argv):
 class ListScores(argparse.Action):
     def __call__(self, parser, *_):
         for name, kind in metrics.SCORES.items():
-            number = f"  (also {name}@{kind.number.upper()})" if kind.number else ""
-            print(f"{name:24}{kind.better or 'describes':12}{kind.cost}{number}")
+            also = f"  (also {name}@{kind.number.upper()})" if kind.number else ""
+            print(f"{name:24}{kind.better or 'describes':12}{kind.cost}{also}")
         parser.exit()
 
 
@@ -223,9 +215,8 @@ def check(parser, args):
         parser.error("--images: expected either this or --otsu, whose images are shown too")
     if args.ignore_label in (0, 1):
         parser.error(f"--ignore-label: expected neither 0 nor 1, got {args.ignore_label}")
-    for path in args.out:
-        if Path(path).is_dir():
-            parser.error(f"--out: expected a file to write, got the folder {path}")
+    if folder := next((path for path in args.out if Path(path).is_dir()), None):
+        parser.error(f"--out: expected a file to write, got the folder {folder}")
     if args.overlays and Path(args.overlays).is_file():
         parser.error(f"--overlays: expected a folder to write to, got the file {args.overlays}")
     try:
@@ -309,8 +300,8 @@ def main(argv=None):
     errors += [error for result in results for error in result.errors]
     if errors:
         plural = "" if len(errors) == 1 else "s"
-        print(*errors, f"{len(errors)} error{plural}; nothing was written",
-              sep="\n", file=sys.stderr)  # fmt: skip
+        errors.append(f"{len(errors)} error{plural}; nothing was written")
+        print(*errors, sep="\n", file=sys.stderr)
         return WRONG_INPUT
     rows = [row for result in results for row in result.rows]
     return write_report(rows, pairs, options, args, notes + notes_on(pairs, results))

@@ -63,11 +63,13 @@ class Validator:
             self.pool, (self.process,) = self.stack.enter_context(
                 parallel.worker_pool(1, STOP_SIGNALS)
             )
+        how = {**self.how, "report": self.report, "progress": lambda done, total: self.poll()}
         training = network.training
         network.eval()
         predictions, unread, slices = [], [], None
         for case in self.cases:
-            read = functools.partial(self._predict, network, case, with_slices=slices is None)
+            how["with_slices"] = slices is None
+            read = functools.partial(predict, network, case, self.spec, **how)
             try:
                 prediction, case_slices = data.read_patiently(read)
             except data.UNREADABLE as error:
@@ -83,10 +85,6 @@ class Validator:
             self.future = self.pool.submit(_evaluate_in_worker, self.spec, predictions)
         else:
             self._complete(evaluator.evaluate(self.spec, predictions))
-
-    def _predict(self, network, case, *, with_slices):
-        how = {**self.how, "report": self.report, "progress": lambda done, total: self.poll()}
-        return predict(network, case, self.spec, with_slices=with_slices, **how)
 
     def result(self, *, wait=False):
         """The `Evaluation` that was started, once; None while it runs, or if none was started."""

@@ -17,9 +17,9 @@ from scoring.metrics import (
     mean_scores,
     otsu_threshold,
     score,
-    surface_dice,
     vesuvius_score,
 )
+from scoring.surface import surface_dice
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("LAMINA_SHARED", ROOT.parent / "shared"))
