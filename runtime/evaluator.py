@@ -94,8 +94,9 @@ def evaluate(spec, predictions):
             readable.append(prediction)
         except boxes.Unreadable:
             unread.append(prediction.case.id)
-    settings = [(threshold, spec.sizes[0]) for threshold in spec.thresholds]
-    threshold, _ = _best(spec, readable, settings)
+    threshold, _ = _best(
+        spec, readable, [(threshold, spec.sizes[0]) for threshold in spec.thresholds]
+    )
     threshold, size = _best(spec, readable, [(threshold, size) for size in spec.sizes])
     steps = {p.case.id: _score_steps(spec, p, threshold, size) for p in readable}
     return {
@@ -145,9 +146,8 @@ def _stages(spec, prediction, threshold, size):
 
 
 def _scores(spec, case, mask, truth, names):
-    return metrics.score(
-        mask, truth, case.spacing, case.ignore_label, spec.tolerance, names=tuple(names)
-    )
+    how = (case.spacing, case.ignore_label, spec.tolerance)
+    return metrics.score(mask, truth, *how, names=tuple(names))
 
 
 def _score_steps(spec, prediction, threshold, size):
@@ -185,12 +185,10 @@ def _validation_losses(spec, prediction, truth):
 
 def _mean_steps(cases):
     """[{"step", "value", **mean scores}] from the [(step, value, scores)] of each case."""
-    means = []
-    for rows in zip(*cases, strict=True):
-        step, value, _ = rows[0]
-        scores = metrics.mean_scores([scores for _, _, scores in rows])
-        means.append({"step": step, "value": value, **scores})
-    return means
+    return [
+        {"step": rows[0][0], "value": rows[0][1]} | metrics.mean_scores([row[2] for row in rows])
+        for rows in zip(*cases, strict=True)
+    ]
 
 
 def is_better(score, best, metric):

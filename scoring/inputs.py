@@ -77,10 +77,11 @@ def find_sources(text, role, errors):
     try:
         if (Path(text) / casefile.DATASET_FILE).is_file():
             dataset = casefile.read_dataset(text)
-            volumes = _of_dataset(dataset, role)
+            name = "image" if role == "image" else "label"
+            cases = [c for c in dataset.cases.values() if name == "image" or c.labeled]
+            volumes = [files.Source(case.id, f"{case.path}:{name}") for case in cases]
         else:
-            volumes = files.find_volumes(text)
-            volumes = volumes if len(volumes) == 1 else _of_role(volumes, role)
+            volumes = _of_role(files.find_volumes(text), role)
     except ValueError as error:
         errors.append(str(error))
         return {}, None
@@ -96,14 +97,11 @@ def find_sources(text, role, errors):
     return sources, dataset
 
 
-def _of_dataset(dataset, role):
-    name = "image" if role == "image" else "label"
-    wanted = (case for case in dataset.cases.values() if role == "image" or case.labeled)
-    return [files.Source(case.id, f"{case.path}:{name}") for case in wanted]
-
-
 def _of_role(sources, role):
+    """Those of several sources that are for a role; one alone is for any."""
     labels = [source for source in sources if files.is_label_name(source.path)]
+    if len(sources) == 1:
+        return sources
     if role == "truth":
         return labels or sources
     if role == "image":
@@ -132,8 +130,11 @@ def match(predictions, truth, images, errors, notes, *, only=()):
         notes.append(f"no label, not scored: {listed(bare)}")
         methods = {m: {i: p for i, p in s.items() if i not in bare} for m, s in methods.items()}
         predicted -= bare
-    if len(predicted) == 1:  # whatever a single file is called
-        truths, shown = _as_only(predicted, truth, truths), _as_only(predicted, images, shown)
+    if len(predicted) == 1:  # a single file is of that case, whatever it is called
+        if _is_file(truth):
+            truths = dict(zip(predicted, truths.values(), strict=True))
+        if images and _is_file(images):
+            shown = dict(zip(predicted, shown.values(), strict=True))
     if dataset and (left := set(truths) - predicted):
         notes.append(f"truth without a prediction, not scored: {listed(left)}")
         truths = {i: path for i, path in truths.items() if i in predicted}
@@ -150,19 +151,16 @@ def match(predictions, truth, images, errors, notes, *, only=()):
     ], dataset
 
 
-def _as_only(predicted, text, sources):
-    """The sources of a role, under the one predicted id if they are one file."""
-    if text and os.path.isfile(files.split_dataset(text)[0]):
-        return dict(zip(predicted, sources.values(), strict=True))
-    return sources
+def _is_file(text):
+    return os.path.isfile(files.split_dataset(text)[0])
 
 
 def _wanted(ids, only, errors):
     """Those of the ids that a pattern of `only` names; a pattern that names none is an error."""
-    for pattern in only:
-        if not fnmatch.filter(ids, pattern):
-            errors.append(f"--cases {pattern}: expected a case of it, got {listed(ids)}")
-    return {i for i in ids if not only or any(fnmatch.fnmatch(i, pattern) for pattern in only)}
+    matches = {pattern: fnmatch.filter(ids, pattern) for pattern in only}
+    for pattern in (pattern for pattern in only if not matches[pattern]):
+        errors.append(f"--cases {pattern}: expected a case of it, got {listed(ids)}")
+    return set().union(*matches.values()) if only else ids
 
 
 def _check_sides(sides, wanted, errors):
@@ -232,7 +230,6 @@ def _read(reader, path, errors):
         return reader(path)
     except files.VolumeError as error:
         errors.append(str(error))
-        return None
 
 
 def _of_classes(truth, options):
@@ -240,8 +237,8 @@ def _of_classes(truth, options):
     if not options.foreground:
         return truth
     classes = np.isin(truth.array, options.foreground).astype(truth.array.dtype)
-    ignored = -1 if options.ignore_label is None else options.ignore_label
-    classes = np.where(truth.array == ignored, truth.array, classes)
+    if options.ignore_label is not None:
+        classes = np.where(truth.array == options.ignore_label, truth.array, classes)
     return dataclasses.replace(truth, array=classes)
 
 
@@ -299,8 +296,8 @@ def _check_values(volume, ignored, advice, errors):
     allowed = [0, 1] if ignored is None else [0, 1, ignored]
     if not np.isin(volume.array, allowed).all():
         values = ", ".join(map(str, np.unique(volume.array)[:8]))
-        allowed = ", ".join(map(str, allowed))
-        errors.append(f"{volume.path}: expected the values {allowed}, got {values}; {advice}")
+        wanted = ", ".join(map(str, allowed))
+        errors.append(f"{volume.path}: expected the values {wanted}, got {values}; {advice}")
 
 
 def _otsu_mask(image, invert, errors):
@@ -315,4 +312,3 @@ def _otsu_mask(image, invert, errors):
         return (image.array[0] > metrics.otsu_threshold(image.array[0])) != invert
     except ValueError as error:
         errors.append(f"{image.path}: {error}; --otsu cannot use this image")
-        return None

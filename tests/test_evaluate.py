@@ -446,6 +446,7 @@ def test_classes_of_the_truth_can_be_named(tmp_path):
     assert run(*arguments) == 2
     assert run(*arguments, "--foreground", 2) == 0
     assert float(read_csv(out)["a", "prediction"]["dice"]) == 1.0
+    assert run(*arguments, "--foreground", 2, "--ignore-label", -1) == 0  # no voxel can have it
 
 
 def test_ids_that_end_in_a_role_word_or_begin_the_file_name_are_found(tmp_path):
