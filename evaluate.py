@@ -79,7 +79,7 @@ def write_csv(path, rows):
 
 
 def write_json(path, rows, names, notes):
-    """All that is printed, and the leaderboard of every score of which more or less is better."""
+    """All that is printed, and the leaderboard of every score with a better end."""
     ranked = [name for name in names if metrics.entry(name)[0].better]
     content = {
         "cases": rows,
@@ -226,9 +226,9 @@ def check(parser, args):
     args.scores = tuple(dict.fromkeys([*args.scores, *([args.rank] if args.rank else [])]))
     ranking = [name for name in args.scores if metrics.entry(name)[0].better]
     if args.rank and args.rank not in ranking:
-        parser.error(f"--rank: expected a score of which more or less is better, got {args.rank}")
+        parser.error(f"--rank: expected a score where higher or lower is better, got {args.rank}")
     if not ranking:
-        parser.error("--scores: expected one of which more or less is better beside these")
+        parser.error("--scores: expected one where higher or lower is better among them")
     default = "surface_dice" if "surface_dice" in ranking else ranking[0]
     args.rank = args.rank or default
 

@@ -1,4 +1,4 @@
-"""Time and memory of all scores on torn sheets, beside the packages that define them.
+"""Time and memory of all scores on torn sheets, and of the packages that define them.
 
     python benchmarks/metrics.py
     python benchmarks/metrics.py --sizes 160 --rounds 3
@@ -71,8 +71,8 @@ def package_distances(prediction, truth):
 def package_surface_dice(prediction, truth):
     import surface_distance as package
 
-    found = package_distances(prediction, truth)
-    return package.compute_surface_dice_at_tolerance(found, TOLERANCE)
+    result = package_distances(prediction, truth)
+    return package.compute_surface_dice_at_tolerance(result, TOLERANCE)
 
 
 def package_hd95(prediction, truth):
@@ -130,7 +130,7 @@ def measure(path, part, rounds, results):
     prediction, truth = np.load(path)
     Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
     held = psutil.Process().memory_info().rss
-    found, seconds, worked = PARTS[part](prediction, truth), [], []
+    result, seconds, worked = PARTS[part](prediction, truth), [], []
     status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
     while len(seconds) < rounds and sum(seconds) < ENOUGH_SECONDS:
@@ -139,7 +139,7 @@ def measure(path, part, rounds, results):
         seconds.append(time.perf_counter() - started)
         worked.append(time.process_time() - before)
     median = statistics.median
-    results.put((median(seconds), (peak - held) / 2**20, found, median(worked)))
+    results.put((median(seconds), (peak - held) / 2**20, result, median(worked)))
 
 
 def measured(path, part, rounds):
@@ -166,17 +166,17 @@ def compare(size, rounds, folder):
         if part == "Betti matching, one tile" and size > TILE:
             continue
         table[part] = measured(path, part, rounds)
-        seconds, memory, found, worked = table[part]
-        print(f"{part:32s}{seconds:9.3f}{worked:9.3f}{memory:8.0f}   {_short(found)}", flush=True)
+        seconds, memory, result, worked = table[part]
+        print(f"{part:32s}{seconds:9.3f}{worked:9.3f}{memory:8.0f}   {_short(result)}", flush=True)
     return table
 
 
-def _short(found):
-    if isinstance(found, dict):
-        return ", ".join(f"{name} {_short(value)}" for name, value in found.items())
-    if isinstance(found, tuple):
-        return "/".join(map(_short, found))
-    return f"{found:.4g}"
+def _short(result):
+    if isinstance(result, dict):
+        return ", ".join(f"{name} {_short(value)}" for name, value in result.items())
+    if isinstance(result, tuple):
+        return "/".join(map(_short, result))
+    return f"{result:.4g}"
 
 
 def _load():

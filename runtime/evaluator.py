@@ -210,6 +210,6 @@ def check(metric, names):
             raise ValueError(f"{key}: {error}") from None
     if metrics.entry(metric)[0].better is None:
         raise ValueError(
-            f"validation.score: expected a score of which more or less is better, got {metric}, "
+            f"validation.score: expected a score where higher or lower is better, got {metric}, "
             "which describes a mask"
         )

@@ -1,7 +1,7 @@
 """Whole-volume validation of a network in training: windows over each case, then the evaluator.
 
 validator = Validator(cases, spec, background=True, ...)
-validator.start(network, step)           # predicts; the evaluator may run beside training
+validator.start(network, step)           # predicts; the evaluator may run during training
 evaluation = validator.result()          # None: not yet
 evaluation = validator.result(wait=True)
 """
@@ -60,9 +60,8 @@ class Validator:
     def start(self, network, step):
         """Predict all cases with a network, and have the predictions evaluated."""
         if self.background and self.pool is None:
-            self.pool, (self.process,) = self.stack.enter_context(
-                parallel.worker_pool(1, STOP_SIGNALS)
-            )
+            worker = parallel.worker_process(STOP_SIGNALS)
+            self.pool, self.process = self.stack.enter_context(worker)
         how = {**self.how, "report": self.report, "progress": lambda done, total: self.poll()}
         training = network.training
         network.eval()
@@ -139,7 +138,7 @@ def predict(network, case, spec, *, spacing, clip, window, with_slices=False, **
     """(`evaluator.Prediction`, slices) of a case; slices None if not wanted.
 
     spacing, clip: as in `data.PatchDataset`; window: arguments of `sliding_window.predict_slabs`
-    that come from the settings, how: its others. Memory: a byte a voxel beside the slab, four more
+    that come from the settings, how: its others. Memory: the slab and a byte a voxel, four more
     where a validation-only term needs probabilities. boxes.Unreadable if the file cannot be read.
     """
     counts = np.empty(case.shape, np.uint8)

@@ -50,29 +50,17 @@ class Scorer:
     threads: int = 1
 
     def __call__(self, pair, only_check=False):
-        errors = []
+        errors, rows = [], []
         case = inputs.read(pair, self.options, errors)
         if case is None:
             return Result([], errors, None)
-        rows = [] if only_check else [self._row(pair, case, method) for method in case.masks]
+        spacing = " ".join(f"{s:g}" for s in case.spacing)
+        details = {"tolerance": self.tolerance, "spacing": spacing, "unit": case.unit}
+        how = (case.spacing, self.options.ignore_label, self.tolerance)
+        for method, mask in ({} if only_check else case.masks).items():
+            scores = metrics.score(mask, case.truth, *how, names=self.names, threads=self.threads)
+            rows.append({"case": pair.id, "method": method} | scores | details)
         return Result(rows, errors, dataclasses.replace(case, masks={}, truth=None))
-
-    def _row(self, pair, case, method):
-        scores = metrics.score(
-            case.masks[method],
-            case.truth,
-            case.spacing,
-            self.options.ignore_label,
-            self.tolerance,
-            names=self.names,
-            threads=self.threads,
-        )
-        details = {
-            "tolerance": self.tolerance,
-            "spacing": " ".join(f"{s:g}" for s in case.spacing),
-            "unit": case.unit,
-        }
-        return {"case": pair.id, "method": method} | scores | details
 
 
 def cores():
@@ -99,7 +87,7 @@ def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda done: No
             results[number] = scorer(pair, any(result.errors for result in results.values()))
             progress(len(results))
     elif not _in_processes(pairs, needs, scorer, wanted, budget, progress, results):
-        # A process that dies takes the others with it: the cases that are left run one at a time.
+        # A process died, perhaps for want of memory: the cases that are left run one at a time.
         _in_processes(pairs, needs, scorer, 1, budget, progress, results)
     return [results[number] for number in range(len(pairs))]
 
@@ -111,27 +99,31 @@ def _in_processes(pairs, needs, scorer, jobs, budget, progress, results):
     """
     # The largest first, so that the last one to end is a small one.
     waiting = deque(sorted(set(range(len(pairs))) - set(results), key=lambda i: -needs[i]))
-    running = {}  # {future: number}
-    with worker_pool(jobs, {signal.SIGINT}) as (pool, processes):
+    running = {}  # {future: (number, worker)}
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(worker_process({signal.SIGINT})) for _ in range(jobs)]
         while waiting or running:
-            while waiting and len(running) < jobs:
-                used = sum(needs[number] for number in running.values())
+            while waiting and idle:
+                used = sum(needs[number] for number, _ in running.values())
                 if running and budget and used + needs[waiting[0]] > budget:
                     break
                 number, only_check = waiting.popleft(), any(r.errors for r in results.values())
-                running[pool.submit(scorer, pairs[number], only_check)] = number
+                pool, process = idle.pop()
+                future = pool.submit(scorer, pairs[number], only_check)
+                running[future] = number, (pool, process)
             for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
-                number = running.pop(future)
+                number, worker = running.pop(future)
+                idle.append(worker)
                 try:
                     results[number] = future.result()
                 except (BrokenProcessPool, MemoryError) as error:
                     if jobs > 1:
                         return False
+                    cause = cause_of_death(error, worker[1])
                     raise ScoringError(
-                        f"{pairs[number].id}: the process that scored it "
-                        f"{cause_of_death(error, processes[0])}, with no other beside it; it needs "
-                        f"about {needs[number] / 1e9:.1f} GB: score it where there is more memory, "
-                        "or fewer --scores"
+                        f"{pairs[number].id}: the process that scored it {cause}, although no "
+                        f"other ran; it needs about {needs[number] / 1e9:.1f} GB: score it where "
+                        "there is more memory, or fewer --scores"
                     ) from error
                 progress(len(results))
     return True
@@ -141,29 +133,29 @@ def _in_processes(pairs, needs, scorer, jobs, budget, progress, results):
 
 
 @contextlib.contextmanager
-def worker_pool(count, blocked_signals):
-    """(ProcessPoolExecutor, its processes); they are killed at the end, whatever they do.
+def worker_process(blocked_signals):
+    """(ProcessPoolExecutor of one process, that process); it is killed at the end.
 
-    blocked_signals do not reach the processes: one that is sent to the whole process group is for
-    the parent to handle. They end with the parent even if that is killed, and where memory runs
-    out, the kernel kills them first.
+    blocked_signals do not reach the process: one that is sent to the whole process group is for the
+    parent to handle. It ends with the parent even if that is killed, and where memory runs out, the
+    kernel kills it first. A pool of several would break as a whole when one process dies, and not
+    say which.
     """
     before = set(multiprocessing.active_children())
     spawn = multiprocessing.get_context("spawn")
-    pool = futures.ProcessPoolExecutor(count, mp_context=spawn, initializer=_start_worker)
+    pool = futures.ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_worker)
     # multiprocessing's tracker lets signals through when it starts, so it starts first.
     resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked_signals)
     try:
-        pool.submit(int)  # starts the processes, which inherit the mask
+        pool.submit(int)  # starts the process, which inherits the mask
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    processes = list(set(multiprocessing.active_children()) - before)
+    (process,) = set(multiprocessing.active_children()) - before
     try:
-        yield pool, processes
+        yield pool, process
     finally:
-        for process in processes:
-            process.kill()
+        process.kill()
         pool.shutdown(cancel_futures=True)
 
 
@@ -178,7 +170,7 @@ def _start_worker():
 
 
 def cause_of_death(error, process):
-    """How the only process of a pool ended, for people: "was killed by SIGKILL"."""
+    """How the process of a broken pool ended, for people: "was killed by SIGKILL"."""
     if isinstance(error, MemoryError):
         return "could not get the memory it asked for"
     process.join()

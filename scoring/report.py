@@ -186,7 +186,7 @@ def worst_slices(prediction, truth, image, spacing, *, tolerance, ignore_label, 
     """`Slice`s of a case, the worst first; those next to a chosen one are passed over.
 
     prediction, truth, image (D, H, W); image may be None. A thin mask is wrong by a voxel nearly
-    everywhere along its border, which nobody minds. So a voxel counts as missed if it is further
+    everywhere along its border, which does not matter. So a voxel counts as missed if it is further
     than the tolerance from all predicted ones, as false if it is from all true ones, in the unit of
     the spacing. Where there is none, slices follow with most wrong voxels, then with most truth.
     """

@@ -44,8 +44,8 @@ def made(monkeypatch):
         pool, reports, polls, tried = Pool(), [], [], []
 
         @contextlib.contextmanager
-        def worker_pool(count, blocked_signals):
-            yield pool, [pool.process]
+        def worker_process(blocked_signals):
+            yield pool, pool.process
 
         def predict(network, case, spec, *, with_slices, progress, **how):
             tried.append((case.id, network.training))
@@ -54,7 +54,7 @@ def made(monkeypatch):
             progress(1, 2)
             return case.id, {"of": case.id} if with_slices else None
 
-        monkeypatch.setattr(validation.parallel, "worker_pool", worker_pool)
+        monkeypatch.setattr(validation.parallel, "worker_process", worker_process)
         monkeypatch.setattr(validation.evaluator, "evaluate", evaluate_ids)
         monkeypatch.setattr(data, "PAUSES", (0.0,))
         monkeypatch.setattr(validation, "POLL_SECONDS", 0.01)

@@ -57,7 +57,7 @@ class Killed(parallel.Scorer):
 def test_a_case_whose_process_dies_is_named_with_the_cause(tmp_path):
     pairs, done = write_pairs(tmp_path, 3), []
     scorer = Killed(inputs.ReadOptions(), ("dice",), 2.0)
-    expected = "^1: the process that scored it was killed by SIGKILL, with no other beside it; it"
+    expected = "^1: the process that scored it was killed by SIGKILL, although no other ran; it"
     with pytest.raises(parallel.ScoringError, match=expected):
         parallel.score_all(pairs, scorer, jobs=2, progress=done.append)
 
@@ -73,7 +73,7 @@ class Hungry(parallel.Scorer):
         raise MemoryError
 
 
-def test_a_case_without_memory_is_scored_again_with_no_other_beside_it(tmp_path):
+def test_a_case_without_memory_is_scored_again_on_its_own(tmp_path):
     pairs = write_pairs(tmp_path, 3)
     (tmp_path / "hungry").touch()
     results = parallel.score_all(pairs, Hungry(inputs.ReadOptions(), ("dice",), 2.0), jobs=2)
@@ -86,9 +86,9 @@ sys.path.insert(0, os.getcwd())
 from scoring import parallel
 
 if __name__ == "__main__":
-    with parallel.worker_pool(1, {signal.SIGINT, signal.SIGTERM}) as (pool, processes):
+    with parallel.worker_process({signal.SIGINT, signal.SIGTERM}) as (pool, process):
         pool.submit(int).result()
-        print(processes[0].pid, flush=True)
+        print(process.pid, flush=True)
         time.sleep(60)
 """
 
