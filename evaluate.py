@@ -9,13 +9,13 @@
 
 Each PATH is a file, a folder, a pattern, or a folder made by prepare.py; predictions, truth and
 images are matched by case id. Several predictions of the same cases are ranked, and compared case
-by case. Cases are scored side by side, as many as there are cores and memory for. What each score
-means stands in metrics.py; --list-scores names them all.
+by case. As many cases are scored at one time as there are cores and memory for. What each score
+means is explained in scoring/metrics.py; --list-scores names them all.
 
 Leaves the files of --out (a row per case and method, then mean, median and worst; or the same and
 the leaderboards of all scores as JSON) and of --overlays (METHOD.png).
 
-Exit status 2 if any input is wrong: every fault is named, and no file is written. 1 if a case could
+Exit status 2 if any input is wrong: every error is named, and no file is written. 1 if a case could
 not be scored, or a file not be written.
 """
 
@@ -29,48 +29,44 @@ import re
 import sys
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import Progress
+
 from monitoring import machine
-from scoring import masks, metrics, overlays, pairs, tables
-from scoring import parallel as scoring
-from scoring import report as leaderboard
-from volumes import files as volumes
+from scoring import inputs, metrics, parallel, report
+from volumes import files
 
 SCORES = ("dice", "surface_dice", "precision", "recall", "voi_score", "components",
           "components_truth")  # fmt: skip
 SUMMARIES = ("mean", "median", "worst")
-LAST = ("tolerance", "spacing", "unit")  # facts beside the scores of a row
 WRONG_INPUT, FAILED = 2, 1
-
-
-# ---------------------------------------------------------------------------- tables
-
-
-def with_summaries(rows, names):
-    """The rows, then a row for mean, median and worst of each method."""
-    found = leaderboard.summary(rows, names)
-    out = list(rows)
-    for kind in SUMMARIES:
-        for method, scores in found.items():
-            values = {name: scores[name][kind] for name in names}
-            out.append({"case": kind, "method": method} | values)
-    return out
 
 
 # ---------------------------------------------------------------------------- files
 
 
 @contextlib.contextmanager
-def whole_file(path):
-    """A text file that appears when all of it is written."""
+def whole_file(path, mode="w"):
+    """A file that appears when all of it is written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial_{os.getpid()}_{path.name}")
     try:
-        with open(partial, "w", newline="") as file:
+        with open(partial, mode, newline=None if "b" in mode else "") as file:
             yield file
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def with_summaries(rows, names):
+    """The rows, then a row for mean, median and worst of each method."""
+    summaries = report.summary(rows, names)
+    return rows + [
+        {"case": kind, "method": method} | {name: scores[name][kind] for name in names}
+        for kind in SUMMARIES
+        for method, scores in summaries.items()
+    ]
 
 
 def write_csv(path, rows):
@@ -83,14 +79,12 @@ def write_csv(path, rows):
 
 
 def write_json(path, rows, names, notes):
-    """All that is printed, and the leaderboard of every score of which more or less is better."""
+    """All that is printed, and the leaderboard of every score with a better end."""
     ranked = [name for name in names if metrics.entry(name)[0].better]
     content = {
         "cases": rows,
-        "summary": leaderboard.summary(rows, names),
-        "leaderboard": {
-            name: [one._asdict() for one in leaderboard.standings(rows, name)] for name in ranked
-        },
+        "summary": report.summary(rows, names),
+        "leaderboard": {n: [one._asdict() for one in report.leaderboard(rows, n)] for n in ranked},
         "notes": notes,
     }
     with whole_file(path) as file:
@@ -98,52 +92,46 @@ def write_json(path, rows, names, notes):
         file.write("\n")
 
 
-def write_overlays(folder, found, rows, reading, args):
+def write_overlays(folder, pairs, rows, options, args):
     """METHOD.png for each predicted method; yields the paths."""
-    by_id = {pair.id: pair for pair in found}
-    for method in found[0].predictions:
-        shown_cases = []
-        for case in leaderboard.worst_cases(rows, method, args.rank)[: args.overlay_cases]:
-            pair, faults = by_id[case], []
-            read = masks.read(pair, reading, faults)
-            image = volumes.read_image(pair.image).array[0] if pair.image else None
-            slices = overlays.worst_slices(
-                read.masks[method],
-                read.truth,
-                image,
-                read.spacing,
-                tolerance=args.tolerance,
-                ignore_label=reading.ignore_label,
-            )
-            row = next(r for r in rows if (r["case"], r["method"]) == (case, method))
-            score = f"{args.rank.replace('_', ' ')} {tables.shown(row[args.rank], args.rank)}"
-            shown_cases.append((case, score, slices))
+    by_id, scores = {pair.id: pair for pair in pairs}, {}
+    for row in rows:
+        score = report.format_score(row[args.rank], args.rank)
+        scores[row["case"], row["method"]] = f"{args.rank.replace('_', ' ')} {score}"
+    for method in pairs[0].predictions:
+        drawn = []
+        for case in report.worst_cases(rows, method, args.rank)[: args.overlay_cases]:
+            masks = inputs.read(by_id[case], options, [])
+            image = files.read_image(by_id[case].image).array[0] if by_id[case].image else None
+            how = {"tolerance": args.tolerance, "ignore_label": options.ignore_label}
+            pair = masks.masks[method], masks.truth
+            slices = report.worst_slices(*pair, image, masks.spacing, **how)
+            drawn.append((case, scores[case, method], slices))
         path = Path(folder) / f"{method}.png"
-        tolerance = f"{args.tolerance:g} {read.unit}".rstrip()
-        overlays.sheet(path, shown_cases, title=method, tolerance=tolerance)
+        tolerance = f"{args.tolerance:g} {masks.unit}".rstrip()
+        with whole_file(path, "wb") as file:
+            report.draw_slices(drawn, title=method, tolerance=tolerance).savefig(file)
         yield path
 
 
 # ---------------------------------------------------------------------------- command line
 
 
-def non_negative(text):
-    value = float(text)
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text}")
-    return value
+def number(kind, wanted, accepts):
+    """A function that reads a number of the command line, or refuses it."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if accepts(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text}")
+
+    return parse
 
 
-def positive(text):
-    if non_negative(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return float(text)
-
-
-def count(text):
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text}")
-    return int(text)
+non_negative = number(float, "a number of 0 or more", lambda value: 0 <= value < math.inf)
+positive = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+count = number(int, "a whole number of 1 or more", lambda value: value >= 1)
 
 
 def score_name(text):
@@ -160,20 +148,20 @@ def named(texts):
     One path alone is called prediction; of several, each after its file or folder, or after the run
     that the folder predictions/ lies in.
     """
-    found = []
+    predictions = []
     for text in texts:
         given = re.fullmatch(r"([\w.+-]+)=(.+)", text)
         path = Path(text)
         inside = path.name if path.name != "predictions" else path.absolute().parent.name
-        name = "prediction" if len(texts) == 1 else volumes.stem_of(inside)
-        found.append((given[1], given[2]) if given and not path.exists() else (name, text))
-    names = [name for name, _ in found]
-    if masks.OTSU in names or len(set(names)) < len(names):
+        name = "prediction" if len(texts) == 1 else files.stem_of(inside)
+        predictions.append((given[1], given[2]) if given and not path.exists() else (name, text))
+    names = [name for name, _ in predictions]
+    if inputs.OTSU in names or len(set(names)) < len(names):
         raise ValueError(
-            f"expected predictions of different names, none of them {masks.OTSU}, got "
+            f"expected predictions of different names, none of them {inputs.OTSU}, got "
             f"{', '.join(names)}; give NAME=PATH"
         )
-    return found
+    return predictions
 
 
 def parse(argv):
@@ -194,15 +182,15 @@ def parse(argv):
     add("--tolerance", type=non_negative, default=2.0, metavar="T",
         help="of surface Dice, in the unit of the spacing (default 2)")  # fmt: skip
     add("--rank", type=score_name, metavar="NAME",
-        help="the score that says who is ahead, and what is worst (default: surface_dice if it is "
-        "among --scores, else the first)")  # fmt: skip
+        help="the score that ranks methods and cases (default: surface_dice if it is among "
+        "--scores, else the first)")  # fmt: skip
     add("--out", nargs="+", default=[], metavar="FILE", help="write the scores: CSV, or .json")
-    add("--otsu", metavar="PATH", help="images: score their Otsu threshold beside the predictions")
-    add("--invert", action="store_true", help="--otsu finds what is dark")
+    add("--otsu", metavar="PATH", help="images: score their Otsu threshold too")
+    add("--invert", action="store_true", help="--otsu looks for dark structures")
     add("--overlays", metavar="DIR", help="write a picture of the worst slices of each prediction")
     add("--overlay-cases", type=count, default=4, metavar="N", help="cases in it (default 4)")
     add("--images", metavar="PATH",
-        help="what is below the overlays (default: that of --otsu or of the dataset)")  # fmt: skip
+        help="images under the overlays (default: those of --otsu or of the dataset)")  # fmt: skip
     add("--jobs", type=count, metavar="N", help="cases at one time (default: as many as fit)")
     add("--memory-gb", type=positive, metavar="GB", help="for all of them (default: what is free)")
     add("--list-scores", action=ListScores, nargs=0, help="name all scores, and leave")
@@ -214,22 +202,21 @@ def parse(argv):
 class ListScores(argparse.Action):
     def __call__(self, parser, *_):
         for name, kind in metrics.SCORES.items():
-            number = f"  (also {name}@{kind.number.upper()})" if kind.number else ""
-            print(f"{name:24}{kind.better or 'describes':12}{kind.cost}{number}")
+            also = f"  (also {name}@{kind.number.upper()})" if kind.number else ""
+            print(f"{name:24}{kind.better or 'describes':12}{kind.cost}{also}")
         parser.exit()
 
 
 def check(parser, args):
-    """Leave with status 2 if options do not go together; settle what depends on others."""
+    """Leave with status 2 if options do not go together; complete those that depend on others."""
     if args.invert and not args.otsu:
         parser.error("--invert: expected --otsu PATH with it")
     if args.images and args.otsu:
         parser.error("--images: expected either this or --otsu, whose images are shown too")
     if args.ignore_label in (0, 1):
         parser.error(f"--ignore-label: expected neither 0 nor 1, got {args.ignore_label}")
-    for path in args.out:
-        if Path(path).is_dir():
-            parser.error(f"--out: expected a file to write, got the folder {path}")
+    if folder := next((path for path in args.out if Path(path).is_dir()), None):
+        parser.error(f"--out: expected a file to write, got the folder {folder}")
     if args.overlays and Path(args.overlays).is_file():
         parser.error(f"--overlays: expected a folder to write to, got the file {args.overlays}")
     try:
@@ -239,48 +226,46 @@ def check(parser, args):
     args.scores = tuple(dict.fromkeys([*args.scores, *([args.rank] if args.rank else [])]))
     ranking = [name for name in args.scores if metrics.entry(name)[0].better]
     if args.rank and args.rank not in ranking:
-        parser.error(f"--rank: expected a score of which more or less is better, got {args.rank}")
+        parser.error(f"--rank: expected a score where higher or lower is better, got {args.rank}")
     if not ranking:
-        parser.error("--scores: expected one of which more or less is better beside these")
-    usual = "surface_dice" if "surface_dice" in ranking else ranking[0]
-    args.rank = args.rank or usual
+        parser.error("--scores: expected one where higher or lower is better among them")
+    default = "surface_dice" if "surface_dice" in ranking else ranking[0]
+    args.rank = args.rank or default
 
 
 def unwritable(paths):
-    """A fault for each path that no file can be written to."""
+    """An error for each path that no file can be written to."""
     for path in map(Path, paths):
         there = next(p for p in path.absolute().parents if p.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             yield f"{path}: expected a file to write, but {there} is no folder that may be written"
 
 
-def facts_of(found, results):
-    """What is said of results beside the scores, as sentences."""
-    notes, white = [], {}
-    for pair, result in zip(found, results, strict=True):
-        for role, value in result.white.items():
-            white.setdefault((role, value), []).append(pair.id)
-    for (role, value), ids in white.items():
-        notes.append(f"{role} of 0 and {value} read as 0 and 1: {pairs.listed(ids)}")
-    bare = [pair.id for pair, result in zip(found, results, strict=True) if not result.stated]
+def notes_on(pairs, results):
+    """What a reader of the results must know, as sentences."""
+    notes, converted = [], {}
+    for pair, result in zip(pairs, results, strict=True):
+        for role, value in result.masks.ones.items():
+            converted.setdefault((role, value), []).append(pair.id)
+    for (role, value), ids in converted.items():
+        notes.append(f"{role} of 0 and {value} read as 0 and 1: {inputs.listed(ids)}")
+    bare = [p.id for p, r in zip(pairs, results, strict=True) if not r.masks.spacing_in_file]
     if bare:
-        notes.append(f"no file states a spacing, 1 1 1 is taken (--spacing): {pairs.listed(bare)}")
+        notes.append(f"no file has a spacing, 1 1 1 is used (--spacing): {inputs.listed(bare)}")
     rows = [row for result in results for row in result.rows]
     if any(row["tolerance"] < min(map(float, row["spacing"].split())) for row in rows):
         notes.append(f"the tolerance {rows[0]['tolerance']:g} is less than one voxel")
     return notes
 
 
-def score(found, reading, args):
-    """[scoring.Result] of the pairs, with a bar on a terminal."""
-    from rich.progress import Progress
-
-    scorer = scoring.Scorer(reading, args.scores, args.tolerance)
+def score(pairs, options, args):
+    """[parallel.Result] of the pairs, with a bar on a terminal."""
+    scorer = parallel.Scorer(options, args.scores, args.tolerance)
     budget = args.memory_gb * machine.GB if args.memory_gb else machine.available().bytes
     with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("scoring", total=len(found))
-        return scoring.score_all(
-            found,
+        task = bar.add_task("scoring", total=len(pairs))
+        return parallel.score_all(
+            pairs,
             scorer,
             jobs=args.jobs,
             budget=budget,
@@ -290,54 +275,50 @@ def score(found, reading, args):
 
 def main(argv=None):
     args = parse(argv)
-    faults, notes = list(unwritable([*args.out, *([args.overlays] if args.overlays else [])])), []
+    errors, notes = list(unwritable([*args.out, *([args.overlays] if args.overlays else [])])), []
     images = args.otsu or args.images
-    found, dataset = pairs.match(args.pred, args.truth, images, faults, notes, only=args.cases)
-    if not found and not faults:
-        faults.append(f"{args.truth}: expected a label of a predicted case, got none of any")
+    pairs, dataset = inputs.match(args.pred, args.truth, images, errors, notes, only=args.cases)
+    if not pairs and not errors:
+        errors.append(f"{args.truth}: expected a label of a predicted case, got none of any")
     ignore_label = args.ignore_label
     if ignore_label is None and dataset is not None:
         ignore_label = dataset.ignore_label
-    reading = masks.Reading(
+    options = inputs.ReadOptions(
         ignore_label=ignore_label,
         foreground=tuple(args.foreground or ()),
         spacing=args.spacing,
-        # A spacing given by hand, here or at preparation, wins over what other files state.
+        # A spacing given by hand, here or at preparation, wins over that of other files.
         check_spacing=args.spacing is None and dataset is None,
         otsu=bool(args.otsu),
         invert=args.invert,
     )
     try:
-        results = score(found, reading, args)
-    except scoring.ScoringError as error:
+        results = score(pairs, options, args)
+    except parallel.ScoringError as error:
         print(f"{error}; nothing was written", file=sys.stderr)
         return FAILED
-    faults += [fault for result in results for fault in result.faults]
-    if faults:
-        plural = "" if len(faults) == 1 else "s"
-        print(*faults, f"{len(faults)} fault{plural}; nothing was written",
-              sep="\n", file=sys.stderr)  # fmt: skip
+    errors += [error for result in results for error in result.errors]
+    if errors:
+        plural = "" if len(errors) == 1 else "s"
+        errors.append(f"{len(errors)} error{plural}; nothing was written")
+        print(*errors, sep="\n", file=sys.stderr)
         return WRONG_INPUT
-    return report([row for result in results for row in result.rows], found, reading, args,
-                  notes + facts_of(found, results))  # fmt: skip
+    rows = [row for result in results for row in result.rows]
+    return write_report(rows, pairs, options, args, notes + notes_on(pairs, results))
 
 
-def report(rows, found, reading, args, notes):
+def write_report(rows, pairs, options, args, notes):
     """Print and write everything; the exit status."""
-    from rich.console import Console
-
-    units = {row["unit"] for row in rows}
     # Without a terminal rich assumes 80 columns and would cut the ids.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     for note in notes:
         print(f"note: {note}")
-    all_rows = with_summaries(rows, args.scores)
+    all_rows, units = with_summaries(rows, args.scores), {row["unit"] for row in rows}
     unit = units.pop() if len(units) == 1 else ""
-    shown = all_rows if len(found) > 1 else rows
-    tables.print_scores(console, shown, args.scores, unit, len(rows))
-    if len(leaderboard.methods_of(rows)) > 1:
-        standings = leaderboard.standings(rows, args.rank)
-        tables.print_leaderboard(console, standings, args.rank, len(found))
+    report.print_scores(console, all_rows if len(pairs) > 1 else rows, args.scores, unit, len(rows))
+    if len(report.methods_of(rows)) > 1:
+        standings = report.leaderboard(rows, args.rank)
+        report.print_leaderboard(console, standings, args.rank, len(pairs))
     path = None
     try:
         for path in args.out:
@@ -348,7 +329,7 @@ def report(rows, found, reading, args, notes):
             print(f"wrote {path}")
         if args.overlays:
             path = args.overlays
-            for picture in write_overlays(path, found, rows, reading, args):
+            for picture in write_overlays(path, pairs, rows, options, args):
                 print(f"wrote {picture}")
     except OSError as error:
         print(f"{path}: it cannot be written ({error.strerror})", file=sys.stderr)

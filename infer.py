@@ -158,7 +158,7 @@ def predict(network, settings, spacing, volume, **how):
                 low[part] = planes[0] >= post.hysteresis
             if probs is not None:
                 probs[part] = planes[0]
-    mask = postprocess.finish(high, low, spacing=volume.spacing, **post.model_dump())
+    mask = postprocess.apply(high, low, spacing=volume.spacing, **post.model_dump())
     return mask.astype(np.uint8), probs
 
 

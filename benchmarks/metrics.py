@@ -1,4 +1,4 @@
-"""The judge: time and memory of its scores on torn sheets, beside the packages that define them.
+"""Time and memory of all scores on torn sheets, and of the packages that define them.
 
     python benchmarks/metrics.py
     python benchmarks/metrics.py --sizes 160 --rounds 3
@@ -31,7 +31,7 @@ import psutil
 from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from scoring import homology, metrics, neighbours, partitions
+from scoring import homology, metrics, partitions
 from scoring import surface as surfaces
 from volumes import phantoms
 
@@ -71,8 +71,8 @@ def package_distances(prediction, truth):
 def package_surface_dice(prediction, truth):
     import surface_distance as package
 
-    found = package_distances(prediction, truth)
-    return package.compute_surface_dice_at_tolerance(found, TOLERANCE)
+    result = package_distances(prediction, truth)
+    return package.compute_surface_dice_at_tolerance(result, TOLERANCE)
 
 
 def package_hd95(prediction, truth):
@@ -91,8 +91,8 @@ def package_information(prediction, truth):
 
 def hd95(prediction, truth, **constants):
     for name, value in constants.items():
-        setattr(neighbours, name, value)
-    return surfaces.hausdorff(prediction, truth, percentile=95.0)
+        setattr(surfaces, name, value)
+    return surfaces.surface_pair(prediction, truth).hausdorff(95.0)
 
 
 def names(*chosen):
@@ -103,10 +103,8 @@ PARTS = {
     "surface Dice": surfaces.surface_dice,
     "surface Dice, surface-distance": package_surface_dice,
     "HD95": hd95,
-    "HD95, k-d tree of all corners": lambda p, t: hd95(
-        p, t, _MOST_OFFSETS=1, _VOXELS_PER_QUERY=0, _ROWS_PER_VOXEL=0
-    ),
-    "HD95, transform of the box": lambda p, t: hd95(p, t, _MOST_OFFSETS=1, _VOXELS_PER_QUERY=10**9),
+    "HD95, k-d tree": lambda p, t: hd95(p, t, _VOXELS_PER_QUERY=0, _ROWS_PER_VOXEL=0),
+    "HD95, transform": lambda p, t: hd95(p, t, _VOXELS_PER_QUERY=10**9, _ROWS_PER_VOXEL=0),
     "HD95, surface-distance": package_hd95,
     "VOI": lambda p, t: partitions.partition(p, t).variation_of_information(),
     "VOI, scipy and scikit-image": package_information,
@@ -121,18 +119,18 @@ PARTS = {
 AGREE = [
     ("surface Dice", "surface Dice, surface-distance"),
     ("HD95", "HD95, surface-distance"),
-    ("HD95", "HD95, k-d tree of all corners"),
-    ("HD95", "HD95, transform of the box"),
+    ("HD95", "HD95, k-d tree"),
+    ("HD95", "HD95, transform"),
     ("VOI", "VOI, scipy and scikit-image"),
 ]
 
 
 def measure(path, part, rounds, results):
-    """Puts (median seconds, peak MB, what it found, median processor seconds of all threads)."""
+    """Puts (median seconds, peak MB, its result, median processor seconds of all threads)."""
     prediction, truth = np.load(path)
     Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
     held = psutil.Process().memory_info().rss
-    found, seconds, worked = PARTS[part](prediction, truth), [], []
+    result, seconds, worked = PARTS[part](prediction, truth), [], []
     status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
     while len(seconds) < rounds and sum(seconds) < ENOUGH_SECONDS:
@@ -141,7 +139,7 @@ def measure(path, part, rounds, results):
         seconds.append(time.perf_counter() - started)
         worked.append(time.process_time() - before)
     median = statistics.median
-    results.put((median(seconds), (peak - held) / 2**20, found, median(worked)))
+    results.put((median(seconds), (peak - held) / 2**20, result, median(worked)))
 
 
 def measured(path, part, rounds):
@@ -168,17 +166,17 @@ def compare(size, rounds, folder):
         if part == "Betti matching, one tile" and size > TILE:
             continue
         table[part] = measured(path, part, rounds)
-        seconds, memory, found, worked = table[part]
-        print(f"{part:32s}{seconds:9.3f}{worked:9.3f}{memory:8.0f}   {_short(found)}", flush=True)
+        seconds, memory, result, worked = table[part]
+        print(f"{part:32s}{seconds:9.3f}{worked:9.3f}{memory:8.0f}   {_short(result)}", flush=True)
     return table
 
 
-def _short(found):
-    if isinstance(found, dict):
-        return ", ".join(f"{name} {_short(value)}" for name, value in found.items())
-    if isinstance(found, tuple):
-        return "/".join(map(_short, found))
-    return f"{found:.4g}"
+def _short(result):
+    if isinstance(result, dict):
+        return ", ".join(f"{name} {_short(value)}" for name, value in result.items())
+    if isinstance(result, tuple):
+        return "/".join(map(_short, result))
+    return f"{result:.4g}"
 
 
 def _load():

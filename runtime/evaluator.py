@@ -1,12 +1,12 @@
-"""What validation makes of predicted volumes: settings are chosen on them, then all is scored.
+"""The evaluator: chooses settings on predicted volumes, then scores the predictions.
 
-    questions = Questions(by="surface_dice", names=("dice", "surface_dice"), thresholds=(0.4, 0.5))
-    predicted = Predicted(case, levels(probs, questions.levels))
-    verdict = judge(questions, [predicted, ...])
+    spec = EvaluationSpec(metric="surface_dice", names=("dice",), thresholds=(0.4, 0.5))
+    prediction = Prediction(case, threshold_counts(probs, spec.all_thresholds))
+    result = evaluate(spec, [prediction, ...])
 
-A probability is kept as the number of thresholds that it reaches, one byte a voxel: every mask that
-is asked for can be made of that, exactly. `Judge` hands it to a process of its own (workers.Pool),
-so that a GPU trains on meanwhile.
+A probability is stored as the number of thresholds that it reaches, one byte a voxel: every mask
+that is needed can be made of that, exactly. `validation.py` runs `evaluate` in a process of its
+own, so that a GPU trains on meanwhile.
 """
 
 import dataclasses
@@ -15,27 +15,27 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from runtime import composite_loss as composite
+from runtime import composite_loss
 from scoring import metrics, postprocess
-from volumes import casefile as cases
+from volumes import casefile
 
-USUAL = 0.5  # the threshold where none was chosen
+DEFAULT_THRESHOLD = 0.5
 CHOICES = ("threshold", "min_component_voxels")
 
 
 @dataclass(frozen=True)
-class Questions:
-    """What is asked of predictions; plain values.
+class EvaluationSpec:
+    """What is evaluated, and how; plain values.
 
-    by: the score that chooses; names: those that are reported besides; thresholds, sizes: of which
-    the best are chosen, in the order of preference among equals; hysteresis, max_hole_voxels,
-    closing_radius: as in `postprocess.stages`; foreground, tolerance: of truth and surfaces;
-    terms, tile: of `composite.validation_losses`.
+    metric: the score that chooses; names: further scores that are reported; thresholds, sizes: of
+    which the best are chosen, in the order of preference among equals; hysteresis, max_hole_voxels,
+    closing_radius: as in `postprocess.stages`; foreground, tolerance: of truth and surfaces; terms,
+    tile: of `composite_loss.validation_losses`.
     """
 
-    by: str
+    metric: str
     names: tuple
-    thresholds: tuple = (USUAL,)
+    thresholds: tuple = (DEFAULT_THRESHOLD,)
     sizes: tuple = (0,)
     hysteresis: float | None = None
     max_hole_voxels: int = 0
@@ -46,211 +46,177 @@ class Questions:
     tile: tuple = (64, 64, 64)
 
     @property
-    def levels(self):
-        """All thresholds that masks are made at, rising: USUAL is reported as what was before."""
+    def all_thresholds(self):
+        """All thresholds that masks are made at, rising; DEFAULT_THRESHOLD is always reported."""
         weak = () if self.hysteresis is None else (self.hysteresis,)
-        return tuple(sorted({*self.thresholds, *weak, USUAL}))
+        return tuple(sorted({*self.thresholds, *weak, DEFAULT_THRESHOLD}))
+
+    @property
+    def has_validation_terms(self):
+        """Whether a term of the loss is computed in validation alone, from probabilities."""
+        return any(term.get("validation_only") for term in self.terms.values())
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """A predicted case. levels (D, H, W) uint8, see `levels`; probs (D, H, W) float32 if a
-    validation-only term of the loss needs them, else None."""
+class Prediction:
+    """A predicted case. counts (D, H, W) uint8: see `threshold_counts`; probs (D, H, W) float32 if
+    a validation-only term of the loss needs them, else None."""
 
-    case: cases.Case
-    levels: np.ndarray
+    case: casefile.Case
+    counts: np.ndarray
     probs: np.ndarray | None = None
 
 
-def levels(probs, thresholds):
+def threshold_counts(probs, thresholds):
     """How many of the thresholds, which rise, each probability reaches: uint8 of the same shape."""
-    found = np.zeros(probs.shape, np.uint8)
+    counts = np.zeros(probs.shape, np.uint8)
     for threshold in thresholds:
-        found += probs >= threshold
-    return found
+        counts += probs >= threshold
+    return counts
 
 
-class Judge:
-    """judge[predictions] is the verdict on them: what a worker process reads from."""
+def evaluate(spec, predictions):
+    """The result for predictions of labeled cases, plain values:
 
-    def __init__(self, questions):
-        self.questions = questions
+        threshold, min_component_voxels   the best choices, by the mean of the metric
+        scores, cases      with these, after all of postprocess.py: means, and {case id: scores}
+        steps              [{"step", "value", **mean scores}]: at the default threshold, at the
+                           chosen one, and after each step of postprocess.py that is on
+        unread             ids of the cases whose labels cannot be read; they do not count
 
-    def __getitem__(self, predictions):
-        return judge(self.questions, predictions)
-
-
-def judge(questions, predictions):
-    """The verdict on predictions of labeled cases, plain values:
-
-        threshold, min_component_voxels   the best of those asked for, by the mean of the score
-        scores, cases      at these, after all of postprocess.py: means, and {case id: scores}
-        steps              [{"step", "value", **mean scores}]: at the usual threshold, at the chosen
-                           one, and after each step of postprocess.py that is on
-        unread             ids of the cases whose labels cannot be read, which count nowhere
-
-    The threshold is chosen first, then, at it, the size of components. Of no prediction: no scores,
-    and the first of the choices.
+    The threshold is chosen first, then, with it, the size of components. Without any prediction
+    there are no scores, and the first of the choices is the result.
     """
-    truths = _Truths(questions)
-    predictions = [one for one in predictions if truths.can_read(one.case)]
-    threshold = _best(
-        questions, predictions, truths, questions.thresholds, lambda t: (t, questions.sizes[0])
+    readable, unread = [], []
+    for prediction in predictions:
+        try:
+            _read_truth(spec, prediction.case)
+            readable.append(prediction)
+        except casefile.Unreadable:
+            unread.append(prediction.case.id)
+    threshold, _ = _best(
+        spec, readable, [(threshold, spec.sizes[0]) for threshold in spec.thresholds]
     )
-    size = _best(questions, predictions, truths, questions.sizes, lambda n: (threshold, n))
-    found = {
-        one.case.id: _all_scores(questions, truths, one, threshold, size) for one in predictions
-    }
+    threshold, size = _best(spec, readable, [(threshold, size) for size in spec.sizes])
+    steps = {p.case.id: _score_steps(spec, p, threshold, size) for p in readable}
     return {
         "threshold": threshold,
         "min_component_voxels": size,
-        "scores": metrics.mean_scores([steps[-1][2] for steps in found.values()]),
-        "cases": {case: steps[-1][2] for case, steps in found.items()},
-        "steps": _mean_steps(list(found.values())),
-        "unread": truths.unread,
+        "scores": metrics.mean_scores([rows[-1][2] for rows in steps.values()]),
+        "cases": {case: rows[-1][2] for case, rows in steps.items()},
+        "steps": _mean_steps(list(steps.values())),
+        "unread": unread,
     }
 
 
-class _Truths:
-    """Reads truths one after another; those that cannot be read are named."""
-
-    def __init__(self, questions):
-        self.questions, self.unread = questions, []
-
-    def can_read(self, case):
-        try:
-            self.read(case)
-        except cases.Unreadable:
-            self.unread.append(case.id)
-            return False
-        return True
-
-    def read(self, case):
-        with cases.opened(case) as file:
-            return cases.read_truth(file, self.questions.foreground, case.ignore_label)
+def _read_truth(spec, case):
+    with casefile.opened(case) as file:
+        return casefile.read_truth(file, spec.foreground, case.ignore_label)
 
 
-def _best(questions, predictions, truths, choices, setting):
-    """The choice whose mean score is best, the first of equals."""
-    if len(choices) == 1 or not predictions:
-        return choices[0]
-    sums = np.zeros(len(choices))
-    for one in predictions:
-        truth = truths.read(one.case)
-        for i, choice in enumerate(choices):
-            *_, (_, mask) = _stages(questions, one, *setting(choice))
-            sums[i] += _scores(questions, one, mask, truth, (questions.by,))[questions.by]
-    sign = -1 if metrics.entry(questions.by)[0].better == "lower" else 1
-    return choices[int(np.argmax(np.round(sign * sums, 12)))]
+def _best(spec, predictions, settings):
+    """The (threshold, size) whose mean score is best, the first of equals."""
+    if len(settings) == 1 or not predictions:
+        return settings[0]
+    sums = np.zeros(len(settings))
+    for prediction in predictions:
+        truth = _read_truth(spec, prediction.case)
+        for i, setting in enumerate(settings):
+            *_, (_, mask) = _stages(spec, prediction, *setting)
+            sums[i] += _scores(spec, prediction.case, mask, truth, (spec.metric,))[spec.metric]
+    sign = -1 if metrics.entry(spec.metric)[0].better == "lower" else 1
+    return settings[int(np.argmax(np.round(sign * sums, 12)))]
 
 
-def _stages(questions, one, threshold, size):
+def _stages(spec, prediction, threshold, size):
     """(name, mask) of a prediction at a threshold and after each step that is on."""
-
-    def above(number):
-        return one.levels > questions.levels.index(number)
-
-    weak = questions.hysteresis
+    high = prediction.counts > spec.all_thresholds.index(threshold)
+    low = None
+    if spec.hysteresis is not None:
+        low = prediction.counts > spec.all_thresholds.index(spec.hysteresis)
     return postprocess.stages(
-        above(threshold),
-        None if weak is None else above(weak),
-        spacing=one.case.spacing,
-        hysteresis=weak,
+        high,
+        low,
+        spacing=prediction.case.spacing,
+        hysteresis=spec.hysteresis,
         min_component_voxels=size,
-        max_hole_voxels=questions.max_hole_voxels,
-        closing_radius=questions.closing_radius,
+        max_hole_voxels=spec.max_hole_voxels,
+        closing_radius=spec.closing_radius,
     )
 
 
-def _scores(questions, one, mask, truth, names):
-    ignored = one.case.ignore_label
-    return metrics.score(
-        mask, truth, one.case.spacing, ignored, questions.tolerance, names=tuple(names)
+def _scores(spec, case, mask, truth, names):
+    how = (case.spacing, case.ignore_label, spec.tolerance)
+    return metrics.score(mask, truth, *how, names=tuple(names))
+
+
+def _score_steps(spec, prediction, threshold, size):
+    """[(step, value, scores)] of a prediction: see `evaluate`."""
+    case, truth = prediction.case, _read_truth(spec, prediction.case)
+    names = dict.fromkeys((spec.metric, *spec.names))
+    values = dataclasses.asdict(spec)
+    values |= {postprocess.BEFORE: threshold, "min_component_voxels": size}
+    rows = []
+    if threshold != DEFAULT_THRESHOLD:
+        step, mask = next(_stages(spec, prediction, DEFAULT_THRESHOLD, size))
+        rows.append((step, DEFAULT_THRESHOLD, _scores(spec, case, mask, truth, names)))
+    for step, mask in _stages(spec, prediction, threshold, size):
+        rows.append((step, values[step], _scores(spec, case, mask, truth, names)))
+    if prediction.probs is not None:
+        rows[-1][2].update(_validation_losses(spec, prediction, truth))
+    return rows
+
+
+def _validation_losses(spec, prediction, truth):
+    """The validation-only terms of the loss."""
+    case, skeleton = prediction.case, None
+    if composite_loss.takes_skeleton(spec.terms, validation_only=True):
+        with casefile.opened(case) as file:
+            skeleton = torch.from_numpy(file["skeleton"][:])
+    valid = truth != (-1 if case.ignore_label is None else case.ignore_label)
+    return composite_loss.validation_losses(
+        *map(torch.from_numpy, (prediction.probs, truth == 1, valid)),
+        spec.terms,
+        tile=spec.tile,
+        spacing=case.spacing,
+        skeleton=skeleton,
     )
 
 
-def _all_scores(questions, truths, one, threshold, size):
-    """[(step, value, scores)] of a prediction: see `judge`."""
-    truth = truths.read(one.case)
-    names = dict.fromkeys((questions.by, *questions.names))
-    values = {
-        postprocess.BEFORE: threshold,
-        "hysteresis": questions.hysteresis,
-        "min_component_voxels": size,
-        "max_hole_voxels": questions.max_hole_voxels,
-        "closing_radius": questions.closing_radius,
-    }
-    found = []
-    if threshold != USUAL:
-        _, mask = next(_stages(questions, one, USUAL, size))
-        found.append((postprocess.BEFORE, USUAL, _scores(questions, one, mask, truth, names)))
-    for step, mask in _stages(questions, one, threshold, size):
-        found.append((step, values[step], _scores(questions, one, mask, truth, names)))
-    found[-1][2].update(_losses(questions, one, truth))
-    return found
+def _mean_steps(cases):
+    """[{"step", "value", **mean scores}] from the [(step, value, scores)] of each case."""
+    return [
+        {"step": rows[0][0], "value": rows[0][1]} | metrics.mean_scores([row[2] for row in rows])
+        for rows in zip(*cases, strict=True)
+    ]
 
 
-def _losses(questions, one, truth):
-    """The validation-only terms of the loss, {} if there are none."""
-    if one.probs is None:
-        return {}
-    tube = None
-    if composite.takes_skeleton(questions.terms, validation_only=True):
-        with cases.opened(one.case) as file:
-            tube = torch.from_numpy(file["skeleton"][:])
-    ignored = -1 if one.case.ignore_label is None else one.case.ignore_label
-    volumes = (one.probs, truth == 1, truth != ignored)
-    return composite.validation_losses(
-        *map(torch.from_numpy, volumes),
-        questions.terms,
-        tile=questions.tile,
-        spacing=one.case.spacing,
-        skeleton=tube,
-    )
+def is_better(score, best, metric):
+    """Whether a score is better than the best so far.
 
-
-def _mean_steps(found):
-    """[{"step", "value", **scores}] from [(step, value, scores)] of each case."""
-    means = []
-    for step in zip(*found, strict=True):
-        name, value, _ = step[0]
-        means.append({"step": name, "value": value, **metrics.mean_scores([s[2] for s in step])})
-    return means
-
-
-def better(score, best, by):
-    """Whether a score is better than the best one before, either of which may be None.
-
-    None, where there is no case to be scored: every state is then the best.
+    Either is None where there is no case to score: every state then counts as the best.
     """
     if score is None or best is None:
         return True
-    return score < best if metrics.entry(by)[0].better == "lower" else score > best
+    return score < best if metrics.entry(metric)[0].better == "lower" else score > best
 
 
-def check(by, names):
-    """ValueError, a sentence, for names that are of no score, and for one that cannot choose."""
-    for key, name in [("validation.score", by), *(("validation.scores", name) for name in names)]:
+def directions(spec):
+    """{score: "higher", "lower" or None}, whichever is better, for all that `evaluate` reports."""
+    better = {name: metrics.entry(name)[0].better for name in (spec.metric, *spec.names)}
+    validated = [name for name, term in spec.terms.items() if term.get("validation_only")]
+    return better | {f"{name}_loss": "lower" for name in validated}
+
+
+def check(metric, names):
+    """ValueError, a sentence, for a name of no score, and for a metric that cannot choose."""
+    for key, name in [("validation.score", metric), *(("validation.scores", n) for n in names)]:
         try:
             metrics.entry(name)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
-    if metrics.entry(by)[0].better is None:
+    if metrics.entry(metric)[0].better is None:
         raise ValueError(
-            f"validation.score: expected a score of which more or less is better, got {by}, which "
-            "describes a mask"
+            f"validation.score: expected a score where higher or lower is better, got {metric}, "
+            "which describes a mask"
         )
-
-
-DEFAULT_THRESHOLD = USUAL
-
-
-def EvaluationSpec(metric, **how):
-    return Questions(by=metric, **how)
-
-
-is_better = better
-
-
-def directions(spec):
-    return {}

@@ -1,185 +1,182 @@
-"""Whole-volume validation of a network in training: windows over each case, then the judge.
+"""Whole-volume validation of a network in training: windows over each case, then the evaluator.
 
-validator = Validator(cases, questions, background=True, ...)
-validator.start(network, step)           # predicts; the judge may go on beside training
+validator = Validator(cases, spec, background=True, ...)
+validator.start(network, step)           # predicts; the evaluator may run during training
 evaluation = validator.result()          # None: not yet
 evaluation = validator.result(wait=True)
 """
 
-import copy
+import contextlib
 import functools
-import threading
+import signal
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 import data
-import workers
-from monitoring import picture
 from patches import intensity
-from runtime import checkpoint
-from runtime import evaluator as judging
-from runtime import sliding_window as windows
-from volumes import casefile as cases
+from runtime import evaluator, sliding_window
+from scoring import parallel
+from volumes import casefile
 
-WAIT = 1.0  # seconds from one look at the judge, and at whether the run shall leave, to the next
+POLL_SECONDS = 1.0  # while waiting for the evaluator, from one look and call of poll to the next
+# A process group that is asked to stop: the training process answers, and ends the evaluator.
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
 
 
 class Evaluation(NamedTuple):
-    """What became of a validation. verdict: see `judging.judge`; None if the judge has died.
+    """The outcome of a validation. result: see `evaluator.evaluate`; None if its process died.
 
-    unread: ids of the cases whose files could not be read, after they were tried again; slices: of
-    the first case, see `picture.middle_slices`; None of no case.
+    unread: ids of the cases whose files could not be read, even when tried again; slices: of the
+    first case, see `middle_slices`; None without a case.
     """
 
     step: int
-    verdict: dict | None
+    result: dict | None
     unread: list
     slices: dict | None
 
 
 class Validator:
-    """Validates on a list of labeled `cases.Case`, one evaluation at a time.
+    """Validates on a list of labeled `casefile.Case`, one evaluation at a time.
 
-    questions: a `judging.Questions`; background: whether a process of its own judges; how: what
-    `predict` takes. report(kind, text, **figures): see runlog.py; poll() is called after each batch
-    of windows and once a second of waiting, and may raise. Close it, or the process stays.
+    spec: an `evaluator.EvaluationSpec`; background: whether a process of its own evaluates, which
+    starts with the first evaluation; how: arguments of `predict`. report(kind, text, **figures)
+    records trouble; poll() is called after each batch of windows and once a second of waiting, and
+    may raise. Close it, or the process stays.
     """
 
-    def __init__(self, chosen, questions, *, background, report, poll, **how):
-        self.chosen, self.questions, self.how = chosen, questions, how
+    def __init__(self, cases, spec, *, background, report, poll, **how):
+        self.cases, self.spec, self.how = cases, spec, how
         self.report, self.poll = report, poll
-        self.background = background and bool(chosen)
-        self.pool = workers.Pool(judging.Judge(questions), 1) if self.background else None
-        self.pending = None
+        self.background = background and bool(cases)
+        self.process = self.pool = self.future = self.pending = None
+        self.stack = contextlib.ExitStack()
 
     def start(self, network, step):
-        """Predict all cases with a network, and have the predictions judged."""
+        """Predict all cases with a network, and have the predictions evaluated."""
+        if self.background and self.pool is None:
+            worker = parallel.worker_process(STOP_SIGNALS)
+            self.pool, self.process = self.stack.enter_context(worker)
+        how = {**self.how, "report": self.report, "progress": lambda done, total: self.poll()}
         training = network.training
         network.eval()
         predictions, unread, slices = [], [], None
-        for case in self.chosen:
-            wanted = functools.partial(self._predict, network, case, slices is None)
+        for case in self.cases:
+            how["with_slices"] = slices is None
+            read = functools.partial(predict, network, case, self.spec, **how)
             try:
-                predicted, first = data.read_patiently(wanted)
+                prediction, case_slices = data.read_patiently(read)
             except data.UNREADABLE as error:
                 unread.append(case.id)
                 text = f"{' '.join(str(error).split())}; this evaluation goes without it"
                 self.report("case left out", text, case=case.id)
                 continue
-            predictions.append(predicted)
-            slices = slices or first
+            predictions.append(prediction)
+            slices = slices or case_slices
         network.train(training)
         self.pending = Evaluation(step, None, unread, slices)
-        if self.pool:
-            task = workers.Task(step, [predictions])
-            # A judge that is still starting takes nothing yet, and training does not wait for it.
-            threading.Thread(target=self.pool.submit, args=(task,), daemon=True).start()
+        if self.background:
+            self.future = self.pool.submit(_evaluate_in_worker, self.spec, predictions)
         else:
-            self._judged(judging.judge(self.questions, predictions))
-
-    def _predict(self, network, case, with_slices):
-        how = {**self.how, "report": self.report, "progress": lambda done, total: self.poll()}
-        return predict(network, case, self.questions, with_slices=with_slices, **how)
+            self._complete(evaluator.evaluate(self.spec, predictions))
 
     def result(self, *, wait=False):
-        """The `Evaluation` that was started, once; None while it is judged, or if none was."""
-        while self.pending is not None and self.pending.verdict is None and self.pool:
-            done, dead = self.pool.receive(WAIT if wait else 0)
-            for (verdict,) in done.values():
-                self._judged(verdict)
-            if dead:
-                self._died(dead[0])
-                break
-            if not wait:
-                break
-            if not done:
+        """The `Evaluation` that was started, once; None while it runs, or if none was started."""
+        while self.future is not None:
+            done, _ = futures.wait([self.future], timeout=POLL_SECONDS if wait else 0)
+            if done:
+                self._receive(self.future)
+                self.future = None
+            elif wait:
                 self.poll()
-        found = self.pending
-        if found is None or (found.verdict is None and self.pool):
-            return None
-        self.pending = None
-        return found
+            else:
+                return None
+        evaluation, self.pending = self.pending, None
+        return evaluation
 
-    def _judged(self, verdict):
-        self.pending.unread.extend(verdict["unread"])
-        self.pending = self.pending._replace(verdict=verdict)
+    def _receive(self, future):
+        try:
+            self._complete(future.result())
+        except (BrokenProcessPool, MemoryError) as error:
+            cause = parallel.cause_of_death(error, self.process)
+            self.report(
+                "evaluator died",
+                f"the evaluator process (pid {self.process.pid}) {cause}: the evaluation of step "
+                f"{self.pending.step} has no scores; from now on the training process evaluates by "
+                "itself",
+                pid=self.process.pid,
+                exitcode=self.process.exitcode,
+            )
+            self.background = False
+            self.close()
 
-    def _died(self, judge):
-        self.report(
-            "judge died",
-            f"the process that judges (pid {judge.pid}) {workers.death(judge.process.exitcode)}: "
-            f"the evaluation of step {self.pending.step} has no scores; from now on the training "
-            "process judges by itself",
-            pid=judge.pid,
-            exitcode=judge.process.exitcode,
-        )
+    def _complete(self, result):
+        unread = [*self.pending.unread, *result["unread"]]
+        self.pending = self.pending._replace(result=result, unread=unread)
 
     def roles(self):
-        """{pid: name} of the process that judges, for whoever shows it."""
-        return {worker.pid: "judge" for worker in self.pool.workers} if self.pool else {}
+        """{pid: name} of the evaluator process, for displays."""
+        return {self.process.pid: "evaluator"} if self.process else {}
 
     def close(self):
-        if self.pool:
-            self.pool.close()
+        """End the evaluator process."""
+        self.stack.close()
+        self.process = self.pool = None
 
 
-Evaluation.result = property(lambda self: self.verdict)
-Validator.spec = property(lambda self: self.questions)
+def _evaluate_in_worker(spec, predictions):
+    torch.set_num_threads(1)  # the cores are for training
+    return evaluator.evaluate(spec, predictions)
 
 
-def predict(network, case, questions, *, spacing, clip, window, with_slices=False, **how):
-    """(`judging.Predicted`, slices) of a case, slices None if not wanted.
+def predict(network, case, spec, *, spacing, clip, window, with_slices=False, **how):
+    """(`evaluator.Prediction`, slices) of a case; slices None if not wanted.
 
-    spacing, clip: as in `data.PatchDataset`; window: what of the settings goes to
-    `windows.predict_slabs`, how: what else does. Memory: a byte a voxel beside the slab, four more
-    where a validation-only term wants probabilities. cases.Unreadable if the file cannot be read.
+    spacing, clip: as in `data.PatchDataset`; window: arguments of `sliding_window.predict_slabs`
+    that come from the settings, how: its others. Memory: the slab and a byte a voxel, four more
+    where a validation-only term needs probabilities. casefile.Unreadable if a file cannot be read.
     """
-    exact = bool(questions.terms) and any(
-        t.get("validation_only") for t in questions.terms.values()
-    )
-    found = np.empty(case.shape, np.uint8)
-    probs = np.empty(case.shape, np.float32) if exact else None
-    with cases.opened(case) as file:
-        shown = None
+    counts = np.empty(case.shape, np.uint8)
+    probs = np.empty(case.shape, np.float32) if spec.has_validation_terms else None
+    slices = None
+    with casefile.opened(case) as file:
         if with_slices:
-            truth = cases.read_truth(file, questions.foreground, case.ignore_label)
-            shown = picture.middle_slices(file["image"], truth, case.ignore_label)
+            truth = casefile.read_truth(file, spec.foreground, case.ignore_label)
+            slices = middle_slices(file["image"], truth, case.ignore_label)
         scale = data.normalisation(case.intensity, clip)
-        seen = data.network_spacing(case.spacing, spacing)
-        for z0, planes in windows.predict_slabs(
+        network_spacing = data.network_spacing(case.spacing, spacing)
+        for z0, planes in sliding_window.predict_slabs(
             network,
             file["image"],
-            ratio=[w / s for w, s in zip(seen, case.spacing, strict=True)],
+            ratio=[w / s for w, s in zip(network_spacing, case.spacing, strict=True)],
             normalize=functools.partial(intensity.normalise, **scale),
             **window,
             **how,
         ):
             part = slice(z0, z0 + planes.shape[1])
-            found[part] = judging.levels(planes[0], questions.levels)
-            if exact:
+            counts[part] = evaluator.threshold_counts(planes[0], spec.all_thresholds)
+            if probs is not None:
                 probs[part] = planes[0]
-            if shown is not None and z0 <= shown["z"] < part.stop:
-                shown["probs"] = planes[0, shown["z"] - z0].copy()
-    return judging.Predicted(case, found, probs), shown
+            if slices is not None and z0 <= slices["z"] < part.stop:
+                slices["probs"] = planes[0, slices["z"] - z0].copy()
+    return evaluator.Prediction(case, counts, probs), slices
 
 
-def start_again(validator, network, loop, *, candidate, found, report):
-    """Start the evaluation that a killed run was waiting for, of the state that was saved with it.
+def middle_slices(image, truth, ignore_label):
+    """The z slice with the most foreground of a case, for progress.png; "probs" is added later.
 
-    network: with the averaged weights of now; loop: its "pending" is the step; candidate: the file
-    that may become the best; found: the one that the run goes on from.
+    image (C, D, H, W), an array or dataset, of which one slice is read; truth (D, H, W) class ids.
+    Returns a dict of (H, W) arrays, and "z".
     """
-    step, other = loop["pending"], network
-    if step == loop["step"]:  # killed before that file had its second name, or gone on from another
-        checkpoint.give_name(found, candidate)
-    else:
-        try:
-            state = checkpoint.load_step(candidate, step)
-        except checkpoint.CheckpointError as error:
-            loop["pending"] = None
-            report("evaluation lost", f"the evaluation of step {step} is lost: {error}")
-            return
-        other = copy.deepcopy(network)
-        other.load_state_dict(state["ema"])
-    validator.start(other, step)
+    labeled = truth != (-1 if ignore_label is None else ignore_label)
+    z = int(np.argmax(((truth > 0) & labeled).sum(axis=(1, 2))))
+    return {
+        "z": z,
+        "image": np.asarray(image[0, z], np.float32),
+        "truth": (truth[z] > 0) & labeled[z],
+        "labeled": labeled[z],
+    }

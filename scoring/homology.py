@@ -16,7 +16,7 @@ where they die names the class of U; the same for G. Two classes match if they d
 persistence is that of `cripser` with voxels as vertices, so that foreground touches by faces (6
 neighbours), as in the package.
 
-Where classes die is a matter of order among equals, and so is the number of matches where the
+Where classes die depends on the order among equals, and so does the number of matches where the
 images of P and G in H(U) differ. Here the voxels of a level enter in C order; the package takes the
 edges, squares and cubes of a level by their first voxel and then by direction. Predicted and true
 classes do not depend on it. Against a plain reduction of the boundary matrices in the package's
@@ -29,8 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from scoring.corners import bounding_box, extract
 from scoring.partitions import count_components
+from scoring.surface import bounding_box, extract
 
 DUAL = {6: 26, 26: 6}  # the connectivity of the background
 WEIGHTS = (0.34, 0.33, 0.33)  # of the TopoScore's dimensions
@@ -39,13 +39,13 @@ WEIGHTS = (0.34, 0.33, 0.33)  # of the TopoScore's dimensions
 # ---------------------------------------------------------------------------- Betti numbers
 
 
-def betti_numbers(mask, connectivity=26, *, histogram=None, components=None):
+def betti_numbers(mask, connectivity=26, histogram=None, components=None):
     """(b0, b1, b2): the pieces, handles and cavities of a mask (D, H, W) bool.
 
     connectivity of the foreground: 26 (voxels are closed cubes, touching by faces, edges or
     corners) or 6 (by faces); the background has the other one. (0, 0, 0) for an empty mask; b1 is
-    b0 + b2 less the Euler characteristic. What is known can be given: the `Corners.histogram` of
-    the mask in any box, and b0.
+    b0 + b2 less the Euler characteristic. The `Corners.histogram` of the mask in any box, and b0,
+    can be given if they are known.
 
     ValueError for a mask that is not 3-D or another connectivity.
     """
@@ -96,9 +96,9 @@ def betti_matching(prediction, truth, *, tiles=(1, 1, 1), threads=2):
     """{dimension: (matched, predicted, true)} classes of two masks (D, H, W), summed over tiles.
 
     tiles: into how many parts each axis is cut, the first ones larger by one where it does not
-    divide. The piece that lives for ever, one of each mask in a tile that is not empty there, is
-    counted nowhere. Without foreground in a tile a mask has no class there; two masks that are
-    empty have (0, 0, 0) in every dimension.
+    divide. The piece that never dies, one of each mask in a tile that is not empty there, is
+    not counted. Without foreground in a tile a mask has no class there; two empty masks have
+    (0, 0, 0) in every dimension.
 
     Two passes of persistence for each tile, `threads` at a time: for torn sheets with thousands of
     handles in 160 x 160 x 160 voxels some 3 s of a core, and 140 bytes of memory per voxel, each.
@@ -148,7 +148,7 @@ def _deaths(first, pair, top):
     """Where the classes of `first` die that live on in the union of `pair`: three (N,) int64.
 
     One sorted place for each class of dimensions 0 to 2, alike for either mask of the pair; none
-    above the dimension `top`, of which nobody asks.
+    above the dimension `top`.
     """
     import cripser  # late: the scores of voxels and surfaces need none of it
 

@@ -1,13 +1,12 @@
-"""The judge: scores of a predicted mask against the truth, as numpy arrays (D, H, W).
+"""Scores of a predicted mask against the truth, as numpy arrays (D, H, W).
 
     scores = score(prediction, truth, spacing)                       # the cheap ones
     scores = score(prediction, truth, spacing, names=["assd", "surface_dice@4", "toposcore"])
     parts = vesuvius_score(prediction, truth)
 
-It shares no code with the losses, so that a mistake there cannot hide itself here. Scores equal
-their published reference implementations on the same masks. All of them, with what is better and
-what they cost, stand in SCORES at the end of the file; what needs more than a line is in
-corners.py, neighbours.py, surfaces.py, partitions.py and homology.py.
+This folder shares no code with the losses, so that a mistake there cannot hide itself here. Scores
+equal their published reference implementations on the same masks. SCORES, at the end of the file,
+lists all of them with what is better and what they cost.
 """
 
 import difflib
@@ -18,35 +17,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scoring import corners, homology, partitions
-from scoring import surface as surfaces
-from scoring.partitions import count_components
-from scoring.surface import surface_dice
-
-__all__ = [
-    "DEFAULT", "SCORES", "Comparison", "Score", "count_components", "entry", "labeled_masks",
-    "mean_scores", "otsu_threshold", "score", "surface_dice", "vesuvius_score",
-]  # fmt: skip
+from scoring import homology, partitions, surface
 
 VOXEL = (1.0, 1.0, 1.0)
 
 
 def score(
-    prediction,
-    truth,
-    spacing=VOXEL,
-    ignore_label=2,
-    tolerance=2.0,
-    *,
-    names=None,
-    threads=2,
+    prediction, truth, spacing=VOXEL, ignore_label=2, tolerance=2.0, *, names=None, threads=2
 ):
     """Scores of a mask: {name: float or int} in the order of `names`, none of them NaN or infinite.
 
     prediction (D, H, W): bool or integers 0 and 1. truth (D, H, W): the same, and `ignore_label`
     where nobody labeled (None: nowhere). spacing (z, y, x) and tolerance (of surface_dice) share
     one unit, that of distances. names: of SCORES, `surface_dice@4` (at that tolerance) and
-    `hausdorff@99` (that percentile); None: DEFAULT. threads: how much is worked out at one time.
+    `hausdorff@99` (that percentile); None: DEFAULT. threads: how many are used at one time.
 
         dice, iou, precision, recall    over labeled voxels, in [0, 1]
         surface_dice                    share of both surfaces within the tolerance of the other
@@ -60,14 +44,13 @@ def score(
         components, handles, cavities   Betti numbers 0, 1 and 2 of the prediction, and with _truth
                                         of the truth; foreground is 26-connected
         betti_error_0, _1, _2           by how much these numbers differ, 0 or more
-        betti_matching_f1_0, _1, _2     F1 of pieces, handles and cavities at one place, over 2 x 2
-                                        x 2 tiles; foreground is 6-connected
+        betti_matching_f1_0, _1, _2     F1 of pieces, handles and cavities at the same place, over
+                                        2 x 2 x 2 tiles; foreground is 6-connected
         toposcore, vesuvius_score       see `vesuvius_score`
 
     Voxels of ignore_label are left out of the voxel counts, and are background in both masks for
     all else: where the unlabeled region cuts a structure, the cut is a surface of both, and the
-    end of a skeleton. What several scores need is made once. Only the box around the foreground is
-    looked at, which changes none of them.
+    end of a skeleton. What several scores share is computed once.
 
     Both masks empty (also: no labeled voxel at all): each ratio and F1 is 1, each distance, error
     and number 0. One of them empty: ratios are 0, distances the diagonal of the volume, Betti
@@ -81,14 +64,14 @@ def score(
     """
     if isinstance(names, str):
         raise ValueError(f"names: expected a list of names of scores, got the text {names!r}")
-    asked = {name: entry(name) for name in (DEFAULT if names is None else names)}
+    entries = {name: entry(name) for name in (DEFAULT if names is None else names)}
     prediction, truth = labeled_masks(prediction, truth, ignore_label)
     pair = Comparison(prediction, truth, spacing, tolerance, threads=threads)
-    return {name: kind.of(pair, *number) for name, (kind, number) in asked.items()}
+    return {name: kind.of(pair, *number) for name, (kind, number) in entries.items()}
 
 
 def mean_scores(rows):
-    """The mean over cases of each score that `score` returned: {name: float}; {} of no case."""
+    """The mean over cases of each score that `score` returned: {name: float}; {} without a case."""
     return {name: float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())}
 
 
@@ -113,7 +96,7 @@ def vesuvius_score(prediction, truth, ignore_label=2, *, threads=2):
 def labeled_masks(prediction, truth, ignore_label=2):
     """Both as bool masks (D, H, W) that are False where truth is ignore_label.
 
-    Takes and refuses (ValueError) what `score` does.
+    Accepts and refuses (ValueError) the same as `score`.
     """
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     if prediction.shape != truth.shape or truth.ndim != 3:
@@ -139,7 +122,7 @@ def _is_integer(value):
 
 
 def _as_mask(name, values, allowed, ignored):
-    """values == 1, after a look at whether all others are 0 or ignored."""
+    """values == 1, if all others are 0 or ignored."""
     if values.dtype == bool:
         return values
     if not np.issubdtype(values.dtype, np.integer):
@@ -148,29 +131,29 @@ def _as_mask(name, values, allowed, ignored):
     known = np.count_nonzero(mask) + values.size - np.count_nonzero(values)
     known += 0 if ignored is None else np.count_nonzero(ignored)
     if known != values.size:
-        found = ", ".join(map(str, np.unique(values)[:8]))
-        raise ValueError(f"{name}: expected the values {allowed}, got {found}")
+        values = ", ".join(map(str, np.unique(values)[:8]))
+        raise ValueError(f"{name}: expected the values {allowed}, got {values}")
     return mask
 
 
-# ---------------------------------------------------------------------------- what scores share
+# ---------------------------------------------------------------------------- shared work
 
 
 class Comparison:
-    """Two masks (D, H, W) bool; what scores share of them is made once, when first needed."""
+    """Two masks (D, H, W) bool; what scores share is computed once, when first needed."""
 
     def __init__(self, prediction, truth, spacing=VOXEL, tolerance=2.0, *, threads=2):
         self.whole = prediction, truth
-        self.spacing = surfaces.checked_spacing(spacing)
-        self.tolerance = surfaces.checked_tolerance(tolerance)
+        self.spacing = surface.checked_spacing(spacing)
+        self.tolerance = surface.checked_tolerance(tolerance)
         if not _is_integer(threads) or threads < 1:
             raise ValueError(f"threads: expected an integer of 1 or more, got {threads}")
         self.threads = int(threads)
-        box = corners.bounding_box(prediction | truth)
+        box = surface.bounding_box(prediction | truth)
         self.masks = prediction[box], truth[box]
 
     def both(self, function, *arguments):
-        """[function of the prediction, of the truth]: side by side if there are two threads."""
+        """[function of the prediction, of the truth]: at the same time if there are two threads."""
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(function, *arguments))
 
@@ -188,16 +171,16 @@ class Comparison:
 
     @functools.cached_property
     def corners(self):
-        """The `corners.Corners` of prediction and truth."""
-        return self.both(corners.extract, self.masks)
+        """The `surface.Corners` of prediction and truth."""
+        return self.both(surface.extract, self.masks)
 
     @functools.cached_property
     def surfaces(self):
         return self.surfaces_at(self.spacing)
 
     def surfaces_at(self, spacing):
-        diagonal = surfaces.diagonal(self.whole[0].shape, spacing)
-        return surfaces.SurfacePair(*self.corners, spacing, diagonal, threads=self.threads)
+        diagonal = surface.diagonal(self.whole[0].shape, spacing)
+        return surface.SurfacePair(*self.corners, spacing, diagonal, threads=self.threads)
 
     def surface_dice(self, tolerance=None):
         return self.surfaces.dice(self.tolerance if tolerance is None else tolerance)
@@ -214,9 +197,13 @@ class Comparison:
     @functools.cached_property
     def betti(self):
         """(b0, b1, b2) of the prediction and of the truth, 26-connected."""
-        known = zip(self.corners, (self.partition.predicted, self.partition.true), strict=True)
-        known = [{"histogram": found.histogram, "components": count} for found, count in known]
-        return self.both(lambda mask, of: homology.betti_numbers(mask, **of), self.masks, known)
+        histograms = [corners.histogram for corners in self.corners]
+        components = (self.partition.predicted, self.partition.true)
+        connectivity = (26, 26)
+        return self.both(homology.betti_numbers, self.masks, connectivity, histograms, components)
+
+    def piece_error(self):
+        return abs(self.partition.predicted - self.partition.true)
 
     def betti_error(self, dimension):
         return abs(self.betti[0][dimension] - self.betti[1][dimension])
@@ -307,9 +294,9 @@ def otsu_threshold(image):
 
 @dataclass(frozen=True)
 class Score:
-    """What makes a score of a `Comparison`, which end of it is better, and what it costs.
+    """The function of a `Comparison`, which end of its value is better, and what it costs.
 
-    better: "higher", "lower", or None: it describes a mask, and is better at no end.
+    better: "higher", "lower", or None: it describes a mask, and neither is better.
     cost: "cheap", "moderate" or "slow": up to about 0.5, 3 and 30 s for torn sheets of 320 x 320 x
     320 on 2 cores; those that share their work cost that once.
     number: what may follow the name after an @.
@@ -340,10 +327,7 @@ def entry(name):
     raise ValueError(f"expected {wanted}, got {name}")
 
 
-CHECKS = {
-    "tolerance": surfaces.checked_tolerance,
-    "percentile": surfaces.checked_percentile,
-}
+CHECKS = {"tolerance": surface.checked_tolerance, "percentile": surface.checked_percentile}
 
 SCORES = {
     "dice": Score(lambda c: c.ratio(2 * c.voxels[2], *c.voxels[:2]), "higher", "cheap"),
@@ -353,10 +337,7 @@ SCORES = {
     "surface_dice": Score(Comparison.surface_dice, "higher", "cheap", "tolerance"),
     "hd95": Score(lambda c: c.surfaces.hausdorff(95.0), "lower", "moderate"),
     "hausdorff": Score(
-        lambda c, percentile=100.0: c.surfaces.hausdorff(percentile),
-        "lower",
-        "moderate",
-        "percentile",
+        lambda c, p=100.0: c.surfaces.hausdorff(p), "lower", "moderate", "percentile"
     ),
     "assd": Score(lambda c: c.surfaces.assd(), "lower", "moderate"),
     "cldice": Score(Comparison.cldice, "higher", "slow"),
@@ -371,9 +352,7 @@ SCORES = {
     "handles_truth": Score(lambda c: c.betti[1][1], None, "cheap"),
     "cavities": Score(lambda c: c.betti[0][2], None, "cheap"),
     "cavities_truth": Score(lambda c: c.betti[1][2], None, "cheap"),
-    "betti_error_0": Score(
-        lambda c: abs(c.partition.predicted - c.partition.true), "lower", "cheap"
-    ),
+    "betti_error_0": Score(lambda c: c.piece_error(), "lower", "cheap"),
     "betti_error_1": Score(lambda c: c.betti_error(1), "lower", "cheap"),
     "betti_error_2": Score(lambda c: c.betti_error(2), "lower", "cheap"),
     "betti_matching_f1_0": Score(lambda c: homology.matching_f1(*c.matching[0]), "higher", "slow"),

@@ -1,74 +1,66 @@
-"""Scores of many cases, side by side, within a budget of memory.
+"""Scores of many cases, several at a time in processes of their own, within a memory budget.
 
-    scorer = Scorer(masks.Reading(ignore_label=2), ("dice", "surface_dice"), tolerance=2.0)
+    scorer = Scorer(inputs.ReadOptions(ignore_label=2), ("dice", "surface_dice"), tolerance=2.0)
     results = score_all(pairs, scorer, jobs=4, budget=8e9)
 
-Each case is scored in a process that keeps nothing of the one before. Small work is done here: a
-process takes two seconds to start.
+Small work is done in this process: another one takes two seconds to start.
 """
 
+import contextlib
 import dataclasses
+import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import NamedTuple
 
-from scoring import masks, metrics
-from volumes import files as volumes
+from scoring import inputs, metrics
+from volumes import files
 
 BYTES_PER_VOXEL = 48  # of one case: 37 were the most seen in metrics.score, and the masks are read
 SMALL = 4_000_000  # voxels of all cases together
 
 
 class ScoringError(RuntimeError):
-    """A case whose process ends whenever it is scored; the message is one sentence."""
+    """A case whose process dies whenever it is scored; the message is one sentence."""
 
 
 class Result(NamedTuple):
-    """Of one case: rows (a dict of scores and facts per method), faults (sentences), facts."""
+    """Of one case: rows (scores and details per method), errors (sentences), and what was read."""
 
     rows: list
-    faults: list
-    stated: bool  # whether a file states the spacing
-    white: dict  # see masks.Masks
+    errors: list
+    masks: inputs.Masks | None  # without its voxels; None where there are errors
 
 
 @dataclasses.dataclass
 class Scorer:
-    """scorer[pair, only_check] is the `Result` of a case, as a plain tuple.
+    """scorer(pair, only_check) is the `Result` of a case.
 
-    names, tolerance: see metrics.score; threads: what one case may use.
+    names, tolerance: see metrics.score; threads: how many one case may use.
     """
 
-    reading: masks.Reading
+    options: inputs.ReadOptions
     names: tuple
     tolerance: float
     threads: int = 1
 
-    def __getitem__(self, task):
-        pair, only_check = task
-        faults = []
-        found = masks.read(pair, self.reading, faults)
-        if found is None:
-            return tuple(Result([], faults, True, {}))
-        rows = [] if only_check else [self._row(pair, found, method) for method in found.masks]
-        return tuple(Result(rows, faults, found.stated, found.white))
-
-    def _row(self, pair, found, method):
-        scores = metrics.score(
-            found.masks[method],
-            found.truth,
-            found.spacing,
-            self.reading.ignore_label,
-            self.tolerance,
-            names=self.names,
-            threads=self.threads,
-        )
-        about = {
-            "tolerance": self.tolerance,
-            "spacing": " ".join(f"{s:g}" for s in found.spacing),
-            "unit": found.unit,
-        }
-        return {"case": pair.id, "method": method} | scores | about
+    def __call__(self, pair, only_check=False):
+        errors, rows = [], []
+        case = inputs.read(pair, self.options, errors)
+        if case is None:
+            return Result([], errors, None)
+        spacing = " ".join(f"{s:g}" for s in case.spacing)
+        details = {"tolerance": self.tolerance, "spacing": spacing, "unit": case.unit}
+        how = (case.spacing, self.options.ignore_label, self.tolerance)
+        for method, mask in ({} if only_check else case.masks).items():
+            scores = metrics.score(mask, case.truth, *how, names=self.names, threads=self.threads)
+            rows.append({"case": pair.id, "method": method} | scores | details)
+        return Result(rows, errors, dataclasses.replace(case, masks={}, truth=None))
 
 
 def cores():
@@ -78,63 +70,113 @@ def cores():
 
 
 def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda done: None):
-    """[Result] in the order of pairs. Once there is a fault, the rest is only read and checked.
+    """[Result] in the order of pairs. After the first error, the rest is only read and checked.
 
     jobs: cases at one time, None: as many as there are cores, cases and budget for; budget: bytes
-    of memory for all of them. One case is scored whatever it takes. progress(done) is called after
-    each. ScoringError where the processes of a case die with it, however few there are.
+    of memory for all of them. One case is scored whatever it needs. progress(done) is called after
+    each. ScoringError names a case whose process dies although no other runs.
     """
-    needs = [BYTES_PER_VOXEL * volumes.voxel_count(pair.truth) for pair in pairs]
+    needs = [BYTES_PER_VOXEL * files.voxel_count(pair.truth) for pair in pairs]
     wanted = min(jobs or cores(), len(pairs))
     if jobs is None and sum(needs) < SMALL * BYTES_PER_VOXEL:
         wanted = 1
     scorer = dataclasses.replace(scorer, threads=max(1, cores() // max(wanted, 1)))
-    if wanted > 1:
-        return _beside_each_other(pairs, needs, scorer, wanted, budget, progress)
-    results = []
-    for done, pair in enumerate(pairs, start=1):
-        results.append(Result(*scorer[pair, any(result.faults for result in results)]))
-        progress(done)
-    return results
-
-
-def _beside_each_other(pairs, needs, scorer, jobs, budget, progress):
-    import workers  # late: with torch, which takes a second
-
-    # The largest first, so that the last one to end is a small one.
-    waiting = deque(sorted(range(len(pairs)), key=lambda i: -needs[i]))
-    running, results, only_check = {}, {}, False
-    pool = workers.Pool(scorer, jobs)
-    try:
-        while len(results) < len(pairs):
-            while waiting and len(running) < len(pool):
-                number = waiting[0]
-                if running and budget and sum(running.values()) + needs[number] > budget:
-                    break
-                running[waiting.popleft()] = needs[number]
-                pool.submit(workers.Task(number, [(pairs[number], only_check)]))
-            done, dead = pool.receive(1.0)
-            for number, (result,) in done.items():
-                results[number] = Result(*result)
-                only_check = only_check or bool(results[number].faults)
-                del running[number]
-                progress(len(results))
-            for worker in dead:  # its case is tried again, with fewer beside it
-                for number in worker.tasks:
-                    waiting.appendleft(number)
-                    del running[number]
-                if not len(pool):
-                    raise ScoringError(_death(worker, pairs[number], needs[number]))
-    finally:
-        pool.close()
+    results = {}
+    if wanted <= 1:
+        for number, pair in enumerate(pairs):
+            results[number] = scorer(pair, any(result.errors for result in results.values()))
+            progress(len(results))
+    elif not _in_processes(pairs, needs, scorer, wanted, budget, progress, results):
+        # A process died, perhaps for want of memory: the cases that are left run one at a time.
+        _in_processes(pairs, needs, scorer, 1, budget, progress, results)
     return [results[number] for number in range(len(pairs))]
 
 
-def _death(worker, pair, need):
-    import workers
+def _in_processes(pairs, needs, scorer, jobs, budget, progress, results):
+    """Add the results that are missing, {number: Result}; False if a process died.
 
-    return (
-        f"{pair.id}: the process that scored it {workers.death(worker.process.exitcode)}, with no "
-        f"other beside it; it needs about {need / 1e9:.1f} GB: score it where there is more "
-        "memory, or fewer --scores"
-    )
+    Of one process, ScoringError names its case.
+    """
+    # The largest first, so that the last one to end is a small one.
+    waiting = deque(sorted(set(range(len(pairs))) - set(results), key=lambda i: -needs[i]))
+    running = {}  # {future: (number, worker)}
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(worker_process({signal.SIGINT})) for _ in range(jobs)]
+        while waiting or running:
+            while waiting and idle:
+                used = sum(needs[number] for number, _ in running.values())
+                if running and budget and used + needs[waiting[0]] > budget:
+                    break
+                number, only_check = waiting.popleft(), any(r.errors for r in results.values())
+                pool, process = idle.pop()
+                future = pool.submit(scorer, pairs[number], only_check)
+                running[future] = number, (pool, process)
+            for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
+                number, worker = running.pop(future)
+                idle.append(worker)
+                try:
+                    results[number] = future.result()
+                except (BrokenProcessPool, MemoryError) as error:
+                    if jobs > 1:
+                        return False
+                    cause = cause_of_death(error, worker[1])
+                    raise ScoringError(
+                        f"{pairs[number].id}: the process that scored it {cause}, although no "
+                        f"other ran; it needs about {needs[number] / 1e9:.1f} GB: score it where "
+                        "there is more memory, or fewer --scores"
+                    ) from error
+                progress(len(results))
+    return True
+
+
+# ---------------------------------------------------------------------------- processes
+
+
+@contextlib.contextmanager
+def worker_process(blocked_signals):
+    """(ProcessPoolExecutor of one process, that process); it is killed at the end.
+
+    blocked_signals do not reach the process: one that is sent to the whole process group is for the
+    parent to handle. It ends with the parent even if that is killed, and where memory runs out, the
+    kernel kills it first. A pool of several would break as a whole when one process dies, and not
+    say which.
+    """
+    before = set(multiprocessing.active_children())
+    spawn = multiprocessing.get_context("spawn")
+    pool = futures.ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_worker)
+    # multiprocessing's tracker lets signals through when it starts, so it starts first.
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked_signals)
+    try:
+        pool.submit(int)  # starts the process, which inherits the mask
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    (process,) = set(multiprocessing.active_children()) - before
+    try:
+        yield pool, process
+    finally:
+        process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker():
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("500")
+
+
+def cause_of_death(error, process):
+    """How the process of a broken pool ended, for people: "was killed by SIGKILL"."""
+    if isinstance(error, MemoryError):
+        return "could not get the memory it asked for"
+    process.join()
+    if process.exitcode >= 0:
+        return f"ended with exit status {process.exitcode}"
+    try:
+        return f"was killed by {signal.Signals(-process.exitcode).name}"
+    except ValueError:  # one of the many without a name
+        return f"was killed by signal {-process.exitcode}"

@@ -4,9 +4,9 @@
     count_components(mask)
 
 The variation of information (Meila 2003; split and merge as in Nunez-Iglesias et al. 2013, and as
-scikit-image computes it) asks how much one has to say of a voxel's component in one mask to someone
-who knows its component in the other. In bits, over the voxels that are foreground of either mask;
-the background of a mask is one more component there.
+scikit-image computes it) is what a voxel's component in one mask still says, in bits, to someone
+who knows its component in the other. It is over the voxels that are foreground of either mask; the
+background of a mask is one more component there.
 
 Labels are those of `cc3d`. Masks are (D, H, W) bool.
 """
@@ -78,7 +78,7 @@ def variation_of_information(in_prediction, in_truth):
 
     split, H(prediction | truth), grows where the prediction cuts what is one in the truth; merge,
     H(truth | prediction), where it joins what is apart. Every element counts, those of label 0
-    too: pass those that matter. Both 0 if the labels are the same but for their names, or if there
+    too: pass those that matter. Both 0 if the labels are the same up to their names, or if there
     are none.
     """
     pairs, counts = _pairs(np.ravel(in_prediction), np.ravel(in_truth))
@@ -98,10 +98,10 @@ def _pairs(first, second):
     key = first.astype(np.int64) * width + second
     if (int(first.max()) + 1) * width <= _CELLS_PER_VOXEL * key.size:
         counts = np.bincount(key)
-        found = np.flatnonzero(counts)
-        return np.divmod(found, width), counts[found]
-    found, counts = np.unique(key, return_counts=True)
-    return np.divmod(found, width), counts
+        pairs = np.flatnonzero(counts)
+        return np.divmod(pairs, width), counts[pairs]
+    pairs, counts = np.unique(key, return_counts=True)
+    return np.divmod(pairs, width), counts
 
 
 def _entropy(share):

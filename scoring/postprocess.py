@@ -1,25 +1,23 @@
 """From probabilities to a mask: hysteresis, small components, holes, closing.
 
     low, high = probs >= settings["hysteresis"], probs >= threshold      # (D, H, W) bool
-    mask = finish(high, low, spacing=spacing, **settings)
+    mask = apply(high, low, spacing=spacing, **settings)
 
-Each step is off unless its setting says otherwise. They follow one another in the order of STEPS,
-and `stages` gives the mask after each, so that it can be scored what each of them brings.
+Each step is off unless its setting says otherwise. `stages` gives the mask after each, so that the
+gain of each can be scored.
 """
 
 import itertools
 
 import cc3d
 import numpy as np
-import torch
 
-from scoring import partitions
-from topology.distance import truncated_edt
+from scoring import dilation, partitions
 
 BEFORE = "threshold"  # the name of the mask that no step has touched
 
 
-def finish(high, low=None, *, spacing=None, **settings):
+def apply(high, low=None, *, spacing=None, **settings):
     """The mask (D, H, W) bool after all steps; arguments as in `stages`."""
     return list(stages(high, low, spacing=spacing, **settings))[-1][1]
 
@@ -43,7 +41,7 @@ def stages(
     mask = np.asarray(high, bool)
     yield BEFORE, mask
     if hysteresis is not None:
-        mask = join_weak(mask, low)
+        mask = apply_hysteresis(mask, low)
         yield "hysteresis", mask
     if min_component_voxels > 1:
         mask = remove_small_components(mask, min_component_voxels)
@@ -56,7 +54,7 @@ def stages(
         yield "closing_radius", mask
 
 
-def join_weak(high, low):
+def apply_hysteresis(high, low):
     """Voxels of low whose 26-connected component holds one of high (hysteresis, Canny 1986).
 
     high and low (D, H, W) bool; high lies within low, or counts as if it did.
@@ -109,8 +107,8 @@ def _enclosed(mask, max_voxels, connectivity):
 def close(mask, radius, spacing=None):
     """mask (D, H, W) bool closed by a ball: what no ball within the background reaches is filled.
 
-    radius in the unit of spacing (z, y, x), None: voxels. Beyond the border the volume is taken to
-    go on as it ends there. To close a slit in a sheet of one voxel the ball must reach over its
+    radius in the unit of spacing (z, y, x), None: voxels. Beyond the border the volume
+    continues as it ends there. To close a slit in a sheet of one voxel the ball must reach over its
     edges: a radius of 1.5 voxels closes one that is a voxel wide.
     """
     spacing = (1.0, 1.0, 1.0) if spacing is None else spacing
@@ -118,13 +116,7 @@ def close(mask, radius, spacing=None):
         return mask
     margin = [int(np.ceil(radius / step)) + 1 for step in spacing]
     wide = np.pad(mask, [(m, m) for m in margin], mode="edge")
-    wide = _within(wide, radius, spacing)
-    wide = ~_within(~wide, radius, spacing)
+    wide = dilation.dilate(wide, radius, spacing)
+    wide = ~dilation.dilate(~wide, radius, spacing)
     inner = tuple(slice(m, m + n) for m, n in zip(margin, mask.shape, strict=True))
     return wide[inner] | mask
-
-
-def _within(mask, radius, spacing):
-    """Voxels whose distance to a True voxel is at most the radius."""
-    bound = radius + 1e-3 * min(spacing)  # beyond which distances need not be told apart
-    return truncated_edt(torch.from_numpy(mask), bound, spacing).numpy() <= radius

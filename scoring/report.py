@@ -1,8 +1,8 @@
-"""What the scores of many cases say of the methods: mean, median, worst, and who is ahead of whom.
+"""Reports of the scores of many cases: summaries, a leaderboard, tables, pictures of the worst.
 
     rows = [{"case": "a", "method": "new", "dice": 0.9}, {"case": "a", "method": "old", ...}, ...]
     summary(rows, ("dice",))["new"]["dice"]      # mean, median, worst, worst_case
-    standings(rows, "dice")                      # the best method first, each against that
+    leaderboard(rows, "dice")                    # the best method first, the others against it
 
 Methods are compared case by case: a difference that holds in every case counts, however much the
 cases differ. Intervals are of the bootstrap over cases (Efron 1979, percentiles).
@@ -12,12 +12,16 @@ import statistics
 from typing import NamedTuple
 
 import numpy as np
+from rich.table import Table
 
 from scoring import metrics
+from scoring.dilation import dilate
 
 RESAMPLES = 10_000
 LEVEL = 0.95
 FEW = 10  # cases below which such an interval is known to be too narrow
+COLUMNS = 3  # slices of a case in a picture
+FOUND, MISSED, FALSE = "#009e73", "#e0520e", "#56b4e9"  # distinct for color-blind readers too
 
 
 class Standing(NamedTuple):
@@ -43,7 +47,7 @@ def methods_of(rows):
 def summary(rows, names):
     """{method: {score: {"mean", "median", "worst", "worst_case"}}} of the rows of all cases.
 
-    The last two are None for a score that is better at no end. Of several worst cases the first.
+    The last two are None for a score that is better at neither end. Of equals the first is worst.
     """
     return {
         method: {name: _summary([r for r in rows if r["method"] == method], name) for name in names}
@@ -53,9 +57,8 @@ def summary(rows, names):
 
 def _summary(rows, name):
     values = [row[name] for row in rows]
-    better = metrics.entry(name)[0].better
-    worst = {"higher": min, "lower": max}.get(better)
-    worst = worst(values) if worst else None
+    end = {"higher": min, "lower": max}.get(metrics.entry(name)[0].better)
+    worst = end(values) if end else None
     return {
         "mean": statistics.fmean(values),
         "median": statistics.median(values),
@@ -66,49 +69,182 @@ def _summary(rows, name):
 
 def worst_cases(rows, method, name):
     """Cases of a method, the worst by a score first."""
-    sign = -1 if metrics.entry(name)[0].better == "lower" else 1
-    found = [row for row in rows if row["method"] == method]
-    return [row["case"] for row in sorted(found, key=lambda row: sign * row[name])]
+    rows = [row for row in rows if row["method"] == method]
+    return [row["case"] for row in sorted(rows, key=lambda row: _sign(name) * row[name])]
 
 
-def standings(rows, name):
+def _sign(name):
+    return -1 if metrics.entry(name)[0].better == "lower" else 1
+
+
+def leaderboard(rows, name):
     """[`Standing`] of all methods by the mean of a score, the best first."""
     scores = {
         method: np.array([row[name] for row in rows if row["method"] == method], float)
         for method in methods_of(rows)
     }
-    sign = -1 if metrics.entry(name)[0].better == "lower" else 1
-    best, *others = sorted(scores, key=lambda method: -sign * scores[method].mean())
-    found = [Standing(best, float(scores[best].mean()), bootstrap_interval(scores[best]))]
+    best, *others = sorted(scores, key=lambda method: -_sign(name) * scores[method].mean())
+    standings = [Standing(best, float(scores[best].mean()), bootstrap_interval(scores[best]))]
     for method in others:
         difference = scores[method] - scores[best]
-        found.append(
+        standings.append(
             Standing(
                 method,
                 float(scores[method].mean()),
                 bootstrap_interval(scores[method]),
                 float(difference.mean()),
                 bootstrap_interval(difference),
-                int(np.count_nonzero(sign * difference > 0)),
-                int(np.count_nonzero(sign * difference < 0)),
+                int(np.count_nonzero(_sign(name) * difference > 0)),
+                int(np.count_nonzero(_sign(name) * difference < 0)),
             )
         )
-    return found
+    return standings
 
 
 def bootstrap_interval(values):
-    """(low, high) of the mean of values that were drawn by chance; None of fewer than 2."""
+    """(low, high) of the mean of values that were sampled at random; None of fewer than 2."""
     if len(values) < 2:
         return None
     from scipy.stats import bootstrap  # late: half a second
 
-    found = bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        confidence_level=LEVEL,
-        method="percentile",
-        batch=1000,
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    options = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile"}
+    rng = np.random.default_rng(0)
+    interval = bootstrap((values,), np.mean, batch=1000, rng=rng, **options).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+def print_scores(console, rows, names, unit, cases):
+    """A row for each of rows; a line separates those after the first `cases`."""
+    heads = ["case", "method"] if len(methods_of(rows)) > 1 else ["case"]
+    table = Table()
+    for head in heads:
+        table.add_column(head, no_wrap=True)
+    for name in names:
+        table.add_column(_heading(name, rows[0]["tolerance"], unit), justify="right")
+    for i, row in enumerate(rows):
+        if i == cases:
+            table.add_section()
+        table.add_row(*(row[head] for head in heads), *(format_score(row[n], n) for n in names))
+    console.print(table)
+
+
+def print_leaderboard(console, standings, rank, cases):
+    """A row for each `Standing`, of so many cases, by the score named rank."""
+    table = Table(title=f"leaderboard by {rank}", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for head in ("mean", "95 %", "to the best", "95 %", "ahead", "behind"):
+        table.add_column(head, justify="right")
+    for one in standings:
+        row = [one.method, format_score(one.mean, rank), _interval(one.interval)]
+        if one.difference is not None:
+            row += [f"{one.difference:+.3f}", _interval(one.difference_interval, "+")]
+            row += [str(one.ahead), str(one.behind)]
+        table.add_row(*row)
+    console.print(table)
+    if 1 < cases < FEW:
+        console.print(f"note: intervals of {cases} cases are too narrow; {FEW} or more are needed")
+
+
+def _interval(interval, sign=""):
+    return "" if interval is None else f"{interval[0]:{sign}.3f} to {interval[1]:{sign}.3f}"
+
+
+def _heading(name, tolerance, unit):
+    if name == "surface_dice":
+        return f"surface dice @ {tolerance:g} {unit}".rstrip()
+    return "in truth" if name == "components_truth" else name.replace("_", " ")
+
+
+def format_score(value, name):
+    """A score for people: counts as they are, means of counts and all else to three digits."""
+    if value is None:
+        return ""
+    if isinstance(value, int) or metrics.entry(name)[0].better is None:
+        return f"{value:g}"
+    return f"{value:.3f}"
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+class Slice(NamedTuple):
+    """One z slice of a case: (H, W) arrays, the last three bool, and counts of far errors."""
+
+    z: int
+    image: np.ndarray
+    truth: np.ndarray
+    mask: np.ndarray
+    labeled: np.ndarray
+    missed: int
+    false: int
+
+
+def worst_slices(prediction, truth, image, spacing, *, tolerance, ignore_label, count=COLUMNS):
+    """`Slice`s of a case, the worst first; those next to a chosen one are passed over.
+
+    prediction, truth, image (D, H, W); image may be None. A thin mask is wrong by a voxel nearly
+    everywhere along its border, which does not matter. So a voxel counts as missed if it is further
+    than the tolerance from all predicted ones, as false if it is from all true ones, in the unit of
+    the spacing. Where there is none, slices follow with most wrong voxels, then with most truth.
+    """
+    labeled = truth != (-1 if ignore_label is None else ignore_label)
+    prediction, truth = (prediction == 1) & labeled, (truth == 1) & labeled
+    missed = truth & ~dilate(prediction, tolerance, spacing)
+    false = prediction & ~dilate(truth, tolerance, spacing)
+    per_slice = [m.sum(axis=(1, 2)) for m in (missed | false, truth ^ prediction, truth)]
+    order = np.lexsort([-counts for counts in reversed(per_slice)])
+    gap, chosen = max(1, len(truth) // 20), []
+    for z in map(int, order):
+        if len(chosen) < count and all(abs(z - other) > gap for other in chosen):
+            chosen.append(z)
+    image = np.zeros(truth.shape, np.uint8) if image is None else image
+    counts = ((int(missed[z].sum()), int(false[z].sum())) for z in chosen)
+    return [
+        Slice(z, np.asarray(image[z], float), truth[z], prediction[z], labeled[z], *numbers)
+        for z, numbers in zip(chosen, counts, strict=True)
+    ]
+
+
+def draw_slices(cases, *, title, tolerance):
+    """A matplotlib figure with a row for each of [(case id, its score as text, [`Slice`])].
+
+    tolerance: with its unit, for people.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    height, width = cases[0][2][0].image.shape
+    size = COLUMNS * 3.6 + 0.7, len(cases) * (3.6 * height / width + 0.3) + 0.8
+    figure = Figure(size, dpi=110, layout="constrained")
+    axes = figure.subplots(len(cases), COLUMNS, squeeze=False)
+    for row, (case, score, slices) in zip(axes, cases, strict=True):
+        for panel in row:
+            panel.set(xticks=[], yticks=[], frame_on=False)
+        for panel, one in zip(row, slices, strict=False):
+            panel.imshow(_overlay(one), interpolation="antialiased")
+            panel.set_title(f"z {one.z}: {one.missed} missed, {one.false} false", fontsize=9)
+        row[0].set_ylabel(f"{case}\n{score}", fontsize=9)
+    colors = {"found": FOUND, "missed": MISSED, "false": FALSE}
+    if not all(one.labeled.all() for _, _, slices in cases for one in slices):
+        colors["unlabeled: darker"] = "#505050"
+    patches = [Patch(color=color, label=label) for label, color in colors.items()]
+    figure.suptitle(f"{title}: the worst slices; counts of voxels off by more than {tolerance}")
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+    return figure
+
+
+def _overlay(one):
+    """(H, W, 3) of a `Slice`: the image in gray, errors in their colors, darker where unlabeled."""
+    from matplotlib.colors import to_rgb
+
+    low, high = np.percentile(one.image, (1, 99))
+    gray = np.clip((one.image - low) / max(high - low, 1e-6), 0, 1)
+    colored = np.repeat(gray[..., None], 3, axis=2)
+    for in_truth, in_mask, color in ((1, 1, FOUND), (1, 0, MISSED), (0, 1, FALSE)):
+        where = (one.truth == in_truth) & (one.mask == in_mask) & one.labeled
+        colored[where] = 0.35 * colored[where] + 0.65 * np.asarray(to_rgb(color))
+    colored[~one.labeled] *= 0.5
+    return colored

@@ -146,7 +146,7 @@ def test_no_spacing_anywhere_is_said(tmp_path, capsys):
 
     tifffile.imwrite(tmp_path / "a.tif", bar(2), photometric="minisblack")
     assert run("--pred", tmp_path / "a.tif", "--truth", tmp_path / "a.tif") == 0
-    assert "no file states a spacing, 1 1 1 is taken" in capsys.readouterr().out
+    assert "no file has a spacing, 1 1 1 is used" in capsys.readouterr().out
 
 
 def test_an_ignore_label_of_255_is_not_taken_for_white(tmp_path):
@@ -215,7 +215,7 @@ def test_all_faults_of_a_folder_are_named_at_once_and_nothing_is_written(tmp_pat
     assert [Path(line.split(":")[0]).name.split(".")[0] for line in errors[:-1]] == [
         *("classes", "float", "shape", "spacing", "truncated", "unlabeled")
     ]
-    assert errors[-1] == "6 faults; nothing was written"
+    assert errors[-1] == "6 errors; nothing was written"
     assert "expected the values 0, 1, got 0, 3" in errors[0]
     assert "(3, 5, 12), got (3, 5, 13)" in errors[2]
     assert "1 1 1 micron, got 1 1 1.02 micron" in errors[3]
@@ -232,7 +232,7 @@ def test_predictions_without_truth_are_all_named_beside_other_faults(tmp_path, c
     assert "expected truth a with it, got c" in errors
     assert "expected truth b with it, got c" in errors
     assert "c.tif: expected the values 0, 1, got 0, 3" in errors
-    assert "3 faults" in errors
+    assert "3 errors" in errors
 
 
 def test_two_predictions_of_one_case_are_a_fault(tmp_path, capsys):
@@ -363,7 +363,7 @@ def test_a_truth_without_prediction_is_a_fault_unless_cases_are_named(tmp_path, 
     errors = capsys.readouterr().err
     assert "expected prediction a2 with it, got a1" in errors
     assert "expected prediction b with it, got a1" in errors
-    assert "2 faults; nothing was written" in errors
+    assert "2 errors; nothing was written" in errors
     assert run(*command, "--cases", "a1") == 0
     assert run(*command, "--cases", "a*") == 2
     assert "prediction b" not in capsys.readouterr().err
@@ -395,7 +395,7 @@ def test_json_holds_summaries_and_leaderboards(tmp_path, capsys):
     assert len(found["cases"]) == 6
     printed = capsys.readouterr().out
     assert "leaderboard by dice" in printed
-    assert "too narrow of so few" in printed
+    assert "are too narrow" in printed
 
 
 def test_scores_are_chosen_by_name(tmp_path, capsys):
@@ -423,7 +423,7 @@ def test_overlays_are_written_for_each_prediction(tmp_path):
         write(tmp_path / method / "a.nii.gz", bar(3), (5.0, 1.0, 1.0))
     both = tmp_path / "new", tmp_path / "old"
     assert run("--pred", *both, "--truth", root, "--overlays", tmp_path / "pictures") == 0
-    assert sorted(os.listdir(tmp_path / "pictures")) == ["new.png", "old.png"]
+    assert sorted(os.listdir(tmp_path / "pictures")) == ["new.png", "old.png"]  # no partial file
     with Image.open(tmp_path / "pictures" / "new.png") as picture:
         assert min(picture.size) > 100
 
@@ -446,6 +446,7 @@ def test_classes_of_the_truth_can_be_named(tmp_path):
     assert run(*arguments) == 2
     assert run(*arguments, "--foreground", 2) == 0
     assert float(read_csv(out)["a", "prediction"]["dice"]) == 1.0
+    assert run(*arguments, "--foreground", 2, "--ignore-label", -1) == 0  # no voxel can have it
 
 
 def test_ids_that_end_in_a_role_word_or_begin_the_file_name_are_found(tmp_path):

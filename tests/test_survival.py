@@ -19,8 +19,7 @@ import data
 import loader
 import model
 import train
-from runtime import checkpoint
-from runtime import evaluator as judging
+from runtime import checkpoint, evaluator
 from runtime import memory_guard as guard
 from tests.test_train import events, root, same_state, settings, weights_of
 
@@ -489,12 +488,12 @@ def test_early_stopping_ends_a_run_and_is_still_known_when_it_is_resumed(
 ):
     scores = iter([0.5, 0.4, 0.6, 0.1, 0.2, 0.3])
 
-    def judged(questions, predictions):
+    def evaluate(spec, predictions):
         found = {"surface_dice": next(scores)}
         choice = {"threshold": 0.5, "min_component_voxels": 0}
         return {**choice, "scores": found, "cases": {}, "steps": [], "unread": []}
 
-    monkeypatch.setattr(judging, "judge", judged)
+    monkeypatch.setattr(evaluator, "evaluate", evaluate)
     changes = ["validation.patience=2", "training.max_epochs=9", "validation.untrained=false"]
     assert train.main(settings(root, tmp_path, *changes, "training.max_steps=12")) == 0
     assert train.main(settings(root, tmp_path, *changes), resume=True) == 0

@@ -14,8 +14,7 @@ import data
 import model
 import train
 from patches import augment, transfer
-from runtime import checkpoint, config, validation
-from runtime import evaluator as judging
+from runtime import checkpoint, config, evaluator, validation
 from runtime import timer as clock
 from volumes import casefile as cases
 
@@ -179,13 +178,13 @@ def test_skeleton_spacing_and_step_reach_the_sum(root, tmp_path, monkeypatch):
 
 
 def test_validation_terms_see_labeled_voxels_and_the_stored_skeleton(root, tmp_path, monkeypatch):
-    seen, real = [], judging.composite.validation_losses
+    seen, real = [], evaluator.composite_loss.validation_losses
 
     def watched(probs, target, valid, terms, **options):
         seen.append((target, valid, options))
         return real(probs, target, valid, terms, **options)
 
-    monkeypatch.setattr(judging.composite, "validation_losses", watched)
+    monkeypatch.setattr(evaluator.composite_loss, "validation_losses", watched)
     changes = ["loss.skeleton_recall.validation_only=true", "training.max_steps=0"]
     assert train.main(settings(root, tmp_path, *changes)) == 0
     ((target, valid, options),) = seen

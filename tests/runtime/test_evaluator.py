@@ -1,4 +1,4 @@
-"""What validation chooses and says: masks drawn by hand, and runs that choose."""
+"""What the evaluator chooses and reports: masks drawn by hand, and runs that choose."""
 
 import json
 import os
@@ -11,9 +11,7 @@ import pytest
 
 import infer
 import train
-from runtime import checkpoint, validation
-from runtime import evaluator as judging
-from runtime import run as keeping
+from runtime import checkpoint, evaluator, validation
 from scoring import metrics
 from tests.test_survival import after_step, kills, run_folder
 from tests.test_train import SHAPE, events, root, settings, weights_of
@@ -38,35 +36,35 @@ def sheet():
     return label, probs
 
 
-def asked(**changes):
-    base = {"by": "dice", "names": ("precision",), "thresholds": (0.5, 0.4, 0.6), "sizes": (0,)}
-    return judging.Questions(**(base | changes))
+def spec_of(**changes):
+    base = {"metric": "dice", "names": ("precision",), "thresholds": (0.5, 0.4, 0.6), "sizes": (0,)}
+    return evaluator.EvaluationSpec(**(base | changes))
 
 
-def verdict(tmp_path, questions, *pairs):
-    """The judgement on [(label, probs), ...]."""
+def result_of(tmp_path, spec, *pairs):
+    """The result for [(label, probs), ...]."""
     predictions = []
     for number, (label, probs) in enumerate(pairs):
         case = make_case(tmp_path, label, case_id=f"c{number}")
-        found = judging.levels(probs, questions.levels)
-        predictions.append(judging.Predicted(case, found))
-    return judging.judge(questions, predictions)
+        counts = evaluator.threshold_counts(probs, spec.all_thresholds)
+        predictions.append(evaluator.Prediction(case, counts))
+    return evaluator.evaluate(spec, predictions)
 
 
-# ---------------------------------------------------------------------------- levels
+# ---------------------------------------------------------------------------- thresholds
 
 
-def test_a_level_tells_of_every_threshold_whether_it_is_reached():
+def test_a_count_says_of_every_threshold_whether_it_is_reached():
     thresholds = (0.25, 0.5, 0.75)
     probs = np.array([0.0, 0.25, 0.3, 0.5, 0.74, 0.75, 1.0], np.float32)
-    found = judging.levels(probs, thresholds)
+    found = evaluator.threshold_counts(probs, thresholds)
     assert found.tolist() == [0, 1, 1, 2, 2, 3, 3]
     for index, threshold in enumerate(thresholds):
         assert np.array_equal(found > index, probs >= threshold)
 
 
-def test_the_usual_threshold_and_that_of_hysteresis_are_among_the_levels():
-    assert asked(thresholds=(0.7, 0.3), hysteresis=0.2).levels == (0.2, 0.3, 0.5, 0.7)
+def test_the_default_threshold_and_that_of_hysteresis_are_among_all_thresholds():
+    assert spec_of(thresholds=(0.7, 0.3), hysteresis=0.2).all_thresholds == (0.2, 0.3, 0.5, 0.7)
 
 
 # ---------------------------------------------------------------------------- choices
@@ -76,7 +74,7 @@ def test_the_threshold_with_the_best_mean_score_is_chosen(tmp_path):
     label, probs = sheet()
     probs[4, :6] = 0.45  # half of the sheet is doubtful, and so is what lies beside it
     probs[5] = 0.35
-    found = verdict(tmp_path, asked(), (label, probs))
+    found = result_of(tmp_path, spec_of(), (label, probs))
     assert found["threshold"] == 0.4
     assert found["scores"]["dice"] == pytest.approx(2 * 144 / (146 + 144))
     steps = [(step["step"], step["value"]) for step in found["steps"]]
@@ -84,8 +82,8 @@ def test_the_threshold_with_the_best_mean_score_is_chosen(tmp_path):
     assert found["steps"][0]["dice"] == pytest.approx(2 * 72 / (74 + 144))
 
 
-def test_of_equal_choices_the_first_is_taken(tmp_path):
-    found = verdict(tmp_path, asked(), sheet())
+def test_of_equal_choices_the_first_is_used(tmp_path):
+    found = result_of(tmp_path, spec_of(), sheet())
     assert found["threshold"] == 0.5 and found["steps"][0]["step"] == "threshold"
     assert len(found["steps"]) == 1
 
@@ -93,27 +91,27 @@ def test_of_equal_choices_the_first_is_taken(tmp_path):
 def test_a_score_of_which_less_is_better_chooses_the_least(tmp_path):
     label, probs = sheet()
     probs[8] = 0.55  # far away
-    questions = asked(by="hd95", thresholds=(0.5, 0.6))
-    assert verdict(tmp_path, questions, (label, probs))["threshold"] == 0.6
-    assert judging.better(1.0, 2.0, "hd95") and not judging.better(2.0, 1.0, "hd95")
-    assert judging.better(2.0, 1.0, "dice") and not judging.better(1.0, 1.0, "dice")
-    assert judging.better(None, 1.0, "dice") and judging.better(0.0, None, "dice")
+    spec = spec_of(metric="hd95", thresholds=(0.5, 0.6))
+    assert result_of(tmp_path, spec, (label, probs))["threshold"] == 0.6
+    assert evaluator.is_better(1.0, 2.0, "hd95") and not evaluator.is_better(2.0, 1.0, "hd95")
+    assert evaluator.is_better(2.0, 1.0, "dice") and not evaluator.is_better(1.0, 1.0, "dice")
+    assert evaluator.is_better(None, 1.0, "dice") and evaluator.is_better(0.0, None, "dice")
 
 
 def test_the_size_of_components_is_chosen_at_the_chosen_threshold(tmp_path):
-    found = verdict(tmp_path, asked(sizes=(0, 3, 10**6)), sheet())
+    found = result_of(tmp_path, spec_of(sizes=(0, 3, 10**6)), sheet())
     assert found["min_component_voxels"] == 3
     assert found["scores"] == {"dice": 1.0, "precision": 1.0}
     assert [step["step"] for step in found["steps"]] == ["threshold", "min_component_voxels"]
     assert found["steps"][0]["precision"] == pytest.approx(144 / 146)
 
 
-def test_every_step_that_is_on_is_told_with_its_scores(tmp_path):
+def test_every_step_that_is_on_is_reported_with_its_scores(tmp_path):
     label, probs = sheet()
     probs[4, :, 0:3] = 0.35  # weak, but it touches what is sure
     probs[4, 6, 6] = 0.1
-    questions = asked(hysteresis=0.3, max_hole_voxels=1, closing_radius=1.5, thresholds=(0.6,))
-    found = verdict(tmp_path, questions, (label, probs))
+    spec = spec_of(hysteresis=0.3, max_hole_voxels=1, closing_radius=1.5, thresholds=(0.6,))
+    found = result_of(tmp_path, spec, (label, probs))
     steps = [(step["step"], step["value"]) for step in found["steps"]]
     assert steps == [
         ("threshold", 0.5),
@@ -129,9 +127,9 @@ def test_every_step_that_is_on_is_told_with_its_scores(tmp_path):
         assert step["precision"] == pytest.approx(hits / size), step["step"]
 
 
-def test_the_mean_is_over_cases_and_each_is_told(tmp_path):
+def test_the_mean_is_over_cases_and_each_is_reported(tmp_path):
     empty = np.zeros((9, 12, 12), np.uint8)
-    found = verdict(tmp_path, asked(thresholds=(0.5,)), sheet(), (empty, 0.1 * sheet()[1]))
+    found = result_of(tmp_path, spec_of(thresholds=(0.5,)), sheet(), (empty, 0.1 * sheet()[1]))
     assert found["cases"]["c1"]["dice"] == 1.0  # nothing there, nothing found
     assert found["scores"]["dice"] == pytest.approx((found["cases"]["c0"]["dice"] + 1) / 2)
 
@@ -139,27 +137,27 @@ def test_the_mean_is_over_cases_and_each_is_told(tmp_path):
 def test_unlabeled_voxels_do_not_count(tmp_path):
     label, probs = sheet()
     label[0] = 2  # where the speck is
-    assert verdict(tmp_path, asked(), (label, probs))["scores"]["precision"] == 1.0
+    assert result_of(tmp_path, spec_of(), (label, probs))["scores"]["precision"] == 1.0
 
 
 def test_of_no_case_there_are_no_scores_and_the_first_choices():
-    found = judging.judge(asked(sizes=(7, 3)), [])
+    found = evaluator.evaluate(spec_of(sizes=(7, 3)), [])
     assert (found["threshold"], found["min_component_voxels"]) == (0.5, 7)
     assert found["scores"] == {} and found["steps"] == [] and found["cases"] == {}
 
 
 def test_a_label_that_cannot_be_read_is_named_and_counts_nowhere(tmp_path):
-    questions = asked(thresholds=(0.5,))
+    spec = spec_of(thresholds=(0.5,))
     label, probs = sheet()
-    found = judging.levels(probs, questions.levels)
+    found = evaluator.threshold_counts(probs, spec.all_thresholds)
     there, gone = (make_case(tmp_path, label, case_id=name) for name in ("there", "gone"))
     os.unlink(gone.path)
-    told = judging.judge(questions, [judging.Predicted(c, found) for c in (there, gone)])
+    told = evaluator.evaluate(spec, [evaluator.Prediction(c, found) for c in (there, gone)])
     assert told["unread"] == ["gone"] and list(told["cases"]) == ["there"]
 
 
 @pytest.mark.parametrize(
-    ("by", "names", "said"),
+    ("metric", "names", "said"),
     [
         ("surface_dise", (), "validation.score: .*surface_dice"),
         ("components", (), "describes a mask"),
@@ -167,10 +165,10 @@ def test_a_label_that_cannot_be_read_is_named_and_counts_nowhere(tmp_path):
         ("dice@3", (), "dice without a number"),
     ],
 )
-def test_names_of_no_score_are_refused(by, names, said):
+def test_names_of_no_score_are_refused(metric, names, said):
     with pytest.raises(ValueError, match=said):
-        judging.check(by, names)
-    judging.check("vesuvius_score", ("surface_dice@4", "assd", "components"))
+        evaluator.check(metric, names)
+    evaluator.check("vesuvius_score", ("surface_dice@4", "assd", "components"))
 
 
 # ---------------------------------------------------------------------------- runs
@@ -210,18 +208,18 @@ def cc_kept(mask, size):
 
 
 def test_choices_see_validation_cases_alone(root, tmp_path, monkeypatch):
-    seen, judge = [], judging.judge
+    seen, evaluate = [], evaluator.evaluate
 
-    def watched(questions, predictions):
+    def watched(spec, predictions):
         seen.extend(one.case.id for one in predictions)
-        return judge(questions, predictions)
+        return evaluate(spec, predictions)
 
-    monkeypatch.setattr(judging, "judge", watched)
+    monkeypatch.setattr(evaluator, "evaluate", watched)
     assert train.main(settings(root, tmp_path, "training.max_epochs=2")) == 0
     assert set(seen) == {"bar2"} and len(seen) == 3
 
 
-def test_a_judge_beside_training_says_the_same_as_one_within(root, tmp_path):
+def test_an_evaluator_in_the_background_gives_the_same_run_as_one_within(root, tmp_path):
     for name in ("within", "beside"):
         background = f"validation.background={str(name == 'beside').lower()}"
         assert train.main(settings(root, tmp_path / name, background)) == 0
@@ -233,23 +231,13 @@ def test_a_judge_beside_training_says_the_same_as_one_within(root, tmp_path):
     assert kills.same(first["ema"], second["ema"])
 
 
-def test_a_run_that_is_stopped_while_the_judge_is_at_work_asks_it_again(
-    root, tmp_path, monkeypatch
-):
+def test_a_run_that_is_stopped_during_an_evaluation_starts_it_again(root, tmp_path, monkeypatch):
     background = "validation.background=true"
     assert train.main(settings(root, tmp_path / "straight", background)) == 0
-    # Nothing arrives before the run is stopped, in mid-epoch.
-    monkeypatch.setattr(validation.workers.Pool, "receive", lambda self, timeout: ({}, []))
     changes = [background, "validation.untrained=false"]
     after_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    waits = []
-    result = validation.Validator.result
-
-    def never_wait(self, *, wait=False):
-        waits.append(wait)
-        return result(self, wait=False)
-
-    monkeypatch.setattr(validation.Validator, "result", never_wait)
+    # Nothing arrives before the run is stopped, in mid-epoch.
+    monkeypatch.setattr(validation.Validator, "result", lambda self, *, wait=False: None)
     assert train.main(settings(root, tmp_path, *changes)) == 75
     assert weights_of(run_folder(tmp_path))["loop"]["evaluations"]["pending"] == 3
     assert events(run_folder(tmp_path), "evaluation") == []
@@ -260,21 +248,21 @@ def test_a_run_that_is_stopped_while_the_judge_is_at_work_asks_it_again(
     assert [(e["step"], e["scores"]) for e in told] == [(e["step"], e["scores"]) for e in expected]
 
 
-def test_a_judge_that_dies_costs_an_evaluation_and_no_more(root, tmp_path, monkeypatch):
-    send, judges = validation.workers.Worker.send, []
+def test_an_evaluator_that_dies_costs_an_evaluation_and_no_more(root, tmp_path, monkeypatch):
+    start, killed = validation.Validator.start, []
 
-    def killed(self, message):
-        if not judges:
-            judges.append(self.pid)
-            self.process.kill()
-            self.process.join()
-        send(self, message)
+    def start_and_kill(self, network, step):
+        start(self, network, step)
+        if not killed:
+            killed.append(self.process.pid)
+            os.kill(self.process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(validation.workers.Worker, "send", killed)
+    monkeypatch.setattr(validation.Validator, "start", start_and_kill)
     changes = ["validation.background=true", "training.max_epochs=1"]
     assert train.main(settings(root, tmp_path, *changes)) == 0
     (trouble,) = events(run_folder(tmp_path), "trouble")
-    assert trouble["kind"] == "judge died" and trouble["pid"] == judges[0]
+    assert trouble["kind"] == "evaluator died" and trouble["pid"] == killed[0]
+    assert trouble["exitcode"] == -signal.SIGKILL and "killed by SIGKILL" in trouble["text"]
     first, last = events(run_folder(tmp_path), "evaluation")
     assert first["scores"] == {} and last["scores"]["surface_dice"] >= 0
     best = checkpoint.load(run_folder(tmp_path) / "checkpoints" / "best.pt")
@@ -290,7 +278,7 @@ def test_every_named_score_can_pick_the_best(root, tmp_path):
     assert best["best_score"] == min(e["scores"]["assd"] for e in told)
 
 
-def test_the_scores_of_the_log_are_those_of_the_judge(root, tmp_path):
+def test_the_scores_of_the_log_are_those_of_scoring(root, tmp_path):
     changes = ["training.max_steps=0", "validation.thresholds=[0.01]"]
     changes += ["validation.min_component_voxels=[0]", "validation.scores=[dice,assd]"]
     assert train.main(settings(root, tmp_path, *changes)) == 0
@@ -303,4 +291,3 @@ def test_the_scores_of_the_log_are_those_of_the_judge(root, tmp_path):
     )
     assert told["scores"] == pytest.approx(expected)
     assert json.dumps(told["chosen"]) == '{"threshold": 0.01, "min_component_voxels": 0}'
-    assert keeping.judging is judging

@@ -1,39 +1,38 @@
-"""Evaluations: who predicts, who judges, and what is left of one when something breaks."""
+"""Evaluations: prediction, the evaluator process, and what remains when something breaks."""
 
+import contextlib
 import signal
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import data
-from runtime import checkpoint, validation
 from runtime import signals as stopping
+from runtime import validation
 from runtime.validation import Evaluation, Validator
-from tests.runtime.test_saver import CONSTANT
 from volumes import casefile
 
-VERDICT = {"scores": {"dice": 0.5}, "cases": {}, "steps": [], "threshold": 0.5, "unread": []}
+RESULT = {"scores": {"dice": 0.5}, "cases": {}, "steps": [], "threshold": 0.5, "unread": []}
 
 
-class Judge:
-    """A pool of one judge, without a process."""
+def evaluate_ids(spec, predictions):
+    """Stands for the evaluator; a prediction is the id of its case."""
+    return {**RESULT, "cases": {case: {"dice": 0.5} for case in predictions}, "unread": []}
+
+
+class Pool:
+    """A pool of one process, without a process. futures: as it has handed them out."""
 
     def __init__(self):
-        self.answers, self.dead, self.tasks, self.looks = [], [], [], []
-        self.workers = [SimpleNamespace(pid=77, process=SimpleNamespace(exitcode=-9))]
+        self.futures, self.process = [], SimpleNamespace(pid=77, exitcode=-9, join=lambda: None)
 
-    def __len__(self):
-        return len(self.workers)
-
-    def submit(self, task):
-        self.tasks.append(task)
-
-    def receive(self, timeout):
-        self.looks.append(timeout)
-        if self.dead:
-            return {}, [self.workers.pop()]
-        return (self.answers.pop(0) if self.answers else {}), []
+    def submit(self, function, spec, predictions):
+        self.futures.append(Future())
+        return self.futures[-1]
 
 
 @pytest.fixture
@@ -41,22 +40,23 @@ def made(monkeypatch):
     """make(*case ids, ...) -> v: the validator, whose predictions are ids, and what it does."""
 
     def make(*cases, background=False, unreadable=()):
-        judge, reports, polls = Judge(), [], []
-        monkeypatch.setattr(validation.workers, "Pool", lambda dataset, count: judge)
-        monkeypatch.setattr(validation.judging, "judge", lambda questions, found: judged(found))
-        monkeypatch.setattr(data, "PAUSES", (0.0,))
+        pool, reports, polls, tried = Pool(), [], [], []
 
-        def judged(found):
-            return {**VERDICT, "cases": {case: {"dice": 0.5} for case in found}, "unread": []}
+        @contextlib.contextmanager
+        def worker_process(blocked_signals):
+            yield pool, pool.process
 
-        def predict(network, case, questions, *, with_slices, progress, **how):
+        def predict(network, case, spec, *, with_slices, progress, **how):
             tried.append((case.id, network.training))
             if case.id in unreadable:
                 raise casefile.Unreadable(f"case {case.id}: expected\na file")
             progress(1, 2)
             return case.id, {"of": case.id} if with_slices else None
 
-        tried = []
+        monkeypatch.setattr(validation.parallel, "worker_process", worker_process)
+        monkeypatch.setattr(validation.evaluator, "evaluate", evaluate_ids)
+        monkeypatch.setattr(data, "PAUSES", (0.0,))
+        monkeypatch.setattr(validation, "POLL_SECONDS", 0.01)
         monkeypatch.setattr(validation, "predict", predict)
         validator = Validator(
             [SimpleNamespace(id=case) for case in cases],
@@ -65,7 +65,7 @@ def made(monkeypatch):
             report=lambda kind, text, **figures: reports.append((kind, text, figures)),
             poll=lambda: polls.append(1),
         )
-        return SimpleNamespace(v=validator, judge=judge, reports=reports, polls=polls, tried=tried)
+        return SimpleNamespace(v=validator, pool=pool, reports=reports, polls=polls, tried=tried)
 
     return make
 
@@ -84,8 +84,8 @@ def test_every_case_is_predicted_in_evaluation_mode_which_does_not_stay(made):
     assert one.tried == [("a", False), ("b", False)] and net.training and len(one.polls) == 2
     found = one.v.result()
     assert (found.step, found.unread, found.slices) == (7, [], {"of": "a"})
-    assert list(found.verdict["cases"]) == ["a", "b"]
-    assert one.v.result() is None and one.v.result(wait=True) is None  # told once
+    assert list(found.result["cases"]) == ["a", "b"]
+    assert one.v.result() is None and one.v.result(wait=True) is None  # given once
 
 
 def test_a_case_that_cannot_be_read_is_tried_again_named_and_left_out(made):
@@ -93,18 +93,18 @@ def test_a_case_that_cannot_be_read_is_tried_again_named_and_left_out(made):
     one.v.start(network(), 7)
     assert [case for case, _ in one.tried] == ["a", "a", "b"]
     found = one.v.result()
-    assert found.unread == ["a"] and list(found.verdict["cases"]) == ["b"]
+    assert found.unread == ["a"] and list(found.result["cases"]) == ["b"]
     assert found.slices == {"of": "b"}
     ((kind, text, figures),) = one.reports
     assert kind == "case left out" and figures == {"case": "a"}
     assert text == "case a: expected a file; this evaluation goes without it"
 
 
-def test_without_cases_there_is_no_judge_and_an_evaluation_without_scores(made):
+def test_without_cases_there_is_no_process_and_an_evaluation_without_scores(made):
     one = made(background=True)
-    assert one.v.pool is None and one.v.roles() == {}
     one.v.start(network(), 0)
-    assert one.v.result() == Evaluation(0, {**VERDICT, "cases": {}}, [], None)
+    assert one.v.pool is None and one.v.roles() == {}
+    assert one.v.result() == Evaluation(0, {**RESULT, "cases": {}}, [], None)
 
 
 def test_what_poll_raises_ends_the_prediction(made):
@@ -119,103 +119,58 @@ def test_what_poll_raises_ends_the_prediction(made):
     assert [case for case, _ in one.tried] == ["a"] and one.v.result() is None
 
 
-# ---------------------------------------------------------------------------- a judge beside
+# ---------------------------------------------------------------------------- in the background
 
 
-def test_a_judge_beside_training_is_asked_without_waiting_until_it_answers(made):
+def test_an_evaluation_in_the_background_is_not_waited_for(made):
+    one = made("a", background=True)
+    assert one.v.roles() == {}  # started when it is needed
+    one.v.start(network(), 7)
+    assert one.v.result() is None and len(one.polls) == 1
+    one.pool.futures[0].set_result({**RESULT, "unread": ["a"]})
+    evaluation = one.v.result()
+    assert evaluation.step == 7 and evaluation.result["scores"] == {"dice": 0.5}
+    assert evaluation.unread == ["a"]
+    assert one.v.roles() == {77: "evaluator"} and one.v.result() is None
+
+
+def test_waiting_for_an_evaluation_polls_whether_to_leave(made):
     one = made("a", background=True)
     one.v.start(network(), 7)
-    assert one.v.result() is None and one.judge.looks == [0] and len(one.polls) == 1
-    one.judge.answers = [{7: [{**VERDICT, "unread": ["a"]}]}]
-    found = one.v.result()
-    assert found.step == 7 and found.verdict["scores"] == {"dice": 0.5} and found.unread == ["a"]
-    assert one.v.roles() == {77: "judge"} and one.v.result() is None
+    one.v.poll = lambda: (
+        one.polls.append(1) or (len(one.polls) == 3 and one.pool.futures[0].set_result(RESULT))
+    )
+    assert one.v.result(wait=True).result["scores"] == {"dice": 0.5} and len(one.polls) == 3
 
 
-def test_waiting_for_the_judge_asks_every_second_whether_to_leave(made):
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (BrokenProcessPool(), "was killed by SIGKILL"),
+        (MemoryError(), "could not get the memory it asked for"),
+    ],
+)
+def test_an_evaluator_that_dies_is_reported_and_training_evaluates_from_then_on(made, error, cause):
     one = made("a", background=True)
     one.v.start(network(), 7)
-    one.judge.answers = [{}, {}, {7: [VERDICT]}]
-    assert one.v.result(wait=True).verdict["scores"] == {"dice": 0.5}
-    assert one.judge.looks == [validation.WAIT] * 3 and len(one.polls) == 1 + 2
-
-
-def test_a_judge_that_dies_is_told_and_the_training_process_judges_from_then_on(made):
-    one = made("a", background=True)
-    one.v.start(network(), 7)
-    one.judge.dead = [True]
-    found = one.v.result(wait=True)
-    assert (found.step, found.verdict) == (7, None)
+    one.pool.futures[0].set_exception(error)
+    evaluation = one.v.result(wait=True)
+    assert (evaluation.step, evaluation.result) == (7, None)
     ((kind, text, figures),) = one.reports
-    assert kind == "judge died" and figures == {"pid": 77, "exitcode": -signal.SIGKILL}
-    assert "step 7 has no scores" in text and "by itself" in text and "SIGKILL" in text
+    assert kind == "evaluator died" and figures == {"pid": 77, "exitcode": -signal.SIGKILL}
+    assert "step 7 has no scores" in text and "by itself" in text and cause in text
     one.v.start(network(), 9)
-    assert one.v.result().verdict["scores"] == {"dice": 0.5} and one.v.roles() == {}
+    assert one.v.result().result["scores"] == {"dice": 0.5} and one.v.roles() == {}
 
 
-# ---------------------------------------------------------------------------- started again
+# ---------------------------------------------------------------------------- slices
 
 
-@pytest.fixture
-def files(tmp_path):
-    """write(name, step) -> path of a state whose averaged weights are the step."""
-
-    def write(name, step):
-        state = dict.fromkeys((*checkpoint.CHANGING, *CONSTANT))
-        ema = {key: torch.full_like(value, step) for key, value in network().state_dict().items()}
-        checkpoint.save(state | {"ema": ema, "loop": {"step": step}}, tmp_path / name)
-        return tmp_path / name
-
-    return write
-
-
-class Started:
-    """A validator that notes what it is asked for."""
-
-    def start(self, net, step):
-        self.step = step
-        self.weights = {value for p in net.parameters() for value in p.flatten().tolist()}
-
-
-def again(files, loop, candidate, found):
-    validator, reports, net = Started(), [], network()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.fill_(loop["step"])
-    report = lambda kind, text: reports.append((kind, text))  # noqa: E731
-    validation.start_again(validator, net, loop, candidate=candidate, found=found, report=report)
-    return validator, reports
-
-
-def test_the_evaluation_of_an_earlier_step_is_of_the_state_that_was_kept_for_it(files):
-    loop = {"step": 5, "pending": 3}
-    candidate = files("candidate.pt", 3)
-    validator, reports = again(files, loop, candidate, files("last.pt", 5))
-    assert (validator.step, validator.weights, reports) == (3, {3.0}, [])
-    assert checkpoint.load(candidate)["loop"]["step"] == 3 and loop["pending"] == 3
-
-
-@pytest.mark.parametrize("there", ["nothing", "that of an earlier step", "damaged"])
-def test_a_run_killed_before_its_state_was_a_candidate_keeps_that_state(files, tmp_path, there):
-    candidate = tmp_path / "candidate.pt"
-    if there == "that of an earlier step":
-        files("candidate.pt", 3)
-    elif there == "damaged":
-        candidate.write_bytes(b"half")
-    last = files("last.pt", 6)
-    validator, reports = again(files, {"step": 6, "pending": 6}, candidate, last)
-    assert (validator.step, validator.weights, reports) == (6, {6.0}, [])
-    assert checkpoint.load(candidate)["loop"]["step"] == 6
-
-
-@pytest.mark.parametrize("there", ["nothing", "that of another step", "damaged"])
-def test_an_evaluation_whose_state_is_gone_is_told_and_not_started(files, tmp_path, there):
-    candidate = tmp_path / "candidate.pt"
-    if there == "that of another step":
-        files("candidate.pt", 4)
-    elif there == "damaged":
-        candidate.write_bytes(b"half")
-    loop = {"step": 5, "pending": 3}
-    validator, ((kind, text),) = again(files, loop, candidate, files("last.pt", 5))
-    assert not hasattr(validator, "step") and loop["pending"] is None
-    assert kind == "evaluation lost" and "evaluation of step 3 is lost" in text
+def test_the_slice_with_most_labeled_foreground_is_shown():
+    truth = np.zeros((4, 5, 6), np.uint8)
+    truth[1, :, 0:2], truth[2, 0:3], truth[3] = 1, 1, 2
+    image = np.arange(truth.size, dtype=np.uint16).reshape(truth.shape)[None]
+    slices = validation.middle_slices(image, truth, ignore_label=2)
+    assert slices["z"] == 2 and slices["labeled"].all() and slices["truth"].sum() == 18
+    assert np.array_equal(slices["image"], image[0, 2])
+    assert validation.middle_slices(image, truth, None)["z"] == 3

@@ -7,8 +7,8 @@ from scipy import ndimage
 from skimage.measure import euler_number
 
 from scoring import homology
-from scoring.corners import extract
 from scoring.homology import betti_matching, betti_numbers, matching_f1, toposcore
+from scoring.surface import extract
 
 
 def drawn(*planes):

@@ -9,7 +9,7 @@ import pytest
 import skimage.morphology
 from scipy import ndimage
 
-from scoring import corners, homology, partitions
+from scoring import homology, partitions
 from scoring import surface as surfaces
 from scoring.metrics import (
     DEFAULT,
@@ -17,9 +17,9 @@ from scoring.metrics import (
     mean_scores,
     otsu_threshold,
     score,
-    surface_dice,
     vesuvius_score,
 )
+from scoring.surface import surface_dice
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("LAMINA_SHARED", ROOT.parent / "shared"))
@@ -210,7 +210,7 @@ def counted(monkeypatch, module, name):
 
 def test_what_scores_share_is_made_once_for_each_mask(monkeypatch):
     calls = [
-        counted(monkeypatch, corners, "extract"),
+        counted(monkeypatch, surfaces, "extract"),
         counted(monkeypatch, surfaces, "nearest_distances"),
         counted(monkeypatch, partitions, "label"),
         counted(monkeypatch, skimage.morphology, "skeletonize"),
@@ -229,7 +229,7 @@ def test_what_scores_share_is_made_once_for_each_mask(monkeypatch):
 
 
 def test_what_is_not_asked_for_is_not_made(monkeypatch):
-    for module, name in ((corners, "extract"), (partitions, "label"), (homology, "_deaths")):
+    for module, name in ((surfaces, "extract"), (partitions, "label"), (homology, "_deaths")):
         monkeypatch.setattr(module, name, None)
     assert score(bar(3, 4), bar(1, 5), names=["dice", "recall"]) == {
         "dice": pytest.approx(6 / 9), "recall": pytest.approx(3 / 5),

@@ -11,12 +11,12 @@ from scipy import ndimage
 from scoring import homology
 from scoring.metrics import (
     SCORES,
-    count_components,
     mean_scores,
     score,
-    surface_dice,
     vesuvius_score,
 )
+from scoring.partitions import count_components
+from scoring.surface import surface_dice
 
 SHAPE = (5, 5, 12)
 TILED = {"toposcore", "vesuvius_score"} | {f"betti_matching_f1_{dim}" for dim in range(3)}

@@ -1,79 +1,126 @@
-"""Cases scored side by side: the same rows, whatever the number of processes."""
+"""Cases scored several at a time: the same rows, whatever the number of processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
-from scoring import masks, pairs
-from scoring import parallel as scoring
+from scoring import inputs, parallel
 from volumes import files as volumes
 
 
-def write_pairs(folder, count, faulty=()):
+def write_pairs(folder, count, wrong=()):
     rng = np.random.default_rng(0)
-    found = []
+    pairs = []
     for i in range(count):
         truth = (rng.random((4, 6, 5 + i)) < 0.4).astype(np.uint8)
-        prediction = (rng.random(truth.shape) < 0.4).astype(np.uint8) * (3 if i in faulty else 1)
+        prediction = (rng.random(truth.shape) < 0.4).astype(np.uint8) * (3 if i in wrong else 1)
         paths = [str(folder / f"{kind}_{i}.tif") for kind in ("truth", "pred")]
         for path, mask in zip(paths, (truth, prediction), strict=True):
             volumes.write_volume(path, mask)
-        found.append(pairs.Pair(str(i), {"m": paths[1]}, paths[0], None))
-    return found
+        pairs.append(inputs.Pair(str(i), {"m": paths[1]}, paths[0], None))
+    return pairs
 
 
 def scorer():
-    return scoring.Scorer(masks.Reading(), ("dice", "components"), 2.0)
+    return parallel.Scorer(inputs.ReadOptions(), ("dice", "components"), 2.0)
 
 
 def test_processes_give_the_rows_of_one_in_the_order_of_cases(tmp_path):
-    found, seen = write_pairs(tmp_path, 4), []
-    alone = scoring.score_all(found, scorer(), jobs=1)
-    beside = scoring.score_all(found, scorer(), jobs=2, budget=1, progress=seen.append)
+    pairs, seen = write_pairs(tmp_path, 4), []
+    alone = parallel.score_all(pairs, scorer(), jobs=1)
+    beside = parallel.score_all(pairs, scorer(), jobs=2, budget=1, progress=seen.append)
     assert beside == alone
     assert [result.rows[0]["case"] for result in beside] == ["0", "1", "2", "3"]
     assert seen == [1, 2, 3, 4]
 
 
-def test_after_a_fault_the_rest_is_only_checked(tmp_path):
-    results = scoring.score_all(write_pairs(tmp_path, 4, faulty=(1, 3)), scorer())
+def test_after_an_error_the_rest_is_only_checked(tmp_path):
+    results = parallel.score_all(write_pairs(tmp_path, 4, wrong=(1, 3)), scorer())
     assert [len(result.rows) for result in results] == [1, 0, 0, 0]
-    assert [len(result.faults) for result in results] == [0, 1, 0, 1]
+    assert [len(result.errors) for result in results] == [0, 1, 0, 1]
 
 
-def test_a_case_whose_process_dies_is_named(tmp_path, monkeypatch):
-    found = write_pairs(tmp_path, 3)
+class Killed(parallel.Scorer):
+    """Its process is killed by the case that is called 1."""
 
-    class Killed:
-        """A pool whose workers are killed by the case that is called 1."""
+    def __call__(self, pair, only_check=False):
+        if pair.id == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(pair, only_check)
 
-        def __init__(self, dataset, count):
-            self.dataset, self.left, self.tasks, self.most = dataset, count, {}, 0
 
-        def __len__(self):
-            return self.left
+def test_a_case_whose_process_dies_is_named_with_the_cause(tmp_path):
+    pairs, done = write_pairs(tmp_path, 3), []
+    scorer = Killed(inputs.ReadOptions(), ("dice",), 2.0)
+    expected = "^1: the process that scored it was killed by SIGKILL, although no other ran; it"
+    with pytest.raises(parallel.ScoringError, match=expected):
+        parallel.score_all(pairs, scorer, jobs=2, progress=done.append)
 
-        def submit(self, task):
-            self.tasks[task.number] = task
 
-        def receive(self, timeout):
-            self.most = max(self.most, len(self.tasks))
-            task = self.tasks.pop(min(self.tasks, key=lambda number: number != 1))
-            if task.number != 1:
-                return {task.number: [self.dataset[place] for place in task.places]}, []
-            self.left -= 1
-            process = type("Process", (), {"exitcode": -9})
-            return {}, [type("Dead", (), {"tasks": {1: task}, "process": process})]
+class Hungry(parallel.Scorer):
+    """No memory is left, as long as a file is there; a case takes it away."""
 
-        def close(self):
-            self.left = 0
+    def __call__(self, pair, only_check=False):
+        try:
+            os.unlink(os.path.join(os.path.dirname(pair.truth), "hungry"))
+        except FileNotFoundError:
+            return super().__call__(pair, only_check)
+        raise MemoryError
 
-    monkeypatch.setattr("workers.Pool", Killed)
-    with pytest.raises(scoring.ScoringError, match="1: the process that scored it was killed by"):
-        scoring.score_all(found, scorer(), jobs=2)
+
+def test_a_case_without_memory_is_scored_again_on_its_own(tmp_path):
+    pairs = write_pairs(tmp_path, 3)
+    (tmp_path / "hungry").touch()
+    results = parallel.score_all(pairs, Hungry(inputs.ReadOptions(), ("dice",), 2.0), jobs=2)
+    assert [result.rows[0]["case"] for result in results] == ["0", "1", "2"]
+
+
+POOL = """
+import os, signal, sys, time
+sys.path.insert(0, os.getcwd())
+from scoring import parallel
+
+if __name__ == "__main__":
+    with parallel.worker_process({signal.SIGINT, signal.SIGTERM}) as (pool, process):
+        pool.submit(int).result()
+        print(process.pid, flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_worker_ignores_signals_to_the_group_and_ends_with_its_parent(tmp_path):
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker, number)
+    time.sleep(0.3)
+    assert is_alive(worker)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 20
+    while is_alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(worker)
+
+
+def is_alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_no_case_is_no_result():
-    assert scoring.score_all([], scorer()) == []
+    assert parallel.score_all([], scorer()) == []
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".nii.gz", ".h5"])

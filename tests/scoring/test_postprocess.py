@@ -17,20 +17,20 @@ def test_weak_voxels_stay_where_they_touch_a_strong_one():
     low, high = empty(), empty()
     low[3, 4, 0:5], low[3, 8, 0:5] = True, True  # two bars, of which one has a strong voxel
     high[3, 4, 4] = True
-    joined = postprocess.join_weak(high, low)
+    joined = postprocess.apply_hysteresis(high, low)
     assert joined[3, 4, 0:5].all() and joined.sum() == 5
 
 
 def test_weak_voxels_join_over_a_corner():
     low, high = empty(), empty()
     low[2, 2, 2], high[3, 3, 3] = True, True
-    assert postprocess.join_weak(high, low).sum() == 2
+    assert postprocess.apply_hysteresis(high, low).sum() == 2
 
 
 def test_without_a_strong_voxel_nothing_stays():
     low = empty()
     low[3] = True
-    assert not postprocess.join_weak(empty(), low).any()
+    assert not postprocess.apply_hysteresis(empty(), low).any()
 
 
 # ---------------------------------------------------------------------------- components
@@ -123,13 +123,13 @@ def test_stages_come_in_order_and_only_those_that_are_on():
     sizes = [int(mask.sum()) for mask in found.values()]
     assert sizes[:3] == [3, 73, 72] and found["closing_radius"][3, 4, 4]
     assert list(dict(postprocess.stages(high))) == ["threshold"]
-    assert np.array_equal(postprocess.finish(high), high)
+    assert np.array_equal(postprocess.apply(high), high)
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 5), (5, 3, 1), (3, 3, 3)])
 def test_isolated_voxels_of_a_thin_volume_are_components(shape):
     mask = np.zeros(shape, bool)
     mask[::2, ::2, ::2] = True  # no two of them touch
-    assert (postprocess.join_weak(mask, mask) == mask).all()
+    assert (postprocess.apply_hysteresis(mask, mask) == mask).all()
     assert not postprocess.remove_small_components(mask, 2).any()
     assert (postprocess.remove_small_components(mask, 1) == mask).all()
