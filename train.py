@@ -30,9 +30,9 @@ import yaml
 from rich.console import Console
 
 import data
-import loader
 import model
 from monitoring import memory, recorder
+from patches import transfer
 from runtime import build as planning
 from runtime import checkpoint, config, nonfinite, validation
 from runtime import composite_loss as composite
@@ -124,7 +124,7 @@ def _train(settings, resume, stack):
         **{"evaluated_step": None, "pending": None, "best_score": None, "best_step": None},
         **{"worse": 0, "chosen": {}},
         "skipped": {"in_a_row": 0, "since_log": 0, "cases": {}},  # steps without an update
-        "excluded": {},  # what loader.excluded gives
+        "excluded": {},  # what PatchDataset.state_dict gives
         # What the device's memory has taught: see fitting.py.
         **{"part": None, "recompute": False, "window_fits": {}},
     }
@@ -143,7 +143,7 @@ def _train(settings, resume, stack):
         if state["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
         loop |= state["loop"]
-        notes += loader.exclude_again(patches, loop["excluded"])
+        notes += patches.load_state_dict(loop["excluded"])
         checkpoint.set_rng_state(state["rng"])
     del state
     if settings.model.compile:
@@ -210,7 +210,7 @@ def _train(settings, resume, stack):
         size=loop["part"],
         recompute=loop["recompute"],
     )
-    keep.batches = batches = loader.Batches(
+    keep.batches = batches = data.Batches(
         patches,
         loop["step"] * training.accumulate,
         stop_step * training.accumulate,
@@ -238,12 +238,12 @@ def _train(settings, resume, stack):
 
     # ------------------------------------------------------------------ the learning step
     drawn_classes = {c: n for n, c in plan.dataset.classes.items() if c in patches.classes}
-    copying = loader.copy_stream(device)
+    copying = transfer.copy_stream(device)
     ticks = clock.StepClock(device)
 
     def learn(samples):
         """Add the gradient of a batch; its loss parts, and shares of what was drawn."""
-        samples = loader.to_device(samples, device, copying)
+        samples = transfer.to_device(samples, device, copying)
         ticks.mark("transfer")
         image, target, valid, skeleton = planning.draw(plan, samples)
         ticks.mark("draw")
@@ -394,7 +394,7 @@ def _train(settings, resume, stack):
     if loop["best_score"] is not None:
         best = f"{settings.validation.score} {loop['best_score']:.4f}"
         console.print(f"best: {best} at step {loop['best_step']}, in best.pt")
-    for line in [*loader.describe_excluded(patches), *nonfinite.tell_of(loop["skipped"])]:
+    for line in [*data.describe_excluded(patches), *nonfinite.tell_of(loop["skipped"])]:
         console.print(line)
     last = Path(settings.run.folder) / "last.pt"
     console.print(f"state in {run_folder / 'checkpoints'}; next: python infer.py --ckpt {last}")

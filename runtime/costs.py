@@ -17,9 +17,8 @@ import h5py
 import torch
 
 import data
-import loader
 from monitoring import memory
-from patches import intensity
+from patches import intensity, transfer
 from runtime import build as planning
 from runtime import sliding_window as windows
 from runtime import trial
@@ -167,11 +166,11 @@ def measure_transfer(device, samples):
     """Median time of copying a batch, as the loader gives it, to the device."""
     if device.type != "cuda":
         return Measured(None, NO_GPU)
-    stream, seconds = loader.copy_stream(device), []
+    stream, seconds = transfer.copy_stream(device), []
     for _ in range(COPIES):
         torch.cuda.synchronize(device)
         started = time.perf_counter()
-        loader.to_device(samples, device, stream)
+        transfer.to_device(samples, device, stream)
         torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
     return Measured(statistics.median(seconds) / MS)

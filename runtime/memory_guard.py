@@ -35,7 +35,7 @@ class MemoryGuard:
     def look(self, batches):
         """Why the run must leave, or None. At most once a second, some 0.3 ms.
 
-        batches: a `loader.Batches`, whose workers are dropped if that is needed.
+        batches: a `data.Batches`, whose workers are dropped if that is needed.
         """
         if time.monotonic() - self.looked < LOOK:
             return None

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 
-import loader
+import data
 from monitoring import picture
 from runtime import checkpoint
 from runtime import evaluator as judging
@@ -128,7 +128,7 @@ class Keeper:
                 f"memory ran out where no step can be made smaller ({reason}); lower model.base or "
                 "data.cache_gb, or end what else runs there"
             )
-        if not isinstance(error, stopping.Stopped | stopping.CannotGoOn):
+        if not isinstance(error, stopping.Stopped | stopping.CannotGoOn | data.TooManyExcluded):
             self._record_crash(error)
             raise error
         status = STOPPED if isinstance(error, stopping.Stopped) else FAILED
@@ -185,7 +185,7 @@ class Keeper:
         also: a second name for the file.
         """
         learnt = {"part": self.parts.size, "recompute": self.parts.recompute}
-        learnt |= {"excluded": loader.excluded(self.patches), "lines": self.log.lines}
+        learnt |= {"excluded": self.patches.state_dict(), "lines": self.log.lines}
         self.saver.save(name, self.loop | learnt, also)
         self.saved_at = time.monotonic()
 

@@ -18,7 +18,8 @@ import threading
 import psutil
 import torch
 
-import loader
+import data
+from patches import transfer
 from runtime import build as planning
 from runtime import composite_loss as composite
 from runtime import timer as clock
@@ -35,7 +36,7 @@ def batches(plan, patches, count, per_epoch=None):
     Close it (contextlib.closing): its workers live until then.
     """
     training = plan.settings.training
-    return loader.Batches(
+    return data.Batches(
         patches,
         0,
         count,
@@ -50,12 +51,12 @@ def batches(plan, patches, count, per_epoch=None):
 
 def from_loader(plan, source):
     """What `Trainer.step` fetches batches with: read by workers, copied and drawn, as in a run."""
-    copying = loader.copy_stream(plan.device)
+    copying = transfer.copy_stream(plan.device)
 
     def fetch(ticks):
         samples = next(source)
         ticks.mark("wait")
-        samples = loader.to_device(samples, plan.device, copying)
+        samples = transfer.to_device(samples, plan.device, copying)
         ticks.mark("transfer")
         drawn = planning.draw(plan, samples)
         ticks.mark("draw")

@@ -11,10 +11,9 @@ import torch
 import yaml
 
 import data
-import loader
 import model
 import train
-from patches import augment
+from patches import augment, transfer
 from runtime import checkpoint, config, validation
 from runtime import composite_loss as composite
 from runtime import evaluator as judging
@@ -422,7 +421,7 @@ def test_what_is_slow_is_named_and_validation_is_no_part_of_a_step(root, tmp_pat
         monkeypatch.setattr(owner, name, slow)
 
     slower(data.PatchDataset, "__getitem__", 0.04)  # two patches, in this process
-    slower(loader, "to_device", 0.10)
+    slower(transfer, "to_device", 0.10)
     slower(augment, "augment_batch", 0.12)
     slower(composite, "composite_loss", 0.14)
     slower(model, "update_ema", 0.16)

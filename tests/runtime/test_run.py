@@ -67,7 +67,7 @@ def made(tmp_path):
         keeper = Keeper(
             tmp_path,
             loop,
-            SimpleNamespace(cache=None, cases=[], excluded={}),
+            SimpleNamespace(cache=None, cases=[], state_dict=dict),
             log=log,
             show=SimpleNamespace(say=said.append),
             stop=SimpleNamespace(reason=lambda: None),
