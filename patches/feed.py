@@ -181,10 +181,13 @@ class Batches:
                 multiprocessing_context=spawn,
                 generator=torch.Generator(),  # or the network's random state would move
             )
+            others = multiprocessing.active_children()
             try:
                 with _signals_for_workers():
                     self._stream = iter(loader)
             except (RuntimeError, OSError) as error:
+                for worker in set(multiprocessing.active_children()).difference(others):
+                    worker.kill()
                 self.worker_count -= 1
                 text = f"a worker died or could not be started: {error}"
                 self.report("worker died", f"{text}; {self._memory()}; {self._goes_on()}")
