@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from patches.feed import Batches as Batches
-from patches.feed import ReadFailure
-from patches.feed import TooManyExcluded as TooManyExcluded
+from patches.feed import ReadFailure, TooManyExcluded
 from volumes.boxes import Unreadable
 
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -120,13 +119,13 @@ class PatchDataset:
         return self._center(*sample_index)[1].id
 
     def exclude(self, case_id, reason):
-        """Sample this case no more. ValueError if no other case has one of the classes."""
+        """Sample this case no more. `TooManyExcluded` if no other case has one of the classes."""
         self.excluded[case_id] = reason
         classes = self.classes if self.foreground_share == 1 else [*self.classes, BACKGROUND]
         for class_id in classes:
             if all(case.id in self.excluded for case in self.cases_with_class[class_id]):
                 what = "background" if class_id == BACKGROUND else f"class {class_id}"
-                raise ValueError(f"case {case_id}: no other case that can be read has {what}")
+                raise TooManyExcluded(f"{reason}; no other case that can be read has {what}")
 
     def state_dict(self):
         """The excluded cases, for a checkpoint: {case id: [reason, bytes, time of its file]}."""

@@ -19,8 +19,9 @@ import signal
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from multiprocessing import resource_tracker
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,10 +154,8 @@ class Batches:
 
     def close(self):
         """End the workers; they start again if another batch is asked for."""
-        for worker in self.workers:
-            worker.kill()
-            worker.join()
         if self._stream:
+            self._end_workers()
             # A worker may have been killed with the lock of this event, which torch sets last.
             self._stream._workers_done_event = threading.Event()
             self._stream = None
@@ -171,7 +170,7 @@ class Batches:
             spawn = multiprocessing.get_context("spawn")
             self._status = spawn.RawArray("q", [IDLE, 0, 0] * self.worker_count)
             loader = DataLoader(
-                _Reader(self.dataset, self.plan, self._status, transfer.Outbox(self.prefetch)),
+                _Reader(self.dataset, self.plan, self._status, self.prefetch),
                 sampler=range(self.number, edge),
                 batch_size=None,  # what torch takes for a sample is a batch here, already packed
                 collate_fn=list,
@@ -185,9 +184,10 @@ class Batches:
             try:
                 with _signals_for_workers():
                     self._stream = iter(loader)
+                # Also when this is garbage, or Python ends: SIGTERM would not end them.
+                self._end_workers = Finalize(self, _kill, (self.workers,), exitpriority=10)
             except (RuntimeError, OSError) as error:
-                for worker in set(multiprocessing.active_children()).difference(others):
-                    worker.kill()
+                _kill(set(multiprocessing.active_children()).difference(others))
                 self.worker_count -= 1
                 text = f"a worker died or could not be started: {error}"
                 self.report("worker died", f"{text}; {self._memory()}; {self._goes_on()}")
@@ -200,7 +200,8 @@ class Batches:
             if self._stream is None:
                 return [self.dataset[i] for i in self.plan.sample_indices(self.number)]
             try:
-                samples = transfer.unpack(next(self._stream))
+                message = next(self._stream)
+                (samples,) = message if len(message) == 1 else [transfer.unpack(message)]
             except (RuntimeError, OSError) as error:
                 if self._any_dead(DYING if isinstance(error, OSError) else 0):
                     self._replace_workers()
@@ -225,11 +226,11 @@ class Batches:
         """
         samples = list(samples)
         for i, index in enumerate(self.plan.sample_indices(self.number)):
-            while (
-                isinstance(samples[i], ReadFailure) or samples[i]["case"] in self.dataset.excluded
-            ):
+            while True:
                 if isinstance(samples[i], ReadFailure):
                     self._exclude(*samples[i])
+                elif samples[i]["case"] not in self.dataset.excluded:
+                    break
                 samples[i] = self.dataset[index]
         return samples
 
@@ -243,10 +244,7 @@ class Batches:
             raise TooManyExcluded(
                 f"{text}, more than the share of {self.max_excluded} that data.max_excluded allows"
             )
-        try:
-            self.dataset.exclude(case, reason)
-        except ValueError as error:
-            raise TooManyExcluded(f"{reason}; {error}") from None
+        self.dataset.exclude(case, reason)
         self.close()  # the workers that start next know it
         self.report("case left out", text, case=case, reason=reason)
 
@@ -331,6 +329,12 @@ class Batches:
         )
 
 
+def _kill(processes):
+    for process in processes:
+        process.kill()
+        process.join()
+
+
 def describe_death(code):
     """What an exit status says of how a worker ended, for people: "was killed by SIGKILL"."""
     if code == NO_MEMORY:
@@ -344,26 +348,36 @@ def describe_death(code):
 class _Reader:
     """What a worker has: it reads a batch by its number, and packs it."""
 
-    def __init__(self, dataset, plan, status, outbox):
-        self.dataset, self.plan, self.status, self.outbox = dataset, plan, status, outbox
+    def __init__(self, dataset, plan, status, prefetch):
+        self.dataset, self.plan, self.status, self.prefetch = dataset, plan, status, prefetch
+        self.files, self.in_memory = deque(), transfer.has_memory_files()
 
     def __getitem__(self, number):
         worker, samples = get_worker_info().id, []
         with contextlib.suppress(OSError):  # if memory runs out, a worker is killed and not the run
             Path("/proc/self/oom_score_adj").write_text("500")
         try:
-            self.outbox.release()
+            # At most `prefetch` batches before this one may not have been unpacked yet.
+            while len(self.files) > self.prefetch:
+                os.close(self.files.popleft())
             for position, index in enumerate(self.plan.sample_indices(number)):
                 status = (number, position, psutil.Process().memory_info().rss)
                 self.status[worker * FIELDS : (worker + 1) * FIELDS] = status
                 samples.append(self.dataset[index])
-            message = self.outbox.pack(samples)
+            message = self._pack(samples)
         except MemoryError:
             os._exit(NO_MEMORY)
         except Exception:
             text = f"worker {worker} (pid {os.getpid()}):\n{traceback.format_exc()}"
-            message = self.outbox.pack(WorkerError(text))
+            message = self._pack(WorkerError(text))
         self.status[worker * FIELDS] = IDLE
+        return message
+
+    def _pack(self, content):
+        if not self.in_memory:
+            return [content]  # torch sends it its own way
+        message, file = transfer.pack(content)
+        self.files.append(file)
         return message
 
 

@@ -1,7 +1,8 @@
 """From a worker to the training process, and from there to the device.
 
-    message = Outbox(keep=4).pack(samples)              # in a worker: a few bytes
+    message, file = pack(samples)                       # in a worker; message: a few bytes
     samples = unpack(message)                           # in the training process
+    os.close(file)                                      # in the worker, some batches later
     samples = to_device(samples, device, copy_stream(device))
 
 A worker writes a batch to an anonymous file in memory, which the training process opens through
@@ -14,7 +15,6 @@ import io
 import mmap
 import os
 import pickle
-from collections import deque
 
 import numpy as np
 import torch
@@ -28,48 +28,33 @@ def has_memory_files():
     return hasattr(os, "memfd_create") and os.path.isdir(f"/proc/{os.getpid()}/fd")
 
 
-class Outbox:
-    """Packs batches in a worker, and keeps their files open until the training process has them.
+def pack(content):
+    """(message, file) of plain values, numpy arrays and tensors of the CPU, in any nesting.
 
-    keep: batches that the training process may not have opened yet when the next one is asked for.
-    Where there are no files in memory, a batch is sent as torch sends it.
+    The file must stay open until the message has been unpacked.
     """
+    body, arrays = io.BytesIO(), []
 
-    def __init__(self, keep):
-        self.keep, self.files, self.in_memory = keep, deque(), has_memory_files()
+    def is_copied(buffer):
+        small = buffer.raw().nbytes < SMALL
+        if not small:
+            arrays.append(buffer.raw())
+        return small
 
-    def release(self):
-        """Close the files that the training process has opened; call it before reading a batch."""
-        while len(self.files) > self.keep:
-            os.close(self.files.popleft())
-
-    def pack(self, content):
-        """A short list about plain values, numpy arrays and tensors of the CPU, in any nesting."""
-        if not self.in_memory:
-            return [content]
-        body, arrays = io.BytesIO(), []
-
-        def is_copied(buffer):
-            small = buffer.raw().nbytes < SMALL
-            if not small:
-                arrays.append(buffer.raw())
-            return small
-
-        _Pickler(body, protocol=5, buffer_callback=is_copied).dump(content)
-        pieces = [body.getbuffer(), *arrays]
-        lengths = np.array([piece.nbytes for piece in pieces], np.int64)
-        file = os.memfd_create("lamina-batch")
-        self.files.append(file)
-        _write(file, lengths.data, 0)
-        for piece, start in zip(pieces, _starts(lengths), strict=True):
-            _write(file, piece, start)
-        return [f"/proc/{os.getpid()}/fd/{file}", os.fstat(file).st_ino, len(pieces)]
+    _Pickler(body, protocol=5, buffer_callback=is_copied).dump(content)
+    pieces = [body.getbuffer(), *arrays]
+    lengths = np.array([piece.nbytes for piece in pieces], np.int64)
+    file = os.memfd_create("lamina-batch")
+    for piece, start in zip([lengths.data, *pieces], [0, *_starts(lengths)], strict=True):
+        piece = memoryview(piece).cast("B")
+        while piece:
+            written = os.pwrite(file, piece, start)
+            piece, start = piece[written:], start + written
+    return [f"/proc/{os.getpid()}/fd/{file}", os.fstat(file).st_ino, len(pieces)], file
 
 
 def unpack(message):
     """What was packed, its arrays in the memory that the worker wrote. OSError if that is gone."""
-    if len(message) == 1:
-        return message[0]
     path, inode, pieces = message
     file = os.open(path, os.O_RDWR)
     try:
@@ -96,13 +81,6 @@ def _starts(lengths):
     """Where each piece begins, behind the list of their lengths."""
     padded = -(-np.array([lengths.nbytes, *lengths]) // ALIGNED) * ALIGNED
     return np.cumsum(padded)[:-1].tolist()
-
-
-def _write(file, piece, start):
-    piece = memoryview(piece).cast("B")
-    while piece:
-        written = os.pwrite(file, piece, start)
-        piece, start = piece[written:], start + written
 
 
 # ---------------------------------------------------------------------------- to the device

@@ -38,7 +38,7 @@ class Samples:
         event = self.events.get(index)
         if event and torch.utils.data.get_worker_info() and self._happens(event):
             if event == "mid-write":
-                transfer._write = die_in_mid_write
+                os.pwrite = die_in_mid_write
             elif event == "memory":
                 raise MemoryError
             elif event == "bug":
@@ -64,8 +64,8 @@ class Samples:
 
 
 def die_in_mid_write(file, piece, start):
-    os.pwrite(file, memoryview(piece).cast("B")[:1000], start)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL if start else 0)
+    return len(piece)
 
 
 @pytest.fixture
@@ -276,6 +276,11 @@ def test_workers_end_when_the_training_process_is_killed(script):
     process.wait()
     assert len(workers) == 2
     until(lambda: not any(w.is_running() and w.status() != "zombie" for w in workers))
+
+
+def test_a_script_that_forgets_to_close_ends_all_the_same(script):
+    process = script("raise SystemExit(7)")
+    assert process.wait(PATIENCE) == 7
 
 
 def test_a_container_with_4_mb_of_shared_memory_is_enough(script):

@@ -7,17 +7,18 @@ import pytest
 import torch
 
 from patches import transfer
-from patches.transfer import Outbox, unpack
+from patches.transfer import pack, unpack
 from tests.test_data import SHAPES, same_sample, still, write
 
 
 def sent(content):
-    return unpack(Outbox(keep=2).pack(content))
+    message, file = pack(content)
+    back = unpack(message)
+    os.close(file)
+    return back
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_samples_arrive_as_they_were_whatever_their_size_and_type(monkeypatch, in_memory):
-    monkeypatch.setattr(transfer, "has_memory_files", lambda: in_memory)
+def test_samples_arrive_as_they_were_whatever_their_size_and_type():
     large = np.arange(6000, dtype=np.uint16).reshape(10, 20, 30)
     samples = [
         {"image": torch.from_numpy(large.astype(np.int32)), "case": "bar", "none": None},
@@ -55,34 +56,25 @@ def test_a_small_array_does_not_keep_the_memory_of_its_batch():
 
 
 def test_a_message_is_short_whatever_the_batch_holds():
-    message = Outbox(keep=2).pack([{"x": np.zeros(5000)} for _ in range(1000)])
+    message, _ = pack([{"x": np.zeros(5000)} for _ in range(1000)])
     assert len(repr(message)) < 100
 
 
-def test_files_are_kept_until_the_training_process_has_had_the_time_to_open_them():
-    outbox, messages = Outbox(keep=2), []
-    for number in range(4):
-        outbox.release()
-        messages.append(outbox.pack(number))
-    with pytest.raises(OSError):
-        unpack(messages[0])
-    assert [unpack(message) for message in messages[1:]] == [1, 2, 3]
-
-
 def test_unpacking_leaves_no_descriptor_open_once_the_arrays_are_gone():
-    message = Outbox(keep=2).pack(np.zeros(10_000))
+    message, _ = pack(np.zeros(10_000))
     before = len(os.listdir("/proc/self/fd"))
     array = unpack(message)
     del array
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_the_file_of_a_later_process_with_the_same_pid_is_not_taken_for_a_batch():
-    outbox = Outbox(keep=2)
-    (path, inode, pieces), other = outbox.pack([1]), outbox.pack([2])
+def test_what_is_closed_or_of_a_later_process_with_the_same_pid_is_no_batch():
+    ((_, inode, pieces), file), ((path, *_), _) = pack([1]), pack([2])
     with pytest.raises(FileNotFoundError, match="another file"):
-        unpack([other[0], inode, pieces])
-    assert unpack([path, inode, pieces]) == [1]
+        unpack([path, inode, pieces])
+    os.close(file)
+    with pytest.raises(OSError):
+        unpack([f"/proc/{os.getpid()}/fd/{file}", inode, pieces])
 
 
 # ---------------------------------------------------------------------------- to the device
