@@ -12,7 +12,7 @@ kills: workers are killed with SIGKILL at random moments, until none is left, wh
 batch every 30 ms. What may happen: the loop gets all its batches, each as one process would read it
 ("goes on"), or others ("differs"); the loader raises where a batch is asked for ("raises"), or in
 the middle of what the loop does with a batch ("raises in mid-step": an optimizer may have changed
-half of the weights); or nothing comes for 30 seconds ("hangs").
+half of the weights); or nothing comes for 2 minutes ("hangs").
 shm: the same where /dev/shm has 4 MB, as in some containers; only root can try.
 
 Exit status 1 if our batches do not go on each time, or are slower when ready, else 0.
@@ -49,7 +49,7 @@ WORKERS, PREFETCH, BATCH = 2, 4, 2
 WARM, TIMED = 20, 60
 LOOP = 120  # batches of a loop in which workers are killed
 STEP = 0.03
-PATIENCE = 30.0
+PATIENCE = 120.0
 GOES_ON, DIFFERS, RAISES = "goes on", "differs", "raises"
 IN_STEP, HANGS = "raises in mid-step", "hangs"
 KINDS = ("ours", "DataLoader")

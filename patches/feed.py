@@ -15,12 +15,14 @@ excluded.
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
+import tempfile
 import threading
 import time
 import traceback
 from collections import Counter, deque
-from multiprocessing import resource_tracker
+from multiprocessing import reduction, resource_tracker
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import NamedTuple
@@ -351,6 +353,19 @@ class _Reader:
     def __init__(self, dataset, plan, status, prefetch):
         self.dataset, self.plan, self.status, self.prefetch = dataset, plan, status, prefetch
         self.files, self.in_memory = deque(), transfer.has_memory_files()
+        self.spool = tempfile.TemporaryFile()
+
+    def __getstate__(self):
+        # By way of a file: a pipe has room for 64 kB, and if a worker is killed before it has read
+        # the rest, whoever writes that would wait for ever.
+        state = reduction.ForkingPickler.dumps({**self.__dict__, "spool": None})
+        os.pwrite(self.spool.fileno(), state, 0)
+        return reduction.DupFd(self.spool.fileno()), len(state)
+
+    def __setstate__(self, state):
+        file = state[0].detach()
+        self.__dict__ = pickle.loads(os.pread(file, state[1], 0))
+        os.close(file)
 
     def __getitem__(self, number):
         worker, samples = get_worker_info().id, []
@@ -365,6 +380,7 @@ class _Reader:
                 self.status[worker * FIELDS : (worker + 1) * FIELDS] = status
                 samples.append(self.dataset[index])
             message = self._pack(samples)
+            self.previous = samples  # freed after the next ones are read, so that memory is reused
         except MemoryError:
             os._exit(NO_MEMORY)
         except Exception:

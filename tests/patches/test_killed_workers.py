@@ -167,6 +167,26 @@ def test_a_worker_killed_in_the_middle_of_a_write_loses_no_batch(made, tmp_path)
     assert "while it read case odd (epoch 0, sample 7)" in text and "1 worker goes on" in text
 
 
+def test_a_worker_may_be_killed_while_it_is_started_with_much_to_be_told(made):
+    def kill_the_first():
+        before = set(psutil.Process().children())
+        while not (workers := spawned() - before):
+            time.sleep(0.01)
+        workers.pop().kill()
+
+    def spawned():
+        return {c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())}
+
+    dataset = Samples()
+    dataset.much = os.urandom(10**6)  # more than a pipe has room for
+    thread = threading.Thread(target=kill_the_first)
+    thread.start()
+    batches, reports = made(dataset, last=4)
+    thread.join()
+    check(batches, list(batches))
+    assert [kind for kind, *_ in reports] == ["worker died"]
+
+
 def test_a_worker_killed_with_a_lock_of_torch_does_not_block_the_end(made):
     batches, _ = made()
     next(batches)
