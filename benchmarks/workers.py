@@ -8,11 +8,11 @@ of two, through two spawned workers that read four batches ahead each.
 
 speed: seconds of a batch that is waited for, of one that is ready (the time that a training thread
 loses), and from the start to the first batch; both in turns, medians.
-kills: workers are killed with SIGKILL at random moments, until none is left, while a loop takes a
-batch every 30 ms. What may happen: the loop gets all its batches, each as one process would read it
-("goes on"), or others ("differs"); the loader raises where a batch is asked for ("raises"), or in
-the middle of what the loop does with a batch ("raises in mid-step": an optimizer may have changed
-half of the weights); or nothing comes for 2 minutes ("hangs").
+kills: workers are killed with SIGKILL at random moments, also while they start, until none is left,
+while a loop takes a batch every 30 ms. What may happen: the loop gets all its batches, each as one
+process would read it ("goes on"), or others ("differs"); the loader raises where a batch is asked
+for ("raises"), or in the middle of what the loop does with a batch ("raises in mid-step": an
+optimizer may have changed half of the weights); or nothing comes for 2 minutes ("hangs").
 shm: the same where /dev/shm has 4 MB, as in some containers; only root can try.
 
 Exit status 1 if our batches do not go on each time, or are slower when ready, else 0.
@@ -163,8 +163,7 @@ def loop(kind, folder, workers):
 def outcome(process, kills, chance, expected):
     """(how a loop ended, kills): up to `kills` times one of its workers is killed."""
     os.set_blocking(process.stdout.fileno(), False)
-    output, heard, killed = "", time.monotonic(), 0
-    kill_at = heard + chance.uniform(2, 9)
+    output, heard, killed, kill_at = "", time.monotonic(), 0, chance.randrange(30)
     while time.monotonic() - heard < PATIENCE:
         ended = process.poll() is not None
         text = process.stdout.read()  # None: nothing now
@@ -178,13 +177,14 @@ def outcome(process, kills, chance, expected):
             return GOES_ON if lines == expected else DIFFERS, killed
         if ended:
             return f"dies ({process.returncode})", killed
-        if killed < kills and time.monotonic() > kill_at:
+        if killed < kills and output.count("\n") >= kill_at:
+            time.sleep(chance.uniform(0, 0.2))
             with contextlib.suppress(psutil.NoSuchProcess):
                 children = psutil.Process(process.pid).children()
                 workers = [c for c in children if "spawn_main" in " ".join(c.cmdline())]
                 if workers:
                     chance.choice(workers).send_signal(signal.SIGKILL)
-                    killed, kill_at = killed + 1, time.monotonic() + chance.uniform(0, 5)
+                    killed, kill_at = killed + 1, output.count("\n") + chance.randrange(20)
         time.sleep(0.002)
     return HANGS, killed
 
