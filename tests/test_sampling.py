@@ -48,7 +48,9 @@ def test_the_voxel_drawn_around_is_of_its_class_and_valid_in_the_patch(stored):
             sample = dataset[0, i]
             place = sample["voxel"] - sample["origin"].astype(int)
             assert (place >= 0).all() and (place < (4, 12, 12)).all()
-            assert sample["label"][tuple(sample["voxel"] - sample["start"])] == sample["center_class"]
+            assert (
+                sample["label"][tuple(sample["voxel"] - sample["start"])] == sample["center_class"]
+            )
             _, target, valid, _ = augment_batch([sample])
             assert valid[0, 0][tuple(place)]
             assert target[0, 0][tuple(place)] == (sample["center_class"] == 1)
