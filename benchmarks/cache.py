@@ -41,7 +41,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-import loader
 from monitoring import machine
 from patches import augment
 from patches.cache import VolumeCache
@@ -179,7 +178,7 @@ def stream(options):
     dataset, cache = patches_of(stored, int(options.budget_gb * GB))
     plan = {"batches_per_epoch": max(1, len(stored) // BATCH), "batch_size": BATCH}
     run = {"workers": WORKERS, "prefetch": PREFETCH, "persistent": True, "pin": False}
-    batches = loader.Batches(dataset, 0, options.batches + WARM + TIMED, **plan, **run)
+    batches = data.Batches(dataset, 0, options.batches + WARM + TIMED, **plan, **run)
 
     folder = str(options.folder.resolve())
     order, looks, seconds, held = [], [], {}, -1

@@ -1,21 +1,21 @@
-"""Worker processes beside those of torch's DataLoader: speed, and what a killed worker does.
+"""Our batches beside those of a plain torch DataLoader: speed, and what a killed worker does.
 
-    python benchmarks/workers.py                      # 10 minutes
-    python benchmarks/workers.py --kills 5
+    python benchmarks/workers.py                      # 25 minutes on 2 cores
+    python benchmarks/workers.py --kills 4 --rounds 1
 
 The same patches of 72 x 136 x 136, turned and zoomed, from phantoms of 160 x 160 x 160, in batches
 of two, through two spawned workers that read four batches ahead each.
 
 speed: seconds of a batch that is waited for, of one that is ready (the time that a training thread
 loses), and from the start to the first batch; both in turns, medians.
-kills: one of the workers is killed with SIGKILL at a random moment while a loop takes a batch every
-30 ms. What may happen: the loop gets all its batches ("goes on"), the loader raises where a batch
-is asked for ("raises"), it raises in the middle of what the loop does with a batch ("raises in
-mid-step": an optimiser may have changed half of the weights), or nothing comes for 30 seconds
-("hangs").
-shm: the same loop, undisturbed, where /dev/shm has 4 MB, as some containers do; root alone can try.
+kills: workers are killed with SIGKILL at random moments, also while they start, until none is left,
+while a loop takes a batch every 30 ms. What may happen: the loop gets all its batches, each as one
+process would read it ("goes on"), or others ("differs"); the loader raises where a batch is asked
+for ("raises"), or in the middle of what the loop does with a batch ("raises in mid-step": an
+optimizer may have changed half of the weights); or nothing comes for 2 minutes ("hangs").
+shm: the same where /dev/shm has 4 MB, as in some containers; only root can try.
 
-Exit status 1 if our workers do not go on each time, or are slower, else 0.
+Exit status 1 if our batches do not go on each time, or are slower when ready, else 0.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import psutil
@@ -36,9 +37,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-import loader
 from patches import augment
 from patches.cache import VolumeCache
+from patches.feed import PatchPlan
 from settings import Augment
 from volumes import casefile as cases
 
@@ -46,12 +47,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PATCH = (72, 136, 136)
 WORKERS, PREFETCH, BATCH = 2, 4, 2
 WARM, TIMED = 20, 60
-ROUNDS = 3
-LOOP = 120  # batches of a loop in which one worker is killed
+LOOP = 120  # batches of a loop in which workers are killed
 STEP = 0.03
-PATIENCE = 30.0
-GOES_ON, RAISES, IN_STEP, HANGS = "goes on", "raises", "raises in mid-step", "hangs"
+PATIENCE = 120.0
+GOES_ON, DIFFERS, RAISES = "goes on", "differs", "raises"
+IN_STEP, HANGS = "raises in mid-step", "hangs"
 KINDS = ("ours", "DataLoader")
+NAMES = ("image", "label")
 
 
 def patches(folder):
@@ -70,32 +72,32 @@ def patches(folder):
     )
 
 
-class Plan:
-    """The batch sampler of the DataLoader."""
+class Sampler:
+    """The batch sampler of the plain DataLoader."""
 
     def __init__(self, count):
-        self.count, self.plan = count, loader.PatchPlan(batches_per_epoch=count, batch_size=BATCH)
+        self.count, self.plan = count, PatchPlan(batches_per_epoch=count, batch_size=BATCH)
 
     def __len__(self):
         return self.count
 
     def __iter__(self):
-        return (self.plan[number] for number in range(self.count))
+        return map(self.plan.sample_indices, range(self.count))
 
 
 @contextlib.contextmanager
-def batches(kind, dataset, count):
+def batches(kind, dataset, count, workers=WORKERS):
     if kind == "ours":
         how = {"batches_per_epoch": count, "batch_size": BATCH}
-        source = loader.Batches(dataset, 0, count, workers=WORKERS, prefetch=PREFETCH, **how)
+        source = data.Batches(dataset, 0, count, workers=workers, prefetch=PREFETCH, **how)
         with contextlib.closing(source):
             yield source
         return
     source = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=Plan(count),
+        batch_sampler=Sampler(count),
         collate_fn=list,
-        num_workers=WORKERS,
+        num_workers=workers,
         prefetch_factor=PREFETCH,
         multiprocessing_context="spawn",
     )
@@ -132,17 +134,22 @@ def speed(kind, dataset):
 # ---------------------------------------------------------------------------- kills
 
 
-def loop(kind, folder):
-    """Take all batches, a short step after each; prints how far it is, and where it was stopped."""
-    with batches(kind, patches(folder), LOOP) as source:
+def digest(samples):
+    """A number that differs where any voxel does."""
+    return zlib.crc32(b"".join(s[name].numpy().tobytes() for s in samples for name in NAMES))
+
+
+def loop(kind, folder, workers):
+    """Take all batches, a short step after each; prints each one's digest, and how it ended."""
+    with batches(kind, patches(folder), LOOP, workers) as source:
         for number in range(LOOP):
             try:
-                next(source)
+                samples = next(source)
             except Exception as error:
                 print(RAISES, type(error).__name__, flush=True)
                 os._exit(1)
-            print(number, flush=True)
             try:
+                print(number, digest(samples), flush=True)
                 step_end = time.perf_counter() + STEP
                 while time.perf_counter() < step_end:
                     pass
@@ -153,47 +160,42 @@ def loop(kind, folder):
     os._exit(0)
 
 
-def command(kind, options):
-    return [sys.executable, __file__, "--loop", kind, "--data", str(options.data)]
-
-
-def outcome(process, kill_at, chance):
-    """How a loop ends one of whose workers is killed after batch kill_at; None: none is."""
+def outcome(process, kills, chance, expected):
+    """(how a loop ended, kills): up to `kills` times one of its workers is killed."""
     os.set_blocking(process.stdout.fileno(), False)
-    said, heard = "", time.monotonic()
+    output, heard, killed, kill_at = "", time.monotonic(), 0, chance.randrange(30)
     while time.monotonic() - heard < PATIENCE:
         ended = process.poll() is not None
         text = process.stdout.read()  # None: nothing now
         if text:
-            said, heard = said + text.decode(), time.monotonic()
-        for ending in (GOES_ON, IN_STEP, RAISES):
-            if ending in said:
-                return ending
+            output, heard = output + text.decode(), time.monotonic()
+        for ending in (IN_STEP, RAISES):
+            if ending in output:
+                return ending, killed
+        if GOES_ON in output:
+            *lines, _ = output.splitlines()
+            return GOES_ON if lines == expected else DIFFERS, killed
         if ended:
-            return f"dies ({process.returncode})"
-        if kill_at is not None and f"\n{kill_at}\n" in said:
+            return f"dies ({process.returncode})", killed
+        if killed < kills and output.count("\n") >= kill_at:
             time.sleep(chance.uniform(0, 0.2))
-            children = psutil.Process(process.pid).children()
-            workers = [c for c in children if "spawn_main" in " ".join(c.cmdline())]
-            chance.choice(workers).send_signal(signal.SIGKILL)
-            kill_at = None
-        time.sleep(0.005)
-    return HANGS
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children = psutil.Process(process.pid).children()
+                workers = [c for c in children if "spawn_main" in " ".join(c.cmdline())]
+                if workers:
+                    chance.choice(workers).send_signal(signal.SIGKILL)
+                    killed, kill_at = killed + 1, output.count("\n") + chance.randrange(20)
+        time.sleep(0.002)
+    return HANGS, killed
 
 
-def kills(options):
-    endings = {kind: collections.Counter() for kind in KINDS}
-    chance = random.Random(0)
-    for _ in range(options.kills):
-        for kind in KINDS:
-            process = subprocess.Popen(
-                command(kind, options),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-            endings[kind][outcome(process, chance.randrange(20, LOOP // 2), chance)] += 1
-            end_tree(process)
-    return endings
+def start(kind, folder, workers, small_shm=False):
+    command = [sys.executable, __file__, "--loop", kind, "--data", folder, "--workers", workers]
+    if small_shm:
+        shell = 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$@"'
+        command = ["unshare", "--mount", "sh", "-c", shell, "sh", *command]
+    command = [str(word) for word in command]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
 def end_tree(process):
@@ -204,22 +206,22 @@ def end_tree(process):
     process.communicate()
 
 
-def small_shm(options):
-    """{kind: ending} where /dev/shm has 4 MB; {} if this user may not mount it."""
-    mounting = "mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "
-    endings = {}
-    for kind in KINDS:
-        shell = mounting + " ".join(command(kind, options))
-        process = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", shell],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        endings[kind] = outcome(process, None, None)
+def endings(kind, options, workers, kills, expected, small_shm=False):
+    """{ending: loops} of loops in which `kills` workers are killed in all; 0: of one loop."""
+    counts, killed, chance = collections.Counter(), 0, random.Random(workers)
+    while killed < kills or not counts:
+        process = start(kind, options.data, workers, small_shm)
+        ending, more = outcome(process, min(workers, kills - killed), chance, expected)
         end_tree(process)
-        if kind == "ours" and endings[kind] != GOES_ON:
-            return {}
-    return endings
+        counts[ending], killed = counts[ending] + 1, killed + more
+    return dict(counts), killed
+
+
+def may_mount():
+    trial = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs -o size=4m tmpfs /dev/shm"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(trial, capture_output=True).returncode == 0
+    return False
 
 
 def main():
@@ -227,35 +229,52 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--loop", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.loop:
-        return loop(options.loop, options.data)
+        return loop(options.loop, options.data, options.workers)
     with tempfile.TemporaryDirectory() as name:
         options.data = Path(name) / "data"
         made = ["--phantom", "scroll", "--cases", "3", "--shape", "160", "160", "160"]
         script = [sys.executable, str(ROOT / "prepare.py"), *made, "--out", str(options.data)]
         subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
-        dataset, figures = patches(options.data), {kind: [] for kind in KINDS}
-        for _ in range(ROUNDS):
-            for kind in KINDS:
-                figures[kind].append(speed(kind, dataset))
-        medians = {
-            k: [statistics.median(f) for f in zip(*v, strict=True)] for k, v in figures.items()
-        }
-        for kind, (first, waited, ready) in medians.items():
+        return compare(options)
+
+
+def compare(options):
+    dataset, figures = patches(options.data), {kind: [] for kind in KINDS}
+    for _ in range(options.rounds):
+        for kind in KINDS:
+            figures[kind].append(speed(kind, dataset))
+    ready = {}
+    for kind, rows in figures.items():
+        first, waited, ready[kind] = (statistics.median(row) for row in zip(*rows, strict=True))
+        print(
+            f"{kind:12} first batch {first:.1f} s, one that is waited for {1e3 * waited:.1f} ms "
+            f"({1 / waited:.0f} a second), one that is ready {1e3 * ready[kind]:.2f} ms",
+            flush=True,
+        )
+    with batches("ours", dataset, LOOP, workers=0) as source:
+        expected, size = [], 0
+        for number, samples in enumerate(source):
+            expected.append(f"{number} {digest(samples)}")
+            size += sum(s[name].nbytes for s in samples for name in NAMES)
+    print(f"batches of {size / LOOP / 1e6:.1f} MB on average", flush=True)
+    trials = [("ours", n, options.kills) for n in (1, 2, 4)] + [("DataLoader", 2, 6)]
+    failures = 0
+    for shm in [False, True] if may_mount() else [False]:
+        for kind, workers, kills in trials:
+            kills = min(kills, options.kills) if kind == "ours" or not shm else 0
+            counts, killed = endings(kind, options, workers, kills, expected, shm)
+            failures += kind == "ours" and counts.keys() != {GOES_ON}
+            where = ", 4 MB of /dev/shm" if shm else ""
             print(
-                f"{kind:12} first batch {first:.1f} s, one that is waited for "
-                f"{1e3 * waited:.1f} ms, one that is ready {1e3 * ready:.2f} ms",
-                flush=True,
+                f"{kind:12} {workers} workers{where}: {killed} kills, loops: {counts}", flush=True
             )
-        endings = kills(options)
-        for kind, found in endings.items():
-            print(f"{kind:12} {options.kills} kills: {dict(found)}", flush=True)
-        print("4 MB of /dev/shm:", small_shm(options) or "not tried")
-    slower = medians["ours"][2] > medians["DataLoader"][2]
-    return int(slower or endings["ours"][GOES_ON] < options.kills)
+    return int(failures > 0 or ready["ours"] > ready["DataLoader"])
 
 
 if __name__ == "__main__":

@@ -157,9 +157,7 @@ def make_batches(plan, patches, run, *, rank=0, ranks=1):
     """The `data.Batches` from the step that a `run.Run` is at to its last."""
     training = plan.settings.training
     accumulate = training.accumulate
-    import loader
-
-    return loader.Batches(
+    return data.Batches(
         patches,
         run.step * accumulate,
         run.stop_step * accumulate,

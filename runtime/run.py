@@ -19,6 +19,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
+import data
 from monitoring import machine, recorder
 from runtime import build, checkpoint, config, evaluator, folder, microbatch, nonfinite, timer
 from runtime.evaluations import Evaluations
@@ -203,7 +204,7 @@ class Run:
             console.print(
                 f"best: {score} {best.best_score:.4f} at step {best.best_step}, in best.pt"
             )
-        for line in [*self.patches.describe_excluded(), *self.skipped.describe()]:
+        for line in [*data.describe_excluded(self.patches), *self.skipped.describe()]:
             console.print(line)
         last, where = Path(self.settings.run.folder) / "last.pt", self.folder / "checkpoints"
         console.print(f"state in {where}; next: python infer.py --ckpt {last}")
@@ -323,7 +324,7 @@ class Run:
                 f"memory ran out where no step can be made smaller ({reason}); lower model.base or "
                 "data.cache_gb, or end what else runs there"
             )
-        if not isinstance(error, Stopped | CannotGoOn):
+        if not isinstance(error, Stopped | CannotGoOn | data.TooManyExcluded):
             self._record_crash(error)
             raise error
         status = STOPPED if isinstance(error, Stopped) else FAILED

@@ -28,7 +28,7 @@ def stored(tmp_path):
 
 
 def around(dataset, count, epoch=0, first=0):
-    return [dataset._around(epoch, i) for i in range(first, first + count)]
+    return [dataset._center(epoch, i) for i in range(first, first + count)]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.33, 0.5, 0.9, 1.0])
@@ -48,10 +48,12 @@ def test_the_voxel_drawn_around_is_of_its_class_and_valid_in_the_patch(stored):
             sample = dataset[0, i]
             place = sample["voxel"] - sample["origin"].astype(int)
             assert (place >= 0).all() and (place < (4, 12, 12)).all()
-            assert sample["label"][tuple(sample["voxel"] - sample["start"])] == sample["around"]
+            assert (
+                sample["label"][tuple(sample["voxel"] - sample["start"])] == sample["center_class"]
+            )
             _, target, valid, _ = augment_batch([sample])
             assert valid[0, 0][tuple(place)]
-            assert target[0, 0][tuple(place)] == (sample["around"] == 1)
+            assert target[0, 0][tuple(place)] == (sample["center_class"] == 1)
 
 
 def test_the_voxel_drawn_around_stays_in_a_turned_patch(tmp_path):
@@ -61,7 +63,7 @@ def test_the_voxel_drawn_around_stays_in_a_turned_patch(tmp_path):
     for i in range(300):
         sample = dataset[0, i]
         target = augment_batch([sample], patch=(12, 16, 16))[1]
-        within.append(bool(target.any()) or sample["around"] == 0)
+        within.append(bool(target.any()) or sample["center_class"] == 0)
         reached = grid._place_in_patch(
             grid.Map(sample["matrix"], None, sample["control"].numpy(), sample["step"]),
             sample["origin"],
@@ -81,11 +83,11 @@ def test_classes_come_by_their_weights(tmp_path):
     for weights in ({1: 3.0, 3: 1.0}, {1: 0.2, 3: 0.5, 4: 0.3}, {1: 1.0, 3: 1.0, 4: 0.0}):
         dataset = patches(stored, foreground=weights, foreground_share=0.5)
         drawn = [dataset[0, i] for i in range(300)]
-        counts = Counter(s["around"] for s in drawn)
+        counts = Counter(s["center_class"] for s in drawn)
         for class_id, weight in weights.items():
             share = weight / sum(weights.values())
             assert abs(counts[class_id] / 150 - share) < 0.03
-        assert all(label[tuple(s["voxel"])] == s["around"] for s in drawn)
+        assert all(label[tuple(s["voxel"])] == s["center_class"] for s in drawn)
 
 
 def test_a_class_that_no_case_has_leaves_its_share_to_the_others(stored):
@@ -125,7 +127,7 @@ def test_a_case_is_never_asked_for_what_it_does_not_have(tmp_path):
     stored = [write(tmp_path, i, (6, 20, 20), label) for i, label in enumerate(labels)]
     dataset = still(stored)
     drawn = [dataset[0, i] for i in range(80)]
-    counts = Counter((s["around"], s["case"]) for s in drawn)
+    counts = Counter((s["center_class"], s["case"]) for s in drawn)
     assert counts == {(1, "case1"): 20, (1, "case3"): 20, (0, "case0"): 20, (0, "case3"): 20}
 
 
@@ -151,7 +153,7 @@ def test_weights_follow_the_names_of_the_classes():
 
 
 def test_the_shares_that_a_batch_reached_are_counted():
-    samples = [{"around": c} for c in (0, 1, 3, 1)]
+    samples = [{"center_class": c} for c in (0, 1, 3, 1)]
     target = torch.zeros(4, 1, 2, 2, 2)
     target[1:, 0, 0, 1, 1] = 1
     found = data.shares(samples, target, {1: "artery", 3: "vein"})
@@ -255,13 +257,13 @@ def test_border_voxels_are_drawn_as_often_as_inner_ones_within_a_factor_of_2(tmp
     assert times.min() > 0
 
 
-def test_off_centre_keeps_the_voxel_in_the_patch_and_leaves_the_middle_alone():
+def test_off_center_keeps_the_voxel_in_the_patch_and_leaves_the_middle_alone():
     shape, half, rng = np.array((40, 40, 40)), np.array((4.0, 8.0, 8.0)), np.random.default_rng(0)
     for _ in range(200):
         voxel = rng.integers(shape)
-        centre = data.off_centre(rng, voxel, half, shape, jitter=0.5)
+        centre = data.off_center(rng, voxel, half, shape, jitter=0.5)
         assert (np.abs(centre - voxel) <= 0.9 * half + 1e-9).all()
-    centre = data.off_centre(rng, (20, 20, 0), half, np.array((41, 41, 41)), jitter=0.0)
+    centre = data.off_center(rng, (20, 20, 0), half, np.array((41, 41, 41)), jitter=0.0)
     assert np.allclose(centre, (20, 20, -7.2))
 
 
@@ -277,7 +279,7 @@ def test_offsets_from_the_centre_are_independent_along_the_axes():
     rng, half = np.random.default_rng(0), np.full(3, 8.0)
     middle = np.full(3, 499.5)
     centres = np.array(
-        [data.off_centre(rng, middle, half, (1000,) * 3, jitter=0.5) for _ in range(500)]
+        [data.off_center(rng, middle, half, (1000,) * 3, jitter=0.5) for _ in range(500)]
     )
     assert np.abs(np.corrcoef(centres.T)[np.triu_indices(3, 1)]).max() < 0.2
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import data
-import loader
 import model
 import train
 from runtime import checkpoint, evaluator
@@ -208,7 +207,7 @@ def test_killing_a_worker_is_reported_and_changes_no_weight(root, tmp_path, monk
     changes = ["training.workers=2", "augment.noise=1.0"]
     assert train.main(settings(root, tmp_path / "straight", *changes)) == 0
     pools = []
-    start = loader.Batches.__init__
+    start = data.Batches.__init__
 
     def watched(self, *arguments, **named):
         start(self, *arguments, **named)
@@ -220,7 +219,7 @@ def test_killing_a_worker_is_reported_and_changes_no_weight(root, tmp_path, monk
         os.kill(victim.pid, signal.SIGKILL)
 
     killed = []
-    monkeypatch.setattr(loader.Batches, "__init__", watched)
+    monkeypatch.setattr(data.Batches, "__init__", watched)
     after_step(monkeypatch, 2, kill_one)
     assert train.main(settings(root, tmp_path, *changes)) == 0
     (report,) = troubles(tmp_path, "worker died")

@@ -7,7 +7,6 @@ import torch
 from scipy import ndimage
 
 import data
-import loader
 import prepare
 from patches import augment, resample
 from patches.cache import VolumeCache
@@ -338,7 +337,7 @@ def test_augmented_batches_carry_the_skeleton_through_the_loader(tmp_path, worke
     turned = Augment(rotation=1.0, scaling=1.0, elastic=1.0, roll=0.5).model_dump()
     dataset = patches(case, skeletons=True, augmentation=turned)
     plan = {"batches_per_epoch": 2, "batch_size": 2, "prefetch": 2, "pin": False}
-    stream = loader.Batches(dataset, 0, 2, **plan, workers=workers, persistent=True)
+    stream = data.Batches(dataset, 0, 2, **plan, workers=workers, persistent=True)
     for samples in stream:
         _, target, valid, skeleton = make_batch(samples)
         assert skeleton.any() and not (skeleton > target).any()

@@ -4,9 +4,10 @@ import h5py
 import pytest
 import torch
 
-import loader
+import data
+from patches import feed
 from settings import Augment
-from tests.test_data import HUGE, SHAPES, augment_batch, patches, same_sample, still, write
+from tests.test_data import HUGE, SHAPES, augment_batch, patches, same_sample, write
 from volumes import casefile as cases
 
 EVERYTHING = Augment(
@@ -23,13 +24,11 @@ def batches(stored, first=0, last=3, *, budget=HUGE, workers=0, epoch=3, size=2,
     """Batches of samples with everything in them, as a list."""
     dataset = patches(stored, budget=budget, augmentation=EVERYTHING, skeletons=True)
     how = {"prefetch": 2, "pin": False, "persistent": True, "workers": workers, **plan}
-    return list(
-        loader.Batches(dataset, first, last, batches_per_epoch=epoch, batch_size=size, **how)
-    )
+    return list(data.Batches(dataset, first, last, batches_per_epoch=epoch, batch_size=size, **how))
 
 
 def check_same(some, others):
-    """Every field of every sample, and every voxel of what is drawn from them."""
+    """Every field of every sample, and every voxel of the patches."""
     assert len(some) == len(others) > 0
     for a, b in zip(some, others, strict=True):
         assert len(a) == len(b) and all(map(same_sample, a, b))
@@ -85,7 +84,7 @@ def test_a_run_that_starts_in_mid_epoch_gets_what_an_uninterrupted_one_gets(stor
     check_same(whole[4:], batches(stored, 4, 8, persistent=persistent))
 
 
-def test_epochs_draw_other_patches_and_do_not_depend_on_their_length(stored):
+def test_epochs_sample_other_patches_and_do_not_depend_on_their_length(stored):
     short, long = batches(stored, 0, 6, epoch=3), batches(stored, 0, 6, epoch=6)
     check_same(short[:3], long[:3])
     assert not any(map(same_sample, short[0], short[3]))
@@ -101,9 +100,9 @@ def test_the_generator_of_the_network_is_left_alone(stored):
 # ---------------------------------------------------------------------------- the plan
 
 
-def test_the_plan_counts_draws_within_each_epoch():
-    plan = loader.PatchPlan(batches_per_epoch=2, batch_size=3)
-    assert [plan[number] for number in (1, 2, 3)] == [
+def test_the_plan_counts_samples_within_each_epoch():
+    plan = feed.PatchPlan(batches_per_epoch=2, batch_size=3)
+    assert [plan.sample_indices(number) for number in (1, 2, 3)] == [
         [(0, 3), (0, 4), (0, 5)],
         [(1, 0), (1, 1), (1, 2)],
         [(1, 3), (1, 4), (1, 5)],
@@ -111,35 +110,14 @@ def test_the_plan_counts_draws_within_each_epoch():
 
 
 def test_each_rank_takes_its_part_of_every_batch():
-    plans = [loader.PatchPlan(batches_per_epoch=2, batch_size=2, rank=r, ranks=3) for r in range(3)]
-    ranks = [[plan[0], plan[1]] for plan in plans]
+    plans = [feed.PatchPlan(batches_per_epoch=2, batch_size=2, rank=r, ranks=3) for r in range(3)]
+    ranks = [[plan.sample_indices(0), plan.sample_indices(1)] for plan in plans]
     assert ranks[0] == [[(0, 0), (0, 1)], [(0, 6), (0, 7)]]
     assert ranks[2] == [[(0, 4), (0, 5)], [(0, 10), (0, 11)]]
-    drawn = [place for rank in ranks for batch in rank for place in batch]
-    assert sorted(drawn) == [(0, i) for i in range(12)]
+    indices = [index for rank in ranks for batch in rank for index in batch]
+    assert sorted(indices) == [(0, i) for i in range(12)]
 
 
 @pytest.mark.parametrize("persistent", [True, False])
 def test_no_batches_left_is_an_empty_stream(stored, persistent):
     assert batches(stored, 3, 3, persistent=persistent) == []
-
-
-# ---------------------------------------------------------------------------- to the device
-
-
-def test_on_a_cpu_the_samples_pass_as_they_are(stored):
-    dataset, cpu = still(stored), torch.device("cpu")
-    batch = [dataset[0, 0], dataset[0, 1]]
-    assert loader.copy_stream(cpu) is None
-    assert loader.to_device(batch, cpu, None) is batch
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_cuda_the_samples_arrive_whole(stored):
-    device = torch.device("cuda")
-    stream = loader.copy_stream(device)
-    for batch in batches(stored, pin=True):
-        for sample, there in zip(batch, loader.to_device(batch, device, stream), strict=True):
-            assert there["image"].is_cuda and there["label"].is_cuda
-            back = {k: v.cpu() if torch.is_tensor(v) else v for k, v in there.items()}
-            assert same_sample(sample, back)
