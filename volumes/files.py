@@ -12,7 +12,6 @@ A format is a module with three functions, and one line of FORMATS for each of i
 dataset and role ("image" or "label") say which volume is meant, in files that hold several.
 """
 
-import contextlib
 import glob
 import os
 import re
@@ -72,7 +71,7 @@ def suffix_of(path):
 def stem_of(path):
     """The file name without folder, dataset and known suffix."""
     name = Path(split_dataset(path)[0]).name
-    return name[: len(name) - len(suffix_of(path))]
+    return name[: len(name) - len(suffix_of(name))]
 
 
 def case_id(path):
@@ -129,8 +128,7 @@ def _matches(pattern):
         return [(case_id(file), file) for file in files]
     regex = re.escape(pattern).replace(r"\*", "[^/]*")
     regex = regex.replace(r"\{id\}", "(?P<id>[^/]+?)", 1).replace(r"\{id\}", "(?P=id)")
-    matches = ((re.fullmatch(regex, file), file) for file in files)
-    return [(match["id"], file) for match, file in matches if match]
+    return [(match["id"], file) for file in files if (match := re.fullmatch(regex, file))]
 
 
 # ---------------------------------------------------------------------------- reading
@@ -186,9 +184,8 @@ def voxel_count(path):
     """Voxels of the volume in a file, by its header alone; 0 if that cannot be read."""
     file, dataset = split_dataset(path)
     try:
-        with _one_sentence(path):
-            return FORMATS[suffix_of(file)].count_voxels(file, dataset)
-    except VolumeError:
+        return FORMATS[suffix_of(file)].count_voxels(file, dataset)
+    except Exception:  # `_read` names it when the volume is read
         return 0
 
 
@@ -199,8 +196,17 @@ def _read(path, role):
     if not suffix or not os.path.isfile(file):
         got = "another kind" if os.path.isfile(file) else "none there"
         raise VolumeError(f"{path}: expected a {', '.join(FORMATS)} file, got {got}")
-    with _one_sentence(path):
+    try:
         volume = FORMATS[suffix].read(file, dataset, role)
+    except (VolumeError, MemoryError):
+        raise
+    # Truncated and foreign files surface as struct, zlib, OS, key and type errors, and more.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise VolumeError(
+            f"{path}: expected a whole {suffix} file, got one that cannot be read "
+            f"({type(error).__name__}: {reason[:160]}); it may be truncated, fetch it again"
+        ) from error
     array = volume.array
     if 0 in array.shape:
         raise VolumeError(f"{path}: expected a volume, got an empty one of shape {array.shape}")
@@ -209,22 +215,6 @@ def _read(path, role):
     array = array[None] if array.ndim == 3 else array
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
     return replace(volume, array=array, path=str(path))
-
-
-@contextlib.contextmanager
-def _one_sentence(path):
-    """Turn whatever a library raises for a damaged file into a VolumeError that names it."""
-    try:
-        yield
-    except (VolumeError, MemoryError):
-        raise
-    # Truncated and foreign files surface as struct, zlib, OS, key and type errors, and more.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or "no reason given"
-        raise VolumeError(
-            f"{path}: expected a whole {suffix_of(path)} file, got one that cannot be read "
-            f"({type(error).__name__}: {reason[:160]}); it may be truncated, fetch it again"
-        ) from error
 
 
 # ---------------------------------------------------------------------------- writing

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from volumes.volume import Volume, VolumeError, round_spacing, unit_of
@@ -13,8 +14,6 @@ NAMES_OF_OTHERS = {"image": ("label",), "label": ("image",)}
 
 def read(path, dataset, role):
     """The `Volume` in a dataset, (D, H, W) or (C, D, H, W); role: see `_choose`."""
-    import h5py
-
     with h5py.File(path, "r") as file:
         names = []
         file.visititems(lambda name, item: names.append(name) if _is_volume(item) else None)
@@ -60,8 +59,6 @@ def _spacing_and_unit(attributes):
 
 def count_voxels(path, dataset):
     """Voxels of the volume, or, if no dataset is named, of the largest in the file."""
-    import h5py
-
     with h5py.File(path, "r") as file:
         items = [file[dataset]] if dataset else file.values()
         return max(int(item.size) for item in items if isinstance(item, h5py.Dataset))
@@ -69,8 +66,6 @@ def count_voxels(path, dataset):
 
 def write(path, array, spacing, unit, affine):
     """Write (D, H, W) or (C, D, H, W) as the dataset `segmentation`."""
-    import h5py
-
     with h5py.File(path, "w") as file:
         file.create_dataset("segmentation", data=array, compression="gzip", compression_opts=1)
         file.attrs["unit"] = unit

@@ -4,13 +4,14 @@ A fault is one sentence that names the file or case, what was expected and what 
 sentence that reads the same for every case it holds for, so that notes can be counted.
 """
 
+import fnmatch
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from volumes import layouts, phantoms
+from volumes import phantoms
 from volumes.casefile import write_case
 from volumes.files import METRES, crop_affine, read_image, read_label, same_axes
 from volumes.volume import Volume, collect_errors, round_spacing
@@ -58,16 +59,6 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What becomes one case file: image (C, D, H, W), label (D, H, W) or None."""
-
-    id: str
-    image: np.ndarray
-    label: np.ndarray | None
-    affine: np.ndarray | None
-
-
 def prepare_case(case, rules):
     """Read, check and write one case into rules.folder; returns its `Outcome`.
 
@@ -89,28 +80,34 @@ def prepare_case(case, rules):
         classes = _class_ids(case.id, label.array, rules, outcome)
     if outcome.faults:
         return outcome
-    pieces = list(_pieces(case.id, image, classes, rules.crops, outcome.faults))
-    for piece in pieces:
-        _check_label(piece, rules.ignore_label, outcome)
+    pieces = _pieces(case.id, image.array.shape[1], rules.crops, outcome.faults)
+    if classes is not None:
+        for piece_id, planes in pieces.items():
+            _check_label(piece_id, classes[planes], rules.ignore_label, outcome)
     if outcome.faults:
         return outcome
-    for piece in pieces:
+    for piece_id, planes in pieces.items():
+        voxels, part = image.array[:, planes], None if classes is None else classes[planes]
+        affine = image.affine
+        if affine is not None:
+            affine = crop_affine(affine, (planes.start, 0, 0))
         # A piece of a case without a group of its own is a group too: it may train or test apart.
-        group = piece.id if case.group == case.id else case.group
+        group = piece_id if case.group == case.id else case.group
         write_case(
-            Path(rules.folder) / f"{piece.id}.h5",
-            piece.image,
-            piece.label,
+            Path(rules.folder) / f"{piece_id}.h5",
+            voxels,
+            part,
             spacing=spacing,
             unit=unit,
-            affine=piece.affine,
+            affine=affine,
             group=group,
             ignore_label=rules.ignore_label,
             source_image=sources[0],
             source_label=sources[1],
             **rules.store,
         )
-        outcome.rows.append(_summary(piece, spacing, unit, group, rules))
+        row = {"case": piece_id, "group": group, "unit": unit}
+        outcome.rows.append(row | _summary(voxels, part, spacing, unit, rules))
     return outcome
 
 
@@ -145,9 +142,11 @@ def _spacing_and_unit(name, image, label, rules, outcome):
     """The spacing that holds for a case: the table's, else the option's, else the header's."""
     stated = label if image.spacing is None and label is not None else image
     header, unit = stated.spacing, stated.unit
-    row = layouts.spacing_of(rules.spacing_rows, name)
-    spacing, option = (row[0], "--spacing-csv") if row else (rules.spacing, "--spacing")
-    wanted = (row[1] if row else "") or rules.unit
+    spacing, option, wanted = rules.spacing, "--spacing", rules.unit
+    for pattern, row_spacing, row_unit in rules.spacing_rows:
+        if name == pattern or fnmatch.fnmatchcase(name, pattern):
+            spacing, option, wanted = row_spacing, "--spacing-csv", row_unit or rules.unit
+            break
     converted = bool(wanted and unit and wanted != unit)
     if converted:
         outcome.notes.append(f"unit {wanted} instead of the header's {unit}")
@@ -217,53 +216,47 @@ def _class_ids(name, label, rules, outcome):
     return label.astype(np.uint8)
 
 
-def _pieces(name, image, label, crops, faults):
-    """The whole case as a `Piece`, or each range of z that crops names."""
+def _pieces(name, depth, crops, faults):
+    """The case files that a case becomes: {id: slice of z}, one of all planes without crops."""
     if not crops:
-        yield Piece(name, image.array, label, image.affine)
-    depth = image.array.shape[1]
+        return {name: slice(0, depth)}
+    pieces = {}
     for crop, first, last in crops:
         start, stop, _ = slice(first, last).indices(depth)
-        if start >= stop or max(abs(first or 0), abs(last or 0)) > depth:
+        if start >= stop or max(first or 0, last or 0) > depth:
             faults.append(
                 f"case {name}: expected a range of its {depth} slices, got --crop "
                 f"{crop}={'' if first is None else first}:{'' if last is None else last}"
             )
             continue
-        affine = None if image.affine is None else crop_affine(image.affine, (start, 0, 0))
-        part = None if label is None else label[start:stop]
-        yield Piece(f"{name}_{crop}", image.array[:, start:stop], part, affine)
+        pieces[f"{name}_{crop}"] = slice(start, stop)
+    return pieces
 
 
-def _check_label(piece, ignore_label, outcome):
-    if piece.label is None:
-        return
-    labeled = piece.label != (0 if ignore_label is None else ignore_label)
+def _check_label(name, label, ignore_label, outcome):
+    labeled = label != (0 if ignore_label is None else ignore_label)
     if ignore_label is not None and not labeled.any():
         outcome.faults.append(
-            f"case {piece.id}: expected labeled voxels, got label {ignore_label} (unlabeled) "
+            f"case {name}: expected labeled voxels, got label {ignore_label} (unlabeled) "
             "everywhere; leave the case out, or check --ignore-label"
         )
-    elif not (labeled & (piece.label != 0)).any():
+    elif not (labeled & (label != 0)).any():
         outcome.notes.append("warning: the label is empty, no voxel of it is foreground")
 
 
-def _summary(piece, spacing, unit, group, rules):
-    """What the table of prepare.py says of a case."""
-    channels, *shape = piece.image.shape
-    foreground = unlabeled = ""
-    if piece.label is not None:
-        percent = 100 * np.bincount(piece.label.reshape(-1), minlength=256) / piece.label.size
+def _summary(image, label, spacing, unit, rules):
+    """What the table of prepare.py says of a case besides its id and group."""
+    channels, *shape = image.shape
+    foreground, unlabeled = "no label", ""
+    if label is not None:
+        percent = 100 * np.bincount(label.reshape(-1), minlength=256) / label.size
         foreground = f"{sum(percent[i] for i in rules.classes.values() if i):.2f}"
         unlabeled = f"{0 if rules.ignore_label is None else percent[rules.ignore_label]:.1f}"
     return {
-        "case": piece.id,
-        "shape": "x".join(str(n) for n in (piece.image.shape if channels > 1 else shape)),
+        "shape": "x".join(str(n) for n in (image.shape if channels > 1 else shape)),
         "spacing": " ".join(f"{s:g}" for s in spacing) + f" {unit}".rstrip(),
-        "unit": unit,
         "channels": channels,
-        "dtype": str(piece.image.dtype),
-        "fg %": foreground or "no label",
+        "dtype": str(image.dtype),
+        "fg %": foreground,
         "unlabeled %": unlabeled,
-        "group": group,
     }

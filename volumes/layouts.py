@@ -5,7 +5,6 @@ sentences, so that all of it is shown at once.
 """
 
 import csv
-import fnmatch
 import json
 import math
 import os
@@ -48,17 +47,18 @@ def find_cases(images, labels=None, test_images=False):
     """
     root, layout = Path(images), Layout()
     nnunet, vesuvius = (root / "imagesTr").is_dir(), (root / "train_images").is_dir()
-    if labels is not None and (nnunet or vesuvius):
-        layout.faults.append(
-            f"--labels {labels}: expected no --labels, for {root} brings its own; "
-            "leave it out, or give the folder with the images alone as --images"
-        )
-    elif vesuvius:
-        _find_vesuvius(root, layout)
-    elif nnunet:
-        _find_nnunet(root, test_images, layout)
-    else:
-        _find_pairs(images, labels, layout)
+    with collect_errors(layout.faults):
+        if labels is not None and (nnunet or vesuvius):
+            raise InputErrors(
+                f"--labels {labels}: expected no --labels, for {root} brings its own; "
+                "leave it out, or give the folder with the images alone as --images"
+            )
+        if vesuvius:
+            _find_vesuvius(root, layout)
+        elif nnunet:
+            _find_nnunet(root, test_images, layout)
+        else:
+            _find_pairs(images, labels, layout)
     layout.cases = _one_of_each_id(layout.cases, lambda case: case.images[0], layout)
     return layout
 
@@ -152,11 +152,10 @@ def _find_nnunet(root, test_images, layout):
         layout.classes, layout.ignore_label = _declared_classes(declared["labels"])
         channels = len(declared.get("channel_names") or declared.get("modality") or ())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        layout.faults.append(
+        raise InputErrors(
             f"{root / 'dataset.json'}: expected nnU-Net's or MSD's description with `labels` as "
             f"names and whole numbers, got {type(error).__name__}: {error}"
-        )
-        return
+        ) from error
     labels = _paths_by_stem(root / "labelsTr", layout) if (root / "labelsTr").is_dir() else {}
     _add_channel_cases(root / "imagesTr", labels, channels, layout)
     if test_images:
@@ -202,10 +201,7 @@ def _add_channel_cases(folder, labels, channels, layout):
 def _find_vesuvius(root, layout):
     """train_images, train_labels and train.csv (id, scroll_id); the scroll is the group."""
     layout.ignore_label = VESUVIUS_IGNORE_LABEL
-    with collect_errors(layout.faults):
-        rows = read_table(root / "train.csv", "scroll_id", "id")
-    if layout.faults:
-        return
+    rows = read_table(root / "train.csv", "scroll_id", "id")
     scrolls = {row["id"]: row["scroll_id"] for row in rows}
     images = {s.id: s.path for s in _find("--images", root / "train_images", layout)}
     labels = {s.id: s.path for s in _find("--images", root / "train_labels", layout)}
@@ -216,11 +212,9 @@ def _find_vesuvius(root, layout):
             + ", ".join(gone)
         )
     names = [name for name in images if name not in gone]
-    layout.faults += [
-        f"case {name}: expected its scroll_id in train.csv, got no row"
-        for name in names
-        if name in labels and name not in scrolls
-    ]
+    for name in names:
+        if name in labels and name not in scrolls:
+            layout.faults.append(f"case {name}: expected its scroll_id in train.csv, got no row")
     _add_cases([(name, [images[name]], labels.get(name)) for name in names], layout)
     layout.cases = [replace(case, group=scrolls.get(case.id, "")) for case in layout.cases]
 
@@ -257,8 +251,7 @@ def assign_groups(cases, rule, images):
     if kind == "csv" and rest:
         file, _, column = rest.rpartition(":")
         rows = read_table(file or _only_csv(images), column)
-        key = "id" if rows and "id" in rows[0] else next(iter(rows[0]), "") if rows else ""
-        groups = {row[key]: row[column] for row in rows}
+        groups = {row.get("id", next(iter(row.values()))): row[column] for row in rows}
     elif kind == "regex" and rest:
         try:
             matches = {case.id: re.search(rest, case.id) for case in cases}
@@ -271,9 +264,8 @@ def assign_groups(cases, rule, images):
         )
     without = [case.id for case in cases if not groups.get(case.id)]
     if without:
-        raise InputErrors(
-            *(f"case {i}: expected a group by --group-from {rule}, got none" for i in without)
-        )
+        sentence = f"expected a group by --group-from {rule}, got none"
+        raise InputErrors(*(f"case {case_id}: {sentence}" for case_id in without))
     return [replace(case, group=groups[case.id]) for case in cases]
 
 
@@ -309,11 +301,3 @@ def read_spacings(path):
     if faults:
         raise InputErrors(*faults)
     return rows
-
-
-def spacing_of(rows, name):
-    """(spacing, unit) of the first row whose id or fnmatch pattern fits name, else None."""
-    for pattern, spacing, unit in rows:
-        if name == pattern or fnmatch.fnmatchcase(name, pattern):
-            return spacing, unit
-    return None

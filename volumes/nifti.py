@@ -1,5 +1,6 @@
 """NIfTI: stored x, y, z, turned on reading and turned back on writing, never reoriented."""
 
+import nibabel
 import numpy as np
 
 from volumes.volume import Volume, VolumeError, round_spacing, unit_of
@@ -10,8 +11,6 @@ UNIT_CODES = {"mm": "mm", "micron": "micron", "m": "meter"}
 
 def read(path, _dataset, _role):
     """The `Volume` in a NIfTI file, (D, H, W) or (C, D, H, W); float32 if its header scales it."""
-    import nibabel
-
     nibabel.imageglobals.logger.disabled = True  # its warnings do not name the file
     image = nibabel.load(path)
     with nibabel.openers.ImageOpener(path) as stream:
@@ -33,15 +32,11 @@ def read(path, _dataset, _role):
 
 def count_voxels(path, _dataset):
     """Voxels of the volume, from the file's header alone."""
-    import nibabel
-
     return int(np.prod(nibabel.load(path).shape))
 
 
 def write(path, array, spacing, unit, affine):
     """Write (D, H, W) or (C, D, H, W) with an affine, or with one made of the spacing."""
-    import nibabel
-
     if affine is None:
         affine = np.diag([*(spacing or (1.0, 1.0, 1.0))[::-1], 1.0])
         if unit == "nm":  # NIfTI has no code for it

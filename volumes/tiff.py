@@ -4,6 +4,7 @@ import contextlib
 import logging
 
 import numpy as np
+import tifffile
 
 from volumes.volume import Volume, VolumeError, round_spacing, unit_of
 
@@ -14,8 +15,6 @@ CLASSIC_TIFF_BYTES = 2**32 - 2**25  # beyond this offsets need BigTIFF, which Im
 
 def read(path, _dataset, _role):
     """The `Volume` in a TIFF, (D, H, W) or (C, D, H, W)."""
-    import tifffile
-
     with _cut_file_refused(path), tifffile.TiffFile(path) as tif:
         shape, axes = tif.series[0].shape, tif.series[0].axes
         if len(tif.series) > 1:
@@ -66,16 +65,12 @@ def _spacing_and_unit(tif):
 
 def count_voxels(path, _dataset):
     """Voxels of the volume, from the file's header alone."""
-    import tifffile
-
     with tifffile.TiffFile(path) as tif:
         return int(np.prod(tif.series[0].shape))
 
 
 def write(path, array, spacing, unit, _affine):
     """Write (D, H, W) as LZW pages, with ImageJ's spacing where ImageJ knows the dtype."""
-    import tifffile
-
     big = array.nbytes > CLASSIC_TIFF_BYTES
     options = {"compression": "lzw", "photometric": "minisblack", "bigtiff": big}
     if not big and str(array.dtype) in IMAGEJ_DTYPES and len(array) > 1:  # one page has no z
