@@ -36,7 +36,7 @@ from volumes import layouts, phantoms
 from volumes.casefile import DATASET_FILE, read_dataset, write_dataset
 from volumes.files import split_dataset
 from volumes.ingest import PhantomCase, Rules, prepare_case
-from volumes.volume import UNITS, InputErrors, collect_errors
+from volumes.volume import UNITS, collect_errors, cores
 
 MAX_NAMED = 8  # cases that a note spells out
 MAX_ROWS = 40  # of the summary
@@ -52,14 +52,15 @@ class Stopped(RuntimeError):
 def prepare_all(cases, rules, workers):
     """The outcomes of all cases, in their order. Stopped if memory or disk end."""
     outcomes, run = [], map
+    on_terminal = sys.stdout.isatty()
     with contextlib.ExitStack() as stack:
         if workers > 1 and len(cases) > 1:
             spawn = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(min(workers, len(cases)), mp_context=spawn)
             run = stack.enter_context(pool).map
-        advance = stack.enter_context(_progress(len(cases)))
+        progress = stack.enter_context(Progress(disable=not on_terminal))
         results = run(prepare_case, cases, itertools.repeat(rules))
-        for case in cases:
+        for number, case in enumerate(progress.track(cases, description="cases"), start=1):
             try:
                 outcomes.append(next(results))
             except BrokenProcessPool as error:
@@ -72,26 +73,15 @@ def prepare_all(cases, rules, workers):
             except Exception as error:
                 error.add_note(f"while preparing case {case.id}")
                 raise
-            advance(case.id)
+            if not on_terminal:
+                print(f"[{number}/{len(cases)}] {case.id}", flush=True)
     return outcomes
-
-
-@contextlib.contextmanager
-def _progress(total):
-    """Yields a function to call with each finished case: a bar on a terminal, else plain lines."""
-    if sys.stdout.isatty():
-        with Progress() as progress:
-            task = progress.add_task("cases", total=total)
-            yield lambda _name: progress.advance(task)
-    else:
-        count = itertools.count(1)
-        yield lambda name: print(f"[{next(count)}/{total}] {name}", flush=True)
 
 
 def merge_faults(rows, existing):
     """What is wrong with the new cases together, and with those of the dataset they join."""
     new = {row["case"] for row in rows}
-    kept = [case for case in (existing.cases.values() if existing else ()) if case.id not in new]
+    kept = [case for case in existing.values() if case.id not in new]
     units = {row["unit"]: row["case"] for row in rows} | {case.unit: case.id for case in kept}
     channels = {row["channels"]: row["case"] for row in rows} | {c.channels: c.id for c in kept}
     for what, examples, advice in (
@@ -103,22 +93,9 @@ def merge_faults(rows, existing):
             yield f"dataset: expected one {what} in all cases, got {named}; {advice}"
 
 
-@contextlib.contextmanager
-def staging(out):
-    """A temporary folder inside out; where nothing is published, out is left as it was."""
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".preparing_", dir=out) as folder:
-            yield Path(folder)
-    finally:
-        for folder in made:
-            if not any(folder.iterdir()):
-                folder.rmdir()
-
-
 def publish(folder, out, rows, rules, existing):
     """Move the finished case files into out and write its `dataset.json`."""
+    out.mkdir(parents=True, exist_ok=True)
     names = [row["case"] for row in rows]
     for name in names:
         os.replace(folder / f"{name}.h5", out / f"{name}.h5")
@@ -127,17 +104,11 @@ def publish(folder, out, rows, rules, existing):
         classes=rules.classes,
         ignore_label=rules.ignore_label,
         unit=rows[0]["unit"],
-        case_ids={*names, *(existing.cases if existing else ())},
+        case_ids={*names, *existing},
     )
 
 
 # ---------------------------------------------------------------------------- the command
-
-
-def _cores():
-    """The cores that this process may use; not every system tells that apart from all cores."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def parse(argv):
@@ -164,7 +135,7 @@ def parse(argv):
     add("--no-skeletons", action="store_true", help="leave out what skeleton_recall trains on")
     add("--compression", choices=("lzf", "gzip"), help="smaller files, slower to read")
     add("--test-images", action="store_true", help="add imagesTs of an nnU-Net root, unlabeled")
-    add("--workers", type=int, default=_cores(), help="processes; default: all cores")
+    add("--workers", type=int, default=cores(), help="processes; default: all cores")
     options = parser.parse_args(argv)
     if bool(options.images) == bool(options.phantom):
         parser.error("expected either --images PATH or --phantom KIND")
@@ -177,25 +148,27 @@ def parse(argv):
     return options
 
 
-def make_rules(options, layout):
+def make_rules(options, layout, faults):
     """The `Rules` (without a folder) of the command line and of what the layout declares.
 
-    InputErrors with everything that is wrong with the options.
+    Everything that is wrong with the options is added to faults.
     """
     classes = layout.classes or {"background": 0, "foreground": 1}
     if options.classes is not None:
         classes = {"background": 0} | {n: i for i, n in enumerate(options.classes, start=1)}
     ignore = layout.ignore_label if options.ignore_label is None else options.ignore_label
-    faults, rows, crops = list(_option_faults(options, classes, ignore)), [], []
+    faults += _option_faults(options, classes, ignore)
+    rows, crops = [], {}
     with collect_errors(faults):
         rows = layouts.read_spacings(options.spacing_csv) if options.spacing_csv else []
     for text in options.crop:
-        with collect_errors(faults):
-            crops.append(_crop(text))
-    if len({name for name, _, _ in crops}) < len(crops):
-        faults.append(f"--crop: expected distinct names, got {' '.join(options.crop)}")
-    if faults:
-        raise InputErrors(*faults)
+        match = re.fullmatch(r"([\w-]+)=(\d*):(\d*)", text)
+        if not match:
+            faults.append(f"--crop {text}: expected NAME=Z0:Z1, such as train=0:80")
+        elif match[1] in crops:
+            faults.append(f"--crop: expected distinct names, got {' '.join(options.crop)}")
+        else:
+            crops[match[1]] = tuple(int(end) if end else None for end in match.groups()[1:])
     unit = options.unit and UNITS[options.unit]
     store = {"skeleton": not options.no_skeletons, "compression": options.compression}
     return Rules(classes, ignore, options.spacing, unit, rows, crops, store, "")
@@ -229,32 +202,22 @@ def _option_faults(options, classes, ignore):
         )
 
 
-def _crop(text):
-    """`NAME=Z0:Z1` as (name, z0, z1); either end may be left out."""
-    match = re.fullmatch(r"([\w-]+)=(\d*):(\d*)", text)
-    if not match:
-        raise InputErrors(f"--crop {text}: expected NAME=Z0:Z1, such as train=0:80")
-    name, *ends = match.groups()
-    return (name, *(int(end) if end else None for end in ends))
-
-
-def existing_dataset(out, cases, rules):
-    """The `Dataset` already in out, or None. InputErrors with what forbids adding to out."""
-    faults = []
+def existing_cases(out, cases, rules, faults):
+    """{id: case} of the dataset already in out; what forbids adding to out is added to faults."""
     sources = [path for case in cases for path in getattr(case, "images", ())]
     if out.resolve() in {Path(split_dataset(path)[0]).resolve().parent for path in sources}:
         faults.append(f"--out {out}: expected another folder than that of the images")
-    dataset = read_dataset(out) if (out / DATASET_FILE).is_file() else None
-    for name in ("classes", "ignore_label") if dataset else ():
+    if not (out / DATASET_FILE).is_file():
+        return {}
+    dataset = read_dataset(out)
+    for name in ("classes", "ignore_label"):
         there, here = getattr(dataset, name), getattr(rules, name)
         if there != here:
             faults.append(
                 f"--out {out}: expected the {name.replace('_', ' ')} of the dataset there, "
                 f"{there}, got {here}; choose another folder, or prepare all cases alike"
             )
-    if faults:
-        raise InputErrors(*faults)
-    return dataset
+    return dataset.cases
 
 
 def report(outcomes, notes):
@@ -263,12 +226,12 @@ def report(outcomes, notes):
     for outcome in outcomes:
         for note in outcome.notes:
             cases_of.setdefault(note, []).append(outcome.id)
-    for note, names in cases_of.items():
-        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-        named = f"{_count(len(names), 'case')}: {', '.join(names[:MAX_NAMED])}{more}"
-        notes = [*notes, f"{note} ({named})"]
     for note in notes:
         print(f"note: {note}")
+    for note, names in cases_of.items():
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        named = ", ".join(names[:MAX_NAMED]) + more
+        print(f"note: {note} ({_count(len(names), 'case')}: {named})")
     rows = [row for outcome in outcomes for row in outcome.rows]
     columns = ("case", "shape", "spacing", "dtype", "fg %", "unlabeled %", "group")
     table = Table(*columns)
@@ -296,14 +259,13 @@ def _count(number, noun):
 def main(argv=None):
     """Prepare what the command line says; returns the exit status."""
     options = parse(argv)
-    out, existing = options.out, None
+    out, existing = options.out, {}
     if options.phantom:
         layout = _phantom_layout(options)
     else:
         layout = layouts.find_cases(options.images, options.labels, options.test_images)
     cases, faults, notes, option_faults = layout.cases, layout.faults, layout.notes, []
-    with collect_errors(option_faults):
-        rules = make_rules(options, layout)
+    rules = make_rules(options, layout, option_faults)
     if option_faults:
         return refuse(option_faults + faults, cases)
     with collect_errors(faults):
@@ -311,28 +273,29 @@ def main(argv=None):
     if out.exists() and not out.is_dir():
         return refuse([*faults, f"--out {out}: expected a folder, got a file"], cases, notes)
     with collect_errors(faults):
-        existing = existing_dataset(out, cases, rules)
+        existing = existing_cases(out, cases, rules, faults)
     if not cases and not faults:
         faults.append(f"--images {options.images}: expected cases, got none that is whole")
     if not cases:
         return refuse(faults, cases, notes)
     try:
-        with staging(out) as folder:
-            outcomes = prepare_all(cases, replace(rules, folder=str(folder)), options.workers)
+        # On the disk of out, so that finished files are moved; out stays as it was if none are.
+        nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        with tempfile.TemporaryDirectory(prefix=".preparing_", dir=nearest) as folder:
+            outcomes = prepare_all(cases, replace(rules, folder=folder), options.workers)
             rows = [row for outcome in outcomes for row in outcome.rows]
             faults += [fault for outcome in outcomes for fault in outcome.faults]
             faults += merge_faults(rows, existing)
             if faults:
                 return refuse(faults, cases)
-            publish(folder, out, rows, rules, existing)
+            publish(Path(folder), out, rows, rules, existing)
     except Stopped as error:
         print(f"{error}; nothing was written", file=sys.stderr)
         return 1
     except OSError as error:
         return refuse([f"--out {out}: expected a folder to write to, got {error}"], cases)
     written = {row["case"] for row in rows}
-    replaced = sorted(written & (existing.cases.keys() if existing else set()))
-    if replaced:
+    if replaced := sorted(written & existing.keys()):
         notes.append(f"replaced in {out}: {', '.join(replaced)}")
     report(outcomes, notes)
     print(f"{_count(len(written), 'case')} written to {out}")

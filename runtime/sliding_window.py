@@ -17,7 +17,6 @@ once, and then the slab lies on the CPU: see `WindowFit`.
 
 import functools
 import math
-import os
 from dataclasses import dataclass
 from itertools import combinations, product, zip_longest
 
@@ -26,6 +25,7 @@ import torch
 
 from runtime.microbatch import free_memory, memory_figures, nothing, out_of_memory
 from runtime.signals import CannotGoOn
+from volumes.volume import cores
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLIPS = [axes for n in range(4) for axes in combinations((-3, -2, -1), n)]  # all 8 of z, y, x
@@ -69,8 +69,7 @@ def resolve_precision(name, device):
 
 def resolve_threads(wanted):
     """CPU threads for run.threads; 0: one per core that this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)  # not every system has it
-    return wanted or (len(allowed(0)) if allowed else os.cpu_count() or 1)
+    return wanted or cores()
 
 
 # ---------------------------------------------------------------------------- geometry of one axis

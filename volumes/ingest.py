@@ -36,7 +36,7 @@ class PhantomCase:
 class Rules:
     """What holds for every case.
 
-    crops: (name, z0, z1), an open end being None; store: skeleton and compression of write_case.
+    crops: {name: (z0, z1)}, an open end being None; store: skeleton, compression of write_case.
     """
 
     classes: dict[str, int]
@@ -44,7 +44,7 @@ class Rules:
     spacing: tuple[float, float, float] | None
     unit: str | None
     spacing_rows: list
-    crops: list
+    crops: dict
     store: dict
     folder: str
 
@@ -66,7 +66,7 @@ def prepare_case(case, rules):
     written. Safe to run in another process.
     """
     outcome = Outcome(case.id)
-    image, label, sources = _read(case, outcome.faults)
+    image, label = _read(case, outcome.faults)
     if outcome.faults:
         return outcome
     spacing, unit = _spacing_and_unit(case.id, image, label, rules, outcome)
@@ -75,7 +75,7 @@ def prepare_case(case, rules):
         if label.array.shape != image.array.shape[1:]:
             outcome.faults.append(
                 f"case {case.id}: expected image and label of one shape, got "
-                f"{image.array.shape[1:]} ({sources[0]}) and {label.array.shape} ({sources[1]})"
+                f"{image.array.shape[1:]} ({image.path}) and {label.array.shape} ({label.path})"
             )
         classes = _class_ids(case.id, label.array, rules, outcome)
     if outcome.faults:
@@ -102,8 +102,8 @@ def prepare_case(case, rules):
             affine=affine,
             group=group,
             ignore_label=rules.ignore_label,
-            source_image=sources[0],
-            source_label=sources[1],
+            source_image=image.path,
+            source_label="" if label is None else label.path,
             **rules.store,
         )
         row = {"case": piece_id, "group": group, "unit": unit}
@@ -112,12 +112,12 @@ def prepare_case(case, rules):
 
 
 def _read(case, faults):
-    """(image, label or None, (image source, label source)); both None where there is a fault."""
+    """(image, label or None); both None where there is a fault. The path names every channel."""
     if isinstance(case, PhantomCase):
         phantom = phantoms.PHANTOMS[case.kind](case.shape, case.seed, case.index)
         source = f"phantom {case.kind} seed {case.seed} index {case.index}"
         image = Volume(phantom.image[None], phantom.spacing, phantom.unit, None, source)
-        return image, replace(image, array=phantom.label), (source, source)
+        return image, replace(image, array=phantom.label)
     channels, label = [], None
     with collect_errors(faults):
         channels = [read_image(path) for path in case.images]
@@ -131,11 +131,11 @@ def _read(case, faults):
             named = ", ".join(f"{v} ({path})" for v, path in zip(values, case.images, strict=True))
             faults.append(f"case {case.id}: expected channels of one {what}, got {named}")
     if faults:
-        return None, None, None
-    image = channels[0]
+        return None, None
+    voxels = channels[0].array
     if len(channels) > 1:
-        image = replace(image, array=np.concatenate([channel.array for channel in channels]))
-    return image, label, (", ".join(case.images), case.label or "")
+        voxels = np.concatenate([channel.array for channel in channels])
+    return replace(channels[0], array=voxels, path=", ".join(case.images)), label
 
 
 def _spacing_and_unit(name, image, label, rules, outcome):
@@ -221,7 +221,7 @@ def _pieces(name, depth, crops, faults):
     if not crops:
         return {name: slice(0, depth)}
     pieces = {}
-    for crop, first, last in crops:
+    for crop, (first, last) in crops.items():
         start, stop, _ = slice(first, last).indices(depth)
         if start >= stop or max(first or 0, last or 0) > depth:
             faults.append(

@@ -98,27 +98,21 @@ def _find(text, notes):
 
 def _inspect(case_id, path):
     """The `Input` of a case file, or of any other volume, which is read whole for this."""
-    if _is_case_file(path):
-        case = casefile.read_case(path)
+    attributes = {}
+    if h5py.is_hdf5(path):  # which the name of one of its datasets is not
         with h5py.File(path, "r") as file:
-            affine, source = file.attrs.get("affine"), str(file.attrs["source_image"])
-            sources = (*source.split(", "), str(file.attrs["source_label"]))
+            attributes = dict(file.attrs) if "image" in file else {}
+    if "intensity" in attributes:  # prepare.py wrote it
+        case, source = casefile.read_case(path), str(attributes["source_image"])
+        sources = (*source.split(", "), str(attributes["source_label"]))
         suffix = files.suffix_of(source) or PHANTOM_SUFFIX
-        grid = (case.shape, case.channels, case.spacing, case.unit, affine)
+        grid = (case.shape, case.channels, case.spacing, case.unit, attributes.get("affine"))
         return Input(case.id, path, True, sources, suffix, *grid, case.intensity)
     volume = files.read_image(path)
     channels, *shape = volume.array.shape
     grid = (tuple(shape), channels, volume.spacing, volume.unit, volume.affine)
     intensity = casefile.intensity_statistics(volume.array)
     return Input(case_id, path, False, (), files.suffix_of(path), *grid, intensity)
-
-
-def _is_case_file(path):
-    """Whether a path is an HDF5 file that prepare.py wrote, and not one of its datasets."""
-    if not h5py.is_hdf5(path):
-        return False
-    with h5py.File(path, "r") as file:
-        return "intensity" in file.attrs and "image" in file
 
 
 def _run_faults(volume, metadata):
