@@ -55,14 +55,12 @@ SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 def resolve_settings(state, overrides):
     """The run's settings with overrides; ValueError names every fault, a line each."""
     keys = {text.partition("=")[0] for text in overrides} & set(config.valid_keys())
-    faults = [
-        f"{key}: expected a setting of inference (those under {', '.join(SETTABLE)}), got one that "
-        "training has decided; leave it out"
-        for key in sorted(keys)
-        if not key.startswith(SETTABLE)
-    ]
-    if faults:
-        raise InputErrors(*faults)
+    if fixed := sorted(key for key in keys if not key.startswith(SETTABLE)):
+        sentence = (
+            f"expected a setting of inference (those under {', '.join(SETTABLE)}), got one that "
+            "training has decided; leave it out"
+        )
+        raise InputErrors(*(f"{key}: {sentence}" for key in fixed))
     settings = config.build(config.apply_overrides(state["config"], overrides))
     settings = settings.with_chosen(state["loop"]["evaluations"]["chosen"])
     window = settings.inference.window or settings.sampling.patch
@@ -97,7 +95,9 @@ def prepare_to_predict(arguments):
     predictor(volume, **how) is `predict` by the run; lines say what will happen and why.
     """
     state, faults = checkpoint.load(arguments.ckpt), []
-    output = Path(arguments.output or default_output(arguments.ckpt))
+    folder = Path(arguments.ckpt).resolve().parent
+    run = folder.parent if folder.name == "checkpoints" else Path()
+    output = Path(arguments.output or run / "predictions")
     roots = [t.partition("=")[2] for t in arguments.overrides if t.startswith("data.root=")]
     with collect_errors(faults):
         settings = resolve_settings(state, arguments.overrides)
@@ -189,30 +189,23 @@ def predict_and_write(predictor, volume, output, archive, console):
 @contextlib.contextmanager
 def progress_of(volume, console):
     """A callable(done, total): a bar on a terminal, elsewhere a line now and then."""
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(30), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(volume.id)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
+    columns = (TextColumn("{task.description}"), BarColumn(30), TimeRemainingColumn())
     last = time.perf_counter()
 
-    def line(done, total):
+    def advance(done, total):
         nonlocal last
-        if time.perf_counter() - last > SECONDS_BETWEEN_LINES:
+        bar.update(task, completed=done, total=total)
+        if bar.disable and time.perf_counter() - last > SECONDS_BETWEEN_LINES:
             console.print(f"{volume.id}: {done} of {total} windows")
             last = time.perf_counter()
 
-    yield line
+    disable = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=disable) as bar:
+        task = bar.add_task(volume.id)
+        yield advance
 
 
 # ---------------------------------------------------------------------------- command line
-
-
-def default_output(ckpt):
-    """The predictions/ of the run that a checkpoint lies in; else that of the working folder."""
-    folder = Path(ckpt).resolve().parent
-    return folder.parent / "predictions" if folder.name == "checkpoints" else Path("predictions")
 
 
 def parse_arguments(argv):

@@ -10,15 +10,15 @@ Windows stand on a Cartesian grid of starts. The Gaussian weight of a window is 
 weights at that voxel). A product of three partitions of unity is one too, so no volume of summed
 weights is kept and no floor under a small sum is needed: the border has its full weight.
 
-Memory on the device: a slab of floor(window_z * ratio_z) x H x W float32 (twice that while it
-moves on), beside what the network needs for one batch. If the device has less, fewer windows go at
-once, and then the slab lies on the CPU: see `WindowFit`.
+Memory on the device: a slab of floor(window_z * ratio_z) x H x W float32, beside what the network
+needs for one batch. If the device has less, fewer windows go at once, and then the slab lies on the
+CPU: see `WindowFit`.
 """
 
 import functools
 import math
 from dataclasses import dataclass
-from itertools import combinations, product, zip_longest
+from itertools import combinations, product
 
 import numpy as np
 import torch
@@ -239,14 +239,6 @@ class WindowFit:
     def slab_device(self):
         return torch.device("cpu") if self.on_cpu else self.device
 
-    def attempt(self, function, *arguments):
-        """function(*arguments, device=slab_device), again each time that runs out of memory."""
-        while True:
-            try:
-                return function(*arguments, device=self.slab_device)
-            except RuntimeError as error:
-                self.lower(error)
-
     def lower(self, error):
         """Ask for less memory after an error. Raises it if it is another one, and `CannotGoOn` if
         nothing is left that could be less."""
@@ -316,19 +308,17 @@ def predict_slabs(
 
     network(patches (B, C, *window) float32) -> logits (B, 1, *window), or a list of logits of
     which the first counts; the caller has put it on the device and in eval mode.
-    volume (C, D, H, W): array or HDF5 dataset, any real dtype; only boxes are read from it.
-    window (z, y, x) in voxels of the network; ratio (z, y, x) is the network's voxel size over
-    the volume's (target spacing / native spacing). Where it is not 1 each window is
-    interpolated to the network's spacing, and its probabilities back; blending happens in voxels
-    of the volume, which is never resampled whole. Where it is 1 nothing is interpolated.
-    An axis shorter than the window is padded with its edge voxels, cut off afterwards.
+    volume (C, D, H, W): array or HDF5 dataset, any real dtype; only boxes are read from it. An
+    axis shorter than the window is padded with its edge voxels, cut off afterwards.
+    window (z, y, x) in voxels of the network; ratio (z, y, x): the network's voxel size over the
+    volume's. Where it is not 1, each window is interpolated to the network's spacing, and its
+    probabilities back; blending happens in voxels of the volume.
     normalize(patch (C, *window) float32 on the device) -> the same shape, after interpolation as
     in training; it sees one window at a time, so its numbers must not come from that window.
     flips: mean of the probabilities over the 8 flips, at 8 times the cost. batch: windows of one
-    z row that go through the network at once.
-    precision: fp32, bf16 or fp16 (autocast); sums are float32 always. progress(done, total) is
-    called with numbers of windows. remembered, report(kind, text, **figures): see `WindowFit`;
-    without remembered, the next call tries the full batch again.
+    z row that go through the network at once. precision: fp32, bf16 or fp16 (autocast); sums are
+    float32 always. progress(done, total): called with numbers of windows. remembered,
+    report(kind, text, **figures): see `WindowFit`.
 
     ValueError, at the call and naming all faults, for arguments that cannot work.
     """
@@ -348,30 +338,29 @@ def _slabs(volume, axes, predict, normalize, fit, progress):
     rows, *plane = axes
     columns = list(product(*plane))
     depth, height, width = volume.shape[1:]
-    slab = fit.attempt(torch.zeros, 1, min(depth, rows[0].stop), height, width)
-    done, total = 0, len(rows) * len(columns)
-    for z, following in zip_longest(rows, rows[1:]):
+    slab, done, total = None, 0, len(rows) * len(columns)
+    for z, end in zip(rows, [*(z.start for z in rows[1:]), depth], strict=True):
         first = 0
         while first < len(columns):
             windows = [(z, y, x) for y, x in columns[first : first + fit.batch]]
             try:
+                if slab is None:
+                    slab = torch.zeros(1, z.stop, height, width, device=fit.slab_device)
                 _add_windows(slab, volume, windows, predict, normalize, fit.device)
             except RuntimeError as error:
                 fit.lower(error)
-                slab = slab.to(fit.slab_device)
+                slab = None if slab is None else slab.to(fit.slab_device)
                 continue
             first += len(windows)
             progress(done + first, total)
         done += len(columns)
-        finished = (following.start if following else depth) - z.start
+        finished = end - z.start
         yield z.start, slab[:, :finished].cpu().numpy().copy()
-        slab = fit.attempt(_moved_on, slab, finished)
-
-
-def _moved_on(slab, finished, device):
-    """The slab without its first planes and as many empty ones at its end."""
-    slab = slab.to(device)
-    return torch.cat([slab[:, finished:], torch.zeros_like(slab[:, :finished])], dim=1)
+        # Plane by plane, because a second slab may not fit.
+        kept = slab.shape[1] - finished
+        for plane in range(kept):
+            slab[:, plane] = slab[:, plane + finished]
+        slab[:, kept:] = 0
 
 
 def predict_volume(network, volume, window, overlap=0.5, **settings):

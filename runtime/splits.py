@@ -43,8 +43,7 @@ def _matches(dataset, key, patterns, faults):
     """{id: case} whose id or group matches any pattern; one that matches none is a fault."""
     matches = {}
     for pattern in patterns:
-        names = {i: (i, case.group) for i, case in dataset.cases.items()}
-        hits = {i: dataset.cases[i] for i in names if fnmatch.filter(names[i], pattern)}
+        hits = {i: c for i, c in dataset.cases.items() if fnmatch.filter((i, c.group), pattern)}
         if not hits:
             known = ", ".join(list(dataset.cases)[:8])
             faults.append(f"data.{key}: no case or group is named {pattern!r}; there are {known}")
