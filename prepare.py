@@ -274,10 +274,9 @@ def main(argv=None):
         return refuse([*faults, f"--out {out}: expected a folder, got a file"], cases, notes)
     with collect_errors(faults):
         existing = existing_cases(out, cases, rules, faults)
-    if not cases and not faults:
-        faults.append(f"--images {options.images}: expected cases, got none that is whole")
     if not cases:
-        return refuse(faults, cases, notes)
+        none = f"--images {options.images}: expected cases, got none that is whole"
+        return refuse(faults or [none], cases, notes)
     try:
         # On the disk of out, so that finished files are moved; out stays as it was if none are.
         nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())

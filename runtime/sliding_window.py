@@ -298,7 +298,7 @@ def predict_slabs(
     flips=False,
     device="cpu",
     precision="fp32",
-    progress=None,
+    progress=nothing,
     remembered=None,
     report=nothing,
 ):
@@ -330,7 +330,7 @@ def predict_slabs(
     ]
     remembered = {} if remembered is None else remembered
     fit = WindowFit(volume.shape[1:], batch, device, remembered, report)
-    return _slabs(volume, axes, predict, normalize, fit, progress or nothing)
+    return _slabs(volume, axes, predict, normalize, fit, progress)
 
 
 def _slabs(volume, axes, predict, normalize, fit, progress):

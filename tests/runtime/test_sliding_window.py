@@ -281,6 +281,21 @@ def test_fewer_windows_than_what_fitted_stay_as_they_are():
     assert (fit.batch, fit.on_cpu) == (1, False)
 
 
+def test_results_that_do_not_fit_at_first_are_those_of_a_volume_that_fits(monkeypatch):
+    volume, known, zeros = random_volume(11, 9, 10), {}, torch.zeros
+
+    def small(*shape, device):
+        if not known.get("11x9x10", [2, False])[1]:  # until the slab lies on the CPU
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return zeros(*shape, device=device)
+
+    expected = predict_volume(same, volume, (6, 6, 6), 0.5)
+    monkeypatch.setattr(torch, "zeros", small)
+    probs = predict_volume(same, volume, (6, 6, 6), 0.5, batch=2, remembered=known)
+    assert known == {"11x9x10": [1, True]}
+    np.testing.assert_array_equal(probs, expected)
+
+
 def test_an_error_of_another_kind_in_a_prediction_is_raised_and_nothing_is_remembered():
     known = {}
     with pytest.raises(RuntimeError, match=r"^shapes differ$"):
