@@ -245,12 +245,13 @@ class WindowFit:
         if not out_of_memory(error):
             raise error
         where = (
-            f"{self.device} ran out of memory{memory_figures(self.device)} in the prediction of a"
+            f"{self.device} ran out of memory{memory_figures(self.device)} in the prediction of a "
+            f"volume of {self.key}"
         )
         if self.batch == 1 and self.on_cpu:
             raise CannotGoOn(
-                f"{where} volume of {self.key} with one window at a time and the results on the "
-                "CPU; lower inference.window"
+                f"{where} with one window at a time and the results on the CPU; lower "
+                "inference.window"
             ) from error
         if self.batch > 1:
             self.batch //= 2
@@ -259,7 +260,7 @@ class WindowFit:
             self.on_cpu, what = True, "the results on the CPU"
         self.remembered[self.key] = [self.batch, self.on_cpu]
         free_memory(error, self.device)
-        text = f"{where} volume of {self.key}: it goes on with {what}, as will others of this size"
+        text = f"{where}: it goes on with {what}, as will others of this size"
         self.report("cuda memory", text, windows=self.batch, on_cpu=self.on_cpu)
 
 

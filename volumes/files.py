@@ -185,7 +185,7 @@ def voxel_count(path):
     file, dataset = split_dataset(path)
     try:
         return FORMATS[suffix_of(file)].count_voxels(file, dataset)
-    except Exception:  # `_read` names it when the volume is read
+    except Exception:  # the fault is named when the volume is read
         return 0
 
 

@@ -40,7 +40,8 @@ def _cut_file_refused(path):
 
     def keep(record):
         cut = "invalid page offset" in record.getMessage()
-        missing.extend([record] if cut else [])
+        if cut:
+            missing.append(record)
         return not cut
 
     logger.addFilter(keep)
