@@ -431,9 +431,10 @@ def test_a_full_disk_is_one_sentence_with_status_1(out, capsys, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(ingest, "write_case", full)
-    assert run("--phantom", "scroll", "--cases", 1, "--shape", *SHAPE, "--out", out) == 1
+    deep = out / "of" / "scrolls"
+    assert run("--phantom", "scroll", "--cases", 1, "--shape", *SHAPE, "--out", deep) == 1
     assert "case scroll_000: OSError: no space left" in capsys.readouterr().err
-    assert not out.exists()
+    assert os.listdir(out.parent) == []
 
 
 class Deadly:
