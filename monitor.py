@@ -12,17 +12,16 @@ status: 0, or 2 if there is no run.
 import argparse
 import contextlib
 import io
+import signal
 import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from monitoring import health
+from monitoring.health import RunHealth
 from monitoring.panels import RunView
 from monitoring.records import RunRecords
-
-NARROWEST = 20  # characters of a line
 
 
 def find_run(path):
@@ -40,7 +39,7 @@ def find_run(path):
             "such as runs/exp001"
         )
     runs.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
-    names = ", ".join(folder.name for folder in runs[:8]) + (", ..." if len(runs) > 8 else "")
+    names = ", ".join(folder.name for folder in runs[:8])
     raise ValueError(
         f"{path}: expected one run, got a folder of {len(runs)}, the newest first: {names}; "
         f"try python monitor.py {path / runs[0].name}"
@@ -53,33 +52,21 @@ def _is_run(folder):
     return begun or any((folder / name).exists() for name in ("log.jsonl", "system.jsonl"))
 
 
-class Watch:
-    """A run, to be looked at again and again."""
-
-    def __init__(self, folder):
-        self.run = RunRecords(folder)
-        self.health = health.RunHealth(self.run)
-
-    def look(self):
-        """What its files say at this moment, as a `panels.RunView`."""
-        now = time.time()
-        self.run.refresh(now)
-        status = self.health.status(now)
-        if status.state == health.DEAD:  # it may have ended well after its files were read
-            self.run.refresh(now)
-            status = self.health.status(now)
-        return RunView(self.run, status, health.pace(self.run, now), now)
+def look(health):
+    """The view of a run at this moment."""
+    now = time.time()
+    return RunView(health.run, health.look(now), now)
 
 
-def live(watch, console, seconds):
+def live(health, console, seconds):
     """Show a run until Ctrl-C, read anew every so many seconds; its state stays in the terminal."""
     # rich.live.Live would hide the height of the terminal from the view.
     with contextlib.suppress(KeyboardInterrupt), console.screen() as screen:
         while True:
-            screen.update(watch.look())
+            screen.update(look(health))
             time.sleep(seconds)
-    status = watch.look().status
-    console.print(f"{watch.run.folder}: {status.state}, {status.text}")
+    status = health.look(time.time())
+    console.print(f"{health.run.folder}: {status.state}, {status.text}")
 
 
 def cli(argv=None):
@@ -92,15 +79,15 @@ def cli(argv=None):
     parser.add_argument("--width", type=int, help="characters of a line (default: the terminal's)")
     parser.add_argument("--seconds", type=float, default=2.0, help="from one look to the next (2)")
     args = parser.parse_args(argv)
-    if not args.seconds > 0 or (args.width is not None and args.width < NARROWEST):
-        parser.error(f"expected --seconds above 0 and --width of {NARROWEST} or more")
+    if not args.seconds > 0 or (args.width is not None and args.width < 20):
+        parser.error("expected --seconds above 0 and --width of 20 or more")
     try:
-        watch = Watch(find_run(args.run))
+        health = RunHealth(RunRecords(find_run(args.run)))
         if args.svg:
             options = {"width": args.width or 120, "color_system": "truecolor", "highlight": False}
             picture = Console(file=io.StringIO(), record=True, **options)
-            picture.print(watch.look())
-            Path(args.svg).write_text(picture.export_svg(title=watch.run.folder.name))
+            picture.print(look(health))
+            Path(args.svg).write_text(picture.export_svg(title=health.run.folder.name))
             return 0
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
@@ -108,11 +95,13 @@ def cli(argv=None):
     sys.stdout.reconfigure(errors="replace")  # a terminal without these characters
     console = Console(width=args.width, highlight=False)
     if args.once or not console.is_terminal:
-        console.print(watch.look())
+        console.print(look(health))
     else:
-        live(watch, console, args.seconds)
+        live(health, console, args.seconds)
     return 0
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # end quietly where the reader of a pipe has left
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(cli())

@@ -45,19 +45,15 @@ def clock(moment, now, seconds=True):
     if finite(moment) is None:
         return "–"
     then, today = time.localtime(moment), time.localtime(now)
-    text = time.strftime("%H:%M:%S" if seconds else "%H:%M", then)
-    if then[:3] == today[:3]:
-        return text
-    year = "" if then.tm_year == today.tm_year else f" {then.tm_year}"
-    return f"{then.tm_mday} {time.strftime('%b', then)}{year} {text}"
+    day = "" if then[:3] == today[:3] else "%d %b " if then[0] == today[0] else "%d %b %Y "
+    return time.strftime(day + ("%H:%M:%S" if seconds else "%H:%M"), then)
 
 
 def sparkline(values, width):
     """A curve of at most `width` characters, from its lowest value to its highest.
 
-    values: numbers in their order; None and NaN leave gaps. More than `width` become means of
-    equal stretches. If all are above 0 and the highest is ten times the lowest, heights are those
-    of logarithms, as a loss that has fallen far would be a flat line.
+    None and NaN leave gaps. More values than `width` become means of equal stretches. Heights are
+    logarithms if all values are above 0 and the highest is more than ten times the lowest.
     """
     if len(values) > width:
         edges = [len(values) * i // width for i in range(width + 1)]

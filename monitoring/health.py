@@ -1,9 +1,11 @@
 """Whether a run is alive, its cause of death, how fast it goes and when it will be done.
 
-All of it from what the run folder says (records.py), for a person. The process is looked up only
-if it was started on this machine; on another the age of the last line decides.
+All of it from what the run folder says (records.py). The process is looked up only if it was
+started on this machine; on another the age of the last line decides. A value of another type than
+the run writes counts as missing.
 """
 
+import contextlib
 import math
 import os
 import socket
@@ -12,7 +14,7 @@ from typing import NamedTuple
 
 import psutil
 
-from monitoring.formatting import clock, duration, format_share, mean
+from monitoring.formatting import clock, duration, finite, format_share, mean
 
 RUNNING, DONE, STOPPED = "running", "done", "stopped early"
 CRASHED, DEAD, UNKNOWN = "crashed", "dead", "unknown"
@@ -26,8 +28,8 @@ FULL_DISK = 0.005  # share that is free
 class Status(NamedTuple):
     """Whether a run is alive.
 
-    state: one of the words above; text: a sentence; notes: more of them, for a run that ended too
-    early: the causes, and what to do.
+    state: one of the words above; text: a sentence; notes: for a run that ended too early, the
+    causes, and what to do.
     """
 
     state: str
@@ -40,6 +42,13 @@ class RunHealth:
 
     def __init__(self, run):
         self.run, self.missing_since = run, None
+
+    def look(self, now):
+        """Read what is new, and give the `Status`."""
+        self.run.refresh(now)
+        if self.status(now).state == DEAD:  # it may have ended well after its files were read
+            self.run.refresh(now)
+        return self.status(now)
 
     def status(self, now):
         """The `Status` at a time, in seconds since 1970, by this machine's clock."""
@@ -56,20 +65,19 @@ class RunHealth:
     def _is_alive(self, now):
         """(True, False or None if unknown; the evidence in words)."""
         run, reading = self.run, self.run.reading
-        host = run.start.get("host") or reading.get("host")
-        pid = run.start.get("pid") or reading.get("pid")
-        last = max((t for t in (last_line(run), run.growth_time) if t is not None), default=None)
-        interval = reading.get("seconds")
-        age = "no line has a time" if last is None else f"last line {duration(now - last)} ago"
         if not run.events and not run.steps and not reading:
             return None, "nothing has been logged yet"
+        host, pid = (run.start.get(key) or reading.get(key) for key in ("host", "pid"))
+        last = max((t for t in (last_line(run), run.growth_time) if t is not None), default=None)
+        interval = finite(reading.get("seconds"))
+        age = "no line has a time" if last is None else f"last line {duration(now - last)} ago"
         if host == socket.gethostname() and pid is not None:
-            if _process_is_alive(pid, run.start.get("created")):
+            if _process_is_alive(pid, finite(run.start.get("created"))):
                 self.missing_since = None
                 return True, age
             self.missing_since = self.missing_since or now
             # A container may have the name of its machine, but numbers processes by itself.
-            if run.growth_time is not None and run.growth_time > self.missing_since:
+            if (run.growth_time or 0) > self.missing_since:
                 return True, f"{age}, of a process that cannot be seen from here"
             return False, f"there is no process {pid} on {host}, {age}"
         if interval is None or last is None:
@@ -87,28 +95,28 @@ def _process_is_alive(pid, created):
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.AccessDenied:
         return True
-    except (psutil.Error, ValueError):
+    except (psutil.Error, ValueError, TypeError):
         return False
 
 
 def last_line(run):
     """When the run last wrote a line into either file, None if no line has a time."""
     newest = [run.reading, *run.events[-1:], *run.recent_steps[-1:]]
-    return max((e["time"] for e in newest if e.get("time") is not None), default=None)
+    return max((e["time"] for e in newest if "time" in e), default=None)
 
 
 # ---------------------------------------------------------------------------- how it ended
 
 
 def _ended(run, event, now):
-    when = f"at step {event.get('step', '–')}, {clock(event.get('time'), now)}"
+    when = f"at step {event['step']}, {clock(event.get('time'), now)}"
     if event["event"] == "end":
         return Status(DONE, f"all steps done {when}")
     if event["event"] == "stop":
         text = f"{event.get('reason', 'no reason given')}, {when}"
         return Status(STOPPED, text, (advice(run, now),))
-    trace = [line for line in str(event.get("traceback") or "").splitlines() if "File " in line]
-    where = (f"raised in {' '.join(trace[-1].split())}",) if trace else ()
+    trace = [line for line in str(event.get("traceback")).splitlines() if "File " in line]
+    where = [f"raised in {' '.join(line.split())}" for line in trace[-1:]]
     text = f"{event.get('error', 'no error given')}, {when}"
     return Status(CRASHED, text, (*where, advice(run, now)))
 
@@ -130,11 +138,10 @@ def causes_of_death(run):
     if run.start.get("host") == socket.gethostname() and last is not None and booted > last:
         when = clock(booted, last)
         return [f"the machine went down: it was started at {when}, after the last line"]
-    causes = [*_fault(run), *_oom_killer(run.reading), *_full_disk(run)]
-    for gpu in run.reading.get("gpus") or ():
-        used, total = gpu.get("used"), gpu.get("total")
-        if used and total and used > FULL_GPU * total:
-            causes.append(f"memory of GPU {gpu['index']} was full: {format_share(used, total)}")
+    causes = []
+    for find in (_fault, _oom_killer, _full_disk, _full_gpus):
+        with contextlib.suppress(TypeError, ValueError, LookupError, AttributeError):
+            causes += find(run)  # a damaged reading names no cause
     return causes or ["killed from outside (SIGKILL), or the machine went down"]
 
 
@@ -146,17 +153,18 @@ def _fault(run):
             lines = [line.strip() for line in file.read(2**14).splitlines() if line.strip()]
     except OSError:
         return
-    if lines and written >= (run.start.get("time") or 0):
+    if lines and written >= run.start.get("time", 0):
         current = next((i for i, line in enumerate(lines) if line.startswith("Current thread")), 0)
         where = next((f", in {line}" for line in lines[current:] if line.startswith("File ")), "")
         yield f"{lines[0]}{where} (fault.txt)"
 
 
-def _oom_killer(reading):
-    """That it killed, or that a limit was nearly reached; for run.memory_gb the kernel never kills.
+def _oom_killer(run):
+    """That it killed, or that the tightest limit was nearly reached.
 
-    The limit with the least free memory counts.
+    The kernel never kills for run.memory_gb.
     """
+    reading = run.reading
     if reading.get("new_oom_kills"):
         count = reading["new_oom_kills"]
         yield f"the kernel's OOM killer: processes of this cgroup killed since the start: {count}"
@@ -180,49 +188,51 @@ def _full_disk(run):
         yield f"the disk was full: {format_share(free, total)} were free"
 
 
+def _full_gpus(run):
+    for gpu in run.reading.get("gpus") or ():
+        used, total = gpu.get("used"), gpu.get("total")
+        if used and total and used > FULL_GPU * total:
+            yield f"memory of GPU {gpu['index']} was full: {format_share(used, total)}"
+
+
 # ---------------------------------------------------------------------------- how fast it goes
 
 
 @dataclass
 class Pace:
-    """Steps and seconds; None for what the log does not say.
+    """How far and how fast a run is; None for what the log does not say."""
 
-    step of steps: done of the whole run; epoch_step of epoch_steps: of this epoch; epoch of
-    epochs, counted from 1; step_seconds: of a step; between_epochs: seconds of an evaluation and
-    whatever else comes between two epochs; epoch_left, run_left: seconds.
-    """
-
-    step: int
+    step: int  # done, of `steps` in the whole run
     steps: int | None
     epoch_steps: int | None
     step_seconds: float | None
-    between_epochs: float | None
-    epoch: int | None = None
+    between_epochs: float | None  # seconds of an evaluation and whatever else comes there
+    epoch: int | None = None  # from 1, of `epochs`
     epochs: int | None = None
-    epoch_step: int | None = None
-    epoch_left: float | None = None
+    epoch_step: int | None = None  # done, of `epoch_steps` in this epoch
+    epoch_left: float | None = None  # seconds
     run_left: float | None = None
 
 
 def pace(run, now):
     """The `Pace` of a run at a time, in seconds since 1970."""
     events = [*run.recent_steps[-1:], *run.since_start("epoch")[-1:]] or [run.start]
-    newest = max(events, key=lambda event: event.get("time") or 0)
-    logged, time = newest.get("step") or 0, newest.get("time")
-    done = max(logged, run.reading.get("step") or 0)
-    steps, size = run.start.get("steps"), run.start.get("iterations")
+    newest = max(events, key=lambda event: event.get("time", 0))
+    logged = newest.get("step", 0)
+    done = max(logged, finite(run.reading.get("step")) or 0)
+    steps, size = finite(run.start.get("steps")), finite(run.start.get("iterations"))
     pace = Pace(done, steps, size, step_seconds(run), between_epochs(run))
-    if not (size and steps):
+    if not (steps and size and size > 0):
         return pace
     pace.epochs = max(1, math.ceil(steps / size))
     pace.epoch = min(done // size + 1, pace.epochs)
     pace.epoch_step = done - (pace.epoch - 1) * size
-    if pace.step_seconds and time:
+    if pace.step_seconds and "time" in newest:
         at_end = newest is not run.start and logged > 0 and logged % size == 0  # not yet evaluated
         between = pace.between_epochs or 0.0
         # What should have come since the last line and has not is still ahead.
-        log_every = run.start.get("log_every") or math.inf
-        gone = min(max(0.0, now - time), log_every * pace.step_seconds + at_end * between)
+        log_every = finite(run.start.get("log_every")) or math.inf
+        gone = min(max(0.0, now - newest["time"]), log_every * pace.step_seconds + at_end * between)
         pauses = (pace.epochs - logged // size + at_end) * between
         epoch_end = min(pace.epoch * size, steps)
         pace.run_left = max(0.0, (steps - logged) * pace.step_seconds + pauses - gone)
@@ -232,7 +242,7 @@ def pace(run, now):
 
 def step_seconds(run):
     """Seconds per step, mean of the last 20 lines since the start; None before the first."""
-    lengths = [e["step_seconds"] for e in run.recent_steps if e.get("step_seconds") is not None]
+    lengths = [e["step_seconds"] for e in run.recent_steps if finite(e.get("step_seconds"))]
     if len(lengths) > 2:
         lengths = lengths[1:]  # the first steps choose kernels, start workers and fill caches
     return mean(lengths[-20:])
@@ -243,8 +253,8 @@ def between_epochs(run):
 
     The mean of the last 10 epochs, less one that is not over; None before the first.
     """
-    ends = {e["step"]: e["time"] for e in run.since_start("epoch") if e.get("time")}
+    ends = {e["step"]: e["time"] for e in run.since_start("epoch") if "time" in e}
     later = run.since_start("evaluation", "saved")
-    last = {e["step"]: e["time"] for e in later if e["step"] in ends and e.get("time")}
+    last = {e["step"]: e["time"] for e in later if e["step"] in ends and "time" in e}
     trained = run.recent_steps[-1]["step"] if run.recent_steps else 0
     return mean([last.get(s, time) - time for s, time in ends.items() if s < trained][-10:])

@@ -3,7 +3,7 @@
     available().bytes             memory that may still be used: of the host and every cgroup limit
     rooms()                       the same, one limit after another
     oom_kills()                   processes of the cgroup that the kernel has killed for memory
-    tree_memory(), resident_memory()       what this process and its children use
+    resident_memory()             what this process and its children use
     Machine("runs/exp001").read({os.getpid(): "training"})        all of it, for json to write
 
 Linux. On another system, outside of a container, or without sensors or a GPU, a reading is None or
@@ -134,10 +134,8 @@ def _statistics(path, names):
 
 def shared_memory_free(path="/dev/shm"):
     """Bytes left in the file system of shared memory, None where there is none."""
-    try:
-        return psutil.disk_usage(str(path)).free
-    except OSError:
-        return None
+    space = attempt(_free_space, path)
+    return None if space is None else space[0]
 
 
 def anonymous_file(size, name="lamina"):
@@ -151,29 +149,6 @@ def anonymous_file(size, name="lamina"):
     return fd
 
 
-# ---------------------------------------------------------------------------- processes
-
-
-def tree_memory(pid=None):
-    """{pid: bytes} of a process (default: this one) and all that descend from it.
-
-    Proportional set size: a page that n processes map counts 1/n for each, so that the sum is what
-    the tree uses. Where the kernel does not give it (another user's process, another system) the
-    resident size, which counts shared pages in full. Processes that have ended are left out.
-    Takes some 10 ms per GB that is mapped.
-    """
-    sizes = {}
-    for process in _tree(pid):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            size = _attempt(_proportional_memory, process)
-            sizes[process.pid] = process.memory_info().rss if size is None else size
-    return {pid: size for pid, size in sizes.items() if size}  # a zombie has no memory
-
-
-def _proportional_memory(process):
-    return process.memory_full_info().pss
-
-
 def resident_memory(pids=None):
     """Bytes that processes use together, from cheap numbers. pids: None for this one's tree.
 
@@ -181,24 +156,19 @@ def resident_memory(pids=None):
     counts once, as much as the process has that maps most of it. Takes microseconds per process,
     however large; listing those of the tree takes a millisecond.
     """
+    if pids is None:
+        this = psutil.Process()
+        pids = [process.pid for process in (this, *this.children(recursive=True))]
     own, shared = 0, 0
-    for number in [process.pid for process in _tree()] if pids is None else pids:
+    for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
-            info = psutil.Process(number).memory_info()
+            info = psutil.Process(pid).memory_info()
             own, shared = own + info.rss - _shared(info), max(shared, _shared(info))
     return own + shared
 
 
 def _shared(info):
     return getattr(info, "shared", 0)  # Linux only
-
-
-def _tree(pid=None):
-    """The psutil processes of a tree; none if it has ended."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(pid)
-        return [parent, *parent.children(recursive=True)]
-    return []
 
 
 # ---------------------------------------------------------------------------- all of it
@@ -212,7 +182,7 @@ class Machine:
 
     def __init__(self, folder=None):
         self.folder, self.known = folder, {}  # {pid: psutil.Process} of the last reading
-        self.oom_kills_before = _attempt(oom_kills)
+        self.oom_kills_before = attempt(oom_kills)
 
     def read(self, roles, memory_limit=None):
         """What the machine does now. roles: {pid: name}; memory_limit: bytes that the run may use.
@@ -230,41 +200,35 @@ class Machine:
         cores          of the CPU
         gpus           see `gpus`
         """
-        tree = _attempt(resident_memory, list(roles) or None)
-        limits = [list(limit) for limit in _attempt(rooms) or ()]
+        tree = attempt(resident_memory, list(roles) or None)
+        limits = [list(limit) for limit in attempt(rooms) or ()]
         if memory_limit is not None and tree is not None:
             limits.append([max(0, memory_limit - tree), memory_limit, "run.memory_gb"])
-        kills = _attempt(oom_kills)
-        if kills is not None:
-            kills -= self.oom_kills_before or 0
+        kills = attempt(oom_kills)
         return {
             "processes": self._processes(roles),
             "tree": tree,
             "rooms": limits,
-            "new_oom_kills": kills,
-            "swap": _attempt(lambda: [psutil.swap_memory().used, psutil.swap_memory().total]),
-            "shm": _attempt(_free_space, "/dev/shm"),
-            "disk": None if self.folder is None else _attempt(_free_space, self.folder),
-            "load": _attempt(lambda: [round(number, 2) for number in psutil.getloadavg()]),
+            "new_oom_kills": None if kills is None else kills - (self.oom_kills_before or 0),
+            "swap": attempt(lambda: [psutil.swap_memory().used, psutil.swap_memory().total]),
+            "shm": attempt(_free_space, "/dev/shm"),
+            "disk": None if self.folder is None else attempt(_free_space, self.folder),
+            "load": attempt(lambda: [round(number, 2) for number in psutil.getloadavg()]),
             "cores": os.cpu_count(),
-            "gpus": _attempt(gpus) or [],
+            "gpus": attempt(gpus) or [],
         }
 
     def _processes(self, roles):
         before, self.known, rows = self.known, {}, []
         for pid, role in roles.items():
-            row = {"pid": pid, "role": role, "rss": 0, "shared": 0, "cpu": None}
-            try:
+            with contextlib.suppress(psutil.Error, OSError, ValueError):  # it has ended
                 process = before.get(pid) or psutil.Process(pid)
                 with process.oneshot():
-                    info = process.memory_info()
-                    cpu = round(process.cpu_percent(None), 1)
-                    row |= {"rss": info.rss, "shared": _shared(info), "status": process.status()}
-                row["cpu"] = cpu if pid in before else None
-            except (psutil.Error, OSError, ValueError):  # it has ended
-                continue
-            self.known[pid] = process
-            rows.append(row)
+                    info, cpu = process.memory_info(), round(process.cpu_percent(None), 1)
+                    row = {"pid": pid, "role": role, "rss": info.rss, "shared": _shared(info)}
+                    row |= {"cpu": cpu if pid in before else None, "status": process.status()}
+                self.known[pid] = process
+                rows.append(row)
         return rows
 
 
@@ -278,29 +242,29 @@ def gpus():
 
     rows = []
     for index in range(cuda.device_count() if cuda.is_initialized() else 0):
-        properties = _attempt(cuda.get_device_properties, index)
-        power = _attempt(cuda.power_draw, index)  # milliwatts
+        card, milliwatts = (
+            attempt(cuda.get_device_properties, index),
+            attempt(cuda.power_draw, index),
+        )
         rows.append(
             {
                 "index": index,
-                "name": getattr(properties, "name", None),
-                "used": _attempt(cuda.device_memory_used, index),
-                "total": getattr(properties, "total_memory", None),
-                "load": _attempt(cuda.utilization, index),
-                "temperature": _attempt(cuda.temperature, index),
-                "power": None if power is None else round(power / 1000),
+                "name": getattr(card, "name", None),
+                "used": attempt(cuda.device_memory_used, index),
+                "total": getattr(card, "total_memory", None),
+                "load": attempt(cuda.utilization, index),
+                "temperature": attempt(cuda.temperature, index),
+                "power": None if milliwatts is None else round(milliwatts / 1000),
             }
         )
     return rows
 
 
-def _attempt(function, *arguments):
-    """What a reading gives, None where the system does not give it."""
+def attempt(function, *arguments):
+    """What a reading gives, None where it fails."""
     # Files and drivers that differ from machine to machine may raise anything.
-    try:
+    with contextlib.suppress(Exception):
         return function(*arguments)
-    except Exception:
-        return None
 
 
 def _free_space(path):

@@ -1,6 +1,6 @@
 """The view of a run for a terminal of any size: a panel for each subject, in one to three columns.
 
-    console.print(RunView(run, status, pace, now))
+    console.print(RunView(run, status, now))
 
 Each panel is a function of a view that returns something to print, None if it has nothing to show;
 its name is its label. Where the height is limited, as in a live view, lists are shortened.
@@ -20,13 +20,13 @@ from monitoring import health
 from monitoring.formatting import (
     clock,
     duration,
-    finite,
     format_bytes,
     format_share,
     mean,
     number,
     sparkline,
 )
+from monitoring.records import RunRecords
 
 COLUMNS = 110, 165  # characters from which there are two columns, and three
 ROWS = 40, 12, 7, 4, 2, 1  # of each list, tried until the height is enough
@@ -35,28 +35,20 @@ WAITING = 0.15  # of a step: a larger share spent waiting for data is said in wo
 IDLE = 50.0  # percent of a core: workers below it wait for the disk themselves
 # Colors of medium brightness, to be read on a dark and on a light background.
 FAINT, GOOD, WARNING, BAD, FILL = "grey50", "green4", "dark_orange3", "red3", "steel_blue"
-STATES = {
-    health.RUNNING: GOOD,
-    health.DONE: "dodger_blue3",
-    health.STOPPED: WARNING,
-    health.CRASHED: BAD,
-    health.DEAD: BAD,
-    health.UNKNOWN: "grey42",
-}
+STATES = {health.RUNNING: GOOD, health.DONE: "dodger_blue3", health.STOPPED: WARNING}
+STATES |= {health.CRASHED: BAD, health.DEAD: BAD, health.UNKNOWN: "grey42"}
 EVENTS = {"trouble": BAD, "crash": BAD, "stop": WARNING, "start": "", "end": GOOD}
 
 
 @dataclass
 class RunView:
-    """What a `records.RunRecords` says of a run at the time `now`, in seconds since 1970.
+    """What the records of a run say at the time `now`, in seconds since 1970.
 
-    status: of a `health.RunHealth`; pace: of `health.pace`; rows: of each list, at most; width: of
-    a column, in characters.
+    rows: of each list, at most; width: of a column, in characters.
     """
 
-    run: object
+    run: RunRecords
     status: health.Status
-    pace: health.Pace
     now: float
     rows: int = ROWS[0]
     width: int = 80
@@ -64,25 +56,21 @@ class RunView:
     def __rich_console__(self, console, options):
         for self.rows in ROWS:
             content = self._layout(options.max_width)
-            lines = console.render_lines(content, options.update(height=None), pad=False)
+            lines = console.render_lines(content, options.update(height=None))
             if options.height is None or len(lines) <= options.height:
                 break
         for line in lines[: options.height]:
-            while line and not line[-1].text.strip():
-                line.pop()
             for text, style, _ in line:  # in an error there may be codes of a terminal
-                text = text.rstrip() if text is line[-1].text else text
                 yield Segment("".join(filter(str.isprintable, text)), style)
             yield Segment.line()
 
     def _layout(self, width):
-        first, second, third = [steps, loss], [score, time, saved, cache], [memory, gpu, host]
         if width < COLUMNS[0]:
-            columns = [[steps, loss, score, time, *third, cache, saved]]
+            columns = [[steps, loss, score, time, memory, gpu, host, cache, saved]]
         elif width < COLUMNS[1]:
-            columns = [[steps, loss, score, saved], [time, *third, cache]]
+            columns = [[steps, loss, score, saved], [time, memory, gpu, host, cache]]
         else:
-            columns = [first, second, third]
+            columns = [[steps, loss], [score, time, saved, cache], [memory, gpu, host]]
         gap = 2 if len(columns) > 1 else 0
         self.width = width // len(columns) - gap
         grid = Table.grid(padding=(0, gap, 0, 0), pad_edge=True)
@@ -99,17 +87,18 @@ class RunView:
         for panel in panels:
             try:
                 content = panel(self)
-            # A log of an older version, or of a script that was changed, may hold anything.
-            except (TypeError, ValueError, KeyError, AttributeError) as error:
+            except Exception as error:  # what a log of another version holds may raise anything
                 content = Text(f"cannot be shown: {error!r}", BAD)
             if content is not None:
                 stack.add_row(panel.__name__, Padding(content, (0, 0, self.rows > 2, 0)))
         return stack
 
-    def bar(self, share, color=FILL):
-        """Two cells: a bar, and the percentage."""
-        width = max(1, min(BAR, self.width // 6))
+    def bar(self, part, total, full=1.0):
+        """Two cells: a bar, and the percentage; BAD in color above the share `full`."""
+        share = part / total if part is not None and total else 0.0
+        color = BAD if share > full else FILL
         style = {"style": "grey35", "complete_style": color, "finished_style": color}
+        width = max(1, min(BAR, self.width // 6))
         return ProgressBar(total=1.0, completed=share, width=width, **style), f"{share:4.0%}"
 
     def table(self, rows):
@@ -128,11 +117,11 @@ class RunView:
         return grid if rows else None
 
 
+@dataclass
 class Curve:
     """A sparkline as wide as there is room."""
 
-    def __init__(self, values):
-        self.values = values
+    values: list
 
     def __rich_console__(self, console, options):
         yield Text(sparkline(self.values, min(CURVE, options.max_width)), "deep_sky_blue3")
@@ -151,7 +140,7 @@ def head(view):
     state = (f" {status.state.upper()} ", f"bright_white on {color}")
     first = Text.assemble((run.folder.resolve().name, "bold"), "  ", state, "  ", status.text)
     facts = [f"{k} {v}" for k in ("host", "pid") if (v := run.start.get(k) or run.reading.get(k))]
-    starts = [e["time"] for e in run.events if e["event"] == "start" and e.get("time")]
+    starts = [e["time"] for e in run.events if e["event"] == "start" and "time" in e]
     if starts:
         begun = clock(starts[0], now, seconds=False)
         facts.append(f"started {begun}, {duration(now - starts[0])} ago")
@@ -165,41 +154,36 @@ def head(view):
 
 def steps(view):
     """How far the run and its epoch are, when they will be done, and how fast it goes."""
-    pace, lines = view.pace, []
-    if not pace.steps:
-        lines.append(f"step {pace.step}")
-    else:
-        text = f"step {pace.step} of {pace.steps}"
-        lines.append(view.table([(*view.bar(pace.step / pace.steps), text)]))
+    pace = health.pace(view.run, view.now)
+    bars, lines = [(f"step {pace.step}",)], []
+    if pace.steps:
+        bars = [(*view.bar(pace.step, pace.steps), f"step {pace.step} of {pace.steps}")]
     if pace.epoch:
         text = f"epoch {pace.epoch} of {pace.epochs}, step {pace.epoch_step} of {pace.epoch_steps}"
-        lines.append(view.table([(*view.bar(pace.epoch_step / pace.epoch_steps), text)]))
+        bars.append((*view.bar(pace.epoch_step, pace.epoch_steps), text))
     if view.status.state == health.RUNNING and pace.run_left is not None:
         end = clock(view.now + pace.run_left, view.now, seconds=False)
         left = f"run done {end}, in {duration(pace.run_left)}"
         lines.append(f"{left} · epoch in {duration(pace.epoch_left)}")
-    if pace.step_seconds is None:
-        return Group(*lines, "no step has been logged since the start")
-    rate = f"{number(pace.step_seconds)} s/step, {3600 / max(pace.step_seconds, 1e-9):.0f} steps/h"
+    rate = "no step has been logged since the start"
+    if pace.step_seconds:
+        rate = f"{number(pace.step_seconds)} s/step, {3600 / pace.step_seconds:.0f} steps/h"
     if pace.between_epochs is not None:
         rate += f" · {duration(pace.between_epochs)} between epochs"
-    return Group(*lines, rate)
+    return Group(view.table(bars), *lines, rate)
 
 
 def events(view):
     """Starts, ends and troubles of the run, the newest first."""
     rows = []
     for event in reversed(view.run.events):
-        kind, text = event["event"], f"at step {event['step']}"
-        if kind == "trouble":
-            text = str(event.get("text") or event.get("kind"))
-        elif event.get("resumed"):
-            text += ", resumed"
-        elif reason := event.get("reason") or event.get("error"):
-            text += f": {reason}"
+        kind = event["event"]
         if kind in EVENTS:
             when = Text(clock(event.get("time"), view.now), FAINT)
-            rows.append((when, Text(kind, EVENTS[kind]), Text(" ".join(text.split()))))
+            texts = [event.get(key) for key in ("text", "reason", "error")]
+            texts += [f"at step {event['step']}", "resumed" if event.get("resumed") else ""]
+            text = ", ".join(" ".join(str(text).split()) for text in texts if text)
+            rows.append((when, Text(kind, EVENTS[kind]), text))
     return view.table(rows)
 
 
@@ -208,7 +192,7 @@ def saved(view):
     saves = [event for event in view.run.events if event["event"] == "saved"]
     if not saves:
         return Text("no state yet", FAINT)
-    last, when = saves[-1], saves[-1].get("time") or view.now
+    last, when = saves[-1], saves[-1].get("time", view.now)
     file = str(last.get("file")).rsplit("/", 1)[-1]
     return Text(
         f"{clock(when, view.now)}, {duration(view.now - when)} ago: {file} at step {last['step']}, "
@@ -217,39 +201,21 @@ def saved(view):
 
 
 # ---------------------------------------------------------------------------- learning
-
-
 def loss(view):
-    """Each part of the loss: its last value, its change, its curve; the total first."""
-    run, last = view.run, (view.run.steps or [{}])[-1]
-    rows = []
+    """Each part of the loss: its last value and its curve; the total first."""
+    events = view.run.steps
+    last, rows = (events or [{}])[-1], []
     for name in sorted(last.get("loss") or {}, key=lambda name: (name != "total", name)):
         style = "bold" if name == "total" else ""
-        value = Text(number(last["loss"][name]), style)
-        change, curve = _change(_values(run.recent_steps, name)), Curve(_values(run.steps, name))
-        rows.append((Text(name, style), value, Text(change, FAINT), curve))
+        curve = Curve([(event.get("loss") or {}).get(name) for event in events])
+        rows.append((Text(name, style), Text(number(last["loss"][name]), style), curve))
     if last.get("lr") is not None:
-        curve = Curve([step.get("lr") for step in run.steps])
-        rows.append((Text("learning rate", FAINT), Text(number(last["lr"]), FAINT), "", curve))
+        curve = Curve([event.get("lr") for event in events])
+        rows.append((Text("learning rate", FAINT), Text(number(last["lr"]), FAINT), curve))
     if last.get("skipped"):
         text = Text(f"{last['skipped']} of the last steps made no update", BAD)
         return Group(text, view.table(rows))
     return view.table(rows)
-
-
-def _values(steps, name):
-    return [(step.get("loss") or {}).get(name) for step in steps]
-
-
-def _change(values):
-    """Of the mean of the last lines, ten at most, against as many before them, in percent."""
-    values = [value for value in values if finite(value) is not None]
-    count = min(10, len(values) // 2)
-    if not count or not (before := mean(values[-2 * count : -count])):
-        return ""
-    percent = 100 * (mean(values[-count:]) / before - 1)
-    arrow = " " if abs(percent) < 0.05 else "▲" if percent > 0 else "▼"
-    return f"{arrow} {abs(percent):.1f} %"
 
 
 def score(view):
@@ -259,12 +225,9 @@ def score(view):
         return Text("no evaluation yet", FAINT)
     step, last = run.evaluations[-1]
     rows = [("", Text(f"at {step}", FAINT), Text("best", FAINT))] if view.rows > 2 else []
-    names = [name for name in last if name != "components_truth"]
-    for name in sorted(names, key=lambda n: (n != main, n.endswith("_loss"), n == "components", n)):
+    for name in sorted(last, key=lambda name: (name != main, run.best(name)[0] is None, name)):
         value, best_step = run.best(name)
         best = "" if value is None else f"{number(value)} at {best_step}"
-        if name == "components" and "components_truth" in last:
-            best = f"truth {number(last['components_truth'])}"
         style = "bold" if name == main else ""
         curve = Curve([scores.get(name) for _, scores in run.evaluations])
         rows.append((Text(name, style), Text(number(last[name]), style), Text(best, FAINT), curve))
@@ -279,7 +242,7 @@ def time(view):
     if not total:
         return None
     rows = [
-        (name, *view.bar(value / total, BAD if name == "wait" else FILL))
+        (name, *view.bar(value, total, 0 if name == "wait" else 1))
         for name, value in sorted(seconds.items(), key=lambda part: -part[1])
     ]
     if seconds.get("wait", 0) <= WAITING * total:
@@ -301,20 +264,22 @@ def memory(view):
     reading = view.run.reading
     if not reading:
         return Text("system.jsonl has no reading yet", FAINT)
-    limits = []
-    for free, total, what in sorted(reading.get("rooms") or ()):
-        share = (total - free) / total if total else 0.0
-        text = f"{format_share(total - free, total)}, {what.removeprefix('memory of ')}"
-        limits.append((*view.bar(share, BAD if share > health.FULL else FILL), text))
+    limits = [
+        (
+            *view.bar(total - free, total, health.FULL),
+            f"{format_share(total - free, total)}, {what}",
+        )
+        for free, total, what in sorted(reading.get("rooms") or ())
+    ]
     curve = Curve([line.get("tree") for line in view.run.readings])
     tree = ("all processes", format_bytes(reading.get("tree")), curve)
     processes = [[Text(text, FAINT) for text in ("process", "pid", "own", "shared", "CPU")]]
     for process in reading.get("processes") or ():
         rss, shared = process.get("rss") or 0, process.get("shared") or 0
-        sizes = format_bytes(rss - shared), format_bytes(shared)
         cpu = "–" if process.get("cpu") is None else f"{process['cpu']:.0f} %"
         odd = process.get("status") in ("zombie", "stopped", "disk-sleep")
         status = Text(process["status"] if odd else "", BAD)
+        sizes = format_bytes(rss - shared), format_bytes(shared)
         processes.append([process["role"], str(process["pid"]), *sizes, cpu, status])
     if view.rows == 1 and limits:
         return view.table(limits)
@@ -326,11 +291,9 @@ def gpu(view):
     rows, units = [], {"load": "load {:.0f} %", "temperature": "{:.0f} °C", "power": "{:.0f} W"}
     for gpu in view.run.reading.get("gpus") or ():
         used, total = gpu.get("used"), gpu.get("total")
-        share = used / total if used is not None and total else 0.0
         texts = [text.format(gpu[key]) for key, text in units.items() if gpu.get(key) is not None]
-        texts.append(str(gpu.get("name")).removeprefix("NVIDIA "))
-        color = BAD if share > health.FULL_GPU else FILL
-        rows.append((*view.bar(share, color), ", ".join([format_share(used, total), *texts])))
+        texts = [format_share(used, total), *texts, str(gpu.get("name")).removeprefix("NVIDIA ")]
+        rows.append((*view.bar(used, total, health.FULL_GPU), ", ".join(texts)))
     return view.table(rows)
 
 
@@ -349,11 +312,9 @@ def host(view):
 def cache(view):
     """What the cache of case files holds, by the last epoch."""
     epochs = [event for event in view.run.events if event["event"] == "epoch"]
-    counts = (epochs[-1].get("cache") if epochs else None) or {}
+    counts = (epochs or [{}])[-1].get("cache") or {}
     if not counts.get("budget"):
         return None
-    texts = [format_share(counts.get("bytes"), counts["budget"]), f"{counts.get('cases')} cases"]
-    reads = (counts.get("hits") or 0) + (counts.get("misses") or 0)
-    texts += [f"hit by {counts['hits'] / reads:.0%} of reads"] if reads else []
-    texts += [f"{counts['evictions']} evicted"] if counts.get("evictions") else []
+    texts = [format_share(counts.get("bytes"), counts["budget"])]
+    texts += [f"{counts[name]} {name}" for name in ("cases", "hits", "misses", "evictions")]
     return Text(" · ".join(texts))

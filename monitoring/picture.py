@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from monitoring import health
-from monitoring.formatting import finite, mean
+from monitoring.formatting import finite, format_bytes, mean
+from monitoring.machine import MemoryLimit
 from monitoring.records import RunRecords
 
-GB = 1e9
 SMOOTH_FROM = 120  # points of a curve: of more, the mean over a fortieth of them is drawn too
 PIXELS = 640  # of a side of a slice, about
 LOG_FROM = 8.0  # times the lowest value that the highest must be for a logarithmic axis
@@ -36,7 +36,7 @@ def draw_progress(folder, title, slices=None, threshold=0.5):
     figure = Figure(figsize=(15, height), dpi=80)
     figure.subplots_adjust(0.045, 0.35 / height, 0.99, 1 - 0.9 / height, 0.16, 0.22)
     figure.text(0.045, 1 - 0.2 / height, title, fontsize=14, weight="bold", va="top")
-    figure.text(0.99, 1 - 0.15 / height, _facts(run), fontsize=9, va="top", ha="right")
+    figure.text(0.99, 1 - 0.15 / height, _summary(run), fontsize=9, va="top", ha="right")
     axes = figure.subplots(rows, 3, height_ratios=(3, 3, 3.6)[:rows])
     panels = (_losses, _scores, _learning_rate, _times, _memory, _load)
     for axis, panel in zip(axes[:2].flat, panels, strict=True):
@@ -44,9 +44,8 @@ def draw_progress(folder, title, slices=None, threshold=0.5):
         axis.set_title(panel(axis, run), fontsize=10, loc="left")
         axis.grid(alpha=0.3)
         axis.tick_params(which="both", labelsize=8)
-        place = {_losses: "upper right", _scores: "lower right"}.get(panel, "upper left")
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7.5, framealpha=0.7, ncols=2, columnspacing=0.8, loc=place)
+            axis.legend(fontsize=7.5, framealpha=0.7, ncols=2, columnspacing=0.8, loc="best")
         else:
             axis.text(0.5, 0.5, "nothing yet", transform=axis.transAxes, ha="center", color=MARK)
         _marks(axis, run)
@@ -57,51 +56,43 @@ def draw_progress(folder, title, slices=None, threshold=0.5):
     os.replace(partial, Path(folder) / "progress.png")
 
 
-def _facts(run):
+def _summary(run):
     """How far the run is, as a line, and what the marks mean."""
-    pace = health.pace(run, time.time())
-    texts = [f"step {pace.step}" + (f" of {pace.steps}" if pace.steps else "")]
-    main = run.start.get("score")
+    pace, main = health.pace(run, time.time()), run.start.get("score")
     value, step = run.best(main)
-    if value is not None:
-        texts.append(f"best {main} {value:.4f} at step {step}")
-    texts.append(time.strftime("%Y-%m-%d %H:%M"))
-    return ", ".join(texts) + "\ndashed: resumed; red triangles: trouble"
+    best = "" if value is None else f", best {main} {value:.4f} at step {step}"
+    return (
+        f"step {pace.step} of {pace.steps or '–'}{best}, {time.strftime('%Y-%m-%d %H:%M')}\n"
+        "dashed: resumed; red triangles: trouble"
+    )
 
 
 # ---------------------------------------------------------------------------- panels
 
 
 def _losses(axis, run):
-    parts = [(event["step"], event.get("loss") or {}) for event in run.steps]
-    for name in sorted(_names(parts), key=lambda name: (name == "total", name)):  # above others
-        pairs = [(step, loss[name]) for step, loss in parts if name in loss]
-        _curve(axis, pairs, name, main=name == "total")
-    for name in sorted(name for name in _names(run.evaluations) if name.endswith("_loss")):
-        label = f"{name.removesuffix('_loss')}, validation"
-        pairs = [(step, scores.get(name)) for step, scores in run.evaluations]
-        _curve(axis, pairs, label, ls=":", marker="o", ms=3)
+    terms = _by_name((event["step"], event.get("loss") or {}) for event in run.steps)
+    for name, points in terms.items():
+        _curve(axis, points, name, main=name == "total")
+    for name, points in _by_name(run.evaluations).items():
+        if name.endswith("_loss"):
+            label = f"{name.removesuffix('_loss')}, validation"
+            _curve(axis, points, label, ls=":", marker="o", ms=3)
     values = [y for line in axis.lines for y in line.get_ydata() if np.isfinite(y)]
     if values and 0 < LOG_FROM * min(values) < max(values):
         axis.set_yscale("log")
     return "loss, by term"
 
 
-def _names(pairs):
-    """All keys of the dicts of (step, dict) pairs."""
-    return {name for _, values in pairs for name in values}
-
-
 def _scores(axis, run):
     main, shown, title = run.start.get("score"), [], "validation"
-    for name in sorted(name for name in _names(run.evaluations) if not name.endswith("_loss")):
-        pairs = [(step, scores.get(name)) for step, scores in run.evaluations]
-        values = [value for _, value in pairs if finite(value) is not None]
-        if not values or min(values) < 0 or max(values) > 1:  # a count, or a distance
-            continue
-        _curve(axis, pairs, name, main=name == main, marker="o", ms=3)
+    for name, points in _by_name(run.evaluations).items():
+        values = [value for _, value in points if finite(value) is not None]
+        if name.endswith("_loss") or not values or min(values) < 0 or max(values) > 1:
+            continue  # a loss, a count, or a distance
+        _curve(axis, points, name, main=name == main, marker="o", ms=3)
         # The untrained network sets no scale.
-        shown += [v for step, v in pairs if step > 0 and finite(v) is not None] or values
+        shown += [v for step, v in points if step > 0 and finite(v) is not None] or values
         value, step = run.best(name)
         if name == main and value is not None:
             axis.plot(step, value, "*", ms=13, color=axis.lines[-1].get_color())
@@ -113,7 +104,7 @@ def _scores(axis, run):
 
 def _learning_rate(axis, run):
     _curve(axis, [(event["step"], event.get("lr")) for event in run.steps], "learning rate")
-    axis.yaxis.set_major_formatter(lambda value, position: f"{value:.1e}" if value else "0")
+    axis.ticklabel_format(axis="y", scilimits=(0, 0))
     axis.set_ylim(bottom=0)
     return "learning rate"
 
@@ -135,25 +126,22 @@ def _times(axis, run):
 
 
 def _memory(axis, run):
-    tree = [(reading.get("step"), reading.get("tree")) for reading in run.readings]
-    _curve(axis, tree, "all processes", main=True, unit=GB)
+    tree = [(r.get("step"), r.get("tree")) for r in run.readings]
+    _curve(axis, tree, "all processes", main=True)
     for label, role in (("training", "training"), ("largest worker", "worker")):
-        sizes = [(reading.get("step"), _of_role(reading, role, "rss")) for reading in run.readings]
-        largest = [(step, max(values, default=None)) for step, values in sizes]
-        _curve(axis, largest, label, unit=GB)
+        sizes = [(r.get("step"), max(_of_role(r, role, "rss"), default=None)) for r in run.readings]
+        _curve(axis, sizes, label)
+    axis.yaxis.set_major_formatter(lambda value, position: format_bytes(value))
     axis.set_ylim(bottom=0)
-    limits = [limit for reading in run.readings[-1:] for limit in reading.get("rooms") or ()]
-    if not limits:
-        return "memory, GB"
-    free, total, what = min(limits)
-    return f"memory, GB; {free / GB:.1f} free of {total / GB:.1f}, {what}"
+    limits = [MemoryLimit(*limit) for r in run.readings[-1:] for limit in r.get("rooms") or ()]
+    return f"memory; {min(limits)}" if limits else "memory"
 
 
 def _load(axis, run):
     """Load and memory of the GPUs; of the CPU where there is none."""
-    pairs = [(reading, gpu) for reading in run.readings for gpu in reading.get("gpus") or ()]
+    pairs = [(r.get("step"), gpu) for r in run.readings for gpu in r.get("gpus") or ()]
     for index in sorted({gpu["index"] for _, gpu in pairs}):
-        own = [(reading.get("step"), gpu) for reading, gpu in pairs if gpu["index"] == index]
+        own = [(step, gpu) for step, gpu in pairs if gpu["index"] == index]
         _curve(axis, [(step, gpu.get("load")) for step, gpu in own], f"load of GPU {index}")
         memory = [(s, 100 * g["used"] / g["total"]) for s, g in own if g.get("used") and g["total"]]
         _curve(axis, memory, f"memory of GPU {index}")
@@ -161,8 +149,8 @@ def _load(axis, run):
         axis.set_ylim(0, 130)
         return "GPU, percent"
     for label, role in (("training", "training"), ("workers, mean", "worker")):
-        loads = [(reading.get("step"), _of_role(reading, role, "cpu")) for reading in run.readings]
-        _curve(axis, [(step, mean(values)) for step, values in loads], label)
+        loads = [(r.get("step"), mean(_of_role(r, role, "cpu"))) for r in run.readings]
+        _curve(axis, loads, label)
     axis.set_ylim(bottom=0)
     return "CPU, percent of one core"
 
@@ -173,14 +161,22 @@ def _of_role(reading, role, key):
     return [process[key] for process in processes if process.get(key) is not None]
 
 
-def _curve(axis, pairs, label, *, main=False, unit=1.0, **style):
-    """A line of (step, value) pairs, with gaps where a value is not finite; of many, below their
+def _by_name(pairs):
+    """{name: [(step, value)]} of (step, {name: value}) pairs."""
+    points = {}
+    for step, values in pairs:
+        for name, value in values.items():
+            points.setdefault(name, []).append((step, value))
+    return points
+
+
+def _curve(axis, points, label, *, main=False, **style):
+    """A line of (step, value) points, with gaps where a value is not finite; of many, below their
     running mean."""
-    pairs = [(step, finite(value)) for step, value in pairs if finite(step) is not None]
-    if all(value is None for _, value in pairs):
+    points = [(step, finite(value)) for step, value in points if finite(step) is not None]
+    if all(value is None for _, value in points):
         return
-    x, y = np.array(pairs, float).T
-    y /= unit
+    x, y = np.array(points, float).T
     # A line of one point would not be seen.
     style = {"lw": 2.2 if main else 1.2, "marker": "." if len(x) == 1 else None, **style}
     if len(y) > SMOOTH_FROM:
@@ -190,13 +186,13 @@ def _curve(axis, pairs, label, *, main=False, unit=1.0, **style):
         known, style["color"] = np.isfinite(y), faint.get_color()
         y = y.copy()
         y[known] = uniform_filter1d(y[known], len(y) // 40)
-    axis.plot(x, y, label=label, **style)
+    axis.plot(x, y, label=label, zorder=3 if main else 2, **style)
 
 
 def _marks(axis, run):
     """Where the run was resumed, and where there was trouble; all panels show the same steps."""
     records = [*run.events, *run.steps, *run.recent_readings]
-    last = max([1, *(record.get("step") or 0 for record in records)])
+    last = max([1, *(finite(record.get("step")) or 0 for record in records)])
     axis.set_xlim(-0.02 * last, 1.02 * last)
     for event in [event for event in run.events if event["event"] == "start"][1:]:
         axis.axvline(event["step"], color=MARK, ls="--", lw=0.8, zorder=0)
@@ -209,25 +205,25 @@ def _marks(axis, run):
 
 
 def _slices(axes, slices, threshold):
-    """Image, probability, and what of the truth was found."""
+    """Image, probability, and what of the truth was detected."""
     from matplotlib.patches import Patch
 
     step = max(1, max(slices["image"].shape) // PIXELS)
     planes = [slices[name][::step, ::step] for name in ("image", "probs", "truth", "labeled")]
     image, probs, truth, labeled = planes
     axes[0].imshow(image, cmap="gray")
+    axes[0].set_title("image, the slice with most foreground", fontsize=10)
     shown = axes[1].imshow(probs, cmap="magma", vmin=0, vmax=1)
+    axes[1].set_title("probability, threshold in white", fontsize=10)
     bar = axes[1].figure.colorbar(shown, ax=axes[1], fraction=0.05, pad=0.02)
     bar.ax.axhline(threshold, color="white", lw=1.5)
     axes[2].imshow(overlay(image, truth, probs >= threshold, labeled))
-    titles = ("image, the slice with most foreground", "probability, threshold in white", "")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_axis_off()
-        axis.set_title(title, fontsize=10)
     colors = {"found": FOUND, "missed": MISSED, "false": FALSE, "dark: unlabeled": "#303030"}
     patches = [Patch(color=color, label=label) for label, color in colors.items()]
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 4}
     axes[2].legend(handles=patches, fontsize=8, frameon=False, **place)
+    for axis in axes:
+        axis.set_axis_off()
 
 
 def overlay(image, truth, mask, labeled):

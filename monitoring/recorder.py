@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from monitoring.machine import Machine
+from monitoring.machine import Machine, attempt
 
 LONGEST_CLOSE = 10.0  # seconds that leaving waits for a file system that does not answer
 
@@ -25,12 +25,11 @@ class SystemMonitor:
         time, host, pid    seconds since 1970; of the process that trains
         step               what step() gives
         seconds            from one line to the next: how long silence is normal
-        ...                what `machine.Machine.read` says of the processes of roles() and of
-                           memory_limit, bytes that the run may use
+        ...                what `machine.Machine.read` says of roles() and memory_limit
 
-    roles() gives {pid: "training", "worker 0", ...}. Both are called from the thread. Whatever
-    goes wrong stays in it: a value that cannot be read is null, a line that the disk does not
-    accept is left out. ValueError if seconds is not above 0.
+    roles() and step() are called from the thread, and whatever goes wrong stays in it: a value that
+    cannot be read is null, a line that the disk does not accept is left out. ValueError if seconds
+    is not above 0.
     """
 
     def __init__(self, folder, *, seconds, roles, step, memory_limit=None):
@@ -47,29 +46,26 @@ class SystemMonitor:
         return self
 
     def __exit__(self, *error):
-        self.close()
-
-    def close(self):
-        """Write the last line, and end the thread."""
         self.closing.set()
         self.thread.join(LONGEST_CLOSE)
 
     def _watch(self):
-        while True:
-            closing = self.closing.is_set()  # before the line: it is the last one
-            with contextlib.suppress(Exception):  # a monitor must not end a training
-                self._write(self._line())
-            if closing:
-                return
-            self.closing.wait(self.seconds)
+        self._write_line()
+        while not self.closing.wait(self.seconds):
+            self._write_line()
+        self._write_line()
+
+    def _write_line(self):
+        with contextlib.suppress(Exception):  # a monitor must not end a training
+            self._write(self._line())
 
     def _line(self):
         return {
             "time": round(time.time(), 3),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "step": _call(self.step),
-            **self.machine.read(_call(self.roles) or {}, self.memory_limit),
+            "step": attempt(self.step),
+            **self.machine.read(attempt(self.roles) or {}, self.memory_limit),
             "seconds": self.seconds,
         }
 
@@ -83,9 +79,3 @@ class SystemMonitor:
                 line = b"\n" + line  # after one that a crash of the machine cut short
             if file.write(line) != len(line):  # a disk that has become full accepts a part
                 file.truncate(end)
-
-
-def _call(function):
-    """What a caller's function gives, None if it fails."""
-    with contextlib.suppress(Exception):
-        return function()

@@ -5,19 +5,22 @@
     run.events, run.steps, run.recent_steps      # of log.jsonl
     run.readings, run.recent_readings            # of system.jsonl
 
-Each line is looked at once. Of the many lines of steps and readings of the machine an even sample
-is parsed and kept, and the newest. Broken lines are passed over, and a missing file is an empty
-one.
+Each line is looked at once. Of the many steps and readings an even sample is parsed and kept, and
+the newest. Broken lines are passed over, and a missing file is an empty one.
 """
 
+import contextlib
 import json
 import os
 from collections import deque
 from pathlib import Path
 
+from monitoring.formatting import finite
+
 RECENT = 100  # newest steps and readings that are kept
 SAMPLE = 800  # steps and readings that stand for all there are, at most
 STEP = b'{"event": "step"'  # how runtime/log.py begins the line of a step
+LATEST = 1e11  # seconds since 1970: a time that is later is a broken one
 
 
 class RunRecords:
@@ -37,19 +40,19 @@ class RunRecords:
         self.folder = Path(folder)
         self.log = GrowingFile(self.folder / "log.jsonl")
         self.system = GrowingFile(self.folder / "system.jsonl")
-        self._steps, self._readings = Sample(parse_event), Sample(parse_reading)
+        self._steps, self._readings = Sample(parse_event), Sample(parse)
         self.offsets = self.growth_time = None
         self.events, self.start, self.start_index = [], {}, 0
 
     def refresh(self, now):
         """Read what has come since the last time; now: seconds since 1970."""
         if self.log.replaced():  # a resumed run writes its log anew
-            self._steps.clear()
+            self._steps = Sample(parse_event)
             self.events, self.start, self.start_index = [], {}, 0
         for line in self.log.new_lines():
             self._add(line)
         if self.system.replaced():
-            self._readings.clear()
+            self._readings = Sample(parse)
         for line in self.system.new_lines():
             self._readings.add(line)
         offsets = self.log.offset, self.system.offset
@@ -89,8 +92,8 @@ class RunRecords:
     def best(self, name):
         """(value, step) of the best of a score; (None, None) if the log says not what is better."""
         better = (self.start.get("better") or {}).get(name)
-        pairs = [(scores.get(name), step) for step, scores in self.evaluations]
-        pairs = [pair for pair in pairs if isinstance(pair[0], int | float)]
+        pairs = [(finite(scores.get(name)), step) for step, scores in self.evaluations]
+        pairs = [pair for pair in pairs if pair[0] is not None]
         if better not in ("higher", "lower") or not pairs:
             return None, None
         return (max if better == "higher" else min)(pairs, key=lambda pair: pair[0])
@@ -132,11 +135,8 @@ class Sample:
     """Every n-th of many lines, parsed, n as small as SAMPLE of them allow; and the newest."""
 
     def __init__(self, parse):
-        self.parse = parse
-        self.clear()
-
-    def clear(self):
-        self.every, self.count, self.kept, self.newest = 1, 0, [], deque(maxlen=RECENT)
+        self.parse, self.every, self.count = parse, 1, 0
+        self.kept, self.newest = [], deque(maxlen=RECENT)
 
     def add(self, line):
         self.newest.append(line)
@@ -147,8 +147,7 @@ class Sample:
         self.count += 1
 
     def recent(self):
-        parsed = [self.parse(line) for line in self.newest]
-        return [content for content in parsed if content is not None]
+        return [content for line in self.newest if (content := self.parse(line)) is not None]
 
     def all(self):
         newest = self.recent()[-1:]
@@ -156,21 +155,15 @@ class Sample:
 
 
 def parse_event(line):
-    """The event of a line of log.jsonl, None if it is broken; only its "time" may be missing."""
-    event = _parse(line)
+    """The event of a line of log.jsonl, None if it is broken; its "time" may be missing."""
+    event = parse(line) or {}
     known = isinstance(event.get("event"), str) and isinstance(event.get("step"), int)
-    return event if known and isinstance(event.get("time", 0), int | float) else None
+    return event if known else None
 
 
-def parse_reading(line):
-    """The object of a line of system.jsonl, None if it is broken."""
-    content = _parse(line)
-    return content if isinstance(content.get("time"), int | float) else None
-
-
-def _parse(line):
-    try:
+def parse(line):
+    """The object of a line, None if it is broken; its "time" may be missing."""
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
         content = json.loads(line)
-    except ValueError:  # broken, or no text
-        return {}
-    return content if isinstance(content, dict) else {}
+        if 0 <= content.get("time", 0) < LATEST:
+            return content
