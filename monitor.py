@@ -32,17 +32,13 @@ def find_run(path):
         if _is_run(folder):
             return path if folder == place else folder
     runs = [f for f in place.iterdir() if _is_run(f)] if place.is_dir() else []
-    if not runs:
-        what = "a path without log.jsonl" if place.exists() else "nothing of that name"
-        raise ValueError(
-            f"{path}: expected a run folder, got {what}; give the folder that train.py announced, "
-            "such as runs/exp001"
-        )
     runs.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
-    names = ", ".join(folder.name for folder in runs[:8])
+    got = "a path without log.jsonl" if place.exists() else "nothing of that name"
+    if runs:
+        got = f"{len(runs)} runs, the newest first: {', '.join(run.name for run in runs[:8])}"
     raise ValueError(
-        f"{path}: expected one run, got a folder of {len(runs)}, the newest first: {names}; "
-        f"try python monitor.py {path / runs[0].name}"
+        f"{path}: expected a run folder, got {got}; give one such as "
+        f"{path / runs[0].name if runs else 'runs/exp001, which train.py announced'}"
     )
 
 

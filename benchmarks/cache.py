@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -191,7 +192,7 @@ def stream(options):
         if number <= options.batches and cache.counts()["cases"] > held:
             held, seconds["last case held"] = cache.counts()["cases"], now
         if number <= options.batches and number % LOOK == 0:
-            sizes = machine.tree_memory()
+            sizes = tree_memory()
             looks.append((sum(sizes.values()), sum(own_memory(pid, folder) for pid in sizes)))
         # What the workers had made ready while somebody looked is used up by then.
         if number == options.batches + WARM:
@@ -204,6 +205,12 @@ def stream(options):
         "counts": cache.counts(),
         "order": order,
     }
+
+
+def tree_memory():
+    """{pid: proportional set size} of this process and all that descend from it."""
+    this = psutil.Process()
+    return {p.pid: p.memory_full_info().pss for p in (this, *this.children(recursive=True))}
 
 
 def own_memory(pid, folder):

@@ -40,13 +40,13 @@ def duration(seconds):
     return f"{hours} h {minutes:02d} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
-def clock(moment, now, seconds=True):
+def clock(moment, now):
     """Local time of day, with the date if it is another day than that of `now`; "–" for none."""
     if finite(moment) is None:
         return "–"
     then, today = time.localtime(moment), time.localtime(now)
     day = "" if then[:3] == today[:3] else "%d %b " if then[0] == today[0] else "%d %b %Y "
-    return time.strftime(day + ("%H:%M:%S" if seconds else "%H:%M"), then)
+    return time.strftime(f"{day}%H:%M:%S", then)
 
 
 def sparkline(values, width):

@@ -7,7 +7,7 @@ the run writes counts as missing.
 
 import contextlib
 import math
-import os
+import re
 import socket
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,13 +26,9 @@ FULL_DISK = 0.005  # share that is free
 
 
 class Status(NamedTuple):
-    """Whether a run is alive.
+    """Whether a run is alive; for one that ended too early, notes: the causes, and what to do."""
 
-    state: one of the words above; text: a sentence; notes: for a run that ended too early, the
-    causes, and what to do.
-    """
-
-    state: str
+    state: str  # one of the words above
     text: str
     notes: tuple = ()
 
@@ -140,33 +136,24 @@ def causes_of_death(run):
         return [f"the machine went down: it was started at {when}, after the last line"]
     causes = []
     for find in (_fault, _oom_killer, _full_disk, _full_gpus):
-        with contextlib.suppress(TypeError, ValueError, LookupError, AttributeError):
-            causes += find(run)  # a damaged reading names no cause
+        with contextlib.suppress(OSError, TypeError, ValueError, LookupError, AttributeError):
+            causes += find(run)  # a damaged reading, or no fault.txt, names no cause
     return causes or ["killed from outside (SIGKILL), or the machine went down"]
 
 
 def _fault(run):
     """What faulthandler wrote, if it was since the last start."""
-    try:
-        with open(run.folder / "fault.txt", errors="replace") as file:
-            written = os.fstat(file.fileno()).st_mtime
-            lines = [line.strip() for line in file.read(2**14).splitlines() if line.strip()]
-    except OSError:
-        return
-    if lines and written >= run.start.get("time", 0):
-        current = next((i for i, line in enumerate(lines) if line.startswith("Current thread")), 0)
-        where = next((f", in {line}" for line in lines[current:] if line.startswith("File ")), "")
-        yield f"{lines[0]}{where} (fault.txt)"
+    path = run.folder / "fault.txt"
+    text = path.read_text(errors="replace").strip()
+    if text and path.stat().st_mtime >= run.start.get("time", 0):
+        where = re.search(r"Current thread.*\s+(File .*)", text)
+        yield f"{text.splitlines()[0]}{f', in {where[1]}' if where else ''} (fault.txt)"
 
 
 def _oom_killer(run):
-    """That it killed, or that the tightest limit was nearly reached.
-
-    The kernel never kills for run.memory_gb.
-    """
+    """That it killed, or that the tightest limit was nearly reached, except run.memory_gb."""
     reading = run.reading
-    if reading.get("new_oom_kills"):
-        count = reading["new_oom_kills"]
+    if count := reading.get("new_oom_kills"):
         yield f"the kernel's OOM killer: processes of this cgroup killed since the start: {count}"
     limits = [room for room in reading.get("rooms") or () if room[2] != "run.memory_gb" and room[1]]
     free, total, what = min(limits, default=(1, 1, ""))

@@ -1,11 +1,5 @@
 """What processes use of this machine, and how much they may still use: memory, load, GPUs.
 
-    available().bytes             memory that may still be used: of the host and every cgroup limit
-    rooms()                       the same, one limit after another
-    oom_kills()                   processes of the cgroup that the kernel has killed for memory
-    resident_memory()             what this process and its children use
-    Machine("runs/exp001").read({os.getpid(): "training"})        all of it, for json to write
-
 Linux. On another system, outside of a container, or without sensors or a GPU, a reading is None or
 an empty list; `Machine` never raises because something cannot be read.
 """
@@ -187,24 +181,20 @@ class Machine:
     def read(self, roles, memory_limit=None):
         """What the machine does now. roles: {pid: name}; memory_limit: bytes that the run may use.
 
-        processes      of each pid of roles that exists: pid; role; rss, bytes that it uses; shared,
-                       those of them that others may use too (libraries, cache); cpu, percent of
-                       one core, None at first; status, a word of psutil
+        processes      [{pid, role, rss: bytes, shared: those of them that others may use too, cpu:
+                       percent of one core, None at first, status: a word of psutil}]
         tree           bytes that these processes use together; of none, this one and its children
-        rooms          [bytes free, bytes in all, whose limit] of `rooms`, then of memory_limit as
-                       that of "run.memory_gb"; the first is the machine's
+        rooms          [bytes free, bytes in all, whose limit] of `rooms` and of memory_limit
         new_oom_kills  processes that the kernel has killed for memory since this object was made
         swap           [bytes used, in all]
         shm, disk      [bytes free, in all] of /dev/shm and of the folder's file system
-        load           processes that ran or wanted to, means over 1, 5 and 15 minutes
-        cores          of the CPU
+        load, cores    means over 1, 5 and 15 minutes of processes that want the CPU; its cores
         gpus           see `gpus`
         """
-        tree = attempt(resident_memory, list(roles) or None)
+        tree, kills = attempt(resident_memory, list(roles) or None), attempt(oom_kills)
         limits = [list(limit) for limit in attempt(rooms) or ()]
         if memory_limit is not None and tree is not None:
             limits.append([max(0, memory_limit - tree), memory_limit, "run.memory_gb"])
-        kills = attempt(oom_kills)
         return {
             "processes": self._processes(roles),
             "tree": tree,
@@ -212,7 +202,7 @@ class Machine:
             "new_oom_kills": None if kills is None else kills - (self.oom_kills_before or 0),
             "swap": attempt(lambda: [psutil.swap_memory().used, psutil.swap_memory().total]),
             "shm": attempt(_free_space, "/dev/shm"),
-            "disk": None if self.folder is None else attempt(_free_space, self.folder),
+            "disk": self.folder and attempt(_free_space, self.folder),
             "load": attempt(lambda: [round(number, 2) for number in psutil.getloadavg()]),
             "cores": os.cpu_count(),
             "gpus": attempt(gpus) or [],
@@ -242,10 +232,8 @@ def gpus():
 
     rows = []
     for index in range(cuda.device_count() if cuda.is_initialized() else 0):
-        card, milliwatts = (
-            attempt(cuda.get_device_properties, index),
-            attempt(cuda.power_draw, index),
-        )
+        card = attempt(cuda.get_device_properties, index)
+        milliwatts = attempt(cuda.power_draw, index)
         rows.append(
             {
                 "index": index,

@@ -28,7 +28,7 @@ from monitoring.formatting import (
 )
 from monitoring.records import RunRecords
 
-COLUMNS = 110, 165  # characters from which there are two columns, and three
+COLUMN, MOST_COLUMNS = 55, 3  # characters of a column at least, unless it is the only one
 ROWS = 40, 12, 7, 4, 2, 1  # of each list, tried until the height is enough
 LABEL, CURVE, BAR = 8, 60, 16  # widths in characters; of curves and bars at most
 WAITING = 0.15  # of a step: a larger share spent waiting for data is said in words
@@ -65,18 +65,14 @@ class RunView:
             yield Segment.line()
 
     def _layout(self, width):
-        if width < COLUMNS[0]:
-            columns = [[steps, loss, score, time, memory, gpu, host, cache, saved]]
-        elif width < COLUMNS[1]:
-            columns = [[steps, loss, score, saved], [time, memory, gpu, host, cache]]
-        else:
-            columns = [[steps, loss], [score, time, saved, cache], [memory, gpu, host]]
-        gap = 2 if len(columns) > 1 else 0
-        self.width = width // len(columns) - gap
+        panels = steps, score, memory, loss, time, gpu, saved, cache, host
+        count = min(MOST_COLUMNS, max(1, width // COLUMN))
+        gap = 2 if count > 1 else 0
+        self.width = width // count - gap
         grid = Table.grid(padding=(0, gap, 0, 0), pad_edge=True)
-        for _ in columns:  # with a width, as rich would measure all that is in them
+        for _ in range(count):  # with a width, as rich would measure all that is in them
             grid.add_column(width=self.width)
-        grid.add_row(*(self._stack(column, self.width) for column in columns))
+        grid.add_row(*(self._stack(panels[i::count], self.width) for i in range(count)))
         return Group(head(self), grid, self._stack([events], width))
 
     def _stack(self, panels, width):
@@ -142,11 +138,9 @@ def head(view):
     facts = [f"{k} {v}" for k in ("host", "pid") if (v := run.start.get(k) or run.reading.get(k))]
     starts = [e["time"] for e in run.events if e["event"] == "start" and "time" in e]
     if starts:
-        begun = clock(starts[0], now, seconds=False)
-        facts.append(f"started {begun}, {duration(now - starts[0])} ago")
+        facts.append(f"started {clock(starts[0], now)}, {duration(now - starts[0])} ago")
     if len(starts) > 1:
-        last = clock(starts[-1], now, seconds=False)
-        facts.append(f"resumed {len(starts) - 1} ×, last {last}")
+        facts.append(f"resumed {len(starts) - 1} ×, last {clock(starts[-1], now)}")
     notes = [Text(f"> {note}", color) for note in status.notes]
     lines = Group(first, Text(" · ".join(facts), FAINT), *notes)
     return Padding(lines, (0, 0, view.rows > 2, 0))
@@ -154,23 +148,20 @@ def head(view):
 
 def steps(view):
     """How far the run and its epoch are, when they will be done, and how fast it goes."""
-    pace = health.pace(view.run, view.now)
-    bars, lines = [(f"step {pace.step}",)], []
-    if pace.steps:
-        bars = [(*view.bar(pace.step, pace.steps), f"step {pace.step} of {pace.steps}")]
+    pace, lines = health.pace(view.run, view.now), []
+    bars = [(*view.bar(pace.step, pace.steps), f"step {pace.step} of {pace.steps or '–'}")]
     if pace.epoch:
         text = f"epoch {pace.epoch} of {pace.epochs}, step {pace.epoch_step} of {pace.epoch_steps}"
         bars.append((*view.bar(pace.epoch_step, pace.epoch_steps), text))
     if view.status.state == health.RUNNING and pace.run_left is not None:
-        end = clock(view.now + pace.run_left, view.now, seconds=False)
-        left = f"run done {end}, in {duration(pace.run_left)}"
-        lines.append(f"{left} · epoch in {duration(pace.epoch_left)}")
+        end = f"{clock(view.now + pace.run_left, view.now)}, in {duration(pace.run_left)}"
+        lines.append(f"run done {end} · epoch in {duration(pace.epoch_left)}")
     rate = "no step has been logged since the start"
     if pace.step_seconds:
         rate = f"{number(pace.step_seconds)} s/step, {3600 / pace.step_seconds:.0f} steps/h"
     if pace.between_epochs is not None:
         rate += f" · {duration(pace.between_epochs)} between epochs"
-    return Group(view.table(bars), *lines, rate)
+    return Group(*(view.table([bar]) for bar in bars), *lines, rate)
 
 
 def events(view):
@@ -193,10 +184,9 @@ def saved(view):
     if not saves:
         return Text("no state yet", FAINT)
     last, when = saves[-1], saves[-1].get("time", view.now)
-    file = str(last.get("file")).rsplit("/", 1)[-1]
     return Text(
-        f"{clock(when, view.now)}, {duration(view.now - when)} ago: {file} at step {last['step']}, "
-        f"{format_bytes(last.get('bytes'))} in {number(last.get('seconds'))} s"
+        f"{clock(when, view.now)}, {duration(view.now - when)} ago: {last.get('file')} at step "
+        f"{last['step']}, {format_bytes(last.get('bytes'))} in {number(last.get('seconds'))} s"
     )
 
 
@@ -220,31 +210,26 @@ def loss(view):
 
 def score(view):
     """The scores of the last evaluation, and the best with its step; the one that chooses first."""
-    run, main = view.run, view.run.start.get("score")
+    run, main, rows = view.run, view.run.start.get("score"), []
     if not run.evaluations:
         return Text("no evaluation yet", FAINT)
     step, last = run.evaluations[-1]
-    rows = [("", Text(f"at {step}", FAINT), Text("best", FAINT))] if view.rows > 2 else []
     for name in sorted(last, key=lambda name: (name != main, run.best(name)[0] is None, name)):
         value, best_step = run.best(name)
-        best = "" if value is None else f"{number(value)} at {best_step}"
+        best = "" if value is None else f"best {number(value)} at {best_step}"
         style = "bold" if name == main else ""
         curve = Curve([scores.get(name) for _, scores in run.evaluations])
         rows.append((Text(name, style), Text(number(last[name]), style), Text(best, FAINT), curve))
-    return view.table(rows)
+    return view.table([*rows, (Text("at step", FAINT), Text(str(step), FAINT))])
 
 
 def time(view):
     """Where the time of the last steps went, the largest share first; waiting is said in words."""
     run = view.run
     seconds = {k: v or 0 for k, v in ((run.steps or [{}])[-1].get("seconds") or {}).items()}
-    total = sum(seconds.values())
-    if not total:
-        return None
-    rows = [
-        (name, *view.bar(value, total, 0 if name == "wait" else 1))
-        for name, value in sorted(seconds.items(), key=lambda part: -part[1])
-    ]
+    total, rows = sum(seconds.values()), []
+    for name, value in sorted(seconds.items(), key=lambda part: -part[1]):
+        rows.append((name, *view.bar(value, total, WAITING if name == "wait" else 1)))
     if seconds.get("wait", 0) <= WAITING * total:
         return view.table(rows)
     waiting = "the GPU waits" if run.reading.get("gpus") else "training waits"
@@ -273,16 +258,12 @@ def memory(view):
     ]
     curve = Curve([line.get("tree") for line in view.run.readings])
     tree = ("all processes", format_bytes(reading.get("tree")), curve)
-    processes = [[Text(text, FAINT) for text in ("process", "pid", "own", "shared", "CPU")]]
+    processes = []
     for process in reading.get("processes") or ():
         rss, shared = process.get("rss") or 0, process.get("shared") or 0
-        cpu = "–" if process.get("cpu") is None else f"{process['cpu']:.0f} %"
-        odd = process.get("status") in ("zombie", "stopped", "disk-sleep")
-        status = Text(process["status"] if odd else "", BAD)
-        sizes = format_bytes(rss - shared), format_bytes(shared)
-        processes.append([process["role"], str(process["pid"]), *sizes, cpu, status])
-    if view.rows == 1 and limits:
-        return view.table(limits)
+        sizes = f"{format_bytes(rss - shared)} own", f"{format_bytes(shared)} shared"
+        load = f"{number(process.get('cpu'))} % CPU, {process.get('status')}"
+        processes.append((process["role"], f"pid {process['pid']}", *sizes, load))
     return Group(*(view.table(rows) for rows in (limits, [tree], processes) if rows))
 
 

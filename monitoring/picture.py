@@ -19,7 +19,6 @@ SMOOTH_FROM = 120  # points of a curve: of more, the mean over a fortieth of the
 PIXELS = 640  # of a side of a slice, about
 LOG_FROM = 8.0  # times the lowest value that the highest must be for a logarithmic axis
 FOUND, MISSED, FALSE = "#009e73", "#e0520e", "#56b4e9"  # distinct for color-blind eyes too
-PARTS = "C0", "C1", "C8", "C9", "C4", "C2", "C7"  # of a step; waiting has the color of trouble
 MARK, TROUBLE = "#909090", "#d70000"
 
 
@@ -111,16 +110,12 @@ def _learning_rate(axis, run):
 
 def _times(axis, run):
     events = [event for event in run.steps if any((event.get("seconds") or {}).values())]
-    parts = {
-        name: np.array([event["seconds"].get(name) or 0.0 for event in events])
-        for name in dict.fromkeys(name for event in events for name in event["seconds"])
-    }
-    if parts:
-        total = sum(parts.values())
-        labels = [f"{name} {100 * y[-1] / total[-1]:.0f} %" for name, y in parts.items()]
-        colors = [TROUBLE if name == "wait" else PARTS[i % 7] for i, name in enumerate(parts)]
-        x = [event["step"] for event in events]
-        axis.stackplot(x, *parts.values(), labels=labels, colors=colors, alpha=0.8)
+    names = list(dict.fromkeys(name for event in events for name in event["seconds"]))
+    if names:
+        parts = [[event["seconds"].get(name) or 0.0 for event in events] for name in names]
+        total = np.sum(parts, axis=0)
+        labels = [f"{n} {100 * y[-1] / total[-1]:.0f} %" for n, y in zip(names, parts, strict=True)]
+        axis.stackplot([event["step"] for event in events], parts, labels=labels, alpha=0.8)
         axis.set_ylim(0, 1.4 * np.percentile(total, 95))  # a slow first step must not hide others
     return "seconds per step, shares at the end"
 
@@ -205,25 +200,23 @@ def _marks(axis, run):
 
 
 def _slices(axes, slices, threshold):
-    """Image, probability, and what of the truth was detected."""
-    from matplotlib.patches import Patch
-
+    """Image, probability, and how the prediction compares with the truth."""
     step = max(1, max(slices["image"].shape) // PIXELS)
     planes = [slices[name][::step, ::step] for name in ("image", "probs", "truth", "labeled")]
     image, probs, truth, labeled = planes
     axes[0].imshow(image, cmap="gray")
-    axes[0].set_title("image, the slice with most foreground", fontsize=10)
     shown = axes[1].imshow(probs, cmap="magma", vmin=0, vmax=1)
-    axes[1].set_title("probability, threshold in white", fontsize=10)
     bar = axes[1].figure.colorbar(shown, ax=axes[1], fraction=0.05, pad=0.02)
     bar.ax.axhline(threshold, color="white", lw=1.5)
     axes[2].imshow(overlay(image, truth, probs >= threshold, labeled))
-    colors = {"found": FOUND, "missed": MISSED, "false": FALSE, "dark: unlabeled": "#303030"}
-    patches = [Patch(color=color, label=label) for label, color in colors.items()]
-    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 4}
-    axes[2].legend(handles=patches, fontsize=8, frameon=False, **place)
-    for axis in axes:
+    titles = (
+        "image, the slice with most foreground",
+        "probability, threshold in white",
+        "green: found, orange: missed, blue: false, dark: unlabeled",
+    )
+    for axis, title in zip(axes, titles, strict=True):
         axis.set_axis_off()
+        axis.set_title(title, fontsize=10)
 
 
 def overlay(image, truth, mask, labeled):

@@ -1,10 +1,5 @@
-"""The thread by which a run records what its machine does.
+"""The thread by which a run records what its machine does, in <folder>/system.jsonl."""
 
-with SystemMonitor(folder, seconds=10, roles=lambda: {pid: "training"}, step=lambda: step):
-    ...                                         # a line in <folder>/system.jsonl every 10 s
-"""
-
-import contextlib
 import json
 import os
 import socket
@@ -18,18 +13,12 @@ LONGEST_CLOSE = 10.0  # seconds that leaving waits for a file system that does n
 
 
 class SystemMonitor:
-    """A thread that appends to <folder>/system.jsonl what the machine does, as a context.
+    """A thread that appends what the machine does to <folder>/system.jsonl, as a context.
 
-    A line at once, one every `seconds`, and one when the context is left: a JSON object with
-
-        time, host, pid    seconds since 1970; of the process that trains
-        step               what step() gives
-        seconds            from one line to the next: how long silence is normal
-        ...                what `machine.Machine.read` says of roles() and memory_limit
-
-    roles() and step() are called from the thread, and whatever goes wrong stays in it: a value that
-    cannot be read is null, a line that the disk does not accept is left out. ValueError if seconds
-    is not above 0.
+    A line at once, one every `seconds`, and one at the end: a JSON object of time (since 1970),
+    host, pid, what step() gives, seconds, and `machine.Machine.read` of roles() and memory_limit.
+    A value that cannot be read is null, a line that the disk does not accept is left out.
+    ValueError if seconds is not above 0.
     """
 
     def __init__(self, folder, *, seconds, roles, step, memory_limit=None):
@@ -50,14 +39,10 @@ class SystemMonitor:
         self.thread.join(LONGEST_CLOSE)
 
     def _watch(self):
-        self._write_line()
+        attempt(lambda: self._write(self._line()))  # a monitor must not end a training
         while not self.closing.wait(self.seconds):
-            self._write_line()
-        self._write_line()
-
-    def _write_line(self):
-        with contextlib.suppress(Exception):  # a monitor must not end a training
-            self._write(self._line())
+            attempt(lambda: self._write(self._line()))
+        attempt(lambda: self._write(self._line()))
 
     def _line(self):
         return {
@@ -73,9 +58,7 @@ class SystemMonitor:
         line = json.dumps(content).encode() + b"\n"
         # Opened anew: a disk that was full, or a server that was away, may be back.
         with open(self.path, "a+b", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - 1))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             if file.read(1) not in (b"", b"\n"):
-                line = b"\n" + line  # after one that a crash of the machine cut short
-            if file.write(line) != len(line):  # a disk that has become full accepts a part
-                file.truncate(end)
+                line = b"\n" + line  # after one that a crash or a full disk cut short
+            file.write(line)

@@ -1,10 +1,5 @@
 """The files of a run folder, read while they grow, however long they have become.
 
-    run = RunRecords("runs/exp001")
-    run.refresh(time.time())                     # again and again: reads what is new
-    run.events, run.steps, run.recent_steps      # of log.jsonl
-    run.readings, run.recent_readings            # of system.jsonl
-
 Each line is looked at once. Of the many steps and readings an even sample is parsed and kept, and
 the newest. Broken lines are passed over, and a missing file is an empty one.
 """

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import monitor
 from monitoring import health, recorder
+from monitoring.records import RunRecords
 from tests.monitoring.test_records import NOW, line, read, start, step, write_lines
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,10 @@ def until(condition):
 def monitored(folder, **changes):
     options = {"seconds": 60, "roles": lambda: {os.getpid(): "training"}, "step": lambda: 3}
     return recorder.SystemMonitor(folder, **{**options, **changes})
+
+
+def look(folder):
+    return monitor.look(health.RunHealth(RunRecords(folder)))
 
 
 # ---------------------------------------------------------------------------- the thread
@@ -114,7 +119,7 @@ def test_a_full_disk_is_no_error(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_line_of_which_the_disk_takes_a_part_is_taken_back(tmp_path):
+def test_a_line_of_which_the_disk_takes_a_part_spoils_none_after_it(tmp_path):
     watch, path = monitored(tmp_path), tmp_path / "system.jsonl"
     watch._write({"step": 1})
     whole, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -123,9 +128,10 @@ def test_a_line_of_which_the_disk_takes_a_part_is_taken_back(tmp_path):
         watch._write({"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == whole
+    assert len(path.read_bytes()) == len(whole) + 5
     watch._write({"step": 3})
-    assert [one["step"] for one in lines_of(tmp_path)] == [1, 3]
+    first, _, last = path.read_text().splitlines()
+    assert (json.loads(first), json.loads(last)) == ({"step": 1}, {"step": 3})
 
 
 def test_a_line_that_a_crash_cut_short_spoils_none_after_it(tmp_path):
@@ -146,10 +152,10 @@ def test_a_run_that_is_monitored_is_seen_alive_and_its_end_as_such(tmp_path):
     write_lines(tmp_path / "log.jsonl", [begun])
     with monitored(tmp_path):
         until(lambda: lines_of(tmp_path))
-        shown = monitor.Watch(tmp_path).look()
-        assert shown.status.state == health.RUNNING and shown.pace.step == 3
+        shown = look(tmp_path)
+        assert shown.status.state == health.RUNNING and health.pace(shown.run, shown.now).step == 3
     write_lines(tmp_path / "log.jsonl", [{"event": "end", "time": NOW, "step": 3}], mode="a")
-    assert monitor.Watch(tmp_path).look().status.state == health.DONE
+    assert look(tmp_path).status.state == health.DONE
 
 
 def test_a_run_that_ends_while_it_is_looked_at_is_not_called_dead(tmp_path, monkeypatch):
@@ -163,7 +169,7 @@ def test_a_run_that_ends_while_it_is_looked_at_is_not_called_dead(tmp_path, monk
         return False
 
     monkeypatch.setattr(health, "_process_is_alive", gone)
-    assert monitor.Watch(tmp_path).look().status.state == health.DONE
+    assert look(tmp_path).status.state == health.DONE
     assert looked == [2**22 + 5]
 
 
@@ -219,14 +225,14 @@ def test_a_folder_of_runs_is_refused_with_their_names_the_newest_first(tmp_path,
         make_run(tmp_path / name)
         os.utime(tmp_path / name, (NOW - age, NOW - age))
     text = fault(capsys, tmp_path)
-    assert "got a folder of 3, the newest first: new, middle, old;" in text
-    assert text.endswith(f"python monitor.py {tmp_path / 'new'}")
+    assert "got 3 runs, the newest first: new, middle, old;" in text
+    assert text.endswith(f"give one such as {tmp_path / 'new'}")
 
 
 def test_what_is_no_run_is_refused_with_what_to_give(tmp_path, capsys):
     assert "expected a run folder" in fault(capsys, tmp_path)
     text = fault(capsys, tmp_path / "none")
-    assert "got nothing of that name" in text and "give the folder" in text
+    assert "got nothing of that name; give one such as runs/exp001" in text
     (tmp_path / "config.yaml").write_text("")  # a project may have one too
     assert "expected a run folder" in fault(capsys, tmp_path)
 
@@ -276,7 +282,7 @@ def test_ctrl_c_leaves_the_terminal_as_it_was_and_the_state_in_it(tmp_path, monk
     monkeypatch.setattr(monitor.time, "sleep", interrupted)
     written = io.StringIO()
     console = Console(file=written, force_terminal=True, width=200, height=18, highlight=False)
-    monitor.live(monitor.Watch(tmp_path / "exp001"), console, 2.0)
+    monitor.live(health.RunHealth(RunRecords(tmp_path / "exp001")), console, 2.0)
     shown, after = written.getvalue().split("\x1b[?1049l")  # back from the other screen
     assert "\x1b[?1049h" in shown and "step 40" in shown and "events" in shown
     assert "exp001: dead, ended without a last message" in after.replace("\n", " ")
@@ -285,6 +291,6 @@ def test_ctrl_c_leaves_the_terminal_as_it_was_and_the_state_in_it(tmp_path, monk
 def test_looking_at_a_run_writes_nothing_into_its_folder(tmp_path):
     run = make_run(tmp_path / "exp001")
     before = {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]}
-    monitor.Watch(run).look()
+    look(run)
     assert {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]} == before
     assert read(run).steps == [step(40)]

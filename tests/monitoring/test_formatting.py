@@ -62,7 +62,7 @@ def test_a_time_of_another_day_has_its_date(monkeypatch):
     monkeypatch.setattr(time, "localtime", time.gmtime)
     evening = 1_700_000_000  # 2023-11-14 22:13:20
     assert formatting.clock(evening, evening + 60) == "22:13:20"
-    assert formatting.clock(evening, evening + 86400, seconds=False) == "14 Nov 22:13"
+    assert formatting.clock(evening, evening + 86400) == "14 Nov 22:13:20"
     assert formatting.clock(evening, evening + 86400 * 90) == "14 Nov 2023 22:13:20"
     assert formatting.clock(None, evening) == "–"
 

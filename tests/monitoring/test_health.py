@@ -314,3 +314,37 @@ def test_without_a_plan_or_a_time_nothing_is_promised(tmp_path):
     pace = health.pace(run_of(tmp_path, [old]), NOW)
     assert (pace.step, pace.steps, pace.run_left, pace.epoch_left) == (30, None, None, None)
     assert health.pace(read(tmp_path / "none"), NOW).step == 0
+
+
+# ---------------------------------------------------------------------------- damaged values
+
+
+FIELDS = "host pid created steps iterations log_every time score better".split()
+FIGURES = "host pid seconds step tree rooms disk gpus processes new_oom_kills time".split()
+DAMAGED = [
+    "x",
+    "",
+    [],
+    {},
+    [["x"]],
+    ["x", 1],
+    [1, None, 2],
+    -1,
+    0.5,
+    float("nan"),
+    1e30,
+    None,
+    True,
+]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED, ids=repr)
+@pytest.mark.parametrize("host", ["far", HERE])
+def test_a_value_of_another_type_than_the_run_writes_raises_nothing(tmp_path, damaged, host):
+    log, reading = start(**{**PLAN, "host": host}, log_every=10), line(50, seconds=10)
+    cases = [({**log, field: damaged}, reading) for field in FIELDS]
+    cases += [(log, {**reading, "disk": [5, 9], field: damaged}) for field in FIGURES]
+    for number, (begin, last) in enumerate(cases):
+        run = run_of(tmp_path / str(number), [begin, *steady(10, 50)], [last])
+        assert health.RunHealth(run).status(NOW + 10**6).text
+        assert health.pace(run, NOW + 200).step == pytest.approx(50, abs=1) or damaged == 1e30

@@ -1,13 +1,7 @@
-import multiprocessing
-import os
-
-import numpy as np
 import psutil
 import pytest
 
 from monitoring import machine
-
-MB = 2**20
 
 
 @pytest.fixture(autouse=True)
@@ -125,52 +119,6 @@ def test_a_limit_without_statistics_takes_the_cache_as_used(tmp_path):
     proc, cgroup = tree(tmp_path, ["0::/job"])
     write(cgroup / "job", memory__max=4 * machine.GB, memory__current=3 * machine.GB)
     assert machine.available(proc, cgroup).bytes == machine.GB
-
-
-# ---------------------------------------------------------------------------- the process tree
-
-
-def hold(megabytes, connection):
-    block = np.ones(megabytes * MB, np.uint8)
-    connection.send(block.size)
-    connection.recv()
-
-
-@pytest.fixture
-def child():
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=hold, args=(40, theirs))
-    process.start()
-    ours.recv()
-    yield process
-    ours.send("end")
-    process.join()
-
-
-def test_children_are_counted_by_what_they_hold(child):
-    sizes = machine.tree_memory()
-    assert set(sizes) >= {os.getpid(), child.pid}
-    assert 40 * MB < sizes[child.pid] < 400 * MB
-    assert set(machine.tree_memory(child.pid)) == {child.pid}
-
-
-def test_without_proportional_size_the_resident_one_is_used(child, monkeypatch):
-    def denied(process):
-        raise psutil.AccessDenied(process.pid)
-
-    resident = psutil.Process(child.pid).memory_info().rss
-    assert machine.tree_memory(child.pid)[child.pid] < resident  # libraries are shared
-    monkeypatch.setattr(psutil.Process, "memory_full_info", denied)
-    assert machine.tree_memory(child.pid) == {child.pid: resident}
-
-
-def test_a_process_that_has_ended_is_left_out(child):
-    child.kill()
-    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
-        continue
-    assert child.pid not in machine.tree_memory()
-    child.join()
-    assert machine.tree_memory(child.pid) == {}
 
 
 def test_free_shared_memory_is_what_the_file_system_says(tmp_path):

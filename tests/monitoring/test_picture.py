@@ -1,4 +1,5 @@
 import json
+import re
 import warnings
 
 import numpy as np
@@ -31,7 +32,7 @@ def panels(tmp_path, monkeypatch):
         if whole:
             return None
         result = [axis for axis in drawn[-1].axes if axis.get_title(loc="left")]
-        return {axis.get_title(loc="left").split(",")[0].split(" ")[0]: axis for axis in result}
+        return {re.split("[ ,;]", axis.get_title(loc="left"))[0]: axis for axis in result}
 
     return draw
 
@@ -146,13 +147,14 @@ def machine(number, tree, **changes):
     return line(number, tree=tree * GB, rooms=rooms, processes=processes, gpus=[], **changes)
 
 
-def test_memory_is_drawn_in_gb_with_the_tightest_limit_in_the_title(tmp_path, panels):
+def test_memory_is_drawn_with_the_tightest_limit_in_the_title(tmp_path, panels):
     write_lines(tmp_path / "system.jsonl", [machine(10, 8), machine(20, 12)])
     axis = panels()["memory"]
-    assert curve(axis, "all processes") == {10: 8.0, 20: 12.0}
-    assert curve(axis, "training") == {10: 4.0, 20: 4.0}
-    assert curve(axis, "largest worker") == {10: 2.0, 20: 2.0}
-    title = "memory, GB; 4.0 free of 16.0, cgroup limit"
+    assert curve(axis, "all processes") == {10: 8 * GB, 20: 12 * GB}
+    assert curve(axis, "training") == {10: 4 * GB, 20: 4 * GB}
+    assert curve(axis, "largest worker") == {10: 2 * GB, 20: 2 * GB}
+    title = "memory; 4.0 GB free of 16.0 GB, cgroup limit"
+    assert axis.yaxis.get_major_formatter()(8 * GB) == "8.0 GB"
     assert (axis.get_title(loc="left"), axis.get_ylim()[0]) == (title, 0)
 
 
@@ -200,7 +202,9 @@ def test_one_point_is_seen_as_one(tmp_path, panels):
 def test_panels_without_anything_to_draw_say_so(tmp_path, panels, log):
     write_lines(tmp_path / "log.jsonl", log)
     result = panels()
-    assert tuple(axis.get_title(loc="left").split(",")[0] for axis in result.values()) == TITLES
+    assert (
+        tuple(re.split("[,;]", axis.get_title(loc="left"))[0] for axis in result.values()) == TITLES
+    )
     assert [axis.texts[0].get_text() for axis in result.values()] == ["nothing yet"] * 6
 
 
