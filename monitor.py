@@ -80,7 +80,7 @@ def cli(argv=None):
     try:
         health = RunHealth(RunRecords(find_run(args.run)))
         if args.svg:
-            options = {"width": args.width or 120, "color_system": "truecolor", "highlight": False}
+            options = {"width": args.width or 120, "color_system": "truecolor"}
             picture = Console(file=io.StringIO(), record=True, **options)
             picture.print(look(health))
             Path(args.svg).write_text(picture.export_svg(title=health.run.folder.name))

@@ -55,7 +55,7 @@ class RunHealth:
         alive, evidence = self._is_alive(now)
         if alive is not False:
             return Status(RUNNING if alive else UNKNOWN, evidence)
-        notes = (*causes_of_death(run), advice(run, now))
+        notes = (*causes_of_death(run), advice(run))
         return Status(DEAD, f"ended without a last message; {evidence}", notes)
 
     def _is_alive(self, now):
@@ -110,22 +110,20 @@ def _ended(run, event, now):
         return Status(DONE, f"all steps done {when}")
     if event["event"] == "stop":
         text = f"{event.get('reason', 'no reason given')}, {when}"
-        return Status(STOPPED, text, (advice(run, now),))
+        return Status(STOPPED, text, (advice(run),))
     trace = [line for line in str(event.get("traceback")).splitlines() if "File " in line]
     where = [f"raised in {' '.join(line.split())}" for line in trace[-1:]]
     text = f"{event.get('error', 'no error given')}, {when}"
-    return Status(CRASHED, text, (*where, advice(run, now)))
+    return Status(CRASHED, text, (*where, advice(run)))
 
 
-def advice(run, now):
+def advice(run):
     """How to go on with a run that ended too early, as a sentence."""
     saved = [e for e in run.events if e["event"] == "saved" and "last" in str(e.get("file"))]
     if not saved:
         return "no state was saved: start it again"
-    return (
-        f"python train.py {run.folder / 'config.yaml'} --resume goes on from step "
-        f"{saved[-1]['step']}, saved {clock(saved[-1].get('time'), now)}"
-    )
+    command = f"python train.py {run.folder / 'config.yaml'} --resume"
+    return f"{command} goes on from step {saved[-1]['step']}"
 
 
 def causes_of_death(run):
@@ -191,12 +189,10 @@ class Pace:
 
     step: int  # done, of `steps` in the whole run
     steps: int | None
-    epoch_steps: int | None
     step_seconds: float | None
     between_epochs: float | None  # seconds of an evaluation and whatever else comes there
     epoch: int | None = None  # from 1, of `epochs`
     epochs: int | None = None
-    epoch_step: int | None = None  # done, of `epoch_steps` in this epoch
     epoch_left: float | None = None  # seconds
     run_left: float | None = None
 
@@ -208,12 +204,11 @@ def pace(run, now):
     logged = newest.get("step", 0)
     done = max(logged, finite(run.reading.get("step")) or 0)
     steps, size = finite(run.start.get("steps")), finite(run.start.get("iterations"))
-    pace = Pace(done, steps, size, step_seconds(run), between_epochs(run))
+    pace = Pace(done, steps, step_seconds(run), between_epochs(run))
     if not (steps and size and size > 0):
         return pace
     pace.epochs = max(1, math.ceil(steps / size))
     pace.epoch = min(done // size + 1, pace.epochs)
-    pace.epoch_step = done - (pace.epoch - 1) * size
     if pace.step_seconds and "time" in newest:
         at_end = newest is not run.start and logged > 0 and logged % size == 0  # not yet evaluated
         between = pace.between_epochs or 0.0

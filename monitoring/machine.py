@@ -69,9 +69,8 @@ def rooms(proc="/proc", cgroup="/sys/fs/cgroup"):
         used = _number(folder / usage, None)
         if total < UNLIMITED and used is not None:
             cache = _statistics(folder / "memory.stat", cache_names) or 0
-            limits.append(
-                MemoryLimit(max(0, min(total, total - used + cache)), total, "cgroup limit")
-            )
+            free = max(0, min(total, total - used + cache))
+            limits.append(MemoryLimit(free, total, "cgroup limit"))
     return limits
 
 
@@ -87,10 +86,7 @@ def oom_kills(proc="/proc", cgroup="/sys/fs/cgroup"):
 
 def _cgroups(proc, root):
     """(folder, version) of the cgroups that this process is in, those around them included."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return
+    lines = (attempt((proc / "self" / "cgroup").read_text) or "").splitlines()
     for line in lines:
         number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
         if "memory" in controllers.split(","):
@@ -109,18 +105,13 @@ def _cgroups(proc, root):
 
 def _number(path, otherwise):
     """The number in a file; `otherwise` where it says "max" or cannot be read."""
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return otherwise
+    number = attempt(lambda: int(path.read_text()))
+    return otherwise if number is None else number
 
 
 def _statistics(path, names):
     """Sum of some values of a file of lines "name value", None where there is none."""
-    try:
-        lines = [line.split() for line in path.read_text().splitlines()]
-    except OSError:
-        return None
+    lines = [line.split() for line in (attempt(path.read_text) or "").splitlines()]
     values = [line[1] for line in lines if len(line) == 2 and line[0] in names.split()]
     numbers = [int(value) for value in values if value.isdecimal()]
     return sum(numbers) if numbers else None

@@ -9,7 +9,6 @@ its name is its label. Where the height is limited, as in a live view, lists are
 from dataclasses import dataclass
 
 from rich.console import Group
-from rich.measure import Measurement
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.segment import Segment
@@ -17,22 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from monitoring import health
-from monitoring.formatting import (
-    clock,
-    duration,
-    format_bytes,
-    format_share,
-    mean,
-    number,
-    sparkline,
-)
+from monitoring.formatting import clock, duration, format_bytes, format_share, number, sparkline
 from monitoring.records import RunRecords
 
 COLUMN, MOST_COLUMNS = 55, 3  # characters of a column at least, unless it is the only one
 ROWS = 40, 12, 7, 4, 2, 1  # of each list, tried until the height is enough
 LABEL, CURVE, BAR = 8, 60, 16  # widths in characters; of curves and bars at most
 WAITING = 0.15  # of a step: a larger share spent waiting for data is said in words
-IDLE = 50.0  # percent of a core: workers below it wait for the disk themselves
 # Colors of medium brightness, to be read on a dark and on a light background.
 FAINT, GOOD, WARNING, BAD, FILL = "grey50", "green4", "dark_orange3", "red3", "steel_blue"
 STATES = {health.RUNNING: GOOD, health.DONE: "dodger_blue3", health.STOPPED: WARNING}
@@ -122,9 +112,6 @@ class Curve:
     def __rich_console__(self, console, options):
         yield Text(sparkline(self.values, min(CURVE, options.max_width)), "deep_sky_blue3")
 
-    def __rich_measure__(self, console, options):
-        return Measurement(4, min(CURVE, options.max_width))
-
 
 # ---------------------------------------------------------------------------- the whole run
 
@@ -147,12 +134,11 @@ def head(view):
 
 
 def steps(view):
-    """How far the run and its epoch are, when they will be done, and how fast it goes."""
+    """How far the run is, when it and its epoch will be done, and how fast it goes."""
     pace, lines = health.pace(view.run, view.now), []
-    bars = [(*view.bar(pace.step, pace.steps), f"step {pace.step} of {pace.steps or '–'}")]
+    text = f"step {pace.step} of {pace.steps or '–'}"
     if pace.epoch:
-        text = f"epoch {pace.epoch} of {pace.epochs}, step {pace.epoch_step} of {pace.epoch_steps}"
-        bars.append((*view.bar(pace.epoch_step, pace.epoch_steps), text))
+        text += f", epoch {pace.epoch} of {pace.epochs}"
     if view.status.state == health.RUNNING and pace.run_left is not None:
         end = f"{clock(view.now + pace.run_left, view.now)}, in {duration(pace.run_left)}"
         lines.append(f"run done {end} · epoch in {duration(pace.epoch_left)}")
@@ -161,7 +147,7 @@ def steps(view):
         rate = f"{number(pace.step_seconds)} s/step, {3600 / pace.step_seconds:.0f} steps/h"
     if pace.between_epochs is not None:
         rate += f" · {duration(pace.between_epochs)} between epochs"
-    return Group(*(view.table([bar]) for bar in bars), *lines, rate)
+    return Group(view.table([(*view.bar(pace.step, pace.steps), text)]), *lines, rate)
 
 
 def events(view):
@@ -225,19 +211,13 @@ def score(view):
 
 def time(view):
     """Where the time of the last steps went, the largest share first; waiting is said in words."""
-    run = view.run
-    seconds = {k: v or 0 for k, v in ((run.steps or [{}])[-1].get("seconds") or {}).items()}
+    seconds = {k: v or 0 for k, v in ((view.run.steps or [{}])[-1].get("seconds") or {}).items()}
     total, rows = sum(seconds.values()), []
     for name, value in sorted(seconds.items(), key=lambda part: -part[1]):
         rows.append((name, *view.bar(value, total, WAITING if name == "wait" else 1)))
     if seconds.get("wait", 0) <= WAITING * total:
         return view.table(rows)
-    waiting = "the GPU waits" if run.reading.get("gpus") else "training waits"
-    workers = [p for p in run.reading.get("processes") or () if p["role"].startswith("worker")]
-    cpu = mean([worker.get("cpu") for worker in workers])
-    hint = f"{waiting} for data: more training.workers"
-    if cpu is not None and cpu < IDLE:
-        hint = f"{waiting} for data, the workers for the disk: a larger data.cache_gb"
+    hint = "waiting for data: more training.workers or, where these are idle, data.cache_gb"
     return Group(Text(hint, BAD), view.table(rows))
 
 

@@ -247,7 +247,7 @@ def at(name, seconds, number, **fields):
 def test_what_is_left_is_the_steps_that_are_left_at_the_present_rate(tmp_path):
     run = run_of(tmp_path, [start(**PLAN), *steady(10, 50)])
     pace = health.pace(run, NOW + 100)
-    assert (pace.step, pace.steps, pace.epoch_step, pace.epoch_steps) == (50, 300, 50, 100)
+    assert (pace.step, pace.steps) == (50, 300)
     assert (pace.epoch, pace.epochs, pace.step_seconds, pace.between_epochs) == (
         1,
         3,
@@ -277,7 +277,7 @@ def test_while_an_evaluation_runs_it_is_counted_as_ahead(tmp_path):
     log.append(at("epoch", 431, 200))
     pace = health.pace(run_of(tmp_path, log), NOW + 431 + 10)
     assert pace.run_left == 100 * 2.0 + 2 * 31 - 10
-    assert (pace.epoch, pace.epoch_step) == (3, 0)
+    assert pace.epoch == 3
 
 
 def test_a_run_that_stands_still_comes_no_nearer_to_its_end(tmp_path):
@@ -289,7 +289,7 @@ def test_a_run_that_stands_still_comes_no_nearer_to_its_end(tmp_path):
 
 def test_the_last_epoch_is_full_and_not_the_next_one_begun(tmp_path):
     pace = health.pace(run_of(tmp_path, [start(**PLAN), *steady(10, 300)]), NOW + 600)
-    assert (pace.epoch, pace.epochs, pace.epoch_step, pace.run_left) == (3, 3, 100, 0.0)
+    assert (pace.epoch, pace.epochs, pace.run_left) == (3, 3, 0.0)
 
 
 def test_between_two_lines_of_the_log_system_jsonl_has_the_step(tmp_path):

@@ -113,8 +113,7 @@ def test_steps_and_epoch_are_shown_with_what_is_left(shown):
     # 150 steps of 2 s and two more evaluations of 30 s, less 2 s that have gone.
     done = time.strftime("%H:%M:%S", time.localtime(NOW + 302 + 358))
     assert panel(shown, panels.steps) == [
-        "━━━━━━╸ 50% step 150 of 300",
-        "━━━━━━╸ 50% epoch 2 of 3, step 50 of 100",
+        "━━━━━━╸ 50% step 150 of 300, epoch 2 of 3",
         f"run done {done}, in 6 min · epoch in 98 s",
         "2 s/step, 1800 steps/h · 30 s between epochs",
     ]
@@ -139,20 +138,15 @@ def test_scores_are_shown_with_the_best_and_the_one_that_chooses_first(shown):
 
 def test_the_time_of_a_step_is_shown_in_shares_the_largest_first(shown):
     hint, *parts = panel(shown, panels.time)
-    assert hint == "the GPU waits for data: more training.workers"
+    assert hint.startswith("waiting for data: more training.workers or")
+    assert "data.cache_gb" in hint
     assert [text.split()[0] for text in parts[:3]] == ["wait", "backward", "forward"]
     assert parts[0] == "wait ━━━╸ 30%" and parts[-1] == "transfer 0%"
 
 
-def test_where_workers_wait_themselves_the_disk_is_named(tmp_path):
-    idle = [process(8, "worker 0", cpu=20.0), process(9, "worker 1", cpu=30.0)]
-    hint, *_ = panel(view_of(full_run(tmp_path, processes=idle, gpus=[]), 302), panels.time)
-    assert hint == "training waits for data, the workers for the disk: a larger data.cache_gb"
-
-
 def test_a_gpu_that_does_not_wait_has_no_hint(tmp_path, monkeypatch):
     monkeypatch.setitem(PARTS, "wait", 0.2)
-    assert "waits for data" not in text_of(view_of(full_run(tmp_path), 302))
+    assert "waiting for data" not in text_of(view_of(full_run(tmp_path), 302))
 
 
 def test_memory_is_shown_against_each_limit_the_tightest_first(shown):
@@ -294,7 +288,7 @@ def test_a_terminal_of_80_by_24_has_every_panel_and_says_what_waits(shown):
     labels = ("steps", "loss", "score", "time", "memory", "gpu", "host", "cache", "saved", "events")
     for label in labels:
         assert sum(line.startswith(label.ljust(8)) for line in text.splitlines()) == 1, label
-    assert "the GPU waits for data" in text and "epoch 2 of 3" in text
+    assert "waiting for data" in text and "epoch 2 of 3" in text
 
 
 def test_what_is_cut_is_counted(tmp_path):
