@@ -64,8 +64,7 @@ class RunHealth:
         if not run.events and not run.steps and not reading:
             return None, "nothing has been logged yet"
         host, pid = (run.start.get(key) or reading.get(key) for key in ("host", "pid"))
-        last = max((t for t in (last_line(run), run.growth_time) if t is not None), default=None)
-        interval = finite(reading.get("seconds"))
+        last, interval = last_line(run), finite(reading.get("seconds"))
         age = "no line has a time" if last is None else f"last line {duration(now - last)} ago"
         if host == socket.gethostname() and pid is not None:
             if _process_is_alive(pid, finite(run.start.get("created"))):
@@ -97,8 +96,8 @@ def _process_is_alive(pid, created):
 
 def last_line(run):
     """When the run last wrote a line into either file, None if no line has a time."""
-    newest = [run.reading, *run.events[-1:], *run.recent_steps[-1:]]
-    return max((e["time"] for e in newest if "time" in e), default=None)
+    newest = [run.reading, *run.events[-1:], *run.recent_steps[-1:], {"time": run.growth_time}]
+    return max((e["time"] for e in newest if e.get("time") is not None), default=None)
 
 
 # ---------------------------------------------------------------------------- how it ended

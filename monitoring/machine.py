@@ -221,21 +221,18 @@ def gpus():
     """
     from torch import cuda
 
+    readings = {
+        "used": cuda.device_memory_used,
+        "load": cuda.utilization,
+        "temperature": cuda.temperature,
+        "power": lambda index: round(cuda.power_draw(index) / 1000),  # of milliwatts
+    }
     rows = []
     for index in range(cuda.device_count() if cuda.is_initialized() else 0):
         card = attempt(cuda.get_device_properties, index)
-        milliwatts = attempt(cuda.power_draw, index)
-        rows.append(
-            {
-                "index": index,
-                "name": getattr(card, "name", None),
-                "used": attempt(cuda.device_memory_used, index),
-                "total": getattr(card, "total_memory", None),
-                "load": attempt(cuda.utilization, index),
-                "temperature": attempt(cuda.temperature, index),
-                "power": None if milliwatts is None else round(milliwatts / 1000),
-            }
-        )
+        row = {"index": index, "name": getattr(card, "name", None)}
+        row["total"] = getattr(card, "total_memory", None)
+        rows.append(row | {name: attempt(read, index) for name, read in readings.items()})
     return rows
 
 

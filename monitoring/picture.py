@@ -84,21 +84,20 @@ def _losses(axis, run):
 
 
 def _scores(axis, run):
-    main, shown, title = run.start.get("score"), [], "validation"
+    shown = []
     for name, points in _by_name(run.evaluations).items():
         values = [value for _, value in points if finite(value) is not None]
         if name.endswith("_loss") or not values or min(values) < 0 or max(values) > 1:
             continue  # a loss, a count, or a distance
-        _curve(axis, points, name, main=name == main, marker="o", ms=3)
+        _curve(axis, points, name, main=name == run.start.get("score"), marker="o", ms=3)
         # The untrained network sets no scale.
         shown += [v for step, v in points if step > 0 and finite(v) is not None] or values
         value, step = run.best(name)
-        if name == main and value is not None:
+        if value is not None:
             axis.plot(step, value, "*", ms=13, color=axis.lines[-1].get_color())
-            title = f"validation, best {main} starred"
     if shown:
         axis.set_ylim(max(0.0, min(shown) - 0.04), min(1.01, max(shown) + 0.04))
-    return title
+    return "validation, the best of each starred"
 
 
 def _learning_rate(axis, run):

@@ -114,16 +114,13 @@ class GrowingFile:
 
     def new_lines(self):
         """Those that have come since the last call, as bytes; one without its end must wait."""
-        try:
-            with open(self.path, "rb", buffering=2**20) as file:
-                file.seek(self.offset)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        return
-                    self.offset += len(line)
-                    yield line
-        except OSError:
-            return
+        with contextlib.suppress(OSError), open(self.path, "rb", buffering=2**20) as file:
+            file.seek(self.offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self.offset += len(line)
+                yield line
 
 
 class Sample:
