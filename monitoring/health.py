@@ -100,9 +100,6 @@ def last_line(run):
     return max((e["time"] for e in newest if e.get("time") is not None), default=None)
 
 
-# ---------------------------------------------------------------------------- how it ended
-
-
 def _ended(run, event, now):
     when = f"at step {event['step']}, {clock(event.get('time'), now)}"
     if event["event"] == "end":
@@ -177,9 +174,6 @@ def _full_gpus(run):
         used, total = gpu.get("used"), gpu.get("total")
         if used and total and used > FULL_GPU * total:
             yield f"memory of GPU {gpu['index']} was full: {format_share(used, total)}"
-
-
-# ---------------------------------------------------------------------------- how fast it goes
 
 
 @dataclass

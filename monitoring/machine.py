@@ -17,9 +17,6 @@ from monitoring.formatting import format_bytes
 GB = 10**9
 
 
-# ---------------------------------------------------------------------------- limits of memory
-
-
 class MemoryLimit(NamedTuple):
     """One limit: bytes still free, bytes in all, and whose limit it is, for people."""
 
@@ -154,9 +151,6 @@ def resident_memory(pids=None):
 
 def _shared(info):
     return getattr(info, "shared", 0)  # Linux only
-
-
-# ---------------------------------------------------------------------------- all of it
 
 
 class Machine:

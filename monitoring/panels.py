@@ -88,10 +88,7 @@ class RunView:
         return ProgressBar(total=1.0, completed=share, width=width, **style), f"{share:4.0%}"
 
     def table(self, rows):
-        """Rows of cells, the last of them left out and counted if there are too many.
-
-        Columns are as wide as need be; only the last gives way and wraps.
-        """
+        """Rows of cells, the last left out and counted if too many; only the last column wraps."""
         if len(rows) > self.rows:
             rest = Text(f"… {len(rows) - self.rows + 1} more", FAINT)
             rows = [*rows[: self.rows - 1], (rest,)] if self.rows > 2 else rows[: self.rows]
@@ -111,9 +108,6 @@ class Curve:
 
     def __rich_console__(self, console, options):
         yield Text(sparkline(self.values, min(CURVE, options.max_width)), "deep_sky_blue3")
-
-
-# ---------------------------------------------------------------------------- the whole run
 
 
 def head(view):
@@ -176,7 +170,6 @@ def saved(view):
     )
 
 
-# ---------------------------------------------------------------------------- learning
 def loss(view):
     """Each part of the loss: its last value and its curve; the total first."""
     events = view.run.steps
@@ -221,24 +214,17 @@ def time(view):
     return Group(Text(hint, BAD), view.table(rows))
 
 
-# ---------------------------------------------------------------------------- the machine
-
-
 def memory(view):
     """What the run uses of each limit, the tightest first, and what each process uses."""
     reading = view.run.reading
     if not reading:
         return Text("system.jsonl has no reading yet", FAINT)
-    limits = [
-        (
-            *view.bar(total - free, total, health.FULL),
-            f"{format_share(total - free, total)}, {what}",
-        )
-        for free, total, what in sorted(reading.get("rooms") or ())
-    ]
+    limits, processes = [], []
+    for free, total, what in sorted(reading.get("rooms") or ()):
+        text = f"{format_share(total - free, total)}, {what}"
+        limits.append((*view.bar(total - free, total, health.FULL), text))
     curve = Curve([line.get("tree") for line in view.run.readings])
     tree = ("all processes", format_bytes(reading.get("tree")), curve)
-    processes = []
     for process in reading.get("processes") or ():
         rss, shared = process.get("rss") or 0, process.get("shared") or 0
         sizes = f"{format_bytes(rss - shared)} own", f"{format_bytes(shared)} shared"

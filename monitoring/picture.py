@@ -66,12 +66,8 @@ def _summary(run):
     )
 
 
-# ---------------------------------------------------------------------------- panels
-
-
 def _losses(axis, run):
-    terms = _by_name((event["step"], event.get("loss") or {}) for event in run.steps)
-    for name, points in terms.items():
+    for name, points in _by_name((e["step"], e.get("loss") or {}) for e in run.steps).items():
         _curve(axis, points, name, main=name == "total")
     for name, points in _by_name(run.evaluations).items():
         if name.endswith("_loss"):
@@ -165,8 +161,7 @@ def _by_name(pairs):
 
 
 def _curve(axis, points, label, *, main=False, **style):
-    """A line of (step, value) points, with gaps where a value is not finite; of many, below their
-    running mean."""
+    """A line of (step, value) points with gaps where there is no number; of many, their mean."""
     points = [(step, finite(value)) for step, value in points if finite(step) is not None]
     if all(value is None for _, value in points):
         return
@@ -193,9 +188,6 @@ def _marks(axis, run):
     steps = [event["step"] for event in run.events if event["event"] in ("trouble", "crash")]
     where = axis.get_xaxis_transform()  # steps, and shares of the height
     axis.plot(steps, [0.03] * len(steps), "^", ms=5, color=TROUBLE, transform=where)
-
-
-# ---------------------------------------------------------------------------- slices
 
 
 def _slices(axes, slices, threshold):

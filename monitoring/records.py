@@ -27,8 +27,7 @@ class RunRecords:
     recent_steps     the last 100 of them since the run was started, or resumed
     readings         lines of system.jsonl, sampled like steps
     recent_readings  its last 100 lines
-    growth_time      when a line last came in after the first refresh, by the clock of this machine,
-                     or None
+    growth_time      when a line last came in after the first refresh, by our clock, or None
     """
 
     def __init__(self, folder):
