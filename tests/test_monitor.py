@@ -244,11 +244,12 @@ def test_a_run_that_has_only_begun_is_shown(tmp_path, capsys):
     assert "nothing has been logged yet" in capsys.readouterr().out
 
 
-def test_a_pipe_that_is_closed_is_no_traceback(tmp_path):
+@pytest.mark.parametrize(("reader", "lines"), [("true", 0), ("head -1", 1)])
+def test_a_pipe_that_is_closed_is_no_traceback(tmp_path, reader, lines):
     make_run(tmp_path / "exp001")
-    command = f"{sys.executable} {ROOT / 'monitor.py'} exp001 --once | true"
+    command = f"{sys.executable} {ROOT / 'monitor.py'} exp001 --once | {reader}"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, len(done.stdout.splitlines()), done.stderr) == (0, lines, "")
 
 
 def test_the_picture_is_a_drawing_of_the_view(tmp_path):
