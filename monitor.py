@@ -34,12 +34,11 @@ def find_run(path):
     runs = [f for f in place.iterdir() if _is_run(f)] if place.is_dir() else []
     runs.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
     got = "a path without log.jsonl" if place.exists() else "nothing of that name"
+    example = "runs/exp001"
     if runs:
         got = f"{len(runs)} runs, the newest first: {', '.join(run.name for run in runs[:8])}"
-    raise ValueError(
-        f"{path}: expected a run folder, got {got}; give one such as "
-        f"{path / runs[0].name if runs else 'runs/exp001, which train.py announced'}"
-    )
+        example = path / runs[0].name
+    raise ValueError(f"{path}: expected a run folder, got {got}; give one such as {example}")
 
 
 def _is_run(folder):

@@ -6,7 +6,6 @@ an empty list; `Machine` never raises because something cannot be read.
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,17 +117,6 @@ def shared_memory_free(path="/dev/shm"):
     """Bytes left in the file system of shared memory, None where there is none."""
     space = attempt(_free_space, path)
     return None if space is None else space[0]
-
-
-def anonymous_file(size, name="lamina"):
-    """Descriptor of a file in memory without a path, of zeros, there while any process has it."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create(name)
-    else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    os.ftruncate(fd, size)
-    return fd
 
 
 def resident_memory(pids=None):

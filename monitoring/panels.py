@@ -46,10 +46,12 @@ class RunView:
     def __rich_console__(self, console, options):
         for self.rows in ROWS:
             content = self._layout(options.max_width)
-            lines = console.render_lines(content, options.update(height=None))
+            lines = console.render_lines(content, options.update(height=None), pad=False)
             if options.height is None or len(lines) <= options.height:
                 break
         for line in lines[: options.height]:
+            while line and line[-1].text.isspace():
+                line.pop()
             for text, style, _ in line:  # in an error there may be codes of a terminal
                 yield Segment("".join(filter(str.isprintable, text)), style)
             yield Segment.line()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "volumes": "files tiff nifti hdf5 layouts ingest phantoms skeletons casefile inputs submission",
     "topology": "distance soft_skeleton persistence",
-    "monitoring": "machine memory records recorder health panels picture formatting",
+    "monitoring": "machine records recorder health panels picture formatting",
     "scoring": "metrics surface partitions homology postprocess inputs parallel report",
     "patches": "cache resample intensity augment contact_sheet transfer",
     "runtime": "config build composite_loss run checkpoint folder log signals microbatch nonfinite "

@@ -59,6 +59,7 @@ def test_lines_that_are_broken_are_left_out_and_one_that_is_not_whole_waits(tmp_
     log = tmp_path / "log.jsonl"
     broken = ["{broken\n", "\n", "[1]\n", "\0\0\n", '{"no": "event"}\n', {"event": "end"}]
     broken += [{"event": "end", "step": 1, "time": None}, {"event": "step", "step": None}]
+    broken += ["[" * 100_000 + "\n", {"event": "end", "step": 1, "time": 1e20}]
     write_lines(log, [start(), *broken, step(1)])
     write_lines(log, ['{"event": "step", "step": 2, "ep'], mode="a")
     run = read(tmp_path)
