@@ -23,6 +23,7 @@ COLUMN, MOST_COLUMNS = 55, 3  # characters of a column at least, unless it is th
 ROWS = 40, 12, 7, 4, 2, 1  # of each list, tried until the height is enough
 LABEL, CURVE, BAR = 8, 60, 16  # widths in characters; of curves and bars at most
 WAITING = 0.15  # of a step: a larger share spent waiting for data is said in words
+STANDING_STILL = "zombie", "stopped", "disk-sleep"  # states of a process that does not run
 # Colors of medium brightness, to be read on a dark and on a light background.
 FAINT, GOOD, WARNING, BAD, FILL = "grey50", "green4", "dark_orange3", "red3", "steel_blue"
 STATES = {health.RUNNING: GOOD, health.DONE: "dodger_blue3", health.STOPPED: WARNING}
@@ -229,9 +230,10 @@ def memory(view):
     tree = ("all processes", format_bytes(reading.get("tree")), curve)
     for process in reading.get("processes") or ():
         rss, shared = process.get("rss") or 0, process.get("shared") or 0
-        sizes = f"{format_bytes(rss - shared)} own", f"{format_bytes(shared)} shared"
-        load = f"{number(process.get('cpu'))} % CPU, {process.get('status')}"
-        processes.append((process["role"], f"pid {process['pid']}", *sizes, load))
+        sizes = f"{format_bytes(rss - shared)} + {format_bytes(shared)} shared"
+        state = process["status"] if process.get("status") in STANDING_STILL else ""
+        cpu = f"{number(process.get('cpu'))} % {state}"
+        processes.append((process["role"], str(process["pid"]), sizes, cpu))
     return Group(*(view.table(rows) for rows in (limits, [tree], processes) if rows))
 
 

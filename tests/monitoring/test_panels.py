@@ -157,25 +157,16 @@ def test_memory_is_shown_against_each_limit_the_tightest_first(shown):
 
 
 def test_each_process_has_its_memory(shown):
-    assert (
-        row(shown, panels.memory, "training")
-        == "training pid 7 750 MB own 250 MB shared 90 % CPU, running"
-    )
-    assert (
-        row(shown, panels.memory, "worker 0")
-        == "worker 0 pid 8 750 MB own 250 MB shared 90 % CPU, running"
-    )
-    assert (
-        row(shown, panels.memory, "worker 1")
-        == "worker 1 pid 9 750 MB own 250 MB shared – % CPU, running"
-    )
+    assert row(shown, panels.memory, "training") == "training 7 750 MB + 250 MB shared 90 %"
+    assert row(shown, panels.memory, "worker 0") == "worker 0 8 750 MB + 250 MB shared 90 %"
+    assert row(shown, panels.memory, "worker 1") == "worker 1 9 750 MB + 250 MB shared – %"
 
 
-def test_a_process_that_stands_still_is_named_so(tmp_path):
+def test_a_process_that_stands_still_is_marked(tmp_path):
     processes = [process(8, "worker 0", status="zombie"), process(9, "worker 1", status="sleeping")]
     shown = view_of(full_run(tmp_path, processes=processes), 302)
     assert row(shown, panels.memory, "worker 0").endswith(" zombie")
-    assert row(shown, panels.memory, "worker 1").endswith(" sleeping")
+    assert row(shown, panels.memory, "worker 1").endswith(" 90 %")
 
 
 def test_gpu_host_cache_and_state_are_shown(shown):
