@@ -36,7 +36,8 @@ from volumes import layouts, phantoms
 from volumes.casefile import DATASET_FILE, read_dataset, write_dataset
 from volumes.files import split_dataset
 from volumes.ingest import PhantomCase, Rules, prepare_case
-from volumes.volume import UNITS, collect_errors, cores
+from volumes.processes import cores
+from volumes.volume import UNITS, collect_errors
 
 MAX_NAMED = 8  # cases that a note spells out
 MAX_ROWS = 40  # of the summary

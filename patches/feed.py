@@ -24,7 +24,6 @@ import traceback
 from collections import Counter, deque
 from multiprocessing import reduction, resource_tracker
 from multiprocessing.util import Finalize
-from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -34,6 +33,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from monitoring import machine
 from monitoring.machine import format_bytes
 from patches import transfer
+from volumes.processes import NO_MEMORY, describe_death, start_worker
 
 WAIT = 1.0  # seconds between two calls of `poll` while a batch is waited for
 STALLED = 60.0  # seconds of waiting after which that is reported; then after twice that, ...
@@ -41,7 +41,6 @@ DYING = 5.0  # seconds between the end of a worker's memory and that of the work
 SEVERAL = 2  # workers that died of a fault while they read one case, before it is excluded
 FAULTS = {signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
 BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
-NO_MEMORY = 12  # exit status of a worker that got no memory
 FIELDS = 3  # of a worker's status: number of the batch, position of the sample, resident bytes
 IDLE = -1  # instead of the number of a batch, when none is read
 
@@ -180,6 +179,7 @@ class Batches:
                 prefetch_factor=self.prefetch,
                 timeout=WAIT,
                 multiprocessing_context=spawn,
+                worker_init_fn=start_worker,
                 generator=torch.Generator(),  # or the network's random state would move
             )
             others = multiprocessing.active_children()
@@ -337,16 +337,6 @@ def _kill(processes):
         process.join()
 
 
-def describe_death(code):
-    """What an exit status says of how a worker ended, for people: "was killed by SIGKILL"."""
-    if code == NO_MEMORY:
-        return "could not get the memory it asked for"
-    names = {-s.value: s.name for s in signal.Signals}
-    if code < 0:
-        return f"was killed by {names.get(code, f'signal {-code}')}"
-    return f"ended with exit status {code}"
-
-
 class _Reader:
     """What a worker has: it reads a batch by its number, and packs it."""
 
@@ -369,8 +359,6 @@ class _Reader:
 
     def __getitem__(self, number):
         worker, samples = get_worker_info().id, []
-        with contextlib.suppress(OSError):  # if memory runs out, a worker is killed and not the run
-            Path("/proc/self/oom_score_adj").write_text("500")
         try:
             # At most `prefetch` batches before this one may not have been unpacked yet.
             while len(self.files) > self.prefetch:

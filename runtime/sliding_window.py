@@ -25,7 +25,7 @@ import torch
 
 from runtime.microbatch import free_memory, memory_figures, nothing, out_of_memory
 from runtime.signals import CannotGoOn
-from volumes.volume import cores
+from volumes.processes import cores
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLIPS = [axes for n in range(4) for axes in combinations((-3, -2, -1), n)]  # all 8 of z, y, x

@@ -9,9 +9,7 @@ Small work is done in this process: another one takes two seconds to start.
 import contextlib
 import dataclasses
 import multiprocessing
-import os
 import signal
-import threading
 from collections import deque
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +18,7 @@ from typing import NamedTuple
 
 from scoring import inputs, metrics
 from volumes import files
+from volumes.processes import NO_MEMORY, cores, describe_death, start_worker
 
 BYTES_PER_VOXEL = 48  # of one case: 37 were the most seen in metrics.score, and the masks are read
 SMALL = 4_000_000  # voxels of all cases together
@@ -61,12 +60,6 @@ class Scorer:
             scores = metrics.score(mask, case.truth, *how, names=self.names, threads=self.threads)
             rows.append({"case": pair.id, "method": method} | scores | details)
         return Result(rows, errors, dataclasses.replace(case, masks={}, truth=None))
-
-
-def cores():
-    """CPU cores that this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)  # not every system has it
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda done: None):
@@ -143,7 +136,7 @@ def worker_process(blocked_signals):
     """
     before = set(multiprocessing.active_children())
     spawn = multiprocessing.get_context("spawn")
-    pool = futures.ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_worker)
+    pool = futures.ProcessPoolExecutor(1, mp_context=spawn, initializer=start_worker)
     # multiprocessing's tracker lets signals through when it starts, so it starts first.
     resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked_signals)
@@ -159,24 +152,9 @@ def worker_process(blocked_signals):
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker():
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("500")
-
-
 def cause_of_death(error, process):
     """How the process of a broken pool ended, for people: "was killed by SIGKILL"."""
     if isinstance(error, MemoryError):
-        return "could not get the memory it asked for"
+        return describe_death(NO_MEMORY)
     process.join()
-    if process.exitcode >= 0:
-        return f"ended with exit status {process.exitcode}"
-    try:
-        return f"was killed by {signal.Signals(-process.exitcode).name}"
-    except ValueError:  # one of the many without a name
-        return f"was killed by signal {-process.exitcode}"
+    return describe_death(process.exitcode)

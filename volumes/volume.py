@@ -1,7 +1,6 @@
 """A volume in memory, its units, errors in sentences, and the cores: what all readers share."""
 
 import contextlib
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,12 +44,6 @@ class Volume:
     unit: str
     affine: np.ndarray | None
     path: str
-
-
-def cores():
-    """The CPU cores that this process may use; not every system tells them from all cores."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def unit_of(name):

@@ -257,12 +257,15 @@ def test_without_files_in_memory_batches_are_sent_as_torch_sends_them(made, monk
 
 
 SCRIPT = """
-import sys
+import sys, time
 sys.path.insert(0, {root!r})
 if __name__ == "__main__":
     from tests.patches.test_killed_workers import Batches, Samples, check
     how = dict(batches_per_epoch=60, batch_size=8, workers=2, prefetch=4)
     batches = Batches(Samples(), 0, 60, **how)
+    if not {begin}:
+        print(*[worker.pid for worker in batches.workers], flush=True)
+        time.sleep(600)
     seen = [next(batches)]
     print(*[worker.pid for worker in batches.workers], flush=True)
     {rest}
@@ -274,9 +277,9 @@ def script(tmp_path):
     """make(rest, prefix) -> a process that has started workers, and printed their pids."""
     processes = []
 
-    def make(rest, prefix=""):
+    def make(rest, prefix="", begin=True):
         path = tmp_path / "script.py"
-        path.write_text(SCRIPT.format(root=str(ROOT), rest=rest))
+        path.write_text(SCRIPT.format(root=str(ROOT), rest=rest, begin=begin))
         command = f"{prefix} exec {sys.executable} {path}"
         start = ["unshare", "--mount"] if prefix else []
         out = {"stdout": subprocess.PIPE, "text": True}
@@ -289,8 +292,9 @@ def script(tmp_path):
         process.wait()
 
 
-def test_workers_end_when_the_training_process_is_killed(script):
-    process = script("import time; time.sleep(600)")
+@pytest.mark.parametrize("begin", [True, False], ids=["at work", "still starting"])
+def test_workers_end_when_the_training_process_is_killed(script, begin):
+    process = script("time.sleep(600)", begin=begin)
     workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
     process.kill()
     process.wait()
