@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from runtime import checkpoint, config
 from runtime import folder as runs
 from scoring import metrics
-from volumes import casefile as cases
+from volumes import casefile
 from volumes import files as volumes
 from volumes.inputs import default_inputs
 
@@ -98,7 +98,7 @@ def betti_numbers(mask):
 def score_case(case, prediction, foreground, tolerance):
     """The SCORES of one predicted mask (D, H, W); unlabeled voxels are background of both sides."""
     with h5py.File(case.path) as file:
-        truth = cases.read_truth(file, foreground, case.ignore_label)
+        truth = casefile.read_truth(file, foreground, case.ignore_label)
     scores = metrics.score(prediction, truth, case.spacing, case.ignore_label, tolerance)
     masks = metrics.labeled_masks(prediction, truth, case.ignore_label)
     scores["cldice"] = centreline_dice(*masks)
@@ -158,7 +158,7 @@ def score_run(run, facts, root, tolerance):
     """The SCORES of each case that infer.py predicted; facts: what the checkpoint holds of data."""
     files, _ = default_inputs(facts, root)
     scores = []
-    for case in map(cases.read_case, files):
+    for case in map(casefile.read_case, files):
         (path,) = (run / "predictions").glob(f"{case.id}.*")
         prediction = volumes.read_label(str(path)).array
         scores.append(score_case(case, prediction, facts["foreground"], tolerance))

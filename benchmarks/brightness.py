@@ -18,10 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import infer
 from patches import intensity
-from runtime import checkpoint, config
-from runtime import sliding_window as windows
+from runtime import checkpoint, config, sliding_window
 from scoring import metrics
-from volumes import casefile as cases
+from volumes import casefile
 
 CHANGES = {
     "as it is": lambda x: x,
@@ -40,19 +39,21 @@ def main():
     parser.add_argument("case")
     parser.add_argument("--spacing", type=float, nargs=3, default=(5.0, 1.0, 1.0))
     arguments = parser.parse_args()
-    torch.set_num_threads(windows.resolve_threads(0))
+    torch.set_num_threads(sliding_window.resolve_threads(0))
     state = checkpoint.load(arguments.ckpt)
     settings, (network, _) = config.build(state["config"]), infer.build_network(state)
-    case = cases.read_dataset(arguments.root).cases[arguments.case]
+    case = casefile.read_dataset(arguments.root).cases[arguments.case]
     with h5py.File(case.path) as file:
         image = file["image"][:].astype(np.float64)
-        truth = cases.read_truth(file, state["data"]["foreground"], case.ignore_label)
+        truth = casefile.read_truth(file, state["data"]["foreground"], case.ignore_label)
     for name, change in CHANGES.items():
         changed = np.round(change(image)).astype(np.float32)
-        about = data.normalisation(cases.intensity_statistics(changed), settings.data.percentiles)
+        about = data.normalisation(
+            casefile.intensity_statistics(changed), settings.data.percentiles
+        )
         normalize = functools.partial(intensity.normalise, **about)
         window = settings.window_arguments()
-        probs = windows.predict_volume(network, changed, normalize=normalize, **window)[0]
+        probs = sliding_window.predict_volume(network, changed, normalize=normalize, **window)[0]
         mask = probs >= settings.inference.threshold
         scores = metrics.score(mask, truth, arguments.spacing, case.ignore_label, 2.0)
         print(f"{name:40s} dice {scores['dice']:.3f} surface dice {scores['surface_dice']:.3f}")

@@ -15,7 +15,7 @@ from scipy import ndimage
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import losses
 import settings
-from runtime import composite_loss as composite
+from runtime import composite_loss
 from volumes import phantoms, skeletons
 
 UNLABELED = 0.4
@@ -60,7 +60,7 @@ def our_losses(patch):
         return lambda logits: losses.LOSSES[name](logits, patch.target, valid, **own)
 
     def weighted_sum(terms, valid):
-        return lambda logits: composite.composite_loss(
+        return lambda logits: composite_loss.composite_loss(
             logits, patch.target, valid, terms, skeleton=patch.skeleton
         )[0]
 

@@ -37,7 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 from patches import augment, cache, resample
-from runtime import timer as clock
+from runtime import timer
 from settings import Augment
 from volumes import casefile, phantoms
 
@@ -276,11 +276,11 @@ def outlier(folder, repeats):
 
 def clock_cost(steps=20_000):
     """Seconds that the marks of one step take, and their share of the log."""
-    ticks = clock.StepClock(torch.device("cpu"))
+    ticks = timer.StepClock(torch.device("cpu"))
     started = time.perf_counter()
     for number in range(steps):
         ticks.start()
-        for part in clock.PARTS:
+        for part in timer.PARTS:
             ticks.mark(part)
         if number % 10 == 9:
             ticks.means(10)

@@ -37,11 +37,9 @@ import plain_steps
 import training_step
 
 from runtime import build as planning
-from runtime import config
+from runtime import config, sliding_window
 from runtime import folder as runs
-from runtime import sliding_window as windows
-from volumes import casefile as cases
-from volumes import phantoms
+from volumes import casefile, phantoms
 
 FULL_RUN = Path(__file__).resolve().parents[1] / "configs" / "exp001_full.yaml"
 SIDE, SMALL_SIDE = 320, 40
@@ -69,7 +67,7 @@ def make_root(folder, side, count):
     ids = [f"scroll_{number:03d}" for number in range(count)]
     for number, case_id in enumerate(ids):
         made = phantoms.scroll((side,) * 3, 0, number)
-        cases.write_case(
+        casefile.write_case(
             folder / f"{case_id}.h5",
             made.image[None],
             made.label,
@@ -81,7 +79,7 @@ def make_root(folder, side, count):
             skeleton=False,  # which the config asks for in no term
         )
     about = {"ignore_label": made.ignore_label, "unit": made.unit, "case_ids": ids}
-    cases.write_dataset(folder, classes={"background": 0, "sheet": 1}, **about)
+    casefile.write_dataset(folder, classes={"background": 0, "sheet": 1}, **about)
 
 
 def settle(arguments, root, batch):
@@ -266,7 +264,7 @@ def beside_rows(batch, plan, measured):
 def show_machine(arguments):
     gpu = arguments.device.type == "cuda"
     name = torch.cuda.get_device_name(arguments.device) if gpu else platform.processor() or "CPU"
-    print(f"device: {name}, {windows.resolve_threads(0)} CPU cores")
+    print(f"device: {name}, {sliding_window.resolve_threads(0)} CPU cores")
     versions = dict(runs.versions())
     for package in ("monai", "nnunetv2"):
         versions[package] = "not installed"
@@ -294,7 +292,7 @@ def main(argv=None):
 def run(arguments, root, batch, judge):
     """Print the tables of one batch size; whether every bar holds."""
     plan, size = settle(arguments, root, batch), str(batch)
-    torch.set_num_threads(windows.resolve_threads(plan.settings.run.threads))
+    torch.set_num_threads(sliding_window.resolve_threads(plan.settings.run.threads))
     try:
         real, synthetic, figures = measure(plan, arguments.steps, load_reader(plan.device))
         head = ("batch", "what", "measured", "bar", "verdict")
@@ -327,7 +325,7 @@ def parse(argv):
     if arguments.device == "cpu" and not arguments.small:
         parser.error("--device cpu: expected --small with it, got the full network")
     try:
-        arguments.device, _ = windows.resolve_device(arguments.device)
+        arguments.device, _ = sliding_window.resolve_device(arguments.device)
     except ValueError:
         parser.exit(2, "a GPU is needed, got none; --device cpu --small runs a tiny version\n")
     return arguments

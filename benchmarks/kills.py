@@ -26,8 +26,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from runtime import checkpoint
-from runtime import log as runlog
+from runtime import checkpoint, log
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("time", "step_seconds", "seconds")  # of the log
@@ -71,7 +70,7 @@ def wait_until(condition, process):
 def reached(folder, step):
     """Whether the log of the run in a folder of runs has come to a step."""
     for path in folder.glob("*/log.jsonl"):
-        events = runlog.read_log(path)
+        events = log.read_log(path)
         return any(e["event"] == "step" and e["step"] >= step for e in events[-3:])
     return False
 
@@ -125,8 +124,8 @@ def same(a, b):
 def lines(folder):
     """The lines of training in a run's log, without times, in the order of steps: scores are
     written down when the judge has them, steps after that which they are of."""
-    events = runlog.read_log(folder / "log.jsonl")
-    training = [event for event in events if event["event"] in runlog.TRAINING]
+    events = log.read_log(folder / "log.jsonl")
+    training = [event for event in events if event["event"] in log.TRAINING]
     training.sort(key=lambda event: (event["step"], event["event"]))
     return [{k: v for k, v in event.items() if k not in TIMES + ("cache",)} for event in training]
 
@@ -154,7 +153,7 @@ def check(options, folder, workers, chance):
     straight(command(options, killed, workers))
     (one,), (other,) = (list(f.glob("quickstart*/")) for f in (undisturbed, killed))
     found = differences(one, other)
-    events = runlog.read_log(other / "log.jsonl")
+    events = log.read_log(other / "log.jsonl")
     starts = [event for event in events if event["event"] == "start"]
     print(
         f"{workers} workers: {hit} kills, {writes} in the middle of a write; "

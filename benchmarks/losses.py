@@ -48,10 +48,7 @@ from contenders import (
 )
 
 import model
-from runtime import composite_loss as composite
-from runtime import config
-from runtime import folder as runs
-from runtime import sliding_window as windows
+from runtime import composite_loss, config, folder, sliding_window
 
 FULL_RUN = Path(__file__).resolve().parents[1] / "configs" / "exp001_full.yaml"
 SMALL = (
@@ -302,7 +299,7 @@ def training_step(chosen, batch, device):
     def step(terms, number):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             outputs = network(image)
-        total, _ = composite.composite_loss(
+        total, _ = composite_loss.composite_loss(
             outputs, target, valid, terms, skeleton=skeleton, step=number
         )
         total.backward()
@@ -337,7 +334,7 @@ def show_machine(threads, device):
     named = re.search(r"model name\s*: (.*)", text)
     cpu = named[1] if named else platform.processor()
     gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
-    versions = {**runs.versions(), "scipy": scipy.__version__, "monai": "not installed"}
+    versions = {**folder.versions(), "scipy": scipy.__version__, "monai": "not installed"}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions["monai"] = importlib.metadata.version("monai")
     print(f"device: {gpu}{cpu}, {os.cpu_count()} cores, {threads} threads")
@@ -362,7 +359,7 @@ def parse(argv):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name}: expected 1 or more, got {getattr(arguments, name)}")
     try:
-        arguments.device, _ = windows.resolve_device(arguments.device)
+        arguments.device, _ = sliding_window.resolve_device(arguments.device)
     except ValueError as error:
         parser.error(f"--device: {error}")
     if 0 != arguments.leak <= FIRST_STEPS:

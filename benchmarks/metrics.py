@@ -31,8 +31,7 @@ import psutil
 from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from scoring import homology, metrics, partitions
-from scoring import surface as surfaces
+from scoring import homology, metrics, partitions, surface
 from volumes import phantoms
 
 FASTER = 5.0
@@ -91,8 +90,8 @@ def package_information(prediction, truth):
 
 def hd95(prediction, truth, **constants):
     for name, value in constants.items():
-        setattr(surfaces, name, value)
-    return surfaces.surface_pair(prediction, truth).hausdorff(95.0)
+        setattr(surface, name, value)
+    return surface.surface_pair(prediction, truth).hausdorff(95.0)
 
 
 def names(*chosen):
@@ -100,7 +99,7 @@ def names(*chosen):
 
 
 PARTS = {
-    "surface Dice": surfaces.surface_dice,
+    "surface Dice": surface.surface_dice,
     "surface Dice, surface-distance": package_surface_dice,
     "HD95": hd95,
     "HD95, k-d tree": lambda p, t: hd95(p, t, _VOXELS_PER_QUERY=0, _ROWS_PER_VOXEL=0),

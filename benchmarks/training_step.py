@@ -21,9 +21,7 @@ import torch
 
 import data
 from patches import transfer
-from runtime import build as planning
-from runtime import composite_loss as composite
-from runtime import timer as clock
+from runtime import build, composite_loss, timer
 
 SAMPLED_EVERY = 0.02  # seconds between two looks at the resident memory
 
@@ -59,7 +57,7 @@ def from_loader(plan, source):
         ticks.mark("wait")
         samples = transfer.to_device(samples, plan.device, copying)
         ticks.mark("transfer")
-        drawn = planning.augment_batch(plan, samples)
+        drawn = build.augment_batch(plan, samples)
         ticks.mark("augment")
         return drawn
 
@@ -78,7 +76,7 @@ class Trainer:
     def __init__(self, plan, terms=None):
         self.plan, optim = plan, plan.settings.optim
         self.terms = plan.terms if terms is None else terms
-        self.network = planning.make_network(plan)
+        self.network = build.make_network(plan)
         if plan.settings.model.compile:
             self.network.compile()
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
@@ -108,7 +106,7 @@ class Trainer:
 
     def _loss(self, logits, target, valid, skeleton, *, number):
         about = {"spacing": self.plan.spacing, "skeleton": skeleton, "step": number}
-        return composite.composite_loss(logits, target, valid, self.terms, **about)[0]
+        return composite_loss.composite_loss(logits, target, valid, self.terms, **about)[0]
 
     def _update(self):
         optim, weights = self.plan.settings.optim, list(self.network.parameters())
@@ -130,7 +128,7 @@ def run_steps(step, numbers, device):
 
     Each step has a clock of its own, read when all are done, so that no step waits for one.
     """
-    clocks = [clock.StepTimer(device) for _ in numbers]
+    clocks = [timer.StepTimer(device) for _ in numbers]
     for number, ticks in zip(numbers, clocks, strict=True):
         ticks.start()
         step(number, ticks)

@@ -39,10 +39,7 @@ import training_step
 import model
 import train
 from monitoring import recorder
-from runtime import checkpoint, config
-from runtime import log as runlog
-from runtime import memory_guard as guard
-from runtime import signals as stopping
+from runtime import checkpoint, config, log, memory_guard, signals
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ROOT / "configs" / "quickstart.yaml"
@@ -125,9 +122,9 @@ class NoWorkers:
 
 def looking(folder):
     """Seconds of a look at signals and memory."""
-    stop = stopping.Stop()
+    stop = signals.Stop()
     stop.look_for(folder / "stop")
-    watch = guard.MemoryGuard(None, limit=10**13, report=print)
+    watch = memory_guard.MemoryGuard(None, limit=10**13, report=print)
     seconds = []
     for _ in range(50):
         stop.looked = watch.looked = 0.0
@@ -160,7 +157,7 @@ def with_and_without(options, folder):
         on = number % 2 == 0
         run = quickstart(options, folder / f"ab{number}", *([] if on else without))
         assert train.main(run) == 0
-        events = runlog.read_log(folder / f"ab{number}" / "q" / "log.jsonl")
+        events = log.read_log(folder / f"ab{number}" / "q" / "log.jsonl")
         times = [e["time"] for e in events if e["event"] == "step"]
         seconds[on] += [(b - a) / run.monitor.log_every for a, b in itertools.pairwise(times)]
     row("a step by the clock on the wall", statistics.median(seconds[True]) / 1e-3, unit="ms")

@@ -24,7 +24,7 @@ from monai.networks.nets import DynUNet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scoring import metrics
-from volumes import casefile as cases
+from volumes import casefile
 
 PATCH = (12, 96, 96)
 SPACING = (5.0, 1.0, 1.0)  # of the published comparison
@@ -52,7 +52,7 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    dataset = cases.read_dataset(arguments.root)
+    dataset = casefile.read_dataset(arguments.root)
     normalise = mt.NormalizeIntensityd("image", nonzero=True)
     keys = ("image", "label")
     draw = mt.Compose(

@@ -41,7 +41,7 @@ from patches import augment
 from patches.cache import VolumeCache
 from patches.feed import PatchPlan
 from settings import Augment
-from volumes import casefile as cases
+from volumes import casefile
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCH = (72, 136, 136)
@@ -57,7 +57,7 @@ NAMES = ("image", "label")
 
 
 def patches(folder):
-    stored = list(cases.read_dataset(folder).cases.values())
+    stored = list(casefile.read_dataset(folder).cases.values())
     return data.PatchDataset(
         stored,
         cache=VolumeCache(stored, 10**9),

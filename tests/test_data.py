@@ -15,7 +15,7 @@ import data
 from patches import augment
 from patches.cache import VolumeCache
 from settings import Augment
-from volumes import casefile as cases
+from volumes import casefile
 
 SHAPES = [(10, 24, 24), (14, 20, 30), (6, 24, 24)]
 HUGE = 2**40
@@ -30,10 +30,10 @@ def write(folder, number, shape, label=None, spacing=(2.0, 1.0, 1.0), image=None
         label[2:4, 3:9, 3:9] = 1
         label[:, :, -4:] = 2
     settings = {"unit": "micron", "affine": None, "group": f"g{number}", "ignore_label": 2}
-    cases.write_case(
+    casefile.write_case(
         folder / f"case{number}.h5", image, label, spacing=spacing, **{**settings, **changes}
     )
-    return cases.read_case(folder / f"case{number}.h5")
+    return casefile.read_case(folder / f"case{number}.h5")
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_case_file_holds_coordinates_statistics_and_attributes(tmp_path):
 def test_coordinates_of_a_dense_class_are_a_sample_without_repeats():
     label = np.zeros((40, 60, 60), np.uint8)
     label[5:] = 1
-    found = cases.sample_coordinates(label, 1, np.random.default_rng(0), most=500)
+    found = casefile.sample_coordinates(label, 1, np.random.default_rng(0), most=500)
     assert len({tuple(c) for c in found}) == 500 and found[:, 0].min() >= 5
     assert abs(found[:, 0].mean() - 22) < 2
 
@@ -230,12 +230,12 @@ def test_a_file_that_is_no_case_is_named(tmp_path):
     path = tmp_path / "x.h5"
     path.write_bytes(b"no")
     with pytest.raises(ValueError, match=r"x\.h5: expected a case file written by prepare.py"):
-        cases.read_case(path)
+        casefile.read_case(path)
 
 
 def test_writing_a_case_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(ValueError):
-        cases.write_case(
+        casefile.write_case(
             tmp_path / "a.h5",
             np.zeros((1, 2, 2, 2), np.uint8),
             spacing=("x", 1, 1),

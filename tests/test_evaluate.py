@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import evaluate
-from volumes import casefile as cases
-from volumes import files as volumes
+from volumes import casefile, files
 
 SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -25,7 +24,7 @@ def bar(start, length=4, shape=(3, 5, 12), value=1):
 
 def write(path, mask, spacing=(1.0, 1.0, 1.0), unit="micron"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    volumes.write_volume(path, mask, spacing=spacing, unit=unit)
+    files.write_volume(path, mask, spacing=spacing, unit=unit)
     return str(path)
 
 
@@ -35,9 +34,9 @@ def write_dataset(root, labels, ignore_label=None):
     for case, label in labels.items():
         image = np.where(label == 1, 100, 20).astype(np.uint8)[None]
         about = {"spacing": (5.0, 1.0, 1.0), "unit": "micron", "affine": None, "group": case}
-        cases.write_case(root / f"{case}.h5", image, label, ignore_label=ignore_label, **about)
+        casefile.write_case(root / f"{case}.h5", image, label, ignore_label=ignore_label, **about)
     classes = {"background": 0, "foreground": 1}
-    cases.write_dataset(
+    casefile.write_dataset(
         root, classes=classes, ignore_label=ignore_label, unit="micron", case_ids=list(labels)
     )
     return str(root)
@@ -466,7 +465,7 @@ def test_a_truth_without_usable_spacing_is_a_fault(tmp_path, capsys):
     with h5py.File(truth, "w") as file:
         file["label"] = bar(2)
         file.attrs["spacing"] = (0.0, 1.0, 1.0)
-    volumes.write_volume(tmp_path / "pred" / "a.tif", bar(2))
+    files.write_volume(tmp_path / "pred" / "a.tif", bar(2))
     assert run("--pred", tmp_path / "pred" / "a.tif", "--truth", truth) == 2
     assert "expected a spacing above 0" in capsys.readouterr().err
 
@@ -475,7 +474,7 @@ def test_a_mirrored_prediction_is_a_fault(tmp_path, capsys):
     about = {"spacing": (1.0, 1.0, 1.0), "unit": "mm"}
     for name, sign in (("pred", 1.0), ("truth", -1.0)):
         affine = np.diag([sign, 1.0, 1.0, 1.0])
-        volumes.write_volume(tmp_path / f"{name}.nii.gz", bar(2), affine=affine, **about)
+        files.write_volume(tmp_path / f"{name}.nii.gz", bar(2), affine=affine, **about)
     assert run("--pred", tmp_path / "pred.nii.gz", "--truth", tmp_path / "truth.nii.gz") == 2
     assert "expected the axes of" in capsys.readouterr().err
 
@@ -484,9 +483,9 @@ def test_a_prepared_case_without_label_is_left_out_and_said(tmp_path, capsys):
     root = tmp_path / "d"
     write_dataset(root, {"a": bar(2)})
     about = {"spacing": (5.0, 1.0, 1.0), "unit": "micron", "affine": None, "group": "b"}
-    cases.write_case(root / "b.h5", bar(2)[None], **about)
+    casefile.write_case(root / "b.h5", bar(2)[None], **about)
     classes = {"background": 0, "foreground": 1}
-    cases.write_dataset(root, classes=classes, ignore_label=None, unit="micron", case_ids="ab")
+    casefile.write_dataset(root, classes=classes, ignore_label=None, unit="micron", case_ids="ab")
     for case in "ab":
         write(tmp_path / "pred" / f"{case}.nii.gz", bar(2), (5.0, 1.0, 1.0))
     assert run("--pred", tmp_path / "pred", "--truth", root) == 0

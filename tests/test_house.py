@@ -13,13 +13,14 @@ ROOT = Path(__file__).parents[1]
 
 # The files of each folder. A file that is not listed here fails, and so does a name without a file.
 ROOMS = {
-    "volumes": "files tiff nifti hdf5 layouts ingest phantoms skeletons casefile inputs submission",
+    "volumes": "files volume tiff nifti hdf5 layouts ingest phantoms skeletons statistics casefile "
+    "inputs submission atomic processes",
     "topology": "distance soft_skeleton persistence",
     "monitoring": "machine records recorder health panels picture formatting",
-    "scoring": "metrics surface partitions homology postprocess inputs parallel report",
-    "patches": "cache resample intensity augment contact_sheet transfer",
-    "runtime": "config build composite_loss run checkpoint folder log signals microbatch nonfinite "
-    "timer memory_guard sliding_window splits evaluator validation",
+    "scoring": "metrics surface dilation partitions homology postprocess inputs parallel report",
+    "patches": "cache resample intensity augment contact_sheet feed transfer",
+    "runtime": "config build composite_loss run evaluations checkpoint folder log signals "
+    "microbatch nonfinite timer memory_guard sliding_window splits evaluator validation",
 }
 TOP = "settings data model losses"
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "topology": set(),
     "monitoring": set(),
     "scoring": {"volumes"},
-    "patches": {"volumes", "settings"},
+    "patches": {"volumes", "settings", "monitoring"},
     "data": {"patches", "volumes", "monitoring"},
     "model": set(),
     "losses": {"topology"},

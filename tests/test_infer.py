@@ -15,11 +15,9 @@ import data
 import infer
 import model
 from patches import intensity
-from runtime import checkpoint, config
+from runtime import checkpoint, config, sliding_window
 from runtime import folder as runs
-from runtime import sliding_window as windows
-from volumes import casefile as cases
-from volumes import files as volumes
+from volumes import casefile, files
 
 PATCH = (8, 16, 16)
 NATIVE = [0.0, 0.0, 0.0]
@@ -98,19 +96,21 @@ def make_cases(root, **images):
     root.mkdir()
     for case_id, image in images.items():
         about = {"spacing": (2.0, 0.5, 0.5), "unit": "micron", "affine": TURNED, "group": case_id}
-        cases.write_case(
+        casefile.write_case(
             root / f"{case_id}.h5", image[None], **about, source_image=f"{case_id}.tif"
         )
     about = {"classes": {"background": 0, "foreground": 1}, "ignore_label": None, "unit": "micron"}
-    cases.write_dataset(root, **about, case_ids=list(images))
+    casefile.write_dataset(root, **about, case_ids=list(images))
 
 
 def expected_probs(image, ratio=(1, 1, 1), seed=1):
     """What the untrained network says of an image (D, H, W), put together from the modules."""
-    about = data.normalisation(cases.intensity_statistics(image[None]), (0.5, 99.5))
+    about = data.normalisation(casefile.intensity_statistics(image[None]), (0.5, 99.5))
     normalize = functools.partial(intensity.normalise, **about)
     network = network_of(seed)[0]
-    return windows.predict_volume(network, image[None], PATCH, normalize=normalize, ratio=ratio)[0]
+    return sliding_window.predict_volume(
+        network, image[None], PATCH, normalize=normalize, ratio=ratio
+    )[0]
 
 
 def infer_ok(*arguments):
@@ -146,7 +146,7 @@ def test_nifti_prediction_lies_on_its_image(run, tmp_path, capsys):
 def test_weights_of_the_last_step_are_used_where_there_is_no_average(run, tmp_path, capsys):
     write_nifti(tmp_path / "a.nii", image_of((8, 16, 16)))
     infer_ok("--ckpt", run(ema=False), "--input", tmp_path / "a.nii", "--output", tmp_path / "out")
-    mask = volumes.read_label(tmp_path / "out" / "a.nii").array
+    mask = files.read_label(tmp_path / "out" / "a.nii").array
     np.testing.assert_array_equal(mask, expected_probs(image_of((8, 16, 16))) >= 0.5)
     assert "weights of the last step" in capsys.readouterr().out
 
@@ -166,7 +166,7 @@ def test_raw_volume_and_its_case_file_give_the_same(run, tmp_path):
     make_cases(tmp_path / "cases", b=image)
     infer_ok("--ckpt", run(), "--input", tmp_path / "b.nii.gz", "--output", tmp_path / "raw")
     infer_ok("--ckpt", run(), "--input", tmp_path / "cases" / "b.h5", "--output", tmp_path / "case")
-    raw = volumes.read_label(tmp_path / "raw" / "b.nii.gz").array
+    raw = files.read_label(tmp_path / "raw" / "b.nii.gz").array
     np.testing.assert_array_equal(raw, tifffile.imread(tmp_path / "case" / "b.tif"))
 
 
@@ -186,10 +186,10 @@ def test_target_spacing_reaches_the_network_and_the_mask_keeps_the_grid(run, tmp
     infer_ok("--ckpt", run(spacing=[0.0, 1.0, 1.0]), "--input", tmp_path / "fine.nii.gz",
              "inference.save_probabilities=true")  # fmt: skip
     folder = tmp_path / "runs" / "tiny" / "predictions"
-    probs = volumes.read_image(folder / "probabilities" / "fine.nii.gz")
+    probs = files.read_image(folder / "probabilities" / "fine.nii.gz")
     assert probs.spacing == (2.0, 0.5, 0.5)
     np.testing.assert_allclose(probs.array[0], expected_probs(image, ratio=(1, 2, 2)), atol=1e-6)
-    mask = volumes.read_label(folder / "fine.nii.gz").array
+    mask = files.read_label(folder / "fine.nii.gz").array
     np.testing.assert_array_equal(mask, probs.array[0] >= 0.5)
 
 
@@ -206,7 +206,7 @@ def test_settings_of_inference_take_effect(run, tmp_path):
     labels, _ = ndimage.label(mask, np.ones((3, 3, 3)))
     sizes = np.bincount(labels.ravel())
     kept = mask & (sizes[labels] >= 4)
-    written = volumes.read_label(tmp_path / "runs" / "tiny" / "predictions" / "a.nii.gz").array
+    written = files.read_label(tmp_path / "runs" / "tiny" / "predictions" / "a.nii.gz").array
     np.testing.assert_array_equal(written, kept)
     assert 0 < kept.sum() < mask.sum()
 
@@ -360,7 +360,7 @@ def test_prediction_goes_on_with_less_memory_and_the_next_volume_begins_there(
     image = image_of((9, 20, 18))
     for name in ("a", "b"):
         write_nifti(tmp_path / "scans" / f"{name}.nii.gz", image)
-    call, failed = windows._call, []
+    call, failed = sliding_window._call, []
 
     def small(network, patches, precision):
         if len(patches) > 1 or not failed or failed[-1] > 1:
@@ -368,7 +368,7 @@ def test_prediction_goes_on_with_less_memory_and_the_next_volume_begins_there(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return call(network, patches, precision)
 
-    monkeypatch.setattr(windows, "_call", small)
+    monkeypatch.setattr(sliding_window, "_call", small)
     infer_ok("--ckpt", run(), "--input", tmp_path / "scans", "inference.batch=4")
     assert failed == [4, 2, 1]
     mask = np.asarray(nibabel.load(tmp_path / "runs/tiny/predictions/b.nii.gz").dataobj).T
@@ -382,7 +382,7 @@ def test_a_window_that_fits_in_no_way_is_one_sentence(run, tmp_path, capsys, mon
     def never(network, patches, precision):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(windows, "_call", never)
+    monkeypatch.setattr(sliding_window, "_call", never)
     assert infer.main(["--ckpt", str(run()), "--input", str(tmp_path / "a.nii.gz")]) == 1
     error = capsys.readouterr().err
     assert "lower inference.window" in error and len(error.splitlines()) == 1

@@ -13,8 +13,7 @@ import pytest
 import tifffile
 
 import prepare
-from volumes import casefile as cases
-from volumes import ingest, layouts
+from volumes import casefile, ingest, layouts
 from volumes.files import Source
 
 SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[2] / "shared"))
@@ -76,7 +75,7 @@ def test_a_pair_keeps_voxels_dtype_spacing_unit_and_affine(raw, out):
     nifti(raw / "a_img.nii.gz", image, unit="micron")
     nifti(raw / "a_lbl.nii.gz", mask(), unit="micron")
     assert run("--images", raw, "--labels", raw, "--out", out) == 0
-    dataset = cases.read_dataset(out)
+    dataset = casefile.read_dataset(out)
     case = dataset.cases["a"]
     assert (case.shape, case.spacing, case.unit) == (SHAPE, (2.0, 1.0, 0.5), "micron")
     assert (dataset.classes, dataset.ignore_label) == ({"background": 0, "foreground": 1}, None)
@@ -139,7 +138,7 @@ def test_crops_are_cases_of_their_own_with_a_moved_affine(raw, out):
     nifti(raw / "a_lbl.nii.gz", label)
     crops = ("--crop", "train=0:3", "test=4:")
     assert run("--images", raw, "--labels", raw, "--out", out, *crops) == 0
-    dataset_cases = cases.read_dataset(out).cases
+    dataset_cases = casefile.read_dataset(out).cases
     assert {i: case.group for i, case in dataset_cases.items()} == {
         i: i for i in ("a_train", "a_test")
     }
@@ -156,7 +155,7 @@ def test_the_spacing_table_wins_over_the_option_and_both_over_the_header(raw, ou
     table.write_text("id,z,y,x,unit\na*,5,0.994,0.994,micron\n")
     options = ("--spacing", 3, 2, 1, "--unit", "micron", "--spacing-csv", table)
     assert run("--images", raw, "--out", out, *options) == 0
-    dataset_cases = cases.read_dataset(out).cases
+    dataset_cases = casefile.read_dataset(out).cases
     assert dataset_cases["a1"].spacing == (5.0, 0.994, 0.994)
     assert dataset_cases["b1"].spacing == (3.0, 2.0, 1.0)
     assert not dataset_cases["a1"].labeled
@@ -174,7 +173,7 @@ def test_groups_come_from_the_id_or_a_table(raw, out):
     groups |= {"csv:animal": ["p", "q", "q"], f"csv:{raw / 'train.csv'}:animal": ["p", "q", "q"]}
     for rule, expected in groups.items():
         assert run("--images", raw, "--out", out, "--group-from", rule) == 0
-        assert [case.group for case in cases.read_dataset(out).cases.values()] == expected
+        assert [case.group for case in casefile.read_dataset(out).cases.values()] == expected
 
 
 def test_cases_are_added_and_those_of_the_same_id_replaced(raw, out, capsys):
@@ -184,7 +183,7 @@ def test_cases_are_added_and_those_of_the_same_id_replaced(raw, out, capsys):
     more = ("--phantom", "scroll", "--cases", 1, "--shape", *SHAPE, "--seed", 1)
     assert run(*more, "--out", out) == 0
     assert "replaced" in capsys.readouterr().out
-    dataset = cases.read_dataset(out)
+    dataset = casefile.read_dataset(out)
     assert sorted(dataset.cases) == ["scroll_000", "scroll_001"]
     assert dataset.ignore_label == 2
     with h5py.File(out / "scroll_000.h5") as file:
@@ -237,7 +236,7 @@ def test_an_nnunet_root_gives_channels_classes_and_ignore_label(raw, out):
     nifti(raw / "imagesTs/t_0001.nii.gz", voxels())
     (raw / "dataset.json").write_text(json.dumps(description))
     assert run("--images", raw, "--out", out, "--test-images") == 0
-    dataset = cases.read_dataset(out)
+    dataset = casefile.read_dataset(out)
     assert dataset.classes == {"background": 0, "wall": 1, "lumen": 2}
     assert dataset.ignore_label == 3
     assert {i: (c.channels, c.labeled) for i, c in dataset.cases.items()} == {
@@ -255,8 +254,8 @@ def test_an_msd_root_keeps_ids_that_look_like_channels(raw, out):
     description = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "atrium"}}
     (raw / "dataset.json").write_text(json.dumps(description))
     assert run("--images", raw, "--out", out) == 0
-    assert sorted(cases.read_dataset(out).cases) == ["la_0001", "la_0002"]
-    assert cases.read_dataset(out).classes == {"background": 0, "atrium": 1}
+    assert sorted(casefile.read_dataset(out).cases) == ["la_0001", "la_0002"]
+    assert casefile.read_dataset(out).classes == {"background": 0, "atrium": 1}
 
 
 def test_a_missing_channel_is_a_fault(raw, out, capsys):
@@ -278,7 +277,7 @@ def test_a_vesuvius_root_skips_and_lists_ids_whose_file_is_gone(raw, out, capsys
     assert run("--images", raw, "--out", out) == 0
     said = capsys.readouterr().out
     assert "lists 2 ids that have no file any more; skipped: 103, 104" in said
-    dataset = cases.read_dataset(out)
+    dataset = casefile.read_dataset(out)
     assert dataset.ignore_label == 2
     assert {i: c.group for i, c in dataset.cases.items()} == {"101": "7", "102": "8"}
 
@@ -293,7 +292,7 @@ def test_an_image_goes_with_the_longest_label_id_it_begins_with():
 def test_two_named_files_are_a_pair_whatever_their_names(raw, out):
     image, label = tiff(raw / "ct.tif", voxels()), tiff(raw / "artery.tif", mask())
     assert run("--images", image, "--labels", label, "--out", out) == 0
-    assert list(cases.read_dataset(out).cases) == ["ct"]
+    assert list(casefile.read_dataset(out).cases) == ["ct"]
 
 
 # ---------------------------------------------------------------------------- what is refused
@@ -466,7 +465,7 @@ def test_real_nifti_and_tiff_end_as_the_same_case_file(tmp_path):
     for kind, (images, labels) in commands.items():
         where = ("--images", images, "--labels", labels, "--out", tmp_path / kind)
         assert run(*where, *(("--spacing-csv", table) if kind == "tiff" else ())) == 0
-        files[kind] = cases.read_case(tmp_path / kind / f"{name}.h5")
+        files[kind] = casefile.read_case(tmp_path / kind / f"{name}.h5")
     nifti_case, tiff_case = files["nifti"], files["tiff"]
     assert (nifti_case.spacing, nifti_case.unit) == ((5.0, 0.994, 0.994), "micron")
     assert (tiff_case.spacing, tiff_case.unit) == (nifti_case.spacing, nifti_case.unit)
@@ -501,7 +500,7 @@ def test_channels_of_different_spacing_are_a_fault(raw, out, capsys):
 def test_a_unit_that_the_header_does_not_state_converts_its_spacing(raw, out):
     nifti(raw / "a.nii.gz", voxels(), (500, 1000, 2000), unit="micron")
     assert run("--images", raw / "a.nii.gz", "--unit", "mm", "--out", out) == 0
-    case = cases.read_dataset(out).cases["a"]
+    case = casefile.read_dataset(out).cases["a"]
     assert (case.spacing, case.unit) == ((2.0, 1.0, 0.5), "mm")
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import data
-from patches import resample as grid
+from patches import resample
 from settings import Augment
 from tests.test_data import SHAPES, augment_batch, patches, still, write
-from volumes import files as volumes
+from volumes import files
 
 SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 
@@ -64,8 +64,8 @@ def test_the_voxel_drawn_around_stays_in_a_turned_patch(tmp_path):
         sample = dataset[0, i]
         target = augment_batch([sample], patch=(12, 16, 16))[1]
         within.append(bool(target.any()) or sample["center_class"] == 0)
-        reached = grid._place_in_patch(
-            grid.Map(sample["matrix"], None, sample["control"].numpy(), sample["step"]),
+        reached = resample._place_in_patch(
+            resample.Map(sample["matrix"], None, sample["control"].numpy(), sample["step"]),
             sample["origin"],
             np.array((12, 16, 16)),
             sample["voxel"],
@@ -180,8 +180,8 @@ def test_unlabeled_voxels_are_never_the_centre(tmp_path):
 
 
 def vessels(name):
-    image = volumes.read_image(SHARED / f"vesselNN_nifti/{name}_img.nii.gz").array
-    label = volumes.read_label(SHARED / f"vesselNN_nifti/{name}_lbl.nii.gz").array
+    image = files.read_image(SHARED / f"vesselNN_nifti/{name}_img.nii.gz").array
+    label = files.read_label(SHARED / f"vesselNN_nifti/{name}_lbl.nii.gz").array
     return image[:, :, 100:228, 100:228], label[:, 100:228, 100:228]
 
 

@@ -18,8 +18,7 @@ import torch
 import data
 import model
 import train
-from runtime import checkpoint, evaluator
-from runtime import memory_guard as guard
+from runtime import checkpoint, evaluator, memory_guard
 from tests.test_train import events, root, same_state, settings, weights_of
 
 __all__ = ["root"]  # a fixture
@@ -283,7 +282,7 @@ def test_a_validation_case_that_cannot_be_read_chooses_no_best(root, tmp_path, m
 def test_near_its_limit_a_run_gives_back_cache_then_workers_then_leaves(
     root, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(guard, "LOOK", 0.0)
+    monkeypatch.setattr(memory_guard, "LOOK", 0.0)
     changes = ["training.workers=2", "run.memory_gb=0.1", "training.max_epochs=1"]
     assert train.main(settings(root, tmp_path, *changes)) == 75
     texts = [e["text"] for e in troubles(tmp_path, "memory")]

@@ -14,9 +14,8 @@ import data
 import model
 import train
 from patches import augment, transfer
-from runtime import checkpoint, config, evaluator, validation
-from runtime import timer as clock
-from volumes import casefile as cases
+from runtime import checkpoint, config, evaluator, timer, validation
+from volumes import casefile
 
 SHAPE = (12, 24, 24)
 
@@ -33,7 +32,7 @@ def root(tmp_path_factory):
         image = (rng.normal(60, 10, SHAPE) + 80 * label).clip(1, 255).astype(np.uint8)
         label[:, :2] = 2
         ids.append(f"bar{i}")
-        cases.write_case(
+        casefile.write_case(
             folder / f"bar{i}.h5",
             image[None],
             None if i == 4 else label,
@@ -44,7 +43,7 @@ def root(tmp_path_factory):
             ignore_label=2,
             compression="lzf",  # so that there is something for the cache to hold
         )
-    cases.write_dataset(
+    casefile.write_dataset(
         folder, classes={"background": 0, "bar": 1}, ignore_label=2, unit="micron", case_ids=ids
     )
     return folder
@@ -398,13 +397,13 @@ def test_a_run_folder_that_cannot_be_made_is_refused(root, tmp_path, capsys):
 def test_a_dataset_json_of_another_tool_is_told_apart(tmp_path):
     (tmp_path / "dataset.json").write_text('{"labels": {"background": 0}}')
     with pytest.raises(ValueError, match="another format, such as nnU-Net's"):
-        cases.read_dataset(tmp_path)
+        casefile.read_dataset(tmp_path)
 
 
 def test_every_step_says_where_its_time_went(root, tmp_path):
     assert train.main(settings(root, tmp_path, "training.accumulate=2")) == 0
     for event in events(tmp_path / "runs" / "r", "step"):
-        assert list(event["seconds"]) == list(clock.PARTS)
+        assert list(event["seconds"]) == list(timer.PARTS)
         assert sum(event["seconds"].values()) == pytest.approx(event["step_seconds"], abs=1e-4)
         assert event["seconds"]["backward"] > 0
 
@@ -466,8 +465,8 @@ def test_the_size_of_the_cache_changes_no_weight(root, tmp_path, workers):
 def test_training_cases_without_a_labeled_voxel_are_refused(tmp_path, capsys):
     blank = np.full(SHAPE, 2, np.uint8)
     about = {"spacing": (1, 1, 1), "unit": "", "affine": None, "group": "a", "ignore_label": 2}
-    cases.write_case(tmp_path / "x.h5", blank[None], blank, skeleton=False, **about)
-    cases.write_dataset(
+    casefile.write_case(tmp_path / "x.h5", blank[None], blank, skeleton=False, **about)
+    casefile.write_dataset(
         tmp_path, classes={"background": 0, "bar": 1}, ignore_label=2, unit="", case_ids=["x"]
     )
     text = fault(capsys, settings(tmp_path, tmp_path, "data.validation=[]", "data.test=[]"))
@@ -479,8 +478,8 @@ def test_classes_are_drawn_by_the_ratio_and_logged_by_name(tmp_path):
     label = np.zeros(SHAPE, np.uint8)
     label[3:6, 4:8, 2:22], label[3:6, 14:18, 2:22] = 1, 2
     about = {"spacing": (2, 1, 1), "unit": "", "affine": None, "group": "a", "ignore_label": None}
-    cases.write_case(tmp_path / "x.h5", label[None] * 50, label, skeleton=False, **about)
-    cases.write_dataset(
+    casefile.write_case(tmp_path / "x.h5", label[None] * 50, label, skeleton=False, **about)
+    casefile.write_dataset(
         tmp_path,
         classes={"background": 0, "artery": 1, "vein": 2, "nerve": 3},
         ignore_label=None,

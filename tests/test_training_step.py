@@ -11,10 +11,8 @@ import torch
 
 import train
 from benchmarks import training_step
-from runtime import build as planning
-from runtime import checkpoint, config
-from runtime import timer as clock
-from volumes import casefile as cases
+from runtime import build, checkpoint, config, timer
+from volumes import casefile
 
 CPU = torch.device("cpu")
 SHAPE = (12, 24, 24)
@@ -33,9 +31,9 @@ def make_root(folder, shapes=(SHAPE,) * 4, rim=False):
         label[4:7, :, 20:] += rim
         noise = np.random.default_rng(i).integers(1, 99, (1, *shape))
         image = (noise + 100 * label).astype(np.uint8)
-        cases.write_case(folder / f"{case_id}.h5", image, label, group=case_id, **about)
+        casefile.write_case(folder / f"{case_id}.h5", image, label, group=case_id, **about)
     classes = {"background": 0, "slab": 1} | ({"rim": 2} if rim else {})
-    cases.write_dataset(folder, classes=classes, ignore_label=None, unit="micron", case_ids=ids)
+    casefile.write_dataset(folder, classes=classes, ignore_label=None, unit="micron", case_ids=ids)
     return folder
 
 
@@ -75,42 +73,40 @@ def root(tmp_path):
 def test_the_weights_after_some_steps_are_those_of_the_run(tmp_path, changes):
     root = make_root(tmp_path, rim="data.foreground=[slab,rim]" in changes)
     for path in root.glob("*.h5"):
-        with cases.h5py.File(path, "a") as file:
+        with casefile.h5py.File(path, "a") as file:
             file["skeleton"][:, :12] = 0  # unlike the one that the loss would make of the target
     settings = make_settings(root, "loss.toploss.window=[8,8,8]", *changes)
     assert train.main(settings) == 0
     trained = checkpoint.load(root / "runs" / "r" / "checkpoints" / "last.pt")["model"]
 
     torch.manual_seed(settings.run.seed)
-    plan = planning.resolve(settings)
+    plan = build.resolve(settings)
     trainer = training_step.Trainer(plan)
-    source = training_step.batches(
-        plan, planning.make_patches(plan), 3 * settings.training.accumulate
-    )
+    source = training_step.batches(plan, build.make_patches(plan), 3 * settings.training.accumulate)
     step = functools.partial(trainer.step, training_step.from_loader(plan, source))
     training_step.run_steps(step, range(3), CPU)
     assert all(torch.equal(w, trained[n]) for n, w in trainer.network.state_dict().items())
 
 
 def test_a_step_marks_its_parts_and_one_without_data_has_no_data_parts(root):
-    plan = planning.resolve(make_settings(root))
-    patches, trainer = planning.make_patches(plan), training_step.Trainer(plan)
+    plan = build.resolve(make_settings(root))
+    patches, trainer = build.make_patches(plan), training_step.Trainer(plan)
     with contextlib.closing(training_step.batches(plan, patches, 2)) as source:
         step = functools.partial(trainer.step, training_step.from_loader(plan, source))
         real = training_step.run_steps(step, range(2), CPU)
-    drawn = planning.augment_batch(plan, [patches[0, 0]])
+    drawn = build.augment_batch(plan, [patches[0, 0]])
     synthetic = training_step.run_steps(
         functools.partial(trainer.step, lambda ticks: drawn), [0], CPU
     )
-    assert [tuple(step) for step in real] == [clock.PARTS] * 2
-    assert [tuple(step) for step in synthetic] == [clock.PARTS[3:]]
+    assert [tuple(step) for step in real] == [timer.PARTS] * 2
+    assert [tuple(step) for step in synthetic] == [timer.PARTS[3:]]
 
 
 def test_averaged_weights_move_with_the_network(root):
-    plan = planning.resolve(make_settings(root, "optim.ema=0.5"))
+    plan = build.resolve(make_settings(root, "optim.ema=0.5"))
     trainer = training_step.Trainer(plan)
     before = copy.deepcopy(trainer.ema.state_dict())
-    drawn = planning.augment_batch(plan, [planning.make_patches(plan)[0, 0]])
+    drawn = build.augment_batch(plan, [build.make_patches(plan)[0, 0]])
     training_step.run_steps(functools.partial(trainer.step, lambda ticks: drawn), [0], CPU)
     after = trainer.network.state_dict()
     for name, average in trainer.ema.state_dict().items():
@@ -118,8 +114,8 @@ def test_averaged_weights_move_with_the_network(root):
 
 
 def test_draws_around_background_take_each_case_once(root):
-    plan = planning.resolve(make_settings(root))
-    patches = planning.make_patches(plan, foreground_share=0.0)
+    plan = build.resolve(make_settings(root))
+    patches = build.make_patches(plan, foreground_share=0.0)
     assert sorted(patches[0, i]["case"] for i in range(4)) == [f"slab{i}" for i in range(4)]
 
 

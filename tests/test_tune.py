@@ -9,8 +9,7 @@ import torch
 
 import data
 import tune
-from runtime import build
-from runtime import timer as clock
+from runtime import build, timer
 from tests.test_training_step import SHAPE, make_root, make_settings
 from tune import Measured
 
@@ -58,7 +57,7 @@ def test_the_figures_are_of_this_data_set(measured):
 def test_the_step_has_all_its_parts(measured):
     figures = measured[1]["figures"]
     parts = dict(part.split() for part in figures["step"]["note"].split(", "))
-    assert tuple(parts) == clock.PARTS
+    assert tuple(parts) == timer.PARTS
     assert figures["augment"]["value"] == pytest.approx(float(parts["augment"]), abs=0.06)
     assert sum(map(float, parts.values())) == pytest.approx(figures["step"]["value"], rel=0.05)
 

@@ -8,7 +8,7 @@ import data
 from patches import feed
 from settings import Augment
 from tests.test_data import HUGE, SHAPES, augment_batch, patches, same_sample, write
-from volumes import casefile as cases
+from volumes import casefile
 
 EVERYTHING = Augment(
     rotation=0.5, scaling=0.5, elastic=0.5, roll=0.5, illumination=0.5, low_resolution=0.5
@@ -74,7 +74,7 @@ def test_batches_are_the_same_from_a_compressed_store(stored, tmp_path, budget):
                 del file[name]
                 chunks = tuple(min(8, n) for n in plain[name].shape)
                 file.create_dataset(name, data=plain[name], chunks=chunks, compression="lzf")
-        packed.append(cases.read_case(path))
+        packed.append(casefile.read_case(path))
     check_same(batches(stored, 0, 6), batches(packed, 0, 6, budget=budget))
 
 

@@ -3,7 +3,7 @@
 import h5py
 import pytest
 
-from runtime import build as planning
+from runtime import build
 from tests.test_training_step import make_root, make_settings
 
 
@@ -24,4 +24,4 @@ def test_settings_that_cannot_train_are_refused_by_name(tmp_path, change, named)
             with h5py.File(path, "a") as file:
                 del file["skeleton"]
     with pytest.raises((ValueError, FileNotFoundError), match=named.replace(".", r"\.")):
-        planning.resolve(make_settings(tmp_path, change))
+        build.resolve(make_settings(tmp_path, change))

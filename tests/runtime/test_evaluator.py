@@ -15,7 +15,7 @@ from runtime import checkpoint, evaluator, validation
 from scoring import metrics
 from tests.test_survival import after_step, kills, run_folder
 from tests.test_train import SHAPE, events, root, settings, weights_of
-from volumes import casefile as cases
+from volumes import casefile
 
 __all__ = ["root"]  # a fixture
 
@@ -23,8 +23,8 @@ __all__ = ["root"]  # a fixture
 def make_case(tmp_path, label, ignore_label=2, case_id="x"):
     about = {"spacing": (1, 1, 1), "unit": "", "affine": None, "group": case_id}
     path = tmp_path / f"{case_id}.h5"
-    cases.write_case(path, label[None], label, ignore_label=ignore_label, **about)
-    return cases.read_case(path)
+    casefile.write_case(path, label[None], label, ignore_label=ignore_label, **about)
+    return casefile.read_case(path)
 
 
 def sheet():

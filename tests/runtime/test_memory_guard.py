@@ -6,7 +6,7 @@ import pytest
 
 from monitoring import machine
 from monitoring.machine import GB, MemoryLimit
-from runtime import memory_guard as guard
+from runtime import memory_guard
 from runtime.memory_guard import MemoryGuard
 
 
@@ -21,9 +21,9 @@ class Scene:
             machine, "rooms", lambda: [MemoryLimit(self.free, 10 * GB, "this machine")]
         )
         monkeypatch.setattr(machine, "resident_memory", lambda pids: self.taken)
-        monkeypatch.setattr(guard, "release", self.release)
-        monkeypatch.setattr(guard.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(guard.time, "sleep", lambda seconds: self.done.append("wait"))
+        monkeypatch.setattr(memory_guard, "release", self.release)
+        monkeypatch.setattr(memory_guard.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(memory_guard.time, "sleep", lambda seconds: self.done.append("wait"))
         self.guard = MemoryGuard(self, limit=limit, report=self.report)
 
     @property
@@ -53,7 +53,7 @@ class Scene:
 
     def look(self):
         """What the guard says a while later; what it did is in `acts`."""
-        self.now += 2 * guard.LOOK
+        self.now += 2 * memory_guard.LOOK
         return self.guard.look(self)
 
     @property
@@ -104,7 +104,7 @@ def test_the_guard_looks_once_a_second(monkeypatch):
     scene = Scene(monkeypatch, workers=2, others=4 * GB)
     assert scene.look() is None
     scene.others = 9.9 * GB
-    scene.now += 0.9 * guard.LOOK
+    scene.now += 0.9 * memory_guard.LOOK
     assert scene.guard.look(scene) is None and scene.done == []
     assert scene.look() is not None
 
@@ -136,4 +136,4 @@ def test_of_several_limits_the_one_with_least_left_is_told(monkeypatch):
 
 
 def test_memory_can_be_released_on_this_system():
-    guard.release()
+    memory_guard.release()

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 import losses
 import model
-from runtime import composite_loss as composite
-from runtime import microbatch
+from runtime import composite_loss, microbatch
 from runtime.microbatch import MicroBatch
 from runtime.signals import CannotGoOn
 
@@ -69,7 +68,7 @@ TERMS = {
 
 def loss_of(logits, terms, step=0):
     _, target, valid, skeleton = batch()
-    total, _ = composite.composite_loss(
+    total, _ = composite_loss.composite_loss(
         logits, target, valid, terms, spacing=(2.0, 1.0, 1.0), skeleton=skeleton, step=step
     )
     return total
@@ -111,7 +110,7 @@ def test_a_mean_of_gradients_of_parts_would_be_another_one():
     image, target, valid, _ = batch()
     for i in range(5):
         part = slice(i, i + 1)
-        loss, _ = composite.composite_loss(net(image[part]), target[part], valid[part], terms)
+        loss, _ = composite_loss.composite_loss(net(image[part]), target[part], valid[part], terms)
         (loss / 5).backward()
     assert not torch.allclose(gradients(net), trained(terms), rtol=0, atol=1e-4)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import signals as stopping
+from runtime import signals
 from runtime.signals import Stop
 
 
@@ -17,7 +17,7 @@ from runtime.signals import Stop
 def clock(monkeypatch):
     """The time that Stop sees; clock[0] sets it."""
     now = [1000.0]
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -25,7 +25,7 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", stopping.SIGNALS)
+@pytest.mark.parametrize("number", signals.SIGNALS)
 def test_a_signal_is_noted_and_does_nothing_else(number):
     before = signal.getsignal(number)
     with Stop() as stop:
@@ -112,7 +112,7 @@ with stopping.listening():
 
 
 def test_a_signal_that_comes_early_or_late_does_not_change_the_exit_status():
-    here = Path(stopping.__file__).parents[1]
+    here = Path(signals.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", LATE], cwd=here, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (75, "signal SIGTERM\n"), done
 
@@ -142,7 +142,7 @@ def test_a_file_stops_the_run_and_is_gone_for_the_next_one(tmp_path, clock):
     stop.look_for(file)
     assert stop.reason() is None
     file.touch()
-    clock[0] += stopping.LOOK + 0.1
+    clock[0] += signals.LOOK + 0.1
     assert stop.reason() == f"the file {file} was there"
     assert not file.exists() and stop.reason() is not None
 
@@ -159,7 +159,7 @@ def test_the_file_is_looked_for_once_a_second(tmp_path, clock):
     stop.look_for(file)
     stop.reason()
     file.touch()
-    clock[0] += 0.9 * stopping.LOOK
+    clock[0] += 0.9 * signals.LOOK
     assert stop.reason() is None and file.exists()
-    clock[0] += 0.2 * stopping.LOOK
+    clock[0] += 0.2 * signals.LOOK
     assert stop.reason() is not None

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 
 from runtime import splits
-from volumes import casefile as cases
+from volumes import casefile
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for number, group in enumerate("aabc"):
-        cases.write_case(
+        casefile.write_case(
             folder / f"bar{number}.h5",
             np.ones((1, 4, 4, 4), np.uint8),
             np.eye(4, dtype=np.uint8)[None].repeat(4, axis=0),
@@ -20,14 +20,14 @@ def root(tmp_path_factory):
             skeleton=False,
         )
     ids = [f"bar{number}" for number in range(4)]
-    cases.write_dataset(
+    casefile.write_dataset(
         folder, classes={"background": 0, "bar": 1}, ignore_label=None, unit="", case_ids=ids
     )
     return folder
 
 
 def test_folds_keep_groups_whole_and_cover_every_case(root):
-    dataset = cases.read_dataset(root)
+    dataset = casefile.read_dataset(root)
     held_out = []
     for fold in range(3):
         split, _ = splits.choose_cases(
@@ -40,7 +40,7 @@ def test_folds_keep_groups_whole_and_cover_every_case(root):
 
 
 def test_fewer_groups_than_folds_is_said_and_one_group_trains_without(root):
-    dataset = cases.read_dataset(root)
+    dataset = casefile.read_dataset(root)
     several = {"validation": (), "test": (), "folds": 5, "fold": 4}
     split, notes = splits.choose_cases(dataset, train=None, **several)
     assert split.validation and "only 3 groups" in notes[0]
@@ -65,7 +65,7 @@ def test_an_empty_list_of_foreground_classes_is_none():
 
 
 def test_metadata_are_plain_and_name_the_cases_of_each_part(root):
-    dataset = cases.read_dataset(root)
+    dataset = casefile.read_dataset(root)
     split, _ = splits.choose_cases(
         dataset, train=("a",), validation=("b",), test=("bar3",), folds=0, fold=0
     )

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runtime import timer as clock
+from runtime import timer
 
 CPU = torch.device("cpu")
 
@@ -12,9 +12,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def watch(monkeypatch):
     """A clock whose time the test sets: watch.now, in seconds."""
-    watch = clock.StepTimer(CPU)
+    watch = timer.StepTimer(CPU)
     watch.now = 100.0
-    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: watch.now))
+    monkeypatch.setattr(timer, "time", SimpleNamespace(perf_counter=lambda: watch.now))
     return watch
 
 
@@ -73,18 +73,18 @@ def test_no_steps_have_no_means_and_are_forgotten(watch):
 
 
 def test_the_parts_of_a_real_step_sum_to_the_time_that_passed():
-    watch, before = clock.StepTimer(CPU), time.perf_counter()
+    watch, before = timer.StepTimer(CPU), time.perf_counter()
     watch.start()
-    for name in clock.PARTS:
+    for name in timer.PARTS:
         time.sleep(0.002)
         watch.mark(name)
     passed = time.perf_counter() - before
     means = watch.means(1)
-    assert tuple(means) == clock.PARTS and min(means.values()) >= 0.002
+    assert tuple(means) == timer.PARTS and min(means.values()) >= 0.002
     assert sum(means.values()) <= passed and sum(means.values()) > 0.9 * passed
 
 
 def test_shares_are_percent_of_the_step_and_of_the_small_ones_only_wait_is_told():
     means = {"wait": 0.004, "augment": 0.001, "forward": 0.3, "backward": 0.695}
-    assert clock.shares(means) == "wait 0% forward 30% backward 70%"
-    assert clock.shares({}) == "" and clock.shares({"wait": 0.0}) == ""
+    assert timer.shares(means) == "wait 0% forward 30% backward 70%"
+    assert timer.shares({}) == "" and timer.shares({"wait": 0.0}) == ""

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import data
-from runtime import signals as stopping
-from runtime import validation
+from runtime import signals, validation
 from runtime.validation import Evaluation, Validator
 from volumes import casefile
 
@@ -111,10 +110,10 @@ def test_what_poll_raises_ends_the_prediction(made):
     one = made("a", "b")
 
     def stop():
-        raise stopping.Stopped
+        raise signals.Stopped
 
     one.v.poll = stop
-    with pytest.raises(stopping.Stopped):
+    with pytest.raises(signals.Stopped):
         one.v.start(network(), 7)
     assert [case for case, _ in one.tried] == ["a"] and one.v.result() is None
 

@@ -9,8 +9,7 @@ import pytest
 import skimage.morphology
 from scipy import ndimage
 
-from scoring import homology, partitions
-from scoring import surface as surfaces
+from scoring import homology, partitions, surface
 from scoring.metrics import (
     DEFAULT,
     SCORES,
@@ -210,8 +209,8 @@ def counted(monkeypatch, module, name):
 
 def test_what_scores_share_is_made_once_for_each_mask(monkeypatch):
     calls = [
-        counted(monkeypatch, surfaces, "extract"),
-        counted(monkeypatch, surfaces, "nearest_distances"),
+        counted(monkeypatch, surface, "extract"),
+        counted(monkeypatch, surface, "nearest_distances"),
         counted(monkeypatch, partitions, "label"),
         counted(monkeypatch, skimage.morphology, "skeletonize"),
     ]
@@ -229,7 +228,7 @@ def test_what_scores_share_is_made_once_for_each_mask(monkeypatch):
 
 
 def test_what_is_not_asked_for_is_not_made(monkeypatch):
-    for module, name in ((surfaces, "extract"), (partitions, "label"), (homology, "_deaths")):
+    for module, name in ((surface, "extract"), (partitions, "label"), (homology, "_deaths")):
         monkeypatch.setattr(module, name, None)
     assert score(bar(3, 4), bar(1, 5), names=["dice", "recall"]) == {
         "dice": pytest.approx(6 / 9), "recall": pytest.approx(3 / 5),

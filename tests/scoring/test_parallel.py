@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from scoring import inputs, parallel
-from volumes import files as volumes
+from volumes import files
 
 
 def write_pairs(folder, count, wrong=()):
@@ -21,7 +21,7 @@ def write_pairs(folder, count, wrong=()):
         prediction = (rng.random(truth.shape) < 0.4).astype(np.uint8) * (3 if i in wrong else 1)
         paths = [str(folder / f"{kind}_{i}.tif") for kind in ("truth", "pred")]
         for path, mask in zip(paths, (truth, prediction), strict=True):
-            volumes.write_volume(path, mask)
+            files.write_volume(path, mask)
         pairs.append(inputs.Pair(str(i), {"m": paths[1]}, paths[0], None))
     return pairs
 
@@ -126,8 +126,8 @@ def test_no_case_is_no_result():
 @pytest.mark.parametrize("suffix", [".tif", ".nii.gz", ".h5"])
 def test_voxels_are_counted_from_the_header(tmp_path, suffix):
     path = str(tmp_path / f"a{suffix}")
-    volumes.write_volume(path, np.zeros((3, 4, 5), np.uint8))
-    assert volumes.voxel_count(path) == 60
+    files.write_volume(path, np.zeros((3, 4, 5), np.uint8))
+    assert files.voxel_count(path) == 60
     (tmp_path / f"a{suffix}").write_bytes(b"no volume")
-    assert volumes.voxel_count(path) == 0
-    assert volumes.voxel_count(str(tmp_path / f"gone{suffix}")) == 0
+    assert files.voxel_count(path) == 0
+    assert files.voxel_count(str(tmp_path / f"gone{suffix}")) == 0

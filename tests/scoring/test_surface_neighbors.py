@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import spatial
 
-from scoring import surface as surfaces
+from scoring import surface
 from scoring.surface import extract, is_mixed, nearest_distances
 
 WAYS = {
@@ -35,7 +35,7 @@ def far_apart(rng):
 @pytest.mark.parametrize("way", WAYS)
 def test_every_corner_gets_its_nearest_one_exactly(way, spacing, monkeypatch):
     for name, value in WAYS[way].items():
-        monkeypatch.setattr(surfaces, name, value)
+        monkeypatch.setattr(surface, name, value)
     rng = np.random.default_rng(0)
     for _ in range(3):
         pair = [extract(mask) for mask in far_apart(rng)]
@@ -48,7 +48,7 @@ def test_every_corner_gets_its_nearest_one_exactly(way, spacing, monkeypatch):
 
 def test_most_of_a_far_surface_is_settled_by_rows(monkeypatch):
     asked = []
-    monkeypatch.setattr(surfaces, "_by_tree", lambda ours, *_: asked.append(len(ours)) or 0)
+    monkeypatch.setattr(surface, "_by_tree", lambda ours, *_: asked.append(len(ours)) or 0)
     near, far = np.zeros((2, 60, 60, 60), bool)
     near[10, 10:13, 10:13] = far[30, 10:13, 10:13] = True  # 19 to 21 slices apart
     found = nearest_distances(extract(near), extract(far), (1.0, 1.0, 1.0))
@@ -78,9 +78,9 @@ def test_what_rows_do_not_show_is_asked_elsewhere(places, spacing):
 def test_steps_to_the_nearest_1_of_a_window():
     bits = [(32,), (33, 30), (29, 37), (0,), (63,), (), (31,), (0, 63)]
     windows = np.array([sum(1 << bit for bit in places) for places in bits], np.uint64)
-    found = surfaces._steps_to_one(windows).tolist()
+    found = surface._steps_to_one(windows).tolist()
     assert found[:5] == [0, 1, 3, 32, 31]
-    assert found[5] > surfaces._HALF
+    assert found[5] > surface._HALF
     assert found[6:] == [1, 31]
 
 
@@ -90,7 +90,7 @@ def test_windows_start_at_any_bit():
     starts = np.arange(129)
     place, shift = np.divmod(starts, 64)
     words = np.append(words, np.uint64(0))
-    found = surfaces._windows(words, place, shift.astype(np.uint64))
+    found = surface._windows(words, place, shift.astype(np.uint64))
     bits = np.unpackbits(found.view(np.uint8), bitorder="little").reshape(-1, 64)
     np.testing.assert_array_equal(bits, [row[start : start + 64] for start in starts])
 

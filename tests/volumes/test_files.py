@@ -13,7 +13,7 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from volumes import files as volumes
+from volumes import files
 from volumes.files import case_id, find_volumes, read_image, read_label, write_volume
 from volumes.volume import Volume, VolumeError
 
@@ -185,7 +185,7 @@ def test_nanometres_become_microns_in_nifti(tmp_path, voxels):
 
 def test_the_origin_of_a_crop_moves_along_its_axes():
     affine = np.array([[0, 2.0, 0, 10], [3.0, 0, 0, 20], [0, 0, 5.0, 30], [0, 0, 0, 1]])
-    moved = volumes.crop_affine(affine, (1, 2, 3))
+    moved = files.crop_affine(affine, (1, 2, 3))
     # Voxel x, y, z = 0 of the crop is voxel 3, 2, 1 of the whole.
     assert np.allclose(moved[:, 3], affine @ (3, 2, 1, 1))
     assert np.array_equal(moved[:, :3], affine[:, :3])
@@ -244,10 +244,10 @@ def test_another_format_is_a_module_and_a_line_of_the_table(tmp_path, voxels, mo
         write=lambda path, array, spacing, unit, affine: np.save(path, array),
         count_voxels=lambda path, dataset: np.load(path).size,
     )
-    monkeypatch.setitem(volumes.FORMATS, ".npy", npy)
+    monkeypatch.setitem(files.FORMATS, ".npy", npy)
     write_volume(tmp_path / "a_img.npy", voxels)
     (source,) = find_volumes(tmp_path)
-    assert (source.id, volumes.voxel_count(source.path)) == ("a", voxels.size)
+    assert (source.id, files.voxel_count(source.path)) == ("a", voxels.size)
     volume = read_image(source.path)
     assert np.array_equal(volume.array[0], voxels) and volume.spacing == (3.0, 2.0, 1.0)
     (tmp_path / "a_img.npy").write_bytes(b"cut")
@@ -334,22 +334,20 @@ def test_a_tiff_cut_between_its_pages_is_refused(tmp_path):
         for page in pages:  # data before directory, as other writers do
             writer.write(page, photometric="minisblack", contiguous=False, metadata=None)
     whole = (tmp_path / "a.tif").read_bytes()
-    assert volumes.read_image(tmp_path / "a.tif").array.shape == (1, 20, 16, 16)
+    assert files.read_image(tmp_path / "a.tif").array.shape == (1, 20, 16, 16)
     (tmp_path / "b.tif").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(VolumeError, match=r"b\.tif"):
-        volumes.read_image(tmp_path / "b.tif")
+        files.read_image(tmp_path / "b.tif")
 
 
 def test_a_mask_of_one_slice_is_read_back(tmp_path):
     mask = np.eye(5, dtype=np.uint8)[None]
-    volumes.write_volume(tmp_path / "a.tif", mask)
-    assert np.array_equal(volumes.read_label(tmp_path / "a.tif").array, mask)
+    files.write_volume(tmp_path / "a.tif", mask)
+    assert np.array_equal(files.read_label(tmp_path / "a.tif").array, mask)
 
 
 def test_nanometres_keep_the_affine_of_the_image(tmp_path):
     affine = np.diag([10.0, 10.0, 20.0, 1.0])
     mask = np.ones((2, 3, 4), np.uint8)
-    volumes.write_volume(
-        tmp_path / "a.nii.gz", mask, spacing=(20, 10, 10), unit="nm", affine=affine
-    )
+    files.write_volume(tmp_path / "a.nii.gz", mask, spacing=(20, 10, 10), unit="nm", affine=affine)
     assert np.array_equal(nibabel.load(tmp_path / "a.nii.gz").affine, affine)
