@@ -331,18 +331,18 @@ def step(check):
             if check.cuda:
                 torch.cuda.empty_cache()
 
-    measure("BCE + Dice, as it is", benchmark=False, profile=True)
-    measure("all terms but toploss", full, benchmark=False)
-    measure("all terms but toploss, checkpointing", full, benchmark=False, checkpointing=True)
-    measure("cudnn.benchmark")
-    measure("+ fused AdamW", fused=True)
-    measure("+ spread norm", norm=True, fused=True, profile=True)
-    measure("+ channels_last_3d", last=True, fused=True)
-    measure("+ channels_last_3d, spread norm", last=True, norm=True, fused=True, profile=True)
-    measure("fp16", dtype=torch.float16)
+    measure("BCE + Dice", profile=True)
+    measure("all terms but toploss", full)
+    measure("all terms but toploss, checkpointing", full, checkpointing=True)
+    measure("BCE + Dice, channels_last_3d", last=True)
+    measure("BCE + Dice, spread norm", norm=True)
+    measure("BCE + Dice, spread norm, fused AdamW", norm=True, fused=True)
+    measure("BCE + Dice, channels_last_3d, spread norm", last=True, norm=True, profile=True)
+    measure("BCE + Dice, fp16", dtype=torch.float16)
     if check.cuda:
-        measure("compiled, spread norm", norm=True, fused=True, compiled=True)
-        measure("compiled, channels_last_3d", last=True, norm=True, fused=True, compiled=True)
+        measure("compiled, spread norm", norm=True, compiled=True)
+        measure("compiled, channels_last_3d", last=True, norm=True, compiled=True)
+    measure("BCE + Dice, without cudnn.benchmark", benchmark=False, profile=True)
 
 
 def kernels(function):

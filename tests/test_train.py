@@ -343,7 +343,7 @@ def test_every_loss_part_is_logged_by_name_for_every_epoch(root, tmp_path):
 
 def test_resume_with_no_state_starts_anew_and_says_so(root, tmp_path, capsys):
     assert train.main(settings(root, tmp_path, "training.max_steps=0"), resume=True) == 0
-    assert "no state is there to go on from" in capsys.readouterr().out
+    assert "there is no saved state" in capsys.readouterr().out
 
 
 def test_resume_goes_on_with_the_latest_run_of_the_name(root, tmp_path):
