@@ -37,16 +37,14 @@ class PatchDataset:
     to, or None; skeletons: whether to read the stored skeleton too, which every case must have.
 
     dataset[epoch, index] reads only the box that the patch covers and returns plain values and
-    tensors: image, label and, if wanted, skeleton (the box, as stored); matrix, control, step,
-    roll, origin, start, inside, shape (see patches/resample.py); intensity (what to do to it),
-    mean, std, low, high (how to normalise), spacing, case, center_class (0: background) and voxel.
+    tensors: image, label and, if wanted, skeleton (the box, as stored); the fields of `Map` and
+    `Place` (patches/resample.py) and shape; intensity (what to do to it), mean, std, low, high (how
+    to normalise), spacing, case, center_class (0: background) and voxel.
 
     Foreground and background alternate as the share says, and within each the cases that have such
-    voxels take turns, so that the share and the turns hold in every stretch of an epoch.
-    ValueError if no case has a labeled voxel. missing: classes with a weight that no case has.
-
-    A case whose file cannot be read gives `ReadFailure` instead of a sample. After `exclude`
-    another case is read at its turns, the same one whenever and by whichever process.
+    voxels take turns. ValueError if no case has a labeled voxel. missing: classes with a weight
+    that no case has. A case whose file cannot be read gives `ReadFailure` instead of a sample.
+    After `exclude` another case is read at its turns, the same one in every process.
     """
 
     def __init__(
@@ -79,8 +77,8 @@ class PatchDataset:
         }
         weights = {c: w for c, w in foreground.items() if self.cases_with_class[c] and w > 0}
         self.missing = [c for c, w in foreground.items() if w > 0 and not self.cases_with_class[c]]
-        self.classes, shares = list(weights), np.cumsum(list(weights.values()))
-        self.class_edges = shares / shares[-1] if weights else shares
+        self.classes, sums = list(weights), np.cumsum(list(weights.values()))
+        self.class_edges = sums / sums[-1] if weights else sums
         if not weights and not self.cases_with_class[BACKGROUND]:
             raise ValueError(
                 "data.train: expected cases with labeled voxels to sample patches around, got "
@@ -168,13 +166,9 @@ class PatchDataset:
             "case": case.id,
             "center_class": class_id,
             "voxel": voxel,
-            "matrix": spatial.matrix,
+            **spatial._asdict(),
             "control": control,
-            "step": spatial.step,
-            "roll": spatial.roll,
-            "origin": place.origin,
-            "start": place.start,
-            "inside": place.inside,
+            **place._asdict(),
             "shape": case.shape,
             "spacing": spacing,
             "intensity": self.sample_intensity_params(rng),
@@ -216,9 +210,8 @@ def off_center(rng, voxel, half, shape, *, jitter):
 
     half: half the extent of the patch along the source axes; jitter: the share of it by which the
     center may leave the voxel. Centers are then moved away from the volume's middle, in proportion,
-    by up to half a patch: where patches are pushed back into the volume, its faces would get half
-    as many as its inside, and so get 0.6 to 0.9 of that, the more the more patches the volume has
-    room for (2 to 8 along an axis). The voxel stays within the patch.
+    by up to half a patch, for the faces would get half as many patches as the inside (so: 0.6 to
+    0.9, with room for 2 to 8 patches along an axis). The voxel stays within the patch.
     """
     voxel, shape = np.asarray(voxel, float), np.asarray(shape)
     center = voxel + rng.uniform(-jitter, jitter, size=3) * half

@@ -103,11 +103,9 @@ def elastic_range(spacing, settings):
 def _elastic(rng, spacing, patch, settings):
     """Control points in patch voxels, (3, nz, ny, nx), and their distance in voxels, per axis.
 
-    Control points are uniform in a cube and independent, which bounds them: with an amplitude of
-    at most 0.075 of their distance, a B-spline of them maps one to one (Choi & Lee 2000). They are
-    scaled so that the mean square of the field over the patch, along each axis, is the amplitude's.
-    Points further apart than the patch is long mostly move it as a whole, which
-    resample.place_patch undoes: they bend it less than the amplitude says.
+    Control points are uniform in a cube and independent: with an amplitude of at most 0.075 of
+    their distance, a B-spline of them maps one to one (Choi & Lee 2000). They are scaled so that
+    the root mean square of the field over the patch, along each axis, is the amplitude.
     """
     distance, amplitudes = elastic_range(spacing, settings)
     chance, amplitude, seed = rng.random(), rng.uniform(*amplitudes), rng.integers(2**62)
@@ -133,10 +131,10 @@ def check(settings, spacings):
 
 def functions(settings):
     """The augmentation arguments of data.PatchDataset; settings: as in `sample_spatial_params`."""
-    sample_intensity_params = intensity.sample_intensity_params
+    partial = functools.partial
     return {
-        "sample_spatial_params": functools.partial(sample_spatial_params, settings=settings),
-        "sample_intensity_params": functools.partial(sample_intensity_params, settings=settings),
+        "sample_spatial_params": partial(sample_spatial_params, settings=settings),
+        "sample_intensity_params": partial(intensity.sample_intensity_params, settings=settings),
         "place_patch": resample.place_patch,
     }
 
@@ -148,11 +146,8 @@ def augment_batch(samples, patch, *, foreground, ignore_label, device):
     """
     images, masks = [], []
     for sample in samples:
-        boxes = {
-            name: sample[name].to(device, non_blocking=True)
-            for name in ("image", "label", "skeleton")
-            if name in sample
-        }
+        names = [name for name in ("image", "label", "skeleton") if name in sample]
+        boxes = {name: sample[name].to(device, non_blocking=True) for name in names}
         image, *own_masks = resample.resample_patch(
             **boxes, geometry=sample, patch=patch, foreground=foreground, ignore_label=ignore_label
         )

@@ -1,13 +1,11 @@
 """Boxes of voxels from case files, for several workers, within one budget of memory for all.
 
-A volume that is stored as it is is read through a memory map, box by box. Its pages are those of
-the system's file cache, which all processes share: there is nothing to hold.
+A volume that is not compressed is read through a memory map, from the system's file cache.
 
-A compressed volume would be decoded anew for every box. Which of these are held is fixed at the
-start: those of the smallest cases, as many as fit the budget. Cases are sampled equally often, so
-that no other choice has more hits (benchmarks/cache.py: 30 %, where least recently used has 19 %).
-A held volume is decoded by the first process that reads it, into memory that all share: anonymous
-memory and not /dev/shm, of which a container has 64 MB.
+Of the compressed ones those of the smallest cases are held, as many as fit the budget. Cases are
+sampled equally often, so that no other choice has more hits (benchmarks/cache.py: 30 %, where least
+recently used has 19 %). The first process that reads a held volume decodes it into memory that all
+share: anonymous memory and not /dev/shm, of which a container has 64 MB.
 
 There is no lock. Every volume has its own place, and a flag that says it is complete. Two processes
 that decode it at once write the same bytes; one that is killed on the way leaves the flag unset.
@@ -54,10 +52,7 @@ def _lay_out(cases, names):
 
 
 def default_budget(cases, available_bytes, names=casefile.VOLUMES):
-    """Bytes to hold: half of what is available, at most what the cases take when decoded.
-
-    The other half is for the boxes of all workers and for the system's file cache.
-    """
+    """Bytes to hold: half of what is available, at most what the cases take when decoded."""
     return min(int(available_bytes) // 2, _lay_out(cases, names)[1])
 
 

@@ -49,8 +49,7 @@ def write_sheet(path, case, settings, *, patch, spacing, scale, classes, seed=0,
 
     case: a labeled `Case`; settings: plain dict of the `augment` settings; patch: voxels; spacing:
     of the patch, z, y, x; scale: mean, std, low and high for intensity.normalise; classes: dict of
-    foreground and ignore_label for augment.augment_batch; name: for the heading. ValueError for a
-    path that cannot be written, and for a case without a labeled voxel.
+    foreground and ignore_label for augment.augment_batch; name: for the heading.
     """
     cache, rng = VolumeCache([case], 0), np.random.default_rng(seed)
     sample = functools.partial(

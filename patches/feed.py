@@ -4,12 +4,10 @@
     with contextlib.closing(batches):
         for samples in batches: ...
 
-When a worker dies, that is reported with all that is known about it, and the DataLoader is made
-anew with fewer workers, from the batch that is waited for. Nothing that a killed worker leaves can
-block others: a batch is one short message (transfer.py), and no lock is shared with the training
-process. Workers are spawned, so that no handle, lock or thread is copied into them. Signals that
-stop a run do not reach them; they end when the training process does. A case that cannot be read is
-excluded.
+A worker that dies is reported, and the DataLoader starts again with fewer workers, from the batch
+that is waited for. A killed worker cannot block others: a batch is one short message (transfer.py),
+and no lock is shared with the training process. Workers are spawned, ignore the signals that stop a
+run, and end with the training process. A case that cannot be read is excluded.
 """
 
 import contextlib
@@ -63,8 +61,7 @@ class WorkerError(RuntimeError):
 class PatchPlan(NamedTuple):
     """Which samples are in a batch, by the batch's number over all epochs.
 
-    Each of `ranks` processes gets its part of every batch: together they sample what one process
-    samples with batches `ranks` times as large.
+    Together `ranks` processes sample what one does with batches `ranks` times as large.
     """
 
     batches_per_epoch: int
@@ -83,15 +80,13 @@ class Batches:
     """An iterator over the batches first..last, lists of samples, read by `workers` processes.
 
     dataset: a `data.PatchDataset`; prefetch: batches that each worker reads ahead; persistent: the
-    workers live through all epochs, otherwise they end with each; pin: samples go to pinned memory.
-    Close it, or its workers stay. After an exception the same batch may be asked for again.
+    workers live through all epochs; pin: samples go to pinned memory. Close it, or its workers
+    stay. After an exception the same batch may be asked for again.
 
     report(kind, text, **figures) is called when a worker dies, a case is excluded, or a batch does
     not come; poll() every second of waiting, and it may raise. `TooManyExcluded` is raised before
-    more than a share `max_excluded` of the cases is excluded.
-
-    Every sample is a function of its index and of the cases excluded by then, whichever process
-    reads it and whatever happened to others.
+    more than a share `max_excluded` of the cases is excluded. A sample is a function of its index
+    and of the cases excluded by then, whichever process reads it.
     """
 
     def __init__(
@@ -190,9 +185,7 @@ class Batches:
                 self._end_workers = Finalize(self, _kill, (self.workers,), exitpriority=10)
             except (RuntimeError, OSError) as error:
                 _kill(set(multiprocessing.active_children()).difference(others))
-                self.worker_count -= 1
-                text = f"a worker died or could not be started: {error}"
-                self.report("worker died", f"{text}; {self._memory()}; {self._goes_on()}")
+                self._report_death(f"a worker died or could not be started: {error}")
 
     def _receive(self):
         """The samples of the next batch."""
@@ -216,16 +209,15 @@ class Batches:
                 return samples
             self.poll()
             if time.monotonic() - started > patience:
-                self._report_stall(patience)
+                workers = enumerate(self.workers)
+                readers = [f"worker {i} (pid {w.pid}) {self._reading(i)[1]}" for i, w in workers]
+                text = f"batch {self.number} has not come for {patience:.0f} s"
+                self.report("waiting for data", f"{text}: {'; '.join(readers)}")
                 patience *= 2
 
-    # ------------------------------------------------------------------------ what goes wrong
-
     def _without_excluded(self, samples):
-        """The samples of the next batch, with others in the place of those of excluded cases.
-
-        It happens here, in the order of batches, so that it does not depend on who had read what.
-        """
+        """The samples of the next batch, with others in the place of those of excluded cases."""
+        # Here, in the order of batches, so that it does not depend on who had read what.
         samples = list(samples)
         for i, index in enumerate(self.plan.sample_indices(self.number)):
             while True:
@@ -265,16 +257,9 @@ class Batches:
         for number, worker in enumerate(self.workers):
             if worker.is_alive():
                 continue
-            self.worker_count -= 1
-            case, reading = self._reading(number)
-            resident = self._status[number * FIELDS + 2]
-            if case is None:
-                reading = "between two batches" if resident else "before it read anything"
-            memory_then = self._memory(f"it held {format_bytes(resident)}, " if resident else "")
-            self.report(
-                "worker died",
-                f"worker {number} (pid {worker.pid}) {describe_death(worker.exitcode)} {reading}; "
-                f"{memory_then}; {self._goes_on()}",
+            case, reading, resident = self._reading(number)
+            self._report_death(
+                f"worker {number} (pid {worker.pid}) {describe_death(worker.exitcode)} {reading}",
                 worker=number,
                 pid=worker.pid,
                 exitcode=worker.exitcode,
@@ -289,46 +274,31 @@ class Batches:
                 self._exclude(case, f"case {case}: {SEVERAL} workers died reading it")
 
     def _reading(self, number):
-        """(case, text) of what a worker reads; (None, "") between two batches."""
-        batch, position, _ = self._status[number * FIELDS : (number + 1) * FIELDS]
+        """(case or None, text for people, resident bytes or 0) of what a worker reads."""
+        batch, position, resident = self._status[number * FIELDS : (number + 1) * FIELDS]
         if batch == IDLE:
-            return None, ""
+            return None, "while reading no case", resident
         epoch, index = self.plan.sample_indices(batch)[position]
         case = self.dataset.case_of((epoch, index))
-        return case, f"while it read case {case} (epoch {epoch}, sample {index})"
+        return case, f"while reading case {case} (epoch {epoch}, sample {index})", resident
 
-    def _goes_on(self):
-        if not self.worker_count:
-            readers = "the training process reads by itself"
-        else:
-            readers = f"{self.worker_count} worker{'s go' if self.worker_count > 1 else ' goes'} on"
-        return f"{readers} from batch {self.number}, nothing is lost"
-
-    def _memory(self, held=""):
-        """Memory when a worker died, and which setting to turn."""
+    def _report_death(self, text, **figures):
+        """Report a dead worker with the memory of now, and count it out."""
+        self.worker_count -= 1
         shared, kills = machine.shared_memory_free(), machine.oom_kills()
+        advice = "if memory is short, lower training.workers"
+        if (kills or 0) > (self.oom_kills or 0):
+            self.oom_kills = kills
+            settings = "data.cache_gb, training.prefetch_factor or training.workers"
+            advice = f"the kernel killed it for memory; lower {settings}"
         text = (
-            f"{held}all processes of the run hold {format_bytes(machine.resident_memory())}; "
-            f"{machine.available().reason}, "
-            + ("" if shared is None else f"{format_bytes(shared)} of /dev/shm free, ")
-            + f"OOM counter {'unknown' if kills is None else kills}"
+            f"{text}; it held {format_bytes(figures.get('resident'))}, all processes of the run "
+            f"hold {format_bytes(machine.resident_memory())}; {machine.available().reason}, "
+            f"{format_bytes(shared)} of /dev/shm free, OOM counter "
+            f"{'unknown' if kills is None else kills}; {advice}; workers left: "
+            f"{self.worker_count}, reading goes on from batch {self.number}, nothing is lost"
         )
-        if (kills or 0) <= (self.oom_kills or 0):
-            return f"{text}; if memory is short, lower training.workers"
-        self.oom_kills = kills
-        settings = "data.cache_gb, training.prefetch_factor or training.workers"
-        return f"{text}: the kernel killed it for memory; lower {settings}"
-
-    def _report_stall(self, seconds):
-        readers = [
-            f"worker {i} (pid {worker.pid}) reads case {case}"
-            for i, worker in enumerate(self.workers)
-            if (case := self._reading(i)[0]) is not None
-        ]
-        text = "; ".join(readers) or "no worker reads yet"
-        self.report(
-            "waiting for data", f"batch {self.number} has not come for {seconds:.0f} s: {text}"
-        )
+        self.report("worker died", text, **figures)
 
 
 def _kill(processes):
@@ -387,10 +357,8 @@ class _Reader:
 
 @contextlib.contextmanager
 def _signals_for_workers():
-    """Processes started in it have BLOCKED signals; torch's handler of SIGCHLD is removed.
-
-    That handler would raise an error in whatever line is running when a worker dies.
-    """
+    """Processes started in it have BLOCKED signals; torch's handler of SIGCHLD is removed."""
+    # That handler would raise an error in whatever line is running when a worker dies.
     handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     try:

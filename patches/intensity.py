@@ -4,11 +4,9 @@ Nothing but torch, numpy and the standard library is imported, so that this file
 with one copy. `sample_intensity_params` chooses what is done to a patch, in a worker, as a few
 plain numbers; `normalise` and `change_intensity` do the work.
 
-Each transform runs in place on the samples that chose it, one after the other, with its numbers as
-Python scalars: nothing is copied from the host and the device is never waited for. A sample that
-chose nothing keeps its bits. A sample comes out the same alone and in any batch, bit for bit on a
-CPU, but for the last bits of a blur of a patch of a few voxels. Under autocast or TF32 the blur
-loses digits. None depends on the volume's zero: what is above the patch minimum is the signal.
+Each transform runs in place on the samples that chose it, with its numbers as Python scalars: the
+device is never waited for. A sample comes out the same alone and in any batch. None depends on the
+volume's zero: what is above the patch minimum is the signal.
 """
 
 import math
@@ -28,8 +26,7 @@ def sample_intensity_params(rng, *, settings):
     `NAMES`, a probability `name` and a range `name_range`, and `dropout_boxes`; or None.
     Returns a dict of plain numbers: a value for each name that was chosen, `dropout_boxes` if
     dropout was, and always `noise_seed`, from which all that is random on the device follows; {}
-    if settings is None. The count of random numbers is the same whatever the settings say, so that
-    one setting does not shift the others.
+    if settings is None. One setting does not shift the random numbers of the others.
     """
     if settings is None:
         return {}
@@ -118,8 +115,7 @@ def _illuminate(patch, params, spacing):
 
     Its logarithm is a sum of the lowest cosines along each axis but the constant, as the bias field
     of Ashburner and Friston 2005 (Unified segmentation), with normal weights, scaled to a largest
-    absolute value of params["illumination"]. So it sums to 0 over the patch, and the gain's
-    geometric mean is 1. An axis of one voxel has no slope; a patch of one voxel is left as it is.
+    absolute value of params["illumination"]. So the gain's geometric mean is 1.
     """
     orders = [min(ORDERS, n) for n in patch.shape[1:]]
     field = _normal(patch.new_empty(len(patch), *orders), params, "illumination")
@@ -140,9 +136,7 @@ def _blur(patch, params, spacing):
     Both act in physical units: an axis of coarser voxels is blurred by fewer of them, and changes
     resolution only if the new voxels, value times the finest spacing, are larger than its own. Down
     is an average over the new voxels, a grid about the patch's middle, up is linear between their
-    centers (after nnU-Net, Isensee et al. 2021, which takes the nearest voxel down, a cubic up, and
-    every axis alike). A matrix costs 4 to 7 ms per axis of 72 x 136 x 136 on a CPU core, whatever
-    the width; a convolution of 9 taps 27 ms.
+    centers (nnU-Net, Isensee et al. 2021: the nearest voxel down, a cubic up, every axis alike).
     """
     changed = patch
     for axis, step in enumerate(spacing, start=1):
@@ -205,8 +199,7 @@ def _add_noise(patch, params, spacing):
 
 
 def _change_gamma(patch, params, spacing):
-    """Gamma. A constant patch stays as it is. Dividing by the range first would change nothing, for
-    the deviation is brought back afterwards."""
+    """Gamma, after which mean and deviation are brought back; a constant patch stays as it is."""
     mean, std = _mean(patch), _std(patch)
     patch.sub_(_low(patch)).pow_(params["gamma"])
     scale = std / _std(patch).clamp_min(TINY)
@@ -232,8 +225,7 @@ def blank_boxes(rng, shape, *, share, count):
     """Boxes that do not overlap and cover this share of a patch, as tuples of slices z, y, x.
 
     The patch is cut into `count` cells at random, across the longest side each time; each holds one
-    box of its own proportions and place, and the rounding to voxels is made up for in the next.
-    Fewer boxes where the patch has too few voxels to cut or to cover.
+    box. Fewer boxes where the patch has too few voxels to cut or to cover.
     """
     boxes, covered, passed = [], 0, 0
     for start, size in _cells(rng, (0, 0, 0), tuple(shape), count):

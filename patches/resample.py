@@ -27,10 +27,9 @@ SAMPLES = 4  # points per lattice cell and axis at which place_patch looks at th
 class Map(NamedTuple):
     """How patch voxels map to source voxels, wherever the patch lies.
 
-    matrix: (3, 3) float64, patch voxels to source voxels. upright: the same without the rotation,
-    which gives the room that the patch needs along the axes. control: displacements in source
-    voxels, (3, nz, ny, nx) float32, or None; control point i of an axis stands at patch voxel
-    (i - 1) * step. roll: slices by which the finished patch is rolled along z.
+    matrix: (3, 3) float64, patch voxels to source voxels; upright: the same without the rotation;
+    control: displacements in source voxels, (3, nz, ny, nx) float32, or None; control point i of an
+    axis stands at patch voxel (i - 1) * step. roll: slices to roll the finished patch along z.
     """
 
     matrix: np.ndarray
@@ -121,7 +120,6 @@ def _reach(mapping, origin, patch):
         return reached.min(0), reached.max(0)
     # The map is computed on a coarse grid. Between points h apart it leaves their hull by h^2 / 8
     # times its second derivative, at most that of the lattice: a second difference over step^2.
-    # That is a fraction of a voxel; the hull of the lattice would make the box half again as large.
     points, slack = [], np.zeros(3)
     for axis, (n, step) in enumerate(zip(patch, mapping.step, strict=True)):
         count = int(np.ceil(SAMPLES * (n - 1) / step)) + 1
@@ -247,11 +245,9 @@ def _interpolate(image, stored, origin, geometry, patch):
 
 
 def _points(patch, geometry, origin, device):
-    """Coordinates of the patch voxels in voxels of the box: (3, D, H, W) float32, order x, y, z.
-
-    The affine part is added in float32 and the field alone goes through matrix products: where
-    these run in TF32, a thousandth of a displacement is lost, not of a coordinate.
-    """
+    """Coordinates of the patch voxels in voxels of the box: (3, D, H, W) float32, order x, y, z."""
+    # The field alone goes through matrix products: where these run in TF32, a thousandth of a
+    # displacement is lost, not of a coordinate.
     if geometry["control"] is None:
         points = torch.empty((3, *patch), device=device)
     else:

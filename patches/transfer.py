@@ -6,9 +6,8 @@
     samples = to_device(samples, device, copy_stream(device))
 
 A worker writes a batch to an anonymous file in memory, which the training process opens through
-/proc and maps. That needs no /dev/shm, of which a container has 64 MB, and the message is so short
-that it enters a pipe whole or not at all: a worker that is killed in the middle of a write leaves
-no half of a message, for whose end the training process would wait for ever.
+/proc and maps: /dev/shm, small in containers, is not needed. The message enters a pipe whole or not
+at all, so that a worker killed in the middle of a write leaves no half of one to wait for.
 """
 
 import io
@@ -41,7 +40,9 @@ def pack(content):
             arrays.append(buffer.raw())
         return small
 
-    _Pickler(body, protocol=5, buffer_callback=is_copied).dump(content)
+    pickler = pickle.Pickler(body, protocol=5, buffer_callback=is_copied)
+    pickler.dispatch_table = {torch.Tensor: lambda tensor: (torch.from_numpy, (tensor.numpy(),))}
+    pickler.dump(content)
     pieces = [body.getbuffer(), *arrays]
     lengths = np.array([piece.nbytes for piece in pieces], np.int64)
     file = os.memfd_create("lamina-batch")
@@ -70,25 +71,15 @@ def unpack(message):
     return pickle.loads(body, buffers=arrays)
 
 
-class _Pickler(pickle.Pickler):
-    def reducer_override(self, value):
-        if isinstance(value, torch.Tensor):
-            return torch.from_numpy, (value.numpy(),)
-        return NotImplemented
-
-
 def _starts(lengths):
     """Where each piece begins, behind the list of their lengths."""
     padded = -(-np.array([lengths.nbytes, *lengths]) // ALIGNED) * ALIGNED
     return np.cumsum(padded)[:-1].tolist()
 
 
-# ---------------------------------------------------------------------------- to the device
-
-
 def pin(samples):
     """The samples with their tensors in pinned memory."""
-    return [{k: v.pin_memory() if torch.is_tensor(v) else v for k, v in s.items()} for s in samples]
+    return _with_tensors(samples, torch.Tensor.pin_memory)
 
 
 def copy_stream(device):
@@ -99,21 +90,22 @@ def copy_stream(device):
 def to_device(samples, device, stream):
     """Samples with their tensors on the device; as they are if stream is None.
 
-    The copy, from pinned memory, starts on its own stream as soon as the host has the batch, while
-    the device still computes the step before.
+    The copy, from pinned memory, runs on its own stream beside the computation of the step before.
     """
     if stream is None:
         return samples
     current = torch.cuda.current_stream(device)
 
     def move(value):
-        if not torch.is_tensor(value):
-            return value
         moved = value.to(device, non_blocking=True)
         moved.record_stream(current)  # or its memory is given away while the step still reads it
         return moved
 
     with torch.cuda.stream(stream):
-        moved = [{key: move(value) for key, value in sample.items()} for sample in samples]
+        moved = _with_tensors(samples, move)
     current.wait_stream(stream)
     return moved
+
+
+def _with_tensors(samples, change):
+    return [{k: change(v) if torch.is_tensor(v) else v for k, v in s.items()} for s in samples]

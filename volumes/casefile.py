@@ -93,8 +93,7 @@ def write_case(
 
     image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x; affine
     (4, 4) voxel x, y, z to world as NIfTI has it, or None; skeleton: whether a labeled case gets
-    one (3 s and 250 MB for 320 x 320 x 320 voxels); compression: None, "lzf" or "gzip", of image
-    and label.
+    one; compression: None, "lzf" or "gzip", of image and label.
     """
     with atomic.replacing(path) as partial, h5py.File(partial, "w") as file:
         # As it is, a box is a strided read from the page cache, which all workers share: 2 ms for a
@@ -155,9 +154,8 @@ def read_case(path):
         with h5py.File(path, "r") as file:
             channels, *shape = file["image"].shape
             ignore = int(file.attrs["ignore_label"])
-            classes = list(file["foreground"]) if "foreground" in file else []
             coordinates = {"background": "background"} if "background" in file else {}
-            coordinates |= {int(c): f"foreground/{c}" for c in classes}
+            coordinates |= {int(c): f"foreground/{c}" for c in file.get("foreground", ())}
             names = [name for name in VOLUMES if name in file] + list(coordinates.values())
             status = path.stat()
             return Case(
@@ -204,8 +202,7 @@ def opened(case):
 def read_array(case, name, selection):
     """A selection of a data set of a case file: a copy, C-contiguous, in native byte order.
 
-    What is stored as it is is read through a memory map, without HDF5, so that a box touches its
-    own pages and no more. The file is opened for this alone: no handle crosses a spawn or a fork.
+    What is not compressed is read through a memory map: a box touches its own pages and no more.
     """
     if name not in case.layout:
         raise ValueError(

@@ -1,12 +1,9 @@
 """Skeletons of targets, made once at preparation.
 
-A network that misses a thin part loses few voxels and much of the structure. The Skeleton Recall
-loss (Kirchhoff et al. 2024, "Skeleton Recall Loss for Connectivity Conserving and Resource
-Efficient Segmentation of Thin Tubular Structures") therefore asks for the target's skeleton,
-thickened to a tube, which depends on the label alone and is thinned on the CPU once per case.
-
-Here the skeleton of a tube is a line and that of a sheet a surface; benchmarks/tubed_skeleton.py
-compares it with the alternatives.
+The Skeleton Recall loss (Kirchhoff et al. 2024, "Skeleton Recall Loss for Connectivity Conserving
+and Resource Efficient Segmentation of Thin Tubular Structures") asks for the target's skeleton,
+thickened to a tube. Here the skeleton of a tube is a line and that of a sheet a surface;
+benchmarks/tubed_skeleton.py compares it with the alternatives.
 """
 
 import itertools
@@ -20,17 +17,19 @@ def tubed_skeleton(mask, radius=2.0, spacing=(1.0, 1.0, 1.0)):
 
     mask (D, H, W) bool; spacing z, y, x in any unit. A voxel of the mask belongs to the tube if it
     lies within `radius` times the smallest spacing of the skeleton: 2 voxels where voxels are
-    cubes. Where z is much coarser that is less than a slice, because two slices up or down is
-    another place, often the whole depth of a vessel.
+    cubes, less than a slice where z is much coarser.
 
     A structure of up to 2 * radius voxels is covered nearly whole, a thicker one along its middle.
     Empty mask: empty; a single voxel: itself. At the border of the volume and of the unlabeled
-    region the skeleton may end early, by half the structure's thickness: thin structures lose less
-    than 0.1 % of the skeleton that they would have on a full label, thick ones a stump.
-
+    region the skeleton may end early, by half the structure's thickness.
     ValueError for a mask that is not (D, H, W) bool, a radius below 0 or a spacing not above 0.
     """
-    _check(mask, radius, spacing)
+    if mask.ndim != 3 or mask.dtype != bool:
+        raise ValueError(f"mask: expected (D, H, W) bool, got {mask.shape} {mask.dtype}")
+    if not radius >= 0:
+        raise ValueError(f"radius: expected 0 or more voxels, got {radius}")
+    if len(spacing) != 3 or not all(s > 0 for s in spacing):
+        raise ValueError(f"spacing: expected three numbers above 0 (z, y, x), got {spacing}")
     return _within(thin(mask), mask, radius * min(spacing), spacing)
 
 
@@ -40,12 +39,10 @@ def thin(mask):
     The slices along each axis are thinned in 2D (Zhang and Suen 1984, scikit-image's). A voxel on
     the skeleton of a slice is kept if a slice along another axis has its skeleton within a voxel of
     it: a sheet is a line in the slices along two axes or more, wherever it faces, while in a thick
-    tube only the lines near its middle agree. Thick and flat mean voxels, whatever their spacing.
+    tube only the lines near its middle agree. Thinning the volume itself (Lee et al. 1994) would
+    leave a sheet as a curve, and of some shapes of even thickness nothing.
 
-    Thinning the volume itself (Lee et al. 1994, scikit-image's) would leave a sheet as a curve, and
-    of some shapes of even thickness, such as a bar of 2 x 2 x 10, nothing.
-
-    About 0.1 s per million voxels, 3 s for 320 x 320 x 320; eight bytes of memory per voxel.
+    About 0.1 s per million voxels; eight bytes of memory per voxel.
     """
     lines = [_thin_slices(mask, axis) for axis in range(3)]
     kept = np.zeros_like(mask)
@@ -77,14 +74,11 @@ def _grown(mask):
 
 
 def _within(skeleton, mask, distance, spacing):
-    """The voxels of the mask within a Euclidean distance of the skeleton, in the spacing's unit.
-
-    The skeleton is shifted by every offset of the ball: 33 passes over bytes for 2 cubic voxels,
-    where a distance transform needs several floats per voxel.
-    """
-    near = np.zeros_like(mask)
+    """The voxels of the mask within a Euclidean distance of the skeleton, in the spacing's unit."""
+    # Shifts by every offset of a ball: 33 passes over bytes for 2 cubic voxels. A distance
+    # transform needs several floats per voxel.
+    near, sizes = np.zeros_like(mask), mask.shape
     limit = distance * distance * (1 + 1e-9)  # rounding must not lose a voxel at the very distance
-    sizes = mask.shape
     reach = [min(n - 1, int(math.sqrt(limit) / s)) for n, s in zip(sizes, spacing, strict=True)]
     for offset in itertools.product(*(range(-n, n + 1) for n in reach)):
         if sum((o * s) ** 2 for o, s in zip(offset, spacing, strict=True)) <= limit:
@@ -93,12 +87,3 @@ def _within(skeleton, mask, distance, spacing):
             of = tuple(slice(max(0, -o), n - max(0, o)) for o, n in pairs)
             near[to] |= skeleton[of]
     return near & mask
-
-
-def _check(mask, radius, spacing):
-    if mask.ndim != 3 or mask.dtype != bool:
-        raise ValueError(f"mask: expected (D, H, W) bool, got {mask.shape} {mask.dtype}")
-    if not radius >= 0:
-        raise ValueError(f"radius: expected 0 or more voxels, got {radius}")
-    if len(spacing) != 3 or not all(s > 0 for s in spacing):
-        raise ValueError(f"spacing: expected three numbers above 0 (z, y, x), got {spacing}")

@@ -148,13 +148,13 @@ def test_a_death_is_reported_with_signal_case_memory_and_setting(made, monkeypat
     assert figures["resident"] == 40 * 10**6
     for part in (
         "worker 1 (pid 101) was killed by SIGSEGV",
-        f"while it read case {case} (epoch 0, sample 2)",
+        f"while reading case {case} (epoch 0, sample 2)",
         "it held 40 MB, all processes of the run hold 900 MB",
         "64 MB of /dev/shm free, OOM counter 0",
-        "lower training.workers; 2 workers go on from batch 0, nothing is lost",
+        "lower training.workers; workers left: 2, reading goes on from batch 0, nothing is lost",
     ):
         assert part in text
-    assert "before it read anything" in reports[1][1] and "1 worker goes on" in reports[1][1]
+    assert "while reading no case" in reports[1][1] and "workers left: 1" in reports[1][1]
 
 
 def test_a_death_is_described_in_words():
@@ -170,7 +170,7 @@ def test_when_the_kernel_counts_a_kill_for_memory_that_is_said_once(made, monkey
     batches, _, reports = made(lambda loader: len(loader._workers) > 1 and loader.kill(0))
     next(batches)
     first, second = (text for _, text, _ in reports)
-    assert "OOM counter 4: the kernel killed it for memory" in first
+    assert "OOM counter 4; the kernel killed it for memory" in first
     assert "lower data.cache_gb, training.prefetch_factor or training.workers" in first
     assert "OOM counter 4; if memory is short" in second and "the kernel" not in second
 
@@ -183,8 +183,8 @@ def test_when_all_workers_die_at_once_the_training_process_reads_all(made, store
     batches, loaders, reports = made(script)
     check_same(undisturbed(stored), list(batches))
     assert len(loaders) == 1 and len(reports) == 3  # and no worker is started again
-    assert all("before it read anything" in text for _, text, _ in reports)
-    assert "the training process reads by itself from batch 0" in reports[-1][1]
+    assert all("while reading no case" in text for _, text, _ in reports)
+    assert "workers left: 0, reading goes on from batch 0" in reports[-1][1]
 
 
 def test_a_worker_that_dies_while_it_is_started_is_reported(made, stored, monkeypatch):
@@ -197,7 +197,10 @@ def test_a_worker_that_dies_while_it_is_started_is_reported(made, stored, monkey
     monkeypatch.setattr(feed, "DataLoader", lambda *arguments, **named: Dies())
     check_same(undisturbed(stored), list(batches))
     assert [kind for kind, *_ in reports] == ["worker died", "worker died"] and not loaders
-    assert "Broken pipe" in reports[0][1] and "1 worker goes on from batch 0" in reports[0][1]
+    assert (
+        "Broken pipe" in reports[0][1]
+        and "workers left: 1, reading goes on from batch 0" in reports[0][1]
+    )
 
 
 # ---------------------------------------------------------------------------- dropped
@@ -244,7 +247,8 @@ def test_waiting_polls_and_reports_who_is_waited_for(made, monkeypatch):
         next(batches)
     case = batches.dataset.case_of((0, 0))
     (one, *_) = [text for kind, text, _ in reports if kind == "waiting for data"]
-    assert one == f"batch 0 has not come for 60 s: worker 0 (pid 100) reads case {case}"
+    start = "batch 0 has not come for 60 s: worker 0 (pid 100) while reading case "
+    assert one.startswith(f"{start}{case} (epoch 0, sample 0); worker 1 (pid 101) while reading no")
     assert len(reports) == 2  # after 60 seconds, and after 120
 
 

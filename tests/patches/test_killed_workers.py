@@ -154,7 +154,7 @@ def test_workers_that_are_all_killed_leave_the_reading_to_the_training_process(m
     check(batches, seen)
     assert len(seen) == 12 and [kind for kind, *_ in reports] == ["worker died"] * 2
     assert "was killed by SIGKILL" in reports[0][1] and "it held" in reports[0][1]
-    assert "the training process reads by itself" in reports[1][1] and batches.workers == []
+    assert "workers left: 0" in reports[1][1] and batches.workers == []
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -164,7 +164,7 @@ def test_a_worker_killed_in_the_middle_of_a_write_loses_no_batch(made, tmp_path)
     check(batches, seen)
     ((kind, text, figures),) = reports
     assert kind == "worker died" and figures["case"] == "odd" and len(seen) == 12
-    assert "while it read case odd (epoch 0, sample 7)" in text and "1 worker goes on" in text
+    assert "while reading case odd (epoch 0, sample 7)" in text and "workers left: 1" in text
 
 
 def test_a_worker_may_be_killed_while_it_is_started_with_much_to_be_told(made):
