@@ -153,8 +153,7 @@ class PatchDataset:
         spacing = network_spacing(case.spacing, self.spacing)
         spatial = self.sample_spatial_params(rng, case.spacing, spacing, patch=self.patch)
         key = "background" if class_id == BACKGROUND else class_id
-        rows = "background" if class_id == BACKGROUND else f"foreground/{class_id}"
-        voxel = self.cache.row(case, rows, int(rng.integers(case.counts[key])))
+        voxel = self.cache.row(case, key, int(rng.integers(case.counts[key])))
         half = spatial.half_extent(self.patch)
         center = off_center(rng, voxel, half, case.shape, jitter=self.jitter)
         place = self.place_patch(spatial, center, self.patch, case.shape, voxel)
@@ -194,9 +193,8 @@ def read_patiently(read):
 def shares(samples, target, names):
     """Shares of a batch's patches: {name: number or tensor on target's device}.
 
-    around_foreground: with a foreground voxel at the center, which is what the settings ask for;
-    around_<class>: of that class, if names {class id: name} has several; with_foreground:
-    target (B, 1, D, H, W) holds any.
+    around_foreground: with a foreground voxel at the center; around_<class>: of that class, if
+    names {class id: name} has several; with_foreground: target (B, 1, D, H, W) holds any.
     """
     centers = [sample["center_class"] for sample in samples]
     values = {"around_foreground": sum(c != BACKGROUND for c in centers) / len(centers)}
@@ -223,7 +221,7 @@ def off_center(rng, voxel, half, shape, *, jitter):
 
 
 def native(array):
-    """The array in a dtype that torch has: unsigned and byte-swapped integers are widened."""
+    """The array in a dtype that torch works with: wider for unsigned integers, in native order."""
     wider = {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64}
     return array.astype(wider.get(array.dtype.name, array.dtype.newbyteorder("=")), copy=False)
 
@@ -243,7 +241,6 @@ def class_weights(classes, foreground, ratio):
     """{class id: weight} of foreground patches, from {class name: weight} or None (all alike).
 
     classes: {name: id} of the data; foreground: ids of the classes that are foreground.
-    ValueError names those in ratio that are none of them, and a ratio of nothing but 0.
     """
     names = {name: number for name, number in classes.items() if number in foreground}
     unknown = [name for name in ratio or () if name not in names]

@@ -105,11 +105,11 @@ class VolumeCache:
             return casefile.read_array(case, name, selection), 0
         return array, was_held
 
-    def row(self, case, name, i):
-        """Row i of a list of coordinates, `background` or `foreground/<class>`: (3,) int32."""
+    def row(self, case, key, i):
+        """Row i of the coordinates of a class id or of "background": (3,) int32."""
         casefile.check_unchanged(case)
-        class_id = name.removeprefix("foreground/")
-        length = case.counts.get(int(class_id) if class_id.isdecimal() else class_id, 0)
+        name = key if key == "background" else f"foreground/{key}"
+        length = case.counts.get(key, 0)
         if not 0 <= i < length:
             raise ValueError(f"case {case.id}: expected a row of {name} below {length}, got {i}")
         return casefile.read_array(case, name, i).astype(np.int32)

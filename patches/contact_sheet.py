@@ -59,8 +59,7 @@ def write_sheet(path, case, settings, *, patch, spacing, scale, classes, seed=0,
     if not case.counts.get(key):
         raise ValueError(f"case {case.id}: expected labeled voxels to show a patch of, got none")
     rows = rng.integers(case.counts[key], size=CANDIDATES)
-    voxels = key if key == "background" else f"foreground/{key}"
-    centers = [cache.row(case, voxels, int(row)) for row in rows]
+    centers = [cache.row(case, key, int(row)) for row in rows]
     center = max(centers, key=lambda center: _border(sample(center, None)[1]))
     image, target, valid, _ = sample(center, None)
     blocks = [("original", [(image, 0 * target, valid, ""), (image, target, valid, "label")])]

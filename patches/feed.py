@@ -158,16 +158,15 @@ class Batches:
 
     def _start(self):
         """Start the workers from the next batch on, if they are to run and do not."""
-        edge = self.last
-        if not self.persistent:
-            per_epoch = self.plan.batches_per_epoch
-            edge = min(edge, (self.number // per_epoch + 1) * per_epoch)
-        while self._stream is None and self.worker_count and self.number < edge:
+        per_epoch = self.plan.batches_per_epoch
+        epoch_end = (self.number // per_epoch + 1) * per_epoch
+        end = self.last if self.persistent else min(self.last, epoch_end)
+        while self._stream is None and self.worker_count and self.number < end:
             spawn = multiprocessing.get_context("spawn")
             self._status = spawn.RawArray("q", [IDLE, 0, 0] * self.worker_count)
             loader = DataLoader(
                 _Reader(self.dataset, self.plan, self._status, self.prefetch),
-                sampler=range(self.number, edge),
+                sampler=range(self.number, end),
                 batch_size=None,  # what torch takes for a sample is a batch here, already packed
                 collate_fn=list,
                 num_workers=self.worker_count,
@@ -245,11 +244,9 @@ class Batches:
     def _any_dead(self, seconds):
         """Whether a worker is dead, or dies within some seconds: its files go before it does."""
         end = time.monotonic() + seconds
-        while all(worker.is_alive() for worker in self.workers):
-            if time.monotonic() >= end:
-                return False
+        while all(worker.is_alive() for worker in self.workers) and time.monotonic() < end:
             time.sleep(0.01)
-        return True
+        return not all(worker.is_alive() for worker in self.workers)
 
     def _replace_workers(self):
         """Report the workers that have died, and end the others; fewer start next."""
@@ -258,14 +255,9 @@ class Batches:
             if worker.is_alive():
                 continue
             case, reading, resident = self._reading(number)
-            self._report_death(
-                f"worker {number} (pid {worker.pid}) {describe_death(worker.exitcode)} {reading}",
-                worker=number,
-                pid=worker.pid,
-                exitcode=worker.exitcode,
-                case=case,
-                resident=resident or None,
-            )
+            text = f"worker {number} (pid {worker.pid}) {describe_death(worker.exitcode)} {reading}"
+            figures = {"worker": number, "pid": worker.pid, "exitcode": worker.exitcode}
+            self._report_death(text, **figures, case=case, resident=resident or None)
             if -worker.exitcode in FAULTS and case is not None:
                 self.deaths_of_fault[case] += 1
         self.close()

@@ -88,10 +88,7 @@ def copy_stream(device):
 
 
 def to_device(samples, device, stream):
-    """Samples with their tensors on the device; as they are if stream is None.
-
-    The copy, from pinned memory, runs on its own stream beside the computation of the step before.
-    """
+    """Samples, copied from pinned memory beside the step before; as they are if stream is None."""
     if stream is None:
         return samples
     current = torch.cuda.current_stream(device)

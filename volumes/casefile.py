@@ -24,6 +24,7 @@ import h5py
 import numpy as np
 
 from volumes import atomic
+from volumes.skeletons import tubed_skeleton
 from volumes.statistics import intensity_statistics, sample_coordinates
 
 DATASET_FILE = "dataset.json"
@@ -96,8 +97,8 @@ def write_case(
     one; compression: None, "lzf" or "gzip", of image and label.
     """
     with atomic.replacing(path) as partial, h5py.File(partial, "w") as file:
-        # As it is, a box is a strided read from the page cache, which all workers share: 2 ms for a
-        # patch of 72 x 136 x 136, where lzf takes 18 and gzip 43 (benchmarks/store.py).
+        # Uncompressed, a box is read from the page cache that all workers share, in 2 ms for
+        # 72 x 136 x 136 voxels; with lzf in 18 ms, with gzip in 43 (benchmarks/store.py).
         file.create_dataset("image", data=image, **_storage(image.shape, compression))
         if label is not None:
             label = np.ascontiguousarray(label, dtype=np.uint8)
@@ -135,12 +136,9 @@ def _write_label(file, label, ignore_label, rng, storage):
 
 
 def _write_skeleton(file, label, ignore_label, spacing):
-    from volumes.skeletons import tubed_skeleton  # which needs scikit-image
-
     foreground = ~np.isin(label, [0] if ignore_label is None else [0, ignore_label])
     tube = tubed_skeleton(foreground, spacing=spacing).view(np.uint8)
-    # Compressed, unlike the rest: a twelfth of the bytes in the file and in the page cache, for
-    # 4 ms more per box of 72 x 136 x 136.
+    # Compressed: a twelfth of the bytes, for 4 ms more per box of 72 x 136 x 136.
     file.create_dataset("skeleton", data=tube, **_storage(tube.shape, "lzf"))
 
 

@@ -75,10 +75,10 @@ def test_rows_are_those_of_the_stored_lists(tmp_path):
     case, _ = write(tmp_path)
     cache = VolumeCache([case], 0)
     with h5py.File(case.path) as file:
-        lists = {name: file[name][:] for name in ("background", "foreground/1")}
-    for name, rows in lists.items():
+        lists = {"background": file["background"][:], 1: file["foreground/1"][:]}
+    for key, rows in lists.items():
         for i in (0, 7, len(rows) - 1):
-            row = cache.row(case, name, i)
+            row = cache.row(case, key, i)
             assert row.dtype == np.int32 and row.tolist() == rows[i].tolist()
 
 
@@ -92,11 +92,11 @@ def test_rows_of_a_compressed_list_are_read(tmp_path):
     assert VolumeCache([case], 0).row(case, "background", 5).tolist() == rows[5].tolist()
 
 
-@pytest.mark.parametrize("name, i", [("background", -1), ("background", 10**6), ("image", 0)])
-def test_a_row_that_is_not_there_is_refused(tmp_path, name, i):
+@pytest.mark.parametrize("key, i", [("background", -1), ("background", 10**6), (1, 10**6), (9, 0)])
+def test_a_row_that_is_not_there_is_refused(tmp_path, key, i):
     case, _ = write(tmp_path)
     with pytest.raises(ValueError, match="case0"):
-        VolumeCache([case], 0).row(case, name, i)
+        VolumeCache([case], 0).row(case, key, i)
 
 
 # ---------------------------------------------------------------------------- wrong files
