@@ -3,9 +3,8 @@
     dataset = PatchDataset(cases, cache=cache, patch=(64, 128, 128), ...)
     sample = dataset[epoch, index]
 
-A worker samples the parameters of a patch, reads the box of source voxels that the patch covers, in
-the file's own dtype, and sends both (patches/feed.py). The device does the rest
-(patches/augment.py).
+A worker samples the parameters of a patch, reads the box of source voxels that the patch covers and
+sends both (patches/feed.py). The device does the rest (patches/augment.py).
 """
 
 import math

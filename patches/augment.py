@@ -140,10 +140,7 @@ def functions(settings):
 
 
 def augment_batch(samples, patch, *, foreground, ignore_label, device):
-    """Samples of data.PatchDataset to (image, target, valid, skeleton).
-
-    Each (B, C or 1, D, H, W); the skeleton is None if the samples carry none.
-    """
+    """Samples of data.PatchDataset to (image, target, valid, skeleton or None): (B, C, D, H, W)."""
     images, masks = [], []
     for sample in samples:
         names = [name for name in ("image", "label", "skeleton") if name in sample]

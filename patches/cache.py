@@ -140,10 +140,7 @@ class VolumeCache:
         }
 
     def shrink(self, keep_bytes):
-        """Lower the budget to keep_bytes, for good; returns how many bytes were given back.
-
-        The largest cases go first. A volume that is being decoded goes when that is done.
-        """
+        """Lower the budget for good, largest cases first; returns how many bytes are given back."""
         before = self.counts()
         # The budget first: readers look at it after they have copied.
         self._budget[0] = int(min(self._budget[0], _checked(keep_bytes)))

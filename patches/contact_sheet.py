@@ -87,13 +87,9 @@ def _sample(rng, case, cache, center, settings, *, patch, spacing, scale, classe
     box = tuple(slice(int(a), int(b)) for a, b in zip(place.start, place.stop, strict=True))
     boxes = cache.read(case, box, ("image", "label"))
     params = intensity.sample_intensity_params(rng, settings=settings)
-    sample = {
-        "image": torch.from_numpy(boxes["image"].astype(np.float32)),
-        "label": torch.from_numpy(boxes["label"]),
-        "shape": case.shape,
-        "spacing": spacing,
-        "intensity": params,
-    }
+    sample = {"shape": case.shape, "spacing": spacing, "intensity": params}
+    sample["image"] = torch.from_numpy(boxes["image"].astype(np.float32))
+    sample["label"] = torch.from_numpy(boxes["label"])
     sample |= spatial._asdict() | place._asdict() | scale
     *arrays, _ = augment.augment_batch([sample], patch, device="cpu", **classes)
     caption = [f"{name} {params[name]:.2f}" for name in intensity.NAMES if name in params]

@@ -60,9 +60,8 @@ def place_patch(mapping, center, patch, shape, voxel=None):
 
     mapping: a `Map`; center: source coordinates that the patch center should have; patch, shape:
     voxels, z, y, x. Along an axis that is shorter than the patch, the patch is centered and hangs
-    over both ends. voxel: one that must lie in the patch: a turned patch is moved back over the
-    border for it. The box is cut to the volume; it is exact without a field, and with one up to
-    three voxels larger on a side than what is needed.
+    over both ends. voxel: one that must lie in the patch, even over the border. The box is cut to
+    the volume; with a field it is up to three voxels larger on a side than what is needed.
     """
     patch, shape = np.asarray(patch), np.asarray(shape)
     half = mapping.half_extent(patch)
@@ -172,8 +171,8 @@ def resample_patch(image, label, skeleton=None, *, geometry, patch, foreground, 
     Returns image (C, D, H, W) float32, target (1, D, H, W) float32 of 0 and 1, valid
     (1, D, H, W) bool: inside the volume and labeled, and skeleton (1, D, H, W) float32 of 0 and 1,
     within the target, or None without one. Outside, the image repeats its border.
-    The image is interpolated linearly; label and skeleton take the nearest voxel. Interpolating
-    each class and taking the heaviest breaks thin tubes: benchmarks/label_interpolation.py.
+    The image is interpolated linearly; label and skeleton take the nearest voxel, for the heaviest
+    interpolated class breaks thin tubes: benchmarks/label_interpolation.py.
     """
     stored = [box for box in (label, skeleton) if box is not None]
     origin = np.asarray(geometry["origin"], float) - geometry["start"]
@@ -198,14 +197,10 @@ def resample_patch(image, label, skeleton=None, *, geometry, patch, foreground, 
 
 
 def _faces(geometry):
-    """Where the volume begins and ends, in voxels of the box: a pair of numbers per axis.
-
-    Python scalars, here and below: a small tensor would be a copy that waits for the device.
-    """
-    return [
-        (-float(start) - 0.5, float(n - start) - 0.5)
-        for start, n in zip(geometry["start"], geometry["shape"], strict=True)
-    ]
+    """Where the volume begins and ends, in voxels of the box: a pair of numbers per axis."""
+    # Python scalars, here and below: a small tensor would be a copy that waits for the device.
+    ends = zip(geometry["start"], geometry["shape"], strict=True)
+    return [(-float(start) - 0.5, float(n - start) - 0.5) for start, n in ends]
 
 
 def _copy(image, stored, origin, geometry, patch):

@@ -1,6 +1,6 @@
 """Case files: what prepare.py writes and training reads.
 
-One HDF5 file per case holds everything that training needs, in the source's own dtype:
+One HDF5 file per case:
 
     image               (C, D, H, W)   source dtype
     label               (D, H, W)      uint8 class ids, if the case is labeled
@@ -287,10 +287,7 @@ def write_dataset(root, *, classes, ignore_label, unit, case_ids):
 
 
 def read_dataset(root, source=""):
-    """The `Dataset` in a folder made by prepare.py; FileNotFoundError if there is none.
-
-    source: where its data come from, for that message.
-    """
+    """The `Dataset` in a folder made by prepare.py; source: where it comes from, for errors."""
     root = Path(root)
     path = root / DATASET_FILE
     if not path.is_file():

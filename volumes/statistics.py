@@ -7,13 +7,10 @@ PERCENTILES = (0.5, 1.0, 5.0, 50.0, 95.0, 99.0, 99.5)
 
 
 def sample_coordinates(label, class_id, rng, most=MAX_COORDINATES):
-    """Up to `most` voxel coordinates of one class, without repeats: (N, 3) int32, sorted.
-
-    Dense classes are sampled by rejection, so that no index array of the volume's size is made.
-    """
+    """Up to `most` voxel coordinates of one class, without repeats: (N, 3) int32, sorted."""
     flat = label.reshape(-1)
     count = int(np.count_nonzero(flat == class_id))
-    if count > 20 * most:
+    if count > 20 * most:  # by rejection: no index array of the volume's size is made
         share = count / flat.size
         voxels = np.empty(0, np.int64)
         while voxels.size < most:
