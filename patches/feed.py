@@ -234,9 +234,8 @@ class Batches:
         count, most = len(self.dataset.excluded) + 1, len(self.dataset.cases)
         text = f"{reason}; {count} of {most} training cases are left out"
         if count > self.max_excluded * most:
-            raise TooManyExcluded(
-                f"{text}, more than the share of {self.max_excluded} that data.max_excluded allows"
-            )
+            share = f"the share of {self.max_excluded} that data.max_excluded allows"
+            raise TooManyExcluded(f"{text}, more than {share}")
         self.dataset.exclude(case, reason)
         self.close()  # the workers that start next know it
         self.report("case left out", text, case=case, reason=reason)
@@ -251,9 +250,8 @@ class Batches:
     def _replace_workers(self):
         """Report the workers that have died, and end the others; fewer start next."""
         time.sleep(0.05)  # some may be dying with them
-        for number, worker in enumerate(self.workers):
-            if worker.is_alive():
-                continue
+        dead = [(i, worker) for i, worker in enumerate(self.workers) if not worker.is_alive()]
+        for number, worker in dead:
             case, reading, resident = self._reading(number)
             text = f"worker {number} (pid {worker.pid}) {describe_death(worker.exitcode)} {reading}"
             figures = {"worker": number, "pid": worker.pid, "exitcode": worker.exitcode}
@@ -275,7 +273,7 @@ class Batches:
         return case, f"while reading case {case} (epoch {epoch}, sample {index})", resident
 
     def _report_death(self, text, **figures):
-        """Report a dead worker with the memory of now, and count it out."""
+        """Report a worker that died, with the memory of this moment, and count it out."""
         self.worker_count -= 1
         shared, kills = machine.shared_memory_free(), machine.oom_kills()
         advice = "if memory is short, lower training.workers"
@@ -308,8 +306,7 @@ class _Reader:
         self.spool = tempfile.TemporaryFile()
 
     def __getstate__(self):
-        # By way of a file: a pipe has room for 64 kB, and if a worker is killed before it has read
-        # the rest, whoever writes that would wait for ever.
+        # In a file: writing more than 64 kB to the pipe of a killed worker would never end.
         state = reduction.ForkingPickler.dumps({**self.__dict__, "spool": None})
         os.pwrite(self.spool.fileno(), state, 0)
         return reduction.DupFd(self.spool.fileno()), len(state)

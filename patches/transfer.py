@@ -1,8 +1,7 @@
 """From a worker to the training process, and from there to the device.
 
-    message, file = pack(samples)                       # in a worker; message: a few bytes
-    samples = unpack(message)                           # in the training process
-    os.close(file)                                      # in the worker, some batches later
+    message, file = pack(samples)  # in a worker, which closes the file some batches later
+    samples = unpack(message)      # in the training process
     samples = to_device(samples, device, copy_stream(device))
 
 A worker writes a batch to an anonymous file in memory, which the training process opens through
