@@ -62,11 +62,11 @@ class Scorer:
         return Result(rows, errors, dataclasses.replace(case, masks={}, truth=None))
 
 
-def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda done: None):
+def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda: None):
     """[Result] in the order of pairs. After the first error, the rest is only read and checked.
 
     jobs: cases at one time, None: as many as there are cores, cases and budget for; budget: bytes
-    of memory for all of them. One case is scored whatever it needs. progress(done) is called after
+    of memory for all of them. One case is scored whatever it needs. progress() is called after
     each. ScoringError names a case whose process dies although no other runs.
     """
     needs = [BYTES_PER_VOXEL * files.voxel_count(pair.truth) for pair in pairs]
@@ -78,7 +78,7 @@ def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda done: No
     if wanted <= 1:
         for number, pair in enumerate(pairs):
             results[number] = scorer(pair, any(result.errors for result in results.values()))
-            progress(len(results))
+            progress()
     elif not _in_processes(pairs, needs, scorer, wanted, budget, progress, results):
         # A process died, perhaps for want of memory: the cases that are left run one at a time.
         _in_processes(pairs, needs, scorer, 1, budget, progress, results)
@@ -118,7 +118,7 @@ def _in_processes(pairs, needs, scorer, jobs, budget, progress, results):
                         f"other ran; it needs about {needs[number] / 1e9:.1f} GB: score it where "
                         "there is more memory, or fewer --scores"
                     ) from error
-                progress(len(results))
+                progress()
     return True
 
 

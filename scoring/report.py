@@ -67,10 +67,10 @@ def _summary(rows, name):
     }
 
 
-def worst_cases(rows, method, name):
-    """Cases of a method, the worst by a score first."""
+def worst_first(rows, method, name):
+    """The rows of a method, the worst by a score first."""
     rows = [row for row in rows if row["method"] == method]
-    return [row["case"] for row in sorted(rows, key=lambda row: _sign(name) * row[name])]
+    return sorted(rows, key=lambda row: _sign(name) * row[name])
 
 
 def _sign(name):
