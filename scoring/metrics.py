@@ -4,13 +4,13 @@
     scores = score(prediction, truth, spacing, names=["assd", "surface_dice@4", "toposcore"])
     parts = vesuvius_score(prediction, truth)
 
-This folder shares no code with the losses, so that a mistake there cannot hide itself here. Scores
-equal their published reference implementations on the same masks. SCORES, at the end of the file,
-lists all of them with what is better and what they cost.
+Scores equal their published reference implementations on the same masks, and share no code with
+the losses. SCORES, at the end of the file, lists all of them.
 """
 
 import difflib
 import functools
+import numbers
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ def score(
         raise ValueError(f"names: expected a list of names of scores, got the text {names!r}")
     entries = {name: entry(name) for name in (DEFAULT if names is None else names)}
     prediction, truth = labeled_masks(prediction, truth, ignore_label)
-    pair = Comparison(prediction, truth, spacing, tolerance, threads=threads)
+    pair = Comparison(prediction, truth, spacing, tolerance, threads)
     return {name: kind.of(pair, *number) for name, (kind, number) in entries.items()}
 
 
@@ -90,7 +90,7 @@ def vesuvius_score(prediction, truth, ignore_label=2, *, threads=2):
     nothing, score 0.65, two empty masks 1: a lone piece counts nowhere in the TopoScore.
     """
     masks = labeled_masks(prediction, truth, ignore_label)
-    return Comparison(*masks, threads=threads).vesuvius
+    return Comparison(*masks, VOXEL, 2.0, threads).vesuvius
 
 
 def labeled_masks(prediction, truth, ignore_label=2):
@@ -117,8 +117,7 @@ def labeled_masks(prediction, truth, ignore_label=2):
 
 
 def _is_integer(value):
-    whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
-    return whole or isinstance(value, (int, np.integer))
+    return isinstance(value, numbers.Real) and value == value // 1
 
 
 def _as_mask(name, values, allowed, ignored):
@@ -128,9 +127,8 @@ def _as_mask(name, values, allowed, ignored):
     if not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"{name}: expected a bool or integer mask, got {values.dtype}")
     mask = values == 1
-    known = np.count_nonzero(mask) + values.size - np.count_nonzero(values)
-    known += 0 if ignored is None else np.count_nonzero(ignored)
-    if known != values.size:
+    known = np.count_nonzero(mask) + (0 if ignored is None else np.count_nonzero(ignored))
+    if known != np.count_nonzero(values):
         values = ", ".join(map(str, np.unique(values)[:8]))
         raise ValueError(f"{name}: expected the values {allowed}, got {values}")
     return mask
@@ -142,7 +140,7 @@ def _as_mask(name, values, allowed, ignored):
 class Comparison:
     """Two masks (D, H, W) bool; what scores share is computed once, when first needed."""
 
-    def __init__(self, prediction, truth, spacing=VOXEL, tolerance=2.0, *, threads=2):
+    def __init__(self, prediction, truth, spacing, tolerance, threads):
         self.whole = prediction, truth
         self.spacing = surface.checked_spacing(spacing)
         self.tolerance = surface.checked_tolerance(tolerance)
@@ -179,8 +177,8 @@ class Comparison:
         return self.surfaces_at(self.spacing)
 
     def surfaces_at(self, spacing):
-        diagonal = surface.diagonal(self.whole[0].shape, spacing)
-        return surface.SurfacePair(*self.corners, spacing, diagonal, threads=self.threads)
+        shape = self.whole[0].shape
+        return surface.SurfacePair(*self.corners, spacing, shape, threads=self.threads)
 
     def surface_dice(self, tolerance=None):
         return self.surfaces.dice(self.tolerance if tolerance is None else tolerance)
@@ -201,9 +199,6 @@ class Comparison:
         components = (self.partition.predicted, self.partition.true)
         connectivity = (26, 26)
         return self.both(homology.betti_numbers, self.masks, connectivity, histograms, components)
-
-    def piece_error(self):
-        return abs(self.partition.predicted - self.partition.true)
 
     def betti_error(self, dimension):
         return abs(self.betti[0][dimension] - self.betti[1][dimension])
@@ -226,17 +221,14 @@ class Comparison:
     @functools.cached_property
     def vesuvius(self):
         split, merge = self.information
-        topology, surface = homology.toposcore(self.matching), self.surfaces_at(VOXEL).dice(2.0)
-        information = partitions.voi_score(split, merge)
-        return {
-            "score": 0.30 * topology + 0.35 * (surface + information),
-            "toposcore": topology,
-            "surface_dice": surface,
-            "voi_score": information,
-            "voi_split": split,
-            "voi_merge": merge,
-            "counts": self.matching,
+        parts = {
+            "toposcore": homology.toposcore(self.matching),
+            "surface_dice": self.surfaces_at(VOXEL).dice(2.0),
+            "voi_score": partitions.voi_score(split, merge),
         }
+        score = 0.30 * parts["toposcore"] + 0.35 * (parts["surface_dice"] + parts["voi_score"])
+        others = {"voi_split": split, "voi_merge": merge, "counts": self.matching}
+        return {"score": score} | parts | others
 
 
 def _skeleton_inside(mask, other):
@@ -254,9 +246,6 @@ def _skeleton_inside(mask, other):
     skeleton = skeletonize(mask) > 0
     skeleton = skeleton if skeleton.any() else mask
     return int(np.count_nonzero(skeleton & other)), int(np.count_nonzero(skeleton))
-
-
-# ---------------------------------------------------------------------------- a baseline
 
 
 def otsu_threshold(image):
@@ -294,18 +283,16 @@ def otsu_threshold(image):
 
 @dataclass(frozen=True)
 class Score:
-    """The function of a `Comparison`, which end of its value is better, and what it costs.
+    """A score, computed of a `Comparison`.
 
-    better: "higher", "lower", or None: it describes a mask, and neither is better.
     cost: "cheap", "moderate" or "slow": up to about 0.5, 3 and 30 s for torn sheets of 320 x 320 x
     320 on 2 cores; those that share their work cost that once.
-    number: what may follow the name after an @.
     """
 
     of: Callable
-    better: str | None
+    better: str | None  # "higher", "lower", or None: it describes a mask
     cost: str
-    number: str | None = None
+    number: str | None = None  # what may follow the name after an @
 
 
 def entry(name):
@@ -317,17 +304,15 @@ def entry(name):
         raise ValueError(f"expected the name of a score, got {name}; the nearest is {near[0]}")
     if not at:
         return kind, ()
+    if kind.number is None:
+        raise ValueError(f"expected {base} without a number, got {name}")
     try:
         number = float(number)
     except ValueError:
-        number = None
-    if number is not None and kind.number is not None:
-        return kind, (CHECKS[kind.number](number),)
-    wanted = f"{base}@{kind.number.upper()}" if kind.number else f"{base} without a number"
-    raise ValueError(f"expected {wanted}, got {name}")
+        raise ValueError(f"expected {base}@{kind.number.upper()}, got {name}") from None
+    check = {"tolerance": surface.checked_tolerance, "percentile": surface.checked_percentile}
+    return kind, (check[kind.number](number),)
 
-
-CHECKS = {"tolerance": surface.checked_tolerance, "percentile": surface.checked_percentile}
 
 SCORES = {
     "dice": Score(lambda c: c.ratio(2 * c.voxels[2], *c.voxels[:2]), "higher", "cheap"),
@@ -352,7 +337,9 @@ SCORES = {
     "handles_truth": Score(lambda c: c.betti[1][1], None, "cheap"),
     "cavities": Score(lambda c: c.betti[0][2], None, "cheap"),
     "cavities_truth": Score(lambda c: c.betti[1][2], None, "cheap"),
-    "betti_error_0": Score(lambda c: c.piece_error(), "lower", "cheap"),
+    "betti_error_0": Score(
+        lambda c: abs(c.partition.predicted - c.partition.true), "lower", "cheap"
+    ),
     "betti_error_1": Score(lambda c: c.betti_error(1), "lower", "cheap"),
     "betti_error_2": Score(lambda c: c.betti_error(2), "lower", "cheap"),
     "betti_matching_f1_0": Score(lambda c: homology.matching_f1(*c.matching[0]), "higher", "slow"),

@@ -8,16 +8,13 @@ Definitions are those of Nikolov et al. 2018 (arXiv:1809.04430) and their packag
 mixed values, weighted by its marching-cubes area. The distance of an element is that to the nearest
 element of the other mask. Outside of the volume is background.
 
-It is ours because it is exact and about 100 times (surface Dice) and 10 times (HD95) as fast as
-that package on 160 x 160 x 160 voxels, see benchmarks/RESULTS.md; release 0.1 of the package fails
-on NumPy 2 where one mask is empty.
+It is about 100 times (surface Dice) and 10 times (HD95) as fast as that package on 160 x 160 x 160
+voxels (benchmarks/RESULTS.md); release 0.1 of the package fails on NumPy 2 where a mask is empty.
 
 Masks are (D, H, W) bool, spacing is z, y, x, and a distance is in the spacing's unit. Both masks
 empty: surface Dice 1, distances 0. One of them empty: surface Dice 0, distances the diagonal of the
-volume. No two corners are further apart, so a mean over cases stays finite and an empty prediction
-never pays off (the package returns infinity, the BraTS challenge the diagonal). ValueError for a
-spacing that is not three numbers from 1e-30 to 1e30 (beyond, areas and squares leave the range of
-floats), a tolerance below 0, and a percentile outside of 0 to 100.
+volume, as in the BraTS challenge (the package returns infinity): an empty prediction never pays
+off, and a mean over cases stays finite.
 """
 
 import functools
@@ -40,18 +37,17 @@ _ROWS_PER_VOXEL = 3.0
 _VOXELS_PER_QUERY = 20
 # A row is searched this many corners to either side (half of a word), and rows to either side.
 _HALF, _REACH = 32, 40
-_STEPS = 1e-30, 1e30  # least and largest spacing
+_STEPS = 1e-30, 1e30  # spacings; beyond, areas and squares leave the range of floats
 
 
 class SurfacePair:
     """Two surfaces and their scores; the distances are computed once, when first needed."""
 
-    def __init__(self, prediction, truth, spacing, diagonal, *, threads=2):
-        """prediction and truth: `Corners` in one box; diagonal: of the volume, in the unit."""
-        self.corners, self.threads = (prediction, truth), threads
-        self.spacing = checked_spacing(spacing)
-        self.diagonal = diagonal
-        self.area = surfel_areas(self.spacing)
+    def __init__(self, prediction, truth, spacing, shape, *, threads=2):
+        """prediction and truth: `Corners` in one box of a volume of that shape."""
+        self.corners, self.threads, self.spacing = (prediction, truth), threads, spacing
+        self.diagonal = math.sqrt(sum((n * s) ** 2 for n, s in zip(shape, spacing, strict=True)))
+        self.area = surfel_areas(spacing)
         self.areas = [float(surface.histogram @ self.area) for surface in self.corners]
         self.empty = [not surface.histogram.any() for surface in self.corners]
 
@@ -108,17 +104,12 @@ def surface_pair(prediction, truth, spacing=(1.0, 1.0, 1.0), *, threads=2):
     box = bounding_box(prediction | truth)
     with ThreadPoolExecutor(threads) as pool:
         surfaces = pool.map(extract, (prediction[box], truth[box]))
-    return SurfacePair(*surfaces, spacing, diagonal(truth.shape, spacing), threads=threads)
+    return SurfacePair(*surfaces, spacing, truth.shape, threads=threads)
 
 
 def surface_dice(prediction, truth, spacing=(1.0, 1.0, 1.0), tolerance=2.0):
     """The `SurfacePair.dice` of two masks (D, H, W)."""
     return surface_pair(prediction, truth, spacing).dice(tolerance)
-
-
-def diagonal(shape, spacing):
-    """The distance of the outermost corners of a volume of `shape` voxels."""
-    return math.sqrt(sum((n * step) ** 2 for n, step in zip(shape, spacing, strict=True)))
 
 
 def _percentile(distances, codes, area, percentile):
@@ -160,16 +151,16 @@ def checked_spacing(spacing):
 
 def checked_tolerance(tolerance):
     """tolerance as a float. ValueError for what is not a number of 0 or more."""
-    if _is_number(tolerance, 0, sys.float_info.max):
-        return float(tolerance)
-    raise ValueError(f"tolerance: expected a number of 0 or more, got {tolerance}")
+    if not _is_number(tolerance, 0, sys.float_info.max):
+        raise ValueError(f"tolerance: expected a number of 0 or more, got {tolerance}")
+    return float(tolerance)
 
 
 def checked_percentile(percentile):
     """percentile as a float. ValueError for what is not a number from 0 to 100."""
-    if _is_number(percentile, 0, 100):
-        return float(percentile)
-    raise ValueError(f"percentile: expected a number from 0 to 100, got {percentile}")
+    if not _is_number(percentile, 0, 100):
+        raise ValueError(f"percentile: expected a number from 0 to 100, got {percentile}")
+    return float(percentile)
 
 
 def _is_number(value, least, most):
@@ -283,7 +274,9 @@ def nearest_distances(own, other, spacing):
         many = rest.size * _VOXELS_PER_QUERY > own.codes.size
         search = _by_transform if many else _by_tree
         ours = np.stack(np.unravel_index(points[rest], shape), axis=-1)
-        distances[rest] = search(ours, is_mixed(other.codes), spacing)
+        steps = (search(ours, is_mixed(other.codes), spacing) - ours) * spacing
+        z, y, x = (steps**2).T
+        distances[rest] = np.sqrt(z + y + x)
     return distances
 
 
@@ -352,12 +345,12 @@ def _steps_to_one(windows):
 
 
 def _by_tree(ours, other, spacing):
-    """Distances of corners (N, 3) to the nearest one of `other` (bool), by a k-d tree."""
+    """The corner of `other` (bool) that is nearest to each of ours (N, 3), by a k-d tree."""
     theirs = np.argwhere(other)
     # Built fast rather than balanced: far more corners are put in than are searched for.
     fast = {"leafsize": 64, "balanced_tree": False, "compact_nodes": False}
     _, nearest = spatial.cKDTree(theirs * spacing, **fast).query(ours * spacing)
-    return _lengths(theirs[nearest] - ours, spacing)
+    return theirs[nearest]
 
 
 def _by_transform(ours, other, spacing):
@@ -365,10 +358,4 @@ def _by_transform(ours, other, spacing):
     nearest = ndimage.distance_transform_edt(
         ~other, sampling=spacing, return_distances=False, return_indices=True
     )
-    return _lengths(nearest[:, *ours.T].T - ours, spacing)
-
-
-def _lengths(offsets, spacing):
-    """Of (N, 3) index offsets: (N,) float64."""
-    z, y, x = ((offset * step) ** 2 for offset, step in zip(offsets.T, spacing, strict=True))
-    return np.sqrt(z + y + x)
+    return nearest[:, *ours.T].T
