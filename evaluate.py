@@ -43,9 +43,6 @@ SUMMARIES = ("mean", "median", "worst")
 WRONG_INPUT, FAILED = 2, 1
 
 
-# ---------------------------------------------------------------------------- files
-
-
 def with_summaries(rows, names):
     """The rows, then a row for mean, median and worst of each method."""
     summaries = report.summary(rows, names)
@@ -97,9 +94,6 @@ def write_overlays(folder, pairs, rows, options, args):
         with atomic.replacing(path) as partial:
             report.draw_slices(drawn, title=method, tolerance=tolerance).savefig(partial)
         yield path
-
-
-# ---------------------------------------------------------------------------- command line
 
 
 def number(kind, wanted, accepts):

@@ -28,25 +28,20 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
 
 
 class Evaluation(NamedTuple):
-    """The outcome of a validation. result: see `evaluator.evaluate`; None if its process died.
-
-    unread: ids of the cases whose files could not be read, even when tried again; slices: of the
-    first case, see `middle_slices`; None without a case.
-    """
+    """The outcome of a validation."""
 
     step: int
-    result: dict | None
-    unread: list
-    slices: dict | None
+    result: dict | None  # see `evaluator.evaluate`; None if its process died
+    unread: list  # ids of the cases whose files could not be read, even when tried again
+    slices: dict | None  # of the first case, see `middle_slices`; None without a case
 
 
 class Validator:
     """Validates on a list of labeled `casefile.Case`, one evaluation at a time.
 
-    spec: an `evaluator.EvaluationSpec`; background: whether a process of its own evaluates, which
-    starts with the first evaluation; how: arguments of `predict`. report(kind, text, **figures)
-    records trouble; poll() is called after each batch of windows and once a second of waiting, and
-    may raise. Close it, or the process stays.
+    background: whether a process of its own evaluates; how: arguments of `predict`. report(kind,
+    text, **figures) records trouble; poll() is called after each batch of windows and once a second
+    of waiting, and may raise. Close it, or the process stays.
     """
 
     def __init__(self, cases, spec, *, background, report, poll, **how):
@@ -61,7 +56,7 @@ class Validator:
         if self.background and self.pool is None:
             worker = parallel.worker_process(STOP_SIGNALS)
             self.pool, self.process = self.stack.enter_context(worker)
-        how = {**self.how, "report": self.report, "progress": lambda done, total: self.poll()}
+        how = self.how | {"report": self.report, "progress": lambda done, total: self.poll()}
         training = network.training
         network.eval()
         predictions, unread, slices = [], [], None
@@ -140,9 +135,8 @@ def predict(network, case, spec, *, spacing, clip, window, with_slices=False, **
     that come from the settings, how: its others. Memory: the slab and a byte a voxel, four more
     where a validation-only term needs probabilities. casefile.Unreadable if a file cannot be read.
     """
-    counts = np.empty(case.shape, np.uint8)
-    probs = np.empty(case.shape, np.float32) if spec.has_validation_terms else None
-    slices = None
+    counts, slices = np.empty(case.shape, np.uint8), None
+    probs = np.empty(case.shape, np.float32) if spec.validation_terms else None
     with casefile.opened(case) as file:
         if with_slices:
             truth = casefile.read_truth(file, spec.foreground, case.ignore_label)

@@ -59,9 +59,6 @@ class Masks:
     ones: dict
 
 
-# ---------------------------------------------------------------------------- matching
-
-
 def find_sources(text, role, errors):
     """({case id: path} of the volumes that text names, the dataset if it is one or None).
 
@@ -178,9 +175,6 @@ def listed(ids, most=8):
     """Ids for people, the first few of many."""
     ids = sorted(ids)
     return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
-
-
-# ---------------------------------------------------------------------------- reading
 
 
 def read(pair, options, errors):

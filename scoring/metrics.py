@@ -29,8 +29,8 @@ def score(
 
     prediction (D, H, W): bool or integers 0 and 1. truth (D, H, W): the same, and `ignore_label`
     where nobody labeled (None: nowhere). spacing (z, y, x) and tolerance (of surface_dice) share
-    one unit, that of distances. names: of SCORES, `surface_dice@4` (at that tolerance) and
-    `hausdorff@99` (that percentile); None: DEFAULT. threads: how many are used at one time.
+    one unit, that of distances. names: of SCORES, also `surface_dice@4` (at that tolerance) and
+    `hausdorff@99` (that percentile); None: DEFAULT.
 
         dice, iou, precision, recall    over labeled voxels, in [0, 1]
         surface_dice                    share of both surfaces within the tolerance of the other
@@ -48,19 +48,15 @@ def score(
                                         2 x 2 x 2 tiles; foreground is 6-connected
         toposcore, vesuvius_score       see `vesuvius_score`
 
-    Voxels of ignore_label are left out of the voxel counts, and are background in both masks for
-    all else: where the unlabeled region cuts a structure, the cut is a surface of both, and the
-    end of a skeleton. What several scores share is computed once.
+    Voxels of ignore_label are background in both masks: where the unlabeled region cuts a
+    structure, the cut is a surface of both, and the end of a skeleton.
 
     Both masks empty (also: no labeled voxel at all): each ratio and F1 is 1, each distance, error
     and number 0. One of them empty: ratios are 0, distances the diagonal of the volume, Betti
     errors what the other one has. VOI then sees one undivided component on the empty side, so that
-    voi_score is 1 if the other is of one piece, as published. An F1 is 0 where the truth has a
-    class of its dimension, else 0.5 / (predicted + 0.5).
+    voi_score is 1 if the other is of one piece, as published. For an F1 see `homology.matching_f1`.
 
-    ValueError, before any work, for shapes that differ or are not 3-D, dtypes that are not integer,
-    other values, an impossible spacing, tolerance, percentile, ignore_label or number of threads,
-    and a name that is not in SCORES.
+    ValueError, before any work, for masks, options and names that are not as above.
     """
     if isinstance(names, str):
         raise ValueError(f"names: expected a list of names of scores, got the text {names!r}")
@@ -86,7 +82,7 @@ def vesuvius_score(prediction, truth, ignore_label=2, *, threads=2):
 
     Masks as for `score`; voxels have no spacing here. Equal to the challenge's own package on its
     masks: surface_dice and voi_score to rounding, predicted and true counts always, matched counts
-    but for ties (see homology.py). An empty prediction of one piece, and a piece predicted of
+    but for ties (see homology.py). Nothing predicted of one piece, and a piece predicted of
     nothing, score 0.65, two empty masks 1: a lone piece counts nowhere in the TopoScore.
     """
     masks = labeled_masks(prediction, truth, ignore_label)
@@ -94,10 +90,7 @@ def vesuvius_score(prediction, truth, ignore_label=2, *, threads=2):
 
 
 def labeled_masks(prediction, truth, ignore_label=2):
-    """Both as bool masks (D, H, W) that are False where truth is ignore_label.
-
-    Accepts and refuses (ValueError) the same as `score`.
-    """
+    """Both as bool masks (D, H, W) that are False where truth is ignore_label; see `score`."""
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     if prediction.shape != truth.shape or truth.ndim != 3:
         raise ValueError(
@@ -132,9 +125,6 @@ def _as_mask(name, values, allowed, ignored):
         values = ", ".join(map(str, np.unique(values)[:8]))
         raise ValueError(f"{name}: expected the values {allowed}, got {values}")
     return mask
-
-
-# ---------------------------------------------------------------------------- shared work
 
 
 class Comparison:
@@ -234,7 +224,7 @@ class Comparison:
 def _skeleton_inside(mask, other):
     """(voxels of the mask's skeleton inside of `other`, voxels of that skeleton).
 
-    Of a mask without any: (0, 0). clDice (Shit et al. 2021, arXiv:2003.07311) thins masks with
+    clDice (Shit et al. 2021, arXiv:2003.07311) thins masks with
     scikit-image's `skeletonize`, in 3D Lee et al. 1994. That leaves nothing of some shapes of even
     thickness, such as a bar of 2 x 2 x 10; then the mask stands for its skeleton, where the
     published code divides by 0.
@@ -276,9 +266,6 @@ def otsu_threshold(image):
     spread = mean_gap**2 / (below * (image.size - below))
     best = int(np.argmax(spread))
     return float(low) + (best * width if exact else (best + 1) * width)
-
-
-# ---------------------------------------------------------------------------- the scores
 
 
 @dataclass(frozen=True)

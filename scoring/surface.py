@@ -136,9 +136,6 @@ def _beyond(own, other, rows):
     return np.bincount(own.codes.reshape(-1, width)[lines][far], minlength=256)
 
 
-# ---------------------------------------------------------------------------- numbers
-
-
 def checked_spacing(spacing):
     """spacing as three floats. ValueError for what is not three numbers from 1e-30 to 1e30."""
     steps = tuple(spacing) if np.ndim(spacing) == 1 else ()
@@ -168,9 +165,6 @@ def _is_number(value, least, most):
         return not isinstance(value, str) and bool(least <= value <= most)
     except (TypeError, ValueError):  # no number, or several
         return False
-
-
-# ---------------------------------------------------------------------------- corners
 
 
 class Corners(NamedTuple):
@@ -238,9 +232,6 @@ def bounding_box(mask):
     if not indices[0].size:
         return (slice(0, 0),) * 3
     return tuple(slice(int(i[0]), int(i[-1]) + 1) for i in indices)
-
-
-# ---------------------------------------------------------------------------- nearest corners
 
 
 def nearest_distances(own, other, spacing):
