@@ -9,8 +9,7 @@
 
 Each PATH is a file, a folder, a pattern, or a folder made by prepare.py; predictions, truth and
 images are matched by case id. Several predictions of the same cases are ranked, and compared case
-by case. As many cases are scored at one time as there are cores and memory for. What each score
-means is explained in scoring/metrics.py; --list-scores names them all.
+by case. What each score means is explained in scoring/metrics.py; --list-scores names them all.
 
 Leaves the files of --out (a row per case and method, then mean, median and worst; or the same and
 the leaderboards of all scores as JSON) and of --overlays (METHOD.png).
@@ -39,7 +38,6 @@ from volumes import atomic, files
 
 SCORES = ("dice", "surface_dice", "precision", "recall", "voi_score", "components",
           "components_truth")  # fmt: skip
-SUMMARIES = ("mean", "median", "worst")
 WRONG_INPUT, FAILED = 2, 1
 
 
@@ -48,7 +46,7 @@ def with_summaries(rows, names):
     summaries = report.summary(rows, names)
     return rows + [
         {"case": kind, "method": method} | {name: scores[name][kind] for name in names}
-        for kind in SUMMARIES
+        for kind in ("mean", "median", "worst")
         for method, scores in summaries.items()
     ]
 
@@ -124,8 +122,8 @@ def score_name(text):
 def named(texts):
     """[(method, path)] of NAME=PATH or PATH; ValueError for two of one name.
 
-    One path alone is called prediction; of several, each after its file or folder, or after the run
-    that the folder predictions/ lies in.
+    A path without a name, of several, is called after its file or folder, or after the run that
+    the folder predictions/ lies in.
     """
     predictions = []
     for text in texts:

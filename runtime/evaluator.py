@@ -55,12 +55,11 @@ class EvaluationSpec:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A predicted case. counts (D, H, W) uint8: see `threshold_counts`; probs (D, H, W) float32 if
-    a validation-only term of the loss needs them, else None."""
+    """A predicted case."""
 
     case: casefile.Case
-    counts: np.ndarray
-    probs: np.ndarray | None = None
+    counts: np.ndarray  # (D, H, W) uint8: see `threshold_counts`
+    probs: np.ndarray | None = None  # (D, H, W) float32 if a validation-only term needs them
 
 
 def threshold_counts(probs, thresholds):
@@ -81,7 +80,7 @@ def evaluate(spec, predictions):
         unread             ids of the cases whose labels cannot be read; they do not count
 
     The threshold is chosen first, then, with it, the size of components. Without any prediction
-    there are no scores, and the first of the choices is the result.
+    the first of the choices is the result.
     """
     readable, unread = [], []
     for prediction in predictions:
@@ -143,7 +142,7 @@ def _stages(spec, prediction, threshold, size):
 
 def _scores(spec, case, mask, truth, names):
     how = (case.spacing, case.ignore_label, spec.tolerance)
-    return metrics.score(mask, truth, *how, names=tuple(names))
+    return metrics.score(mask, truth, *how, names=names)
 
 
 def _score_steps(spec, prediction, threshold, size):
@@ -170,12 +169,9 @@ def _validation_losses(spec, prediction, truth):
         with casefile.opened(case) as file:
             skeleton = torch.from_numpy(file["skeleton"][:])
     valid = truth != (-1 if case.ignore_label is None else case.ignore_label)
+    tensors = map(torch.from_numpy, (prediction.probs, truth == 1, valid))
     return composite_loss.validation_losses(
-        *map(torch.from_numpy, (prediction.probs, truth == 1, valid)),
-        spec.terms,
-        tile=spec.tile,
-        spacing=case.spacing,
-        skeleton=skeleton,
+        *tensors, spec.terms, tile=spec.tile, spacing=case.spacing, skeleton=skeleton
     )
 
 
@@ -201,7 +197,5 @@ def check(metric, names):
             key = "validation.score" if name == metric else "validation.scores"
             raise ValueError(f"{key}: {error}") from None
     if metrics.entry(metric)[0].better is None:
-        raise ValueError(
-            f"validation.score: expected a score where higher or lower is better, got {metric}, "
-            "which describes a mask"
-        )
+        expected = "expected a score where higher or lower is better"
+        raise ValueError(f"validation.score: {expected}, got {metric}, which describes a mask")

@@ -22,6 +22,7 @@ in 41 of 41 pairs of torn sheets; in random blobs with 27 matched handles on ave
 are off by one; in white noise with 76, the difference is 1.2 on average.
 """
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -58,7 +59,7 @@ def betti_numbers(mask, connectivity=26, histogram=None, components=None):
 
 
 def euler_characteristic(histogram, connectivity=26):
-    """b0 - b1 + b2 of a mask from its (256,) `Corners.histogram`, as an int.
+    """b0 - b1 + b2 of a mask from its (256,) `Corners.histogram`.
 
     Each corner holds a share of the cells around it: with 26-connectivity of the corner itself and
     of its edges, faces and voxels that belong to the foreground; with 6-connectivity of the voxels
@@ -125,16 +126,15 @@ def _tiles(shape, tiles):
 
 
 def _mortal_classes(mask):
-    """Betti numbers (6-connected foreground) without the piece that never dies: (3,) ints."""
+    """Betti numbers (6-connected foreground) without the piece that never dies."""
     pieces, loops, cavities = betti_numbers(mask, connectivity=6)
     return max(0, pieces - 1), loops, cavities
 
 
 def _deaths(first, pair, top):
-    """Where the classes of `first` die that live on in the union of `pair`: three (N,) int64.
+    """Where the classes of `first` die that live on in the union of `pair`.
 
-    One sorted place for each class of dimensions 0 to 2, alike for either mask of the pair; none
-    above the dimension `top`.
+    An (N,) int64 for each dimension; empty above the dimension `top`.
     """
     import cripser  # late: the scores of voxels and surfaces need none of it
 
@@ -151,15 +151,12 @@ def _deaths(first, pair, top):
     rows = cripser.computePH(level, maxdim=int(top))  # dim, birth, death, birth zyx, death zyx
     rows = rows[(rows[:, 1] < 1) & (rows[:, 2] >= 2) & (rows[:, 2] < 3)]
     place = rows[:, 6:9].astype(np.int64) @ (np.array(level.strides) // level.itemsize)
-    return [np.sort(place[rows[:, 0] == dim]) for dim in range(3)]
+    return [place[rows[:, 0] == dim] for dim in range(3)]
 
 
 def _common(first, second):
-    """How many elements two sorted arrays share, as multisets."""
-    values, counts = np.unique(first, return_counts=True)
-    others, other_counts = np.unique(second, return_counts=True)
-    _, i, j = np.intersect1d(values, others, assume_unique=True, return_indices=True)
-    return int(np.minimum(counts[i], other_counts[j]).sum())
+    """How many elements two arrays share, as multisets."""
+    return (Counter(first.tolist()) & Counter(second.tolist())).total()
 
 
 def matching_f1(matched, predicted, true):

@@ -3,7 +3,7 @@
     pairs, dataset = match([("new", "runs/new/predictions")], "labels", None, errors, notes)
     masks = read(pairs[0], ReadOptions(ignore_label=2), errors)
 
-What is wrong is not raised one by one: it is collected as sentences in errors.
+What is wrong is collected as sentences in errors.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ OTSU = "otsu"  # the method of that name
 
 @dataclass(frozen=True)
 class Pair:
-    """Where the predictions of a case (by method), its truth and perhaps its image are."""
+    """Paths of the predictions of a case (by method), its truth and perhaps its image."""
 
     id: str
     predictions: dict
@@ -46,17 +46,14 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Masks:
-    """The masks of a case, {method: (D, H, W) of 0 and 1}; truth: the same, and ignore_label.
+    """The masks of a case."""
 
-    spacing: z, y, x, and whether any file has one; ones: {role: 254 or 255, where that meant 1}.
-    """
-
-    masks: dict
-    truth: np.ndarray | None
-    spacing: tuple
+    masks: dict  # {method: (D, H, W) of 0 and 1}
+    truth: np.ndarray | None  # the same, and ignore_label
+    spacing: tuple  # z, y, x
     unit: str
-    spacing_in_file: bool
-    ones: dict
+    spacing_in_file: bool  # whether any file has one
+    ones: dict  # {role: 254 or 255, where that meant 1}
 
 
 def find_sources(text, role, errors):
@@ -109,8 +106,7 @@ def match(predictions, truth, images, errors, notes, *, only=()):
     predictions: [(method, path)]; truth, images: paths (images None: those of the dataset); each as
     in `find_sources`. only: ids or patterns, such as scroll_*; all others are left out silently.
     One prediction file and one truth file are a pair whatever their names. An id that is missing on
-    one side is an error. But to predict only some cases of a prepared dataset is normal, and a case
-    without a label cannot be scored: these are notes.
+    one side is an error, but a note where a prepared dataset has more cases or no label.
     """
     methods = {name: find_sources(path, "prediction", errors)[0] for name, path in predictions}
     truths, dataset = find_sources(truth, "truth", errors)
@@ -125,9 +121,9 @@ def match(predictions, truth, images, errors, notes, *, only=()):
         methods = {m: {i: p for i, p in s.items() if i not in bare} for m, s in methods.items()}
         predicted -= bare
     if len(predicted) == 1:  # a single file is of that case, whatever it is called
-        if _is_file(truth):
+        if os.path.isfile(files.split_dataset(truth)[0]):
             truths = dict(zip(predicted, truths.values(), strict=True))
-        if images and _is_file(images):
+        if images and os.path.isfile(files.split_dataset(images)[0]):
             shown = dict(zip(predicted, shown.values(), strict=True))
     if dataset and (left := set(truths) - predicted):
         notes.append(f"truth without a prediction, not scored: {listed(left)}")
@@ -151,10 +147,6 @@ def match(predictions, truth, images, errors, notes, *, only=()):
     ], dataset
 
 
-def _is_file(text):
-    return os.path.isfile(files.split_dataset(text)[0])
-
-
 def _wanted(ids, only, errors):
     """Those of the ids that a pattern of `only` names; a pattern that names none is an error."""
     matches = {pattern: fnmatch.filter(ids, pattern) for pattern in only}
@@ -173,8 +165,8 @@ def _known_id(case, path, known):
 
 def listed(ids, most=8):
     """Ids for people, the first few of many."""
-    ids = sorted(ids)
-    return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
+    more = f" and {len(ids) - most} more" if len(ids) > most else ""
+    return ", ".join(sorted(ids)[:most]) + more
 
 
 def read(pair, options, errors):

@@ -92,9 +92,12 @@ def bootstrap_interval(values):
         return None
     from scipy.stats import bootstrap  # late: half a second
 
-    how = {"n_resamples": 10_000, "batch": 1000, "rng": np.random.default_rng(0)}
-    interval = bootstrap((values,), np.mean, method="percentile", **how).confidence_interval
-    return float(interval.low), float(interval.high)
+    rng = np.random.default_rng(0)
+    sampled = bootstrap(
+        (values,), np.mean, n_resamples=10_000, batch=1000, method="percentile", rng=rng
+    )
+    low, high = sampled.confidence_interval
+    return float(low), float(high)
 
 
 def print_scores(console, rows, names, unit, cases):

@@ -41,10 +41,9 @@ _STEPS = 1e-30, 1e30  # spacings; beyond, areas and squares leave the range of f
 
 
 class SurfacePair:
-    """Two surfaces and their scores; the distances are computed once, when first needed."""
+    """Two surfaces, `Corners` in one box of a volume of that shape, and their scores."""
 
     def __init__(self, prediction, truth, spacing, shape, *, threads=2):
-        """prediction and truth: `Corners` in one box of a volume of that shape."""
         self.corners, self.threads, self.spacing = (prediction, truth), threads, spacing
         self.diagonal = math.sqrt(sum((n * s) ** 2 for n, s in zip(shape, spacing, strict=True)))
         self.area = surfel_areas(spacing)
@@ -54,8 +53,8 @@ class SurfacePair:
     def dice(self, tolerance=2.0):
         """The share of both surfaces within `tolerance` of the other one, in [0, 1].
 
-        A distance of exactly the tolerance is within. Distances are compared as rounded, as in the
-        package: 3 steps of 0.2 are more than 0.6, 2 of 0.3 are not.
+        Distances are compared as rounded, as in the package: 3 steps of 0.2 are more than 0.6, 2 of
+        0.3 are not.
         """
         tolerance = checked_tolerance(tolerance)
         if any(self.empty):
@@ -78,10 +77,7 @@ class SurfacePair:
             return list(zip(away, codes, strict=True))
 
     def hausdorff(self, percentile=100.0):
-        """The distance within which `percentile` % of either surface's area lies from the other.
-
-        100: the Hausdorff distance; 95: HD95, "robust Hausdorff" in the package.
-        """
+        """The distance within which `percentile` % of either surface's area lies from the other."""
         percentile = checked_percentile(percentile)
         if any(self.empty):
             return 0.0 if all(self.empty) else self.diagonal
@@ -170,8 +166,7 @@ def _is_number(value, least, most):
 class Corners(NamedTuple):
     """The corners of a mask (D, H, W), each coded by the 2 x 2 x 2 voxels around it.
 
-    Where the 8 are mixed, the surface passes. All that needs no position, such as areas and Euler
-    characteristics, is computed from the histogram of codes.
+    Where the 8 are mixed, the surface passes.
     """
 
     codes: np.ndarray  # (D+1, H+1, W+1) uint8: the 8 voxels around a corner as bits
@@ -241,18 +236,15 @@ def nearest_distances(own, other, spacing):
     float64 sqrt((dz sz)^2 + (dy sy)^2 + (dx sx)^2) of the steps to the nearest corner.
 
     Rows around a corner, the nearest first, are searched for their nearest 1 in x, 64 corners at a
-    time: this finds neighbors up to some 20 corners off. The corners it leaves use a k-d tree or,
-    if they are a twentieth of the box, a Euclidean transform. For torn sheets of 320 x 320 x 320,
-    4.6 million corners of each, that takes 2 s on 2 cores; two transforms take 9 s, two trees of
-    all corners 7.
+    time. The corners that are far use a k-d tree or, if they are a twentieth of the box, a
+    Euclidean transform. For torn sheets of 320 x 320 x 320 that takes 2 s on 2 cores; two
+    transforms take 9 s, two trees of all corners 7.
     """
     points, shape = np.flatnonzero(is_mixed(own.codes)), own.codes.shape
     distances, rest = np.full(points.size, np.inf), np.arange(points.size)
     for length in (0.0, math.sqrt(min(spacing) ** 2)):  # most corners of a fair prediction
-        near = dilation.unpack(
-            dilation.spread(other.bits, dilation.ball_rows(length, spacing)), shape[2]
-        )
-        near = near.reshape(-1)[points[rest]]
+        near = dilation.spread(other.bits, dilation.ball_rows(length, spacing))
+        near = dilation.unpack(near, shape[2]).reshape(-1)[points[rest]]
         distances[rest[near]] = length
         rest = rest[~near]
     rows = _Rows(other.bits, spacing)
@@ -294,8 +286,8 @@ class _Rows:
     def nearest(self, corners, budget):
         """Distances (N,) of corners, given by z, y and x (N,); infinite where no row settles them.
 
-        A corner is settled once no row that is still to be searched can be nearer than the nearest
-        1 so far. budget: how many rows may be searched, counted for each corner.
+        A corner is settled once no further row can be nearer than the nearest 1 so far. budget: how
+        many rows may be searched, counted for each corner.
         """
         z, y, x = corners
         words, shift = np.divmod(x + 64 - _HALF, 64)
@@ -345,7 +337,7 @@ def _by_tree(ours, other, spacing):
 
 
 def _by_transform(ours, other, spacing):
-    """The same by a feature transform of the whole box: 12 bytes per voxel, however many points."""
+    """The same by a transform of the whole box: 12 bytes per voxel, however many points."""
     nearest = ndimage.distance_transform_edt(
         ~other, sampling=spacing, return_distances=False, return_indices=True
     )
