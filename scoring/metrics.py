@@ -179,16 +179,14 @@ class Comparison:
 
     @functools.cached_property
     def information(self):
-        """(split, merge) in bits."""
         return self.partition.variation_of_information()
 
     @functools.cached_property
     def betti(self):
         """(b0, b1, b2) of the prediction and of the truth, 26-connected."""
         histograms = [corners.histogram for corners in self.corners]
-        components = (self.partition.predicted, self.partition.true)
-        connectivity = (26, 26)
-        return self.both(homology.betti_numbers, self.masks, connectivity, histograms, components)
+        components = self.partition.predicted, self.partition.true
+        return self.both(homology.betti_numbers, self.masks, (26, 26), histograms, components)
 
     def betti_error(self, dimension):
         return abs(self.betti[0][dimension] - self.betti[1][dimension])
@@ -241,11 +239,9 @@ def _skeleton_inside(mask, other):
 def otsu_threshold(image):
     """The threshold t of Otsu (1979) that best separates image > t from image <= t, as a float.
 
-    image: any shape, any real dtype. Exact for integers of at most 65 536 levels (t is then a level
-    of the image's range), else from a histogram of 256 bins (t is the edge of a bin). The lowest t
-    of equals. A constant image gives its value: nothing is above it.
-
-    ValueError for an empty image, or for NaN or Inf in it.
+    image: any shape, any real dtype. Exact for integers of at most 65 536 levels, else from a
+    histogram of 256 bins. The lowest t of equals. A constant image gives its value: nothing is
+    above it. ValueError for an empty image, or for NaN or Inf in it.
     """
     image = np.asarray(image)
     if image.size == 0 or not np.isfinite(image).all():

@@ -63,13 +63,12 @@ def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda: None):
     """[Result] in the order of pairs. After the first error, the rest is only read and checked.
 
     jobs: cases at one time, None: as many as there are cores, cases and budget for; budget: bytes
-    of memory for all of them; one case is scored whatever it needs. progress() is called after
-    each. ScoringError names a case whose process dies although no other runs.
+    of memory for all of them, but for a case on its own. progress() is called after each.
+    ScoringError names a case whose process dies although no other runs.
     """
     needs = [BYTES_PER_VOXEL * files.voxel_count(pair.truth) for pair in pairs]
-    wanted = min(jobs or cores(), len(pairs))
-    if jobs is None and sum(needs) < SMALL * BYTES_PER_VOXEL:
-        wanted = 1
+    small = jobs is None and sum(needs) < SMALL * BYTES_PER_VOXEL
+    wanted = 1 if small else min(jobs or cores(), len(pairs))
     scorer = dataclasses.replace(scorer, threads=max(1, cores() // max(wanted, 1)))
     results = {}
     if wanted <= 1:

@@ -6,10 +6,9 @@
 Definitions are those of Nikolov et al. 2018 (arXiv:1809.04430) and their package
 `surface-distance`. Surface elements stand on voxel corners, one for each 2 x 2 x 2 neighborhood of
 mixed values, weighted by its marching-cubes area. The distance of an element is that to the nearest
-element of the other mask. Outside of the volume is background.
-
-It is about 100 times (surface Dice) and 10 times (HD95) as fast as that package on 160 x 160 x 160
-voxels (benchmarks/RESULTS.md); release 0.1 of the package fails on NumPy 2 where a mask is empty.
+element of the other mask. Outside of the volume is background. It is about 100 times (surface Dice)
+and 10 times (HD95) as fast as that package on 160 x 160 x 160 voxels (benchmarks/RESULTS.md);
+release 0.1 of the package fails on NumPy 2 where a mask is empty.
 
 Masks are (D, H, W) bool, spacing is z, y, x, and a distance is in the spacing's unit. Both masks
 empty: surface Dice 1, distances 0. One of them empty: surface Dice 0, distances the diagonal of the
@@ -111,8 +110,7 @@ def surface_dice(prediction, truth, spacing=(1.0, 1.0, 1.0), tolerance=2.0):
 def _percentile(distances, codes, area, percentile):
     """The least distance within which `percentile` % of the corners' area lies.
 
-    Areas are summed in the package's order: where the share is met exactly but for rounding, as in
-    half of one voxel's corners, rounding decides, and so decides alike.
+    Areas are summed in the package's order, so that rounding decides alike.
     """
     if percentile == 100:
         return float(distances.max())
