@@ -9,8 +9,7 @@
 
 Each PATH is a file, a folder, a pattern, or a folder made by prepare.py; predictions, truth and
 images are matched by case id. Several predictions of the same cases are ranked, and compared case
-by case. As many cases are scored at one time as there are cores and memory for. What each score
-means is explained in scoring/metrics.py; --list-scores names them all.
+by case. What each score means is explained in scoring/metrics.py; --list-scores names them all.
 
 Leaves the files of --out (a row per case and method, then mean, median and worst; or the same and
 the leaderboards of all scores as JSON) and of --overlays (METHOD.png).
@@ -22,6 +21,7 @@ not be scored, or a file not be written.
 import argparse
 import contextlib
 import csv
+import functools
 import json
 import math
 import os
@@ -34,29 +34,11 @@ from rich.progress import Progress
 
 from monitoring import machine
 from scoring import inputs, metrics, parallel, report
-from volumes import files
+from volumes import atomic, files
 
 SCORES = ("dice", "surface_dice", "precision", "recall", "voi_score", "components",
           "components_truth")  # fmt: skip
-SUMMARIES = ("mean", "median", "worst")
 WRONG_INPUT, FAILED = 2, 1
-
-
-# ---------------------------------------------------------------------------- files
-
-
-@contextlib.contextmanager
-def whole_file(path, mode="w"):
-    """A file that appears when all of it is written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial_{os.getpid()}_{path.name}")
-    try:
-        with open(partial, mode, newline=None if "b" in mode else "") as file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def with_summaries(rows, names):
@@ -64,13 +46,13 @@ def with_summaries(rows, names):
     summaries = report.summary(rows, names)
     return rows + [
         {"case": kind, "method": method} | {name: scores[name][kind] for name in names}
-        for kind in SUMMARIES
+        for kind in ("mean", "median", "worst")
         for method, scores in summaries.items()
     ]
 
 
 def write_csv(path, rows):
-    with whole_file(path) as file:
+    with atomic.replacing(path) as partial, open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), restval="")
         writer.writeheader()
         for row in rows:
@@ -87,34 +69,29 @@ def write_json(path, rows, names, notes):
         "leaderboard": {n: [one._asdict() for one in report.leaderboard(rows, n)] for n in ranked},
         "notes": notes,
     }
-    with whole_file(path) as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-        file.write("\n")
+    with atomic.replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def write_overlays(folder, pairs, rows, options, args):
     """METHOD.png for each predicted method; yields the paths."""
-    by_id, scores = {pair.id: pair for pair in pairs}, {}
-    for row in rows:
-        score = report.format_score(row[args.rank], args.rank)
-        scores[row["case"], row["method"]] = f"{args.rank.replace('_', ' ')} {score}"
+    by_id = {pair.id: pair for pair in pairs}
+    how = {"tolerance": args.tolerance, "ignore_label": options.ignore_label}
     for method in pairs[0].predictions:
         drawn = []
-        for case in report.worst_cases(rows, method, args.rank)[: args.overlay_cases]:
-            masks = inputs.read(by_id[case], options, [])
-            image = files.read_image(by_id[case].image).array[0] if by_id[case].image else None
-            how = {"tolerance": args.tolerance, "ignore_label": options.ignore_label}
-            pair = masks.masks[method], masks.truth
-            slices = report.worst_slices(*pair, image, masks.spacing, **how)
-            drawn.append((case, scores[case, method], slices))
+        for row in report.worst_first(rows, method, args.rank)[: args.overlay_cases]:
+            pair = by_id[row["case"]]
+            case = inputs.read(pair, options, [])
+            image = files.read_image(pair.image).array[0] if pair.image else None
+            masks = case.masks[method], case.truth
+            slices = report.worst_slices(*masks, image, case.spacing, **how)
+            score = report.format_score(row[args.rank], args.rank)
+            drawn.append((pair.id, f"{args.rank.replace('_', ' ')} {score}", slices))
         path = Path(folder) / f"{method}.png"
-        tolerance = f"{args.tolerance:g} {masks.unit}".rstrip()
-        with whole_file(path, "wb") as file:
-            report.draw_slices(drawn, title=method, tolerance=tolerance).savefig(file)
+        tolerance = f"{args.tolerance:g} {case.unit}".rstrip()
+        with atomic.replacing(path) as partial:
+            report.draw_slices(drawn, title=method, tolerance=tolerance).savefig(partial)
         yield path
-
-
-# ---------------------------------------------------------------------------- command line
 
 
 def number(kind, wanted, accepts):
@@ -145,8 +122,8 @@ def score_name(text):
 def named(texts):
     """[(method, path)] of NAME=PATH or PATH; ValueError for two of one name.
 
-    One path alone is called prediction; of several, each after its file or folder, or after the run
-    that the folder predictions/ lies in.
+    A path without a name, of several, is called after its file or folder, or after the run that
+    the folder predictions/ lies in.
     """
     predictions = []
     for text in texts:
@@ -223,14 +200,13 @@ def check(parser, args):
         args.pred = named(args.pred)
     except ValueError as error:
         parser.error(f"--pred: {error}")
-    args.scores = tuple(dict.fromkeys([*args.scores, *([args.rank] if args.rank else [])]))
     ranking = [name for name in args.scores if metrics.entry(name)[0].better]
-    if args.rank and args.rank not in ranking:
+    if args.rank and not metrics.entry(args.rank)[0].better:
         parser.error(f"--rank: expected a score where higher or lower is better, got {args.rank}")
-    if not ranking:
+    if not args.rank and not ranking:
         parser.error("--scores: expected one where higher or lower is better among them")
-    default = "surface_dice" if "surface_dice" in ranking else ranking[0]
-    args.rank = args.rank or default
+    args.rank = args.rank or ("surface_dice" if "surface_dice" in ranking else ranking[0])
+    args.scores = tuple(dict.fromkeys([*args.scores, args.rank]))
 
 
 def unwritable(paths):
@@ -243,15 +219,13 @@ def unwritable(paths):
 
 def notes_on(pairs, results):
     """What a reader of the results must know, as sentences."""
-    notes, converted = [], {}
+    cases = {}
     for pair, result in zip(pairs, results, strict=True):
         for role, value in result.masks.ones.items():
-            converted.setdefault((role, value), []).append(pair.id)
-    for (role, value), ids in converted.items():
-        notes.append(f"{role} of 0 and {value} read as 0 and 1: {inputs.listed(ids)}")
-    bare = [p.id for p, r in zip(pairs, results, strict=True) if not r.masks.spacing_in_file]
-    if bare:
-        notes.append(f"no file has a spacing, 1 1 1 is used (--spacing): {inputs.listed(bare)}")
+            cases.setdefault(f"{role} of 0 and {value} read as 0 and 1", []).append(pair.id)
+        if not result.masks.spacing_in_file:
+            cases.setdefault("no file has a spacing, 1 1 1 is used (--spacing)", []).append(pair.id)
+    notes = [f"{note}: {inputs.listed(ids)}" for note, ids in cases.items()]
     rows = [row for result in results for row in result.rows]
     if any(row["tolerance"] < min(map(float, row["spacing"].split())) for row in rows):
         notes.append(f"the tolerance {rows[0]['tolerance']:g} is less than one voxel")
@@ -264,13 +238,8 @@ def score(pairs, options, args):
     budget = args.memory_gb * machine.GB if args.memory_gb else machine.available().bytes
     with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("scoring", total=len(pairs))
-        return parallel.score_all(
-            pairs,
-            scorer,
-            jobs=args.jobs,
-            budget=budget,
-            progress=lambda done: bar.update(task, completed=done),
-        )
+        advance = functools.partial(bar.advance, task)
+        return parallel.score_all(pairs, scorer, jobs=args.jobs, budget=budget, progress=advance)
 
 
 def main(argv=None):
@@ -280,11 +249,10 @@ def main(argv=None):
     pairs, dataset = inputs.match(args.pred, args.truth, images, errors, notes, only=args.cases)
     if not pairs and not errors:
         errors.append(f"{args.truth}: expected a label of a predicted case, got none of any")
-    ignore_label = args.ignore_label
-    if ignore_label is None and dataset is not None:
-        ignore_label = dataset.ignore_label
+    if args.ignore_label is None and dataset is not None:
+        args.ignore_label = dataset.ignore_label
     options = inputs.ReadOptions(
-        ignore_label=ignore_label,
+        ignore_label=args.ignore_label,
         foreground=tuple(args.foreground or ()),
         spacing=args.spacing,
         # A spacing given by hand, here or at preparation, wins over that of other files.
@@ -299,9 +267,8 @@ def main(argv=None):
         return FAILED
     errors += [error for result in results for error in result.errors]
     if errors:
-        plural = "" if len(errors) == 1 else "s"
-        errors.append(f"{len(errors)} error{plural}; nothing was written")
-        print(*errors, sep="\n", file=sys.stderr)
+        total = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+        print(*errors, f"{total}; nothing was written", sep="\n", file=sys.stderr)
         return WRONG_INPUT
     rows = [row for result in results for row in result.rows]
     return write_report(rows, pairs, options, args, notes + notes_on(pairs, results))
@@ -319,7 +286,6 @@ def write_report(rows, pairs, options, args, notes):
     if len(report.methods_of(rows)) > 1:
         standings = report.leaderboard(rows, args.rank)
         report.print_leaderboard(console, standings, args.rank, len(pairs))
-    path = None
     try:
         for path in args.out:
             if path.lower().endswith(".json"):

@@ -5,8 +5,7 @@
     result = evaluate(spec, [prediction, ...])
 
 A probability is stored as the number of thresholds that it reaches, one byte a voxel: every mask
-that is needed can be made of that, exactly. `validation.py` runs `evaluate` in a process of its
-own, so that a GPU trains on meanwhile.
+that is needed can be made of that, exactly.
 """
 
 import dataclasses
@@ -25,23 +24,20 @@ CHOICES = ("threshold", "min_component_voxels")
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """What is evaluated, and how; plain values.
+    """What is evaluated, and how; plain values."""
 
-    metric: the score that chooses; names: further scores that are reported; thresholds, sizes: of
-    which the best are chosen, in the order of preference among equals; hysteresis, max_hole_voxels,
-    closing_radius: as in `postprocess.stages`; foreground, tolerance: of truth and surfaces; terms,
-    tile: of `composite_loss.validation_losses`.
-    """
-
-    metric: str
-    names: tuple
+    metric: str  # the score that chooses
+    names: tuple  # further scores that are reported
+    # The best of these are chosen, the first of equals.
     thresholds: tuple = (DEFAULT_THRESHOLD,)
     sizes: tuple = (0,)
+    # As in `postprocess.stages`.
     hysteresis: float | None = None
     max_hole_voxels: int = 0
     closing_radius: float = 0.0
-    foreground: tuple = (1,)
-    tolerance: float = 2.0
+    foreground: tuple = (1,)  # classes of the truth
+    tolerance: float = 2.0  # of surfaces
+    # Of `composite_loss.validation_losses`.
     terms: dict = dataclasses.field(default_factory=dict)
     tile: tuple = (64, 64, 64)
 
@@ -52,19 +48,18 @@ class EvaluationSpec:
         return tuple(sorted({*self.thresholds, *weak, DEFAULT_THRESHOLD}))
 
     @property
-    def has_validation_terms(self):
-        """Whether a term of the loss is computed in validation alone, from probabilities."""
-        return any(term.get("validation_only") for term in self.terms.values())
+    def validation_terms(self):
+        """Names of the terms of the loss that are computed in validation alone."""
+        return [name for name, term in self.terms.items() if term.get("validation_only")]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A predicted case. counts (D, H, W) uint8: see `threshold_counts`; probs (D, H, W) float32 if
-    a validation-only term of the loss needs them, else None."""
+    """A predicted case."""
 
     case: casefile.Case
-    counts: np.ndarray
-    probs: np.ndarray | None = None
+    counts: np.ndarray  # (D, H, W) uint8: see `threshold_counts`
+    probs: np.ndarray | None = None  # (D, H, W) float32 if a validation-only term needs them
 
 
 def threshold_counts(probs, thresholds):
@@ -85,7 +80,7 @@ def evaluate(spec, predictions):
         unread             ids of the cases whose labels cannot be read; they do not count
 
     The threshold is chosen first, then, with it, the size of components. Without any prediction
-    there are no scores, and the first of the choices is the result.
+    the first of the choices is the result.
     """
     readable, unread = [], []
     for prediction in predictions:
@@ -94,9 +89,7 @@ def evaluate(spec, predictions):
             readable.append(prediction)
         except casefile.Unreadable:
             unread.append(prediction.case.id)
-    threshold, _ = _best(
-        spec, readable, [(threshold, spec.sizes[0]) for threshold in spec.thresholds]
-    )
+    threshold, _ = _best(spec, readable, [(t, spec.sizes[0]) for t in spec.thresholds])
     threshold, size = _best(spec, readable, [(threshold, size) for size in spec.sizes])
     steps = {p.case.id: _score_steps(spec, p, threshold, size) for p in readable}
     return {
@@ -104,7 +97,10 @@ def evaluate(spec, predictions):
         "min_component_voxels": size,
         "scores": metrics.mean_scores([rows[-1][2] for rows in steps.values()]),
         "cases": {case: rows[-1][2] for case, rows in steps.items()},
-        "steps": _mean_steps(list(steps.values())),
+        "steps": [
+            {"step": rows[0][0], "value": rows[0][1]} | metrics.mean_scores([r[2] for r in rows])
+            for rows in zip(*steps.values(), strict=True)
+        ],
         "unread": unread,
     }
 
@@ -124,21 +120,20 @@ def _best(spec, predictions, settings):
         for i, setting in enumerate(settings):
             *_, (_, mask) = _stages(spec, prediction, *setting)
             sums[i] += _scores(spec, prediction.case, mask, truth, (spec.metric,))[spec.metric]
-    sign = -1 if metrics.entry(spec.metric)[0].better == "lower" else 1
-    return settings[int(np.argmax(np.round(sign * sums, 12)))]
+    best = np.argmin if metrics.entry(spec.metric)[0].better == "lower" else np.argmax
+    return settings[int(best(np.round(sums, 12)))]
 
 
 def _stages(spec, prediction, threshold, size):
     """(name, mask) of a prediction at a threshold and after each step that is on."""
-    high = prediction.counts > spec.all_thresholds.index(threshold)
-    low = None
-    if spec.hysteresis is not None:
-        low = prediction.counts > spec.all_thresholds.index(spec.hysteresis)
+    counts, thresholds = prediction.counts, spec.all_thresholds
+    high, weak = counts > thresholds.index(threshold), spec.hysteresis
+    low = None if weak is None else counts > thresholds.index(weak)
     return postprocess.stages(
         high,
         low,
         spacing=prediction.case.spacing,
-        hysteresis=spec.hysteresis,
+        hysteresis=weak,
         min_component_voxels=size,
         max_hole_voxels=spec.max_hole_voxels,
         closing_radius=spec.closing_radius,
@@ -147,7 +142,7 @@ def _stages(spec, prediction, threshold, size):
 
 def _scores(spec, case, mask, truth, names):
     how = (case.spacing, case.ignore_label, spec.tolerance)
-    return metrics.score(mask, truth, *how, names=tuple(names))
+    return metrics.score(mask, truth, *how, names=names)
 
 
 def _score_steps(spec, prediction, threshold, size):
@@ -174,28 +169,14 @@ def _validation_losses(spec, prediction, truth):
         with casefile.opened(case) as file:
             skeleton = torch.from_numpy(file["skeleton"][:])
     valid = truth != (-1 if case.ignore_label is None else case.ignore_label)
+    tensors = map(torch.from_numpy, (prediction.probs, truth == 1, valid))
     return composite_loss.validation_losses(
-        *map(torch.from_numpy, (prediction.probs, truth == 1, valid)),
-        spec.terms,
-        tile=spec.tile,
-        spacing=case.spacing,
-        skeleton=skeleton,
+        *tensors, spec.terms, tile=spec.tile, spacing=case.spacing, skeleton=skeleton
     )
 
 
-def _mean_steps(cases):
-    """[{"step", "value", **mean scores}] from the [(step, value, scores)] of each case."""
-    return [
-        {"step": rows[0][0], "value": rows[0][1]} | metrics.mean_scores([row[2] for row in rows])
-        for rows in zip(*cases, strict=True)
-    ]
-
-
 def is_better(score, best, metric):
-    """Whether a score is better than the best so far.
-
-    Either is None where there is no case to score: every state then counts as the best.
-    """
+    """Whether a score is better than the best so far, or either is None: no case was scored."""
     if score is None or best is None:
         return True
     return score < best if metrics.entry(metric)[0].better == "lower" else score > best
@@ -204,19 +185,17 @@ def is_better(score, best, metric):
 def directions(spec):
     """{score: "higher", "lower" or None}, whichever is better, for all that `evaluate` reports."""
     better = {name: metrics.entry(name)[0].better for name in (spec.metric, *spec.names)}
-    validated = [name for name, term in spec.terms.items() if term.get("validation_only")]
-    return better | {f"{name}_loss": "lower" for name in validated}
+    return better | {f"{name}_loss": "lower" for name in spec.validation_terms}
 
 
 def check(metric, names):
     """ValueError, a sentence, for a name of no score, and for a metric that cannot choose."""
-    for key, name in [("validation.score", metric), *(("validation.scores", n) for n in names)]:
+    for name in (metric, *names):
         try:
             metrics.entry(name)
         except ValueError as error:
+            key = "validation.score" if name == metric else "validation.scores"
             raise ValueError(f"{key}: {error}") from None
     if metrics.entry(metric)[0].better is None:
-        raise ValueError(
-            f"validation.score: expected a score where higher or lower is better, got {metric}, "
-            "which describes a mask"
-        )
+        expected = "expected a score where higher or lower is better"
+        raise ValueError(f"validation.score: {expected}, got {metric}, which describes a mask")

@@ -1,9 +1,7 @@
 """Whole-volume validation of a network in training: windows over each case, then the evaluator.
 
-validator = Validator(cases, spec, background=True, ...)
 validator.start(network, step)           # predicts; the evaluator may run during training
 evaluation = validator.result()          # None: not yet
-evaluation = validator.result(wait=True)
 """
 
 import contextlib
@@ -28,25 +26,20 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
 
 
 class Evaluation(NamedTuple):
-    """The outcome of a validation. result: see `evaluator.evaluate`; None if its process died.
-
-    unread: ids of the cases whose files could not be read, even when tried again; slices: of the
-    first case, see `middle_slices`; None without a case.
-    """
+    """The outcome of a validation."""
 
     step: int
-    result: dict | None
-    unread: list
-    slices: dict | None
+    result: dict | None  # see `evaluator.evaluate`; None if its process died
+    unread: list  # ids of the cases whose files could not be read, even when tried again
+    slices: dict | None  # of the first case, see `middle_slices`; None without a case
 
 
 class Validator:
     """Validates on a list of labeled `casefile.Case`, one evaluation at a time.
 
-    spec: an `evaluator.EvaluationSpec`; background: whether a process of its own evaluates, which
-    starts with the first evaluation; how: arguments of `predict`. report(kind, text, **figures)
-    records trouble; poll() is called after each batch of windows and once a second of waiting, and
-    may raise. Close it, or the process stays.
+    background: whether a process of its own evaluates; how: arguments of `predict`. report(kind,
+    text, **figures) records trouble; poll() is called after each batch of windows and once a second
+    of waiting, and may raise. Close it, or the process stays.
     """
 
     def __init__(self, cases, spec, *, background, report, poll, **how):
@@ -61,7 +54,7 @@ class Validator:
         if self.background and self.pool is None:
             worker = parallel.worker_process(STOP_SIGNALS)
             self.pool, self.process = self.stack.enter_context(worker)
-        how = {**self.how, "report": self.report, "progress": lambda done, total: self.poll()}
+        how = self.how | {"report": self.report, "progress": lambda done, total: self.poll()}
         training = network.training
         network.eval()
         predictions, unread, slices = [], [], None
@@ -102,15 +95,12 @@ class Validator:
         try:
             self._complete(future.result())
         except (BrokenProcessPool, MemoryError) as error:
-            cause = parallel.cause_of_death(error, self.process)
-            self.report(
-                "evaluator died",
-                f"the evaluator process (pid {self.process.pid}) {cause}: the evaluation of step "
-                f"{self.pending.step} has no scores; from now on the training process evaluates by "
-                "itself",
-                pid=self.process.pid,
-                exitcode=self.process.exitcode,
+            cause, pid = parallel.cause_of_death(error, self.process), self.process.pid
+            text = (
+                f"the evaluator process (pid {pid}) {cause}: the evaluation of step "
+                f"{self.pending.step} has no scores; from now on training evaluates by itself"
             )
+            self.report("evaluator died", text, pid=pid, exitcode=self.process.exitcode)
             self.background = False
             self.close()
 
@@ -137,26 +127,19 @@ def predict(network, case, spec, *, spacing, clip, window, with_slices=False, **
     """(`evaluator.Prediction`, slices) of a case; slices None if not wanted.
 
     spacing, clip: as in `data.PatchDataset`; window: arguments of `sliding_window.predict_slabs`
-    that come from the settings, how: its others. Memory: the slab and a byte a voxel, four more
-    where a validation-only term needs probabilities. casefile.Unreadable if a file cannot be read.
+    that come from the settings, how: its others. casefile.Unreadable if a file cannot be read.
     """
-    counts = np.empty(case.shape, np.uint8)
-    probs = np.empty(case.shape, np.float32) if spec.has_validation_terms else None
-    slices = None
+    counts, slices = np.empty(case.shape, np.uint8), None
+    probs = np.empty(case.shape, np.float32) if spec.validation_terms else None
     with casefile.opened(case) as file:
         if with_slices:
             truth = casefile.read_truth(file, spec.foreground, case.ignore_label)
             slices = middle_slices(file["image"], truth, case.ignore_label)
         scale = data.normalisation(case.intensity, clip)
-        network_spacing = data.network_spacing(case.spacing, spacing)
-        for z0, planes in sliding_window.predict_slabs(
-            network,
-            file["image"],
-            ratio=[w / s for w, s in zip(network_spacing, case.spacing, strict=True)],
-            normalize=functools.partial(intensity.normalise, **scale),
-            **window,
-            **how,
-        ):
+        how["normalize"] = functools.partial(intensity.normalise, **scale)
+        wanted = data.network_spacing(case.spacing, spacing)
+        how["ratio"] = [w / s for w, s in zip(wanted, case.spacing, strict=True)]
+        for z0, planes in sliding_window.predict_slabs(network, file["image"], **window, **how):
             part = slice(z0, z0 + planes.shape[1])
             counts[part] = evaluator.threshold_counts(planes[0], spec.all_thresholds)
             if probs is not None:
@@ -167,16 +150,12 @@ def predict(network, case, spec, *, spacing, clip, window, with_slices=False, **
 
 
 def middle_slices(image, truth, ignore_label):
-    """The z slice with the most foreground of a case, for progress.png; "probs" is added later.
+    """The z slice with the most foreground of a case, as a dict of (H, W) arrays, and "z".
 
     image (C, D, H, W), an array or dataset, of which one slice is read; truth (D, H, W) class ids.
-    Returns a dict of (H, W) arrays, and "z".
     """
     labeled = truth != (-1 if ignore_label is None else ignore_label)
-    z = int(np.argmax(((truth > 0) & labeled).sum(axis=(1, 2))))
-    return {
-        "z": z,
-        "image": np.asarray(image[0, z], np.float32),
-        "truth": (truth[z] > 0) & labeled[z],
-        "labeled": labeled[z],
-    }
+    truth = (truth > 0) & labeled
+    z = int(np.argmax(truth.sum(axis=(1, 2))))
+    image = np.asarray(image[0, z], np.float32)
+    return {"z": z, "image": image, "truth": truth[z], "labeled": labeled[z]}

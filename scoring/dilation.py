@@ -1,7 +1,5 @@
 """Dilation of masks by a ball, exact, 64 voxels at a time.
 
-    near = dilate(mask, radius, spacing)
-
 A row of voxels is packed into words of 64 bits, and a ball into its rows: one shift of the packed
 volume for each (z, y) offset and width in x. `spread` does it for bits that are packed already.
 """
@@ -11,16 +9,14 @@ import math
 import numpy as np
 from scipy import ndimage
 
-# Rows of a ball up to which shifts take less time than distances: 1500 take 1 s for two surfaces in
-# 320 x 320 x 320.
-MOST_ROWS = 1500
+MOST_ROWS = 1500  # of a ball, up to which shifts take less time than distances
 
 
 def dilate(mask, radius, spacing):
     """mask (D, H, W) bool and all voxels within `radius` of it, in the unit of spacing (z, y, x).
 
     Costs one pass over packed words (a bit per voxel) for each row of the ball: 0.15 s for a radius
-    of 5 in 320 x 320 x 320. Balls of more than 1500 rows need a Euclidean transform, 9 s.
+    of 5 in 320 x 320 x 320. Balls of more than MOST_ROWS need a Euclidean transform, 9 s.
     """
     radius *= 1 + 1e-6  # 3 steps of 0.2 are within 0.6
     rows = ball_rows(radius, spacing)

@@ -9,22 +9,20 @@ Dimension 0 counts pieces (connected components), 1 handles (loops that are not 
 Outside of a volume is background. Masks are (D, H, W) bool.
 
 Betti matching (Stucki et al. 2023, arXiv:2211.15272; in 3D 2024, arXiv:2407.04683) says which
-classes of prediction P and truth G lie at the same place: those that are the same class of the
-union U. It needs no build of the authors' C++ package. In the filtration that fills P first, then
-U, then the rest, the classes born in P that die in the rest are the image of H(P) in H(U), and
-where they die names the class of U; the same for G. Two classes match if they die at one place. The
-persistence is that of `cripser` with voxels as vertices, so that foreground touches by faces (6
-neighbours), as in the package.
+classes of prediction P and truth G are the same class of their union U. In the filtration that
+fills P first, then U, then the rest, the classes born in P that die in the rest are the image of
+H(P) in H(U), and where they die names the class of U; the same for G. Two classes match if they die
+at one place. The persistence is that of `cripser` with voxels as vertices, so that foreground
+touches by faces (6 neighbors), as in the authors' C++ package, which is not needed.
 
-Where classes die depends on the order among equals, and so does the number of matches where the
-images of P and G in H(U) differ. Here the voxels of a level enter in C order; the package takes the
-edges, squares and cubes of a level by their first voxel and then by direction. Predicted and true
-classes do not depend on it. Against a plain reduction of the boundary matrices in the package's
-order: matches agree in all published cases, in 40 of 40 pairs of torn sheets of 40^3 voxels and in
-one of 160^3 (87 matches); in 24 pairs of random blobs with 27 matched handles on average, 2 are
-off by one; in white noise with 76, the difference is 1.2 on average.
+Where classes die depends on the order among equals, and so does the number of matches. Here the
+voxels of a level enter in C order; the package orders edges, squares and cubes by their first voxel
+and direction. Against a reduction in the package's order, matches agree in all published cases and
+in 41 of 41 pairs of torn sheets; in random blobs with 27 matched handles on average, 2 of 24 pairs
+are off by one; in white noise with 76, the difference is 1.2 on average.
 """
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -36,18 +34,12 @@ DUAL = {6: 26, 26: 6}  # the connectivity of the background
 WEIGHTS = (0.34, 0.33, 0.33)  # of the TopoScore's dimensions
 
 
-# ---------------------------------------------------------------------------- Betti numbers
-
-
 def betti_numbers(mask, connectivity=26, histogram=None, components=None):
     """(b0, b1, b2): the pieces, handles and cavities of a mask (D, H, W) bool.
 
-    connectivity of the foreground: 26 (voxels are closed cubes, touching by faces, edges or
-    corners) or 6 (by faces); the background has the other one. (0, 0, 0) for an empty mask; b1 is
-    b0 + b2 less the Euler characteristic. The `Corners.histogram` of the mask in any box, and b0,
-    can be given if they are known.
-
-    ValueError for a mask that is not 3-D or another connectivity.
+    connectivity of the foreground: 26 (voxels touch by faces, edges or corners) or 6 (by faces);
+    the background has the other one. The `Corners.histogram` of the mask in any box, and b0, can be
+    given if they are known. ValueError for a mask that is not 3-D or another connectivity.
     """
     mask = np.asarray(mask, dtype=bool)
     if mask.ndim != 3 or connectivity not in DUAL:
@@ -55,21 +47,19 @@ def betti_numbers(mask, connectivity=26, histogram=None, components=None):
             f"betti_numbers: expected a mask (D, H, W) and a connectivity of 6 or 26, got "
             f"{mask.shape} and {connectivity}"
         )
-    if not mask.any():
-        return 0, 0, 0
-    box = bounding_box(mask)
+    mask = mask[bounding_box(mask)]
     if histogram is None:
-        histogram = extract(mask[box]).histogram
+        histogram = extract(mask).histogram
     if components is None:
-        components = count_components(mask[box], connectivity)
-    background = ~np.pad(mask[box], 1)
+        components = count_components(mask, connectivity)
+    background = ~np.pad(mask, 1)
     cavities = count_components(background, DUAL[connectivity]) - 1  # the outside is one piece
     loops = components + cavities - euler_characteristic(histogram, connectivity)
     return components, loops, cavities
 
 
 def euler_characteristic(histogram, connectivity=26):
-    """b0 - b1 + b2 of a mask from its (256,) `Corners.histogram`, as an int.
+    """b0 - b1 + b2 of a mask from its (256,) `Corners.histogram`.
 
     Each corner holds a share of the cells around it: with 26-connectivity of the corner itself and
     of its edges, faces and voxels that belong to the foreground; with 6-connectivity of the voxels
@@ -89,16 +79,11 @@ def euler_characteristic(histogram, connectivity=26):
     return int(histogram @ eighths) // 8
 
 
-# ---------------------------------------------------------------------------- Betti matching
-
-
 def betti_matching(prediction, truth, *, tiles=(1, 1, 1), threads=2):
     """{dimension: (matched, predicted, true)} classes of two masks (D, H, W), summed over tiles.
 
-    tiles: into how many parts each axis is cut, the first ones larger by one where it does not
-    divide. The piece that never dies, one of each mask in a tile that is not empty there, is
-    not counted. Without foreground in a tile a mask has no class there; two empty masks have
-    (0, 0, 0) in every dimension.
+    tiles: into how many parts each axis is cut. The piece that never dies, one of each mask in a
+    tile that is not empty there, is not counted.
 
     Two passes of persistence for each tile, `threads` at a time: for torn sheets with thousands of
     handles in 160 x 160 x 160 voxels some 3 s of a core, and 140 bytes of memory per voxel, each.
@@ -116,17 +101,19 @@ def betti_matching(prediction, truth, *, tiles=(1, 1, 1), threads=2):
     masks = [mask for pair in pairs for mask in pair]
     with ThreadPoolExecutor(threads) as pool:
         classes = list(pool.map(_mortal_classes, masks))
+        predicted, true = classes[::2], classes[1::2]
         shared = [  # of each tile, the highest dimension in which both have a class, or -1
             max((d for d in range(3) if p[d] and t[d]), default=-1)
-            for p, t in zip(classes[::2], classes[1::2], strict=True)
+            for p, t in zip(predicted, true, strict=True)
         ]
         unions = [pair for pair in pairs for _ in pair]
         deaths = list(pool.map(_deaths, masks, unions, np.repeat(shared, 2)))
-    totals = np.zeros((3, 3), np.int64)
-    for i, (p, t) in enumerate(zip(classes[::2], classes[1::2], strict=True)):
-        matched = [_common(*died) for died in zip(*deaths[2 * i : 2 * i + 2], strict=True)]
-        totals += np.stack([matched, p, t], axis=1)
-    return {dim: tuple(map(int, totals[dim])) for dim in range(3)}
+    counts = {}
+    for dim in range(3):
+        died = [places[dim] for places in deaths]
+        matched = sum(map(_common, died[::2], died[1::2]))
+        counts[dim] = matched, sum(p[dim] for p in predicted), sum(t[dim] for t in true)
+    return counts
 
 
 def _tiles(shape, tiles):
@@ -139,16 +126,15 @@ def _tiles(shape, tiles):
 
 
 def _mortal_classes(mask):
-    """Betti numbers (6-connected foreground) without the piece that never dies: (3,) ints."""
+    """Betti numbers (6-connected foreground) without the piece that never dies."""
     pieces, loops, cavities = betti_numbers(mask, connectivity=6)
     return max(0, pieces - 1), loops, cavities
 
 
 def _deaths(first, pair, top):
-    """Where the classes of `first` die that live on in the union of `pair`: three (N,) int64.
+    """Where the classes of `first` die that live on in the union of `pair`.
 
-    One sorted place for each class of dimensions 0 to 2, alike for either mask of the pair; none
-    above the dimension `top`.
+    An (N,) int64 for each dimension; empty above the dimension `top`.
     """
     import cripser  # late: the scores of voxels and surfaces need none of it
 
@@ -165,22 +151,16 @@ def _deaths(first, pair, top):
     rows = cripser.computePH(level, maxdim=int(top))  # dim, birth, death, birth zyx, death zyx
     rows = rows[(rows[:, 1] < 1) & (rows[:, 2] >= 2) & (rows[:, 2] < 3)]
     place = rows[:, 6:9].astype(np.int64) @ (np.array(level.strides) // level.itemsize)
-    return [np.sort(place[rows[:, 0] == dim]) for dim in range(3)]
+    return [place[rows[:, 0] == dim] for dim in range(3)]
 
 
 def _common(first, second):
-    """How many elements two sorted arrays share, as multisets."""
-    values, counts = np.unique(first, return_counts=True)
-    others, other_counts = np.unique(second, return_counts=True)
-    _, i, j = np.intersect1d(values, others, assume_unique=True, return_indices=True)
-    return int(np.minimum(counts[i], other_counts[j]).sum())
+    """How many elements two arrays share, as multisets."""
+    return (Counter(first.tolist()) & Counter(second.tolist())).total()
 
 
 def matching_f1(matched, predicted, true):
-    """2 matched / (predicted + true), in [0, 1]; 0.5 / (predicted + 0.5) where the truth has none.
-
-    So 1 where neither has a class.
-    """
+    """2 matched / (predicted + true), in [0, 1]; 0.5 / (predicted + 0.5) if the truth has none."""
     return 2 * matched / (predicted + true) if true else 0.5 / (predicted + 0.5)
 
 
@@ -191,7 +171,7 @@ def toposcore(counts):
     where there is none, so also where a mask is empty and the other of one piece.
     """
     occurring = [dim for dim in range(3) if counts[dim][1] or counts[dim][2]]
-    weight = sum(WEIGHTS[dim] for dim in occurring)
     if not occurring:
         return 1.0
+    weight = sum(WEIGHTS[dim] for dim in occurring)
     return sum(WEIGHTS[dim] * matching_f1(*counts[dim]) for dim in occurring) / weight

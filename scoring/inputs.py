@@ -3,11 +3,12 @@
     pairs, dataset = match([("new", "runs/new/predictions")], "labels", None, errors, notes)
     masks = read(pairs[0], ReadOptions(ignore_label=2), errors)
 
-What is wrong is not raised one by one: it is collected as sentences in errors.
+What is wrong is collected as sentences in errors.
 """
 
 import dataclasses
 import fnmatch
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ OTSU = "otsu"  # the method of that name
 
 @dataclass(frozen=True)
 class Pair:
-    """Where the predictions of a case (by method), its truth and perhaps its image are."""
+    """Paths of the predictions of a case (by method), its truth and perhaps its image."""
 
     id: str
     predictions: dict
@@ -33,38 +34,26 @@ class Pair:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How masks are read; plain values.
+    """How masks are read; plain values."""
 
-    ignore_label: value of unlabeled voxels in the truth, None: there are none; foreground: classes
-    of the truth that count, None: it has one; spacing (z, y, x): instead of that of the files;
-    check_spacing: whether files must agree on it; otsu, invert: whether the image is thresholded
-    too, and whether its dark side is the mask.
-    """
-
-    ignore_label: int | None = None
-    foreground: tuple | None = None
-    spacing: tuple | None = None
-    check_spacing: bool = True
-    otsu: bool = False
-    invert: bool = False
+    ignore_label: int | None = None  # of unlabeled voxels in the truth
+    foreground: tuple | None = None  # classes of the truth that count, None: it has one
+    spacing: tuple | None = None  # z, y, x, instead of that of the files
+    check_spacing: bool = True  # whether files must agree on it
+    otsu: bool = False  # whether the image is thresholded too
+    invert: bool = False  # whether its dark side is the mask
 
 
 @dataclass(frozen=True)
 class Masks:
-    """The masks of a case, {method: (D, H, W) of 0 and 1}; truth: the same, and ignore_label.
+    """The masks of a case."""
 
-    spacing: z, y, x, and whether any file has one; ones: {role: 254 or 255, where that meant 1}.
-    """
-
-    masks: dict
-    truth: np.ndarray | None
-    spacing: tuple
+    masks: dict  # {method: (D, H, W) of 0 and 1}
+    truth: np.ndarray | None  # the same, and ignore_label
+    spacing: tuple  # z, y, x
     unit: str
-    spacing_in_file: bool
-    ones: dict
-
-
-# ---------------------------------------------------------------------------- matching
+    spacing_in_file: bool  # whether any file has one
+    ones: dict  # {role: 254 or 255, where that meant 1}
 
 
 def find_sources(text, role, errors):
@@ -77,9 +66,11 @@ def find_sources(text, role, errors):
     try:
         if (Path(text) / casefile.DATASET_FILE).is_file():
             dataset = casefile.read_dataset(text)
-            name = "image" if role == "image" else "label"
-            cases = [c for c in dataset.cases.values() if name == "image" or c.labeled]
-            volumes = [files.Source(case.id, f"{case.path}:{name}") for case in cases]
+            cases = dataset.cases.values()
+            if role == "image":
+                volumes = [files.Source(case.id, f"{case.path}:image") for case in cases]
+            else:
+                volumes = [files.Source(c.id, f"{c.path}:label") for c in cases if c.labeled]
         else:
             volumes = _of_role(files.find_volumes(text), role)
     except ValueError as error:
@@ -99,9 +90,9 @@ def find_sources(text, role, errors):
 
 def _of_role(sources, role):
     """Those of several sources that are for a role; one alone is for any."""
-    labels = [source for source in sources if files.is_label_name(source.path)]
     if len(sources) == 1:
         return sources
+    labels = [source for source in sources if files.is_label_name(source.path)]
     if role == "truth":
         return labels or sources
     if role == "image":
@@ -115,8 +106,7 @@ def match(predictions, truth, images, errors, notes, *, only=()):
     predictions: [(method, path)]; truth, images: paths (images None: those of the dataset); each as
     in `find_sources`. only: ids or patterns, such as scroll_*; all others are left out silently.
     One prediction file and one truth file are a pair whatever their names. An id that is missing on
-    one side is an error. But to predict only some cases of a prepared dataset is normal, and a case
-    without a label cannot be scored: these are notes.
+    one side is an error, but a note where a prepared dataset has more cases or no label.
     """
     methods = {name: find_sources(path, "prediction", errors)[0] for name, path in predictions}
     truths, dataset = find_sources(truth, "truth", errors)
@@ -131,9 +121,9 @@ def match(predictions, truth, images, errors, notes, *, only=()):
         methods = {m: {i: p for i, p in s.items() if i not in bare} for m, s in methods.items()}
         predicted -= bare
     if len(predicted) == 1:  # a single file is of that case, whatever it is called
-        if _is_file(truth):
+        if os.path.isfile(files.split_dataset(truth)[0]):
             truths = dict(zip(predicted, truths.values(), strict=True))
-        if images and _is_file(images):
+        if images and os.path.isfile(files.split_dataset(images)[0]):
             shown = dict(zip(predicted, shown.values(), strict=True))
     if dataset and (left := set(truths) - predicted):
         notes.append(f"truth without a prediction, not scored: {listed(left)}")
@@ -142,7 +132,13 @@ def match(predictions, truth, images, errors, notes, *, only=()):
     sides = {f"prediction of {m}" if several else "prediction": s for m, s in methods.items()}
     sides |= {"truth": truths} | ({"image": shown} if shown is not None else {})
     wanted = _wanted(predicted | set(truths), only, errors)
-    _check_sides(sides, wanted, errors)
+    for case, (side, sources) in itertools.product(sorted(wanted), sides.items()):
+        if case not in sources:
+            there = next(paths[case] for paths in sides.values() if case in paths)
+            errors.append(
+                f"{there}: expected {side} {case} with it, got {listed(sources) or 'none'}; "
+                "rename one, name the ids with a pattern such as '{id}.tif', or say --cases"
+            )
     if shown is None and dataset:
         shown = {case.id: f"{case.path}:image" for case in dataset.cases.values()}
     return [
@@ -151,28 +147,13 @@ def match(predictions, truth, images, errors, notes, *, only=()):
     ], dataset
 
 
-def _is_file(text):
-    return os.path.isfile(files.split_dataset(text)[0])
-
-
 def _wanted(ids, only, errors):
     """Those of the ids that a pattern of `only` names; a pattern that names none is an error."""
     matches = {pattern: fnmatch.filter(ids, pattern) for pattern in only}
-    for pattern in (pattern for pattern in only if not matches[pattern]):
-        errors.append(f"--cases {pattern}: expected a case of it, got {listed(ids)}")
+    for pattern, cases in matches.items():
+        if not cases:
+            errors.append(f"--cases {pattern}: expected a case of it, got {listed(ids)}")
     return set().union(*matches.values()) if only else ids
-
-
-def _check_sides(sides, wanted, errors):
-    """An error for each case that one side has and another lacks."""
-    for case in sorted(wanted):
-        there = next(sources[case] for sources in sides.values() if case in sources)
-        for side, sources in sides.items():
-            if case not in sources:
-                errors.append(
-                    f"{there}: expected {side} {case} with it, got {listed(sources) or 'none'}; "
-                    "rename one, name the ids with a pattern such as '{id}.tif', or say --cases"
-                )
 
 
 def _known_id(case, path, known):
@@ -184,11 +165,8 @@ def _known_id(case, path, known):
 
 def listed(ids, most=8):
     """Ids for people, the first few of many."""
-    ids = sorted(ids)
-    return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
-
-
-# ---------------------------------------------------------------------------- reading
+    more = f" and {len(ids) - most} more" if len(ids) > most else ""
+    return ", ".join(sorted(ids)[:most]) + more
 
 
 def read(pair, options, errors):
@@ -207,22 +185,22 @@ def read(pair, options, errors):
         errors.append(
             f"{truth.path}: expected a spacing above 0, got {_with_unit(truth)}; give --spacing"
         )
-    ones = {}
-    for method, prediction in predictions.items():
-        predictions[method] = _binary(prediction, None, "predictions", ones)
-        _check_values(predictions[method], None, "give a mask of one class", errors)
-    truth = _binary(_of_classes(truth, options), options.ignore_label, "truths", ones)
-    _check_truth(truth, options.ignore_label, errors)
-    masks = {method: prediction.array for method, prediction in predictions.items()}
+    ones, ignored = {}, options.ignore_label
+    masks = {m: _binary(p, None, "predictions", ones, errors) for m, p in predictions.items()}
+    true_mask = _binary(_of_classes(truth, options), ignored, "truths", ones, errors)
+    if ignored is not None and (true_mask == ignored).all():
+        errors.append(
+            f"{truth.path}: expected labeled voxels, got {ignored} (ignored) in all of them; "
+            "leave this case out with --cases"
+        )
     if image is not None:
         masks[OTSU] = _otsu_mask(image, options.invert, errors)
     if len(errors) > before:
         return None
-    volumes = (truth, *predictions.values())
-    source = next((volume for volume in volumes if volume.spacing is not None), None)
+    source = next((v for v in (truth, *predictions.values()) if v.spacing is not None), None)
     spacing = options.spacing or (source.spacing if source else metrics.VOXEL)
     unit = source.unit if source and not options.spacing else ""
-    return Masks(masks, truth.array, tuple(spacing), unit, source is not None, ones)
+    return Masks(masks, true_mask, tuple(spacing), unit, source is not None, ones)
 
 
 def _read(reader, path, errors):
@@ -242,26 +220,27 @@ def _of_classes(truth, options):
     return dataclasses.replace(truth, array=classes)
 
 
-def _binary(volume, ignore_label, role, ones):
-    """The volume with 1 for 255 (or 254), which is noted in ones; other values stay."""
+def _binary(volume, ignored, role, ones, errors):
+    """The array of a volume with 1 for 255 (or 254), which is noted in ones."""
     array, most = volume.array, int(volume.array.max())
-    known = [0, most] if ignore_label is None else [0, most, ignore_label]
-    if most not in FULL_SCALE or most == ignore_label or not np.isin(array, known).all():
-        return volume
-    ones[role] = most
-    return dataclasses.replace(volume, array=np.where(array == most, array.dtype.type(1), array))
-
-
-def _same_spacing(a, b):
-    """Whether two volumes agree on spacing to 1 %, if both have one."""
-    if a.spacing is None or b.spacing is None:
-        return True
-    known = a.unit in files.METRES and b.unit in files.METRES
-    scale = files.METRES[a.unit] / files.METRES[b.unit] if known else 1.0
-    return np.allclose(np.asarray(a.spacing) * scale, b.spacing, rtol=0.01, atol=0.0)
+    others = [] if ignored is None else [ignored]
+    if most in FULL_SCALE and most != ignored and np.isin(array, [0, most, *others]).all():
+        ones[role] = most
+        return np.where(array == most, array.dtype.type(1), array)
+    if not np.isin(array, [0, 1, *others]).all():
+        advice = "give a mask of one class"
+        if role == "truths":
+            advice += ", or name with --foreground the classes that count"
+            if ignored is None:
+                advice += ", and the value of unlabeled voxels with --ignore-label"
+        wanted = ", ".join(map(str, [0, 1, *others]))
+        values = ", ".join(map(str, np.unique(array)[:8]))
+        errors.append(f"{volume.path}: expected the values {wanted}, got {values}; {advice}")
+    return array
 
 
 def _check_same_grid(volume, other, check_spacing, errors):
+    """Shape, axes as far as both files say, and spacing to 1 % if both have one."""
     if volume.array.shape != other.array.shape[-3:]:
         errors.append(
             f"{volume.path}: expected the shape of {other.path}, {other.array.shape[-3:]}, got "
@@ -269,7 +248,11 @@ def _check_same_grid(volume, other, check_spacing, errors):
         )
     if check_spacing and not files.same_axes(volume, other):
         errors.append(f"{volume.path}: expected the axes of {other.path}, got other ones")
-    if check_spacing and not _same_spacing(volume, other):
+    if not check_spacing or volume.spacing is None or other.spacing is None:
+        return
+    known = volume.unit in files.METRES and other.unit in files.METRES
+    scale = files.METRES[volume.unit] / files.METRES[other.unit] if known else 1.0
+    if not np.allclose(np.multiply(volume.spacing, scale), other.spacing, rtol=0.01, atol=0.0):
         errors.append(
             f"{volume.path}: expected the spacing of {other.path}, {_with_unit(other)}, got "
             f"{_with_unit(volume)}; correct the header that is wrong"
@@ -280,33 +263,11 @@ def _with_unit(volume):
     return f"{' '.join(f'{s:g}' for s in volume.spacing)} {volume.unit}".rstrip()
 
 
-def _check_truth(truth, ignore_label, errors):
-    advice = "give a mask of one class, or name with --foreground the classes that count"
-    if ignore_label is None:
-        advice += ", and the value of unlabeled voxels with --ignore-label"
-    _check_values(truth, ignore_label, advice, errors)
-    if ignore_label is not None and (truth.array == ignore_label).all():
-        errors.append(
-            f"{truth.path}: expected labeled voxels, got {ignore_label} (ignored) in all of them; "
-            "leave this case out with --cases"
-        )
-
-
-def _check_values(volume, ignored, advice, errors):
-    allowed = [0, 1] if ignored is None else [0, 1, ignored]
-    if not np.isin(volume.array, allowed).all():
-        values = ", ".join(map(str, np.unique(volume.array)[:8]))
-        wanted = ", ".join(map(str, allowed))
-        errors.append(f"{volume.path}: expected the values {wanted}, got {values}; {advice}")
-
-
 def _otsu_mask(image, invert, errors):
     """What is brighter than Otsu's threshold (darker with invert) as a bool mask (D, H, W)."""
     if image.array.shape[0] != 1:
-        errors.append(
-            f"{image.path}: expected one channel for --otsu, got {image.array.shape[0]}; "
-            "give one channel as a volume of its own"
-        )
+        got = f"got {image.array.shape[0]}; give one channel as a volume of its own"
+        errors.append(f"{image.path}: expected one channel for --otsu, {got}")
         return None
     try:
         return (image.array[0] > metrics.otsu_threshold(image.array[0])) != invert

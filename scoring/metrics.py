@@ -4,13 +4,13 @@
     scores = score(prediction, truth, spacing, names=["assd", "surface_dice@4", "toposcore"])
     parts = vesuvius_score(prediction, truth)
 
-This folder shares no code with the losses, so that a mistake there cannot hide itself here. Scores
-equal their published reference implementations on the same masks. SCORES, at the end of the file,
-lists all of them with what is better and what they cost.
+Scores equal their published reference implementations on the same masks, and share no code with
+the losses. SCORES, at the end of the file, lists all of them.
 """
 
 import difflib
 import functools
+import numbers
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ def score(
 
     prediction (D, H, W): bool or integers 0 and 1. truth (D, H, W): the same, and `ignore_label`
     where nobody labeled (None: nowhere). spacing (z, y, x) and tolerance (of surface_dice) share
-    one unit, that of distances. names: of SCORES, `surface_dice@4` (at that tolerance) and
-    `hausdorff@99` (that percentile); None: DEFAULT. threads: how many are used at one time.
+    one unit, that of distances. names: of SCORES, also `surface_dice@4` (at that tolerance) and
+    `hausdorff@99` (that percentile); None: DEFAULT.
 
         dice, iou, precision, recall    over labeled voxels, in [0, 1]
         surface_dice                    share of both surfaces within the tolerance of the other
@@ -48,25 +48,21 @@ def score(
                                         2 x 2 x 2 tiles; foreground is 6-connected
         toposcore, vesuvius_score       see `vesuvius_score`
 
-    Voxels of ignore_label are left out of the voxel counts, and are background in both masks for
-    all else: where the unlabeled region cuts a structure, the cut is a surface of both, and the
-    end of a skeleton. What several scores share is computed once.
+    Voxels of ignore_label are background in both masks: where the unlabeled region cuts a
+    structure, the cut is a surface of both, and the end of a skeleton.
 
     Both masks empty (also: no labeled voxel at all): each ratio and F1 is 1, each distance, error
     and number 0. One of them empty: ratios are 0, distances the diagonal of the volume, Betti
     errors what the other one has. VOI then sees one undivided component on the empty side, so that
-    voi_score is 1 if the other is of one piece, as published. An F1 is 0 where the truth has a
-    class of its dimension, else 0.5 / (predicted + 0.5).
+    voi_score is 1 if the other is of one piece, as published. For an F1 see `homology.matching_f1`.
 
-    ValueError, before any work, for shapes that differ or are not 3-D, dtypes that are not integer,
-    other values, an impossible spacing, tolerance, percentile, ignore_label or number of threads,
-    and a name that is not in SCORES.
+    ValueError, before any work, for masks, options and names that are not as above.
     """
     if isinstance(names, str):
         raise ValueError(f"names: expected a list of names of scores, got the text {names!r}")
     entries = {name: entry(name) for name in (DEFAULT if names is None else names)}
     prediction, truth = labeled_masks(prediction, truth, ignore_label)
-    pair = Comparison(prediction, truth, spacing, tolerance, threads=threads)
+    pair = Comparison(prediction, truth, spacing, tolerance, threads)
     return {name: kind.of(pair, *number) for name, (kind, number) in entries.items()}
 
 
@@ -86,18 +82,15 @@ def vesuvius_score(prediction, truth, ignore_label=2, *, threads=2):
 
     Masks as for `score`; voxels have no spacing here. Equal to the challenge's own package on its
     masks: surface_dice and voi_score to rounding, predicted and true counts always, matched counts
-    but for ties (see homology.py). An empty prediction of one piece, and a piece predicted of
+    but for ties (see homology.py). Nothing predicted of one piece, and a piece predicted of
     nothing, score 0.65, two empty masks 1: a lone piece counts nowhere in the TopoScore.
     """
     masks = labeled_masks(prediction, truth, ignore_label)
-    return Comparison(*masks, threads=threads).vesuvius
+    return Comparison(*masks, VOXEL, 2.0, threads).vesuvius
 
 
 def labeled_masks(prediction, truth, ignore_label=2):
-    """Both as bool masks (D, H, W) that are False where truth is ignore_label.
-
-    Accepts and refuses (ValueError) the same as `score`.
-    """
+    """Both as bool masks (D, H, W) that are False where truth is ignore_label; see `score`."""
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     if prediction.shape != truth.shape or truth.ndim != 3:
         raise ValueError(
@@ -117,8 +110,7 @@ def labeled_masks(prediction, truth, ignore_label=2):
 
 
 def _is_integer(value):
-    whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
-    return whole or isinstance(value, (int, np.integer))
+    return isinstance(value, numbers.Real) and value == value // 1
 
 
 def _as_mask(name, values, allowed, ignored):
@@ -128,21 +120,17 @@ def _as_mask(name, values, allowed, ignored):
     if not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"{name}: expected a bool or integer mask, got {values.dtype}")
     mask = values == 1
-    known = np.count_nonzero(mask) + values.size - np.count_nonzero(values)
-    known += 0 if ignored is None else np.count_nonzero(ignored)
-    if known != values.size:
+    known = np.count_nonzero(mask) + (0 if ignored is None else np.count_nonzero(ignored))
+    if known != np.count_nonzero(values):
         values = ", ".join(map(str, np.unique(values)[:8]))
         raise ValueError(f"{name}: expected the values {allowed}, got {values}")
     return mask
 
 
-# ---------------------------------------------------------------------------- shared work
-
-
 class Comparison:
     """Two masks (D, H, W) bool; what scores share is computed once, when first needed."""
 
-    def __init__(self, prediction, truth, spacing=VOXEL, tolerance=2.0, *, threads=2):
+    def __init__(self, prediction, truth, spacing, tolerance, threads):
         self.whole = prediction, truth
         self.spacing = surface.checked_spacing(spacing)
         self.tolerance = surface.checked_tolerance(tolerance)
@@ -179,8 +167,8 @@ class Comparison:
         return self.surfaces_at(self.spacing)
 
     def surfaces_at(self, spacing):
-        diagonal = surface.diagonal(self.whole[0].shape, spacing)
-        return surface.SurfacePair(*self.corners, spacing, diagonal, threads=self.threads)
+        shape = self.whole[0].shape
+        return surface.SurfacePair(*self.corners, spacing, shape, threads=self.threads)
 
     def surface_dice(self, tolerance=None):
         return self.surfaces.dice(self.tolerance if tolerance is None else tolerance)
@@ -191,19 +179,14 @@ class Comparison:
 
     @functools.cached_property
     def information(self):
-        """(split, merge) in bits."""
         return self.partition.variation_of_information()
 
     @functools.cached_property
     def betti(self):
         """(b0, b1, b2) of the prediction and of the truth, 26-connected."""
         histograms = [corners.histogram for corners in self.corners]
-        components = (self.partition.predicted, self.partition.true)
-        connectivity = (26, 26)
-        return self.both(homology.betti_numbers, self.masks, connectivity, histograms, components)
-
-    def piece_error(self):
-        return abs(self.partition.predicted - self.partition.true)
+        components = self.partition.predicted, self.partition.true
+        return self.both(homology.betti_numbers, self.masks, (26, 26), histograms, components)
 
     def betti_error(self, dimension):
         return abs(self.betti[0][dimension] - self.betti[1][dimension])
@@ -226,23 +209,20 @@ class Comparison:
     @functools.cached_property
     def vesuvius(self):
         split, merge = self.information
-        topology, surface = homology.toposcore(self.matching), self.surfaces_at(VOXEL).dice(2.0)
-        information = partitions.voi_score(split, merge)
-        return {
-            "score": 0.30 * topology + 0.35 * (surface + information),
-            "toposcore": topology,
-            "surface_dice": surface,
-            "voi_score": information,
-            "voi_split": split,
-            "voi_merge": merge,
-            "counts": self.matching,
+        parts = {
+            "toposcore": homology.toposcore(self.matching),
+            "surface_dice": self.surfaces_at(VOXEL).dice(2.0),
+            "voi_score": partitions.voi_score(split, merge),
         }
+        score = 0.30 * parts["toposcore"] + 0.35 * (parts["surface_dice"] + parts["voi_score"])
+        others = {"voi_split": split, "voi_merge": merge, "counts": self.matching}
+        return {"score": score} | parts | others
 
 
 def _skeleton_inside(mask, other):
     """(voxels of the mask's skeleton inside of `other`, voxels of that skeleton).
 
-    Of a mask without any: (0, 0). clDice (Shit et al. 2021, arXiv:2003.07311) thins masks with
+    clDice (Shit et al. 2021, arXiv:2003.07311) thins masks with
     scikit-image's `skeletonize`, in 3D Lee et al. 1994. That leaves nothing of some shapes of even
     thickness, such as a bar of 2 x 2 x 10; then the mask stands for its skeleton, where the
     published code divides by 0.
@@ -256,17 +236,12 @@ def _skeleton_inside(mask, other):
     return int(np.count_nonzero(skeleton & other)), int(np.count_nonzero(skeleton))
 
 
-# ---------------------------------------------------------------------------- a baseline
-
-
 def otsu_threshold(image):
     """The threshold t of Otsu (1979) that best separates image > t from image <= t, as a float.
 
-    image: any shape, any real dtype. Exact for integers of at most 65 536 levels (t is then a level
-    of the image's range), else from a histogram of 256 bins (t is the edge of a bin). The lowest t
-    of equals. A constant image gives its value: nothing is above it.
-
-    ValueError for an empty image, or for NaN or Inf in it.
+    image: any shape, any real dtype. Exact for integers of at most 65 536 levels, else from a
+    histogram of 256 bins. The lowest t of equals. A constant image gives its value: nothing is
+    above it. ValueError for an empty image, or for NaN or Inf in it.
     """
     image = np.asarray(image)
     if image.size == 0 or not np.isfinite(image).all():
@@ -289,23 +264,18 @@ def otsu_threshold(image):
     return float(low) + (best * width if exact else (best + 1) * width)
 
 
-# ---------------------------------------------------------------------------- the scores
-
-
 @dataclass(frozen=True)
 class Score:
-    """The function of a `Comparison`, which end of its value is better, and what it costs.
+    """A score, computed of a `Comparison`.
 
-    better: "higher", "lower", or None: it describes a mask, and neither is better.
     cost: "cheap", "moderate" or "slow": up to about 0.5, 3 and 30 s for torn sheets of 320 x 320 x
     320 on 2 cores; those that share their work cost that once.
-    number: what may follow the name after an @.
     """
 
     of: Callable
-    better: str | None
+    better: str | None  # "higher", "lower", or None: it describes a mask
     cost: str
-    number: str | None = None
+    number: str | None = None  # what may follow the name after an @
 
 
 def entry(name):
@@ -317,17 +287,15 @@ def entry(name):
         raise ValueError(f"expected the name of a score, got {name}; the nearest is {near[0]}")
     if not at:
         return kind, ()
+    if kind.number is None:
+        raise ValueError(f"expected {base} without a number, got {name}")
     try:
         number = float(number)
     except ValueError:
-        number = None
-    if number is not None and kind.number is not None:
-        return kind, (CHECKS[kind.number](number),)
-    wanted = f"{base}@{kind.number.upper()}" if kind.number else f"{base} without a number"
-    raise ValueError(f"expected {wanted}, got {name}")
+        raise ValueError(f"expected {base}@{kind.number.upper()}, got {name}") from None
+    check = {"tolerance": surface.checked_tolerance, "percentile": surface.checked_percentile}
+    return kind, (check[kind.number](number),)
 
-
-CHECKS = {"tolerance": surface.checked_tolerance, "percentile": surface.checked_percentile}
 
 SCORES = {
     "dice": Score(lambda c: c.ratio(2 * c.voxels[2], *c.voxels[:2]), "higher", "cheap"),
@@ -352,7 +320,9 @@ SCORES = {
     "handles_truth": Score(lambda c: c.betti[1][1], None, "cheap"),
     "cavities": Score(lambda c: c.betti[0][2], None, "cheap"),
     "cavities_truth": Score(lambda c: c.betti[1][2], None, "cheap"),
-    "betti_error_0": Score(lambda c: c.piece_error(), "lower", "cheap"),
+    "betti_error_0": Score(
+        lambda c: abs(c.partition.predicted - c.partition.true), "lower", "cheap"
+    ),
     "betti_error_1": Score(lambda c: c.betti_error(1), "lower", "cheap"),
     "betti_error_2": Score(lambda c: c.betti_error(2), "lower", "cheap"),
     "betti_matching_f1_0": Score(lambda c: homology.matching_f1(*c.matching[0]), "higher", "slow"),

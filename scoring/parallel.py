@@ -38,15 +38,12 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass
 class Scorer:
-    """scorer(pair, only_check) is the `Result` of a case.
-
-    names, tolerance: see metrics.score; threads: how many one case may use.
-    """
+    """scorer(pair, only_check) is the `Result` of a case; names, tolerance: see metrics.score."""
 
     options: inputs.ReadOptions
     names: tuple
     tolerance: float
-    threads: int = 1
+    threads: int = 1  # of one case
 
     def __call__(self, pair, only_check=False):
         errors, rows = [], []
@@ -62,23 +59,22 @@ class Scorer:
         return Result(rows, errors, dataclasses.replace(case, masks={}, truth=None))
 
 
-def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda done: None):
+def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda: None):
     """[Result] in the order of pairs. After the first error, the rest is only read and checked.
 
     jobs: cases at one time, None: as many as there are cores, cases and budget for; budget: bytes
-    of memory for all of them. One case is scored whatever it needs. progress(done) is called after
-    each. ScoringError names a case whose process dies although no other runs.
+    of memory for all of them, but for a case on its own. progress() is called after each.
+    ScoringError names a case whose process dies although no other runs.
     """
     needs = [BYTES_PER_VOXEL * files.voxel_count(pair.truth) for pair in pairs]
-    wanted = min(jobs or cores(), len(pairs))
-    if jobs is None and sum(needs) < SMALL * BYTES_PER_VOXEL:
-        wanted = 1
+    small = jobs is None and sum(needs) < SMALL * BYTES_PER_VOXEL
+    wanted = 1 if small else min(jobs or cores(), len(pairs))
     scorer = dataclasses.replace(scorer, threads=max(1, cores() // max(wanted, 1)))
     results = {}
     if wanted <= 1:
         for number, pair in enumerate(pairs):
             results[number] = scorer(pair, any(result.errors for result in results.values()))
-            progress(len(results))
+            progress()
     elif not _in_processes(pairs, needs, scorer, wanted, budget, progress, results):
         # A process died, perhaps for want of memory: the cases that are left run one at a time.
         _in_processes(pairs, needs, scorer, 1, budget, progress, results)
@@ -86,9 +82,9 @@ def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda done: No
 
 
 def _in_processes(pairs, needs, scorer, jobs, budget, progress, results):
-    """Add the results that are missing, {number: Result}; False if a process died.
+    """Add the results that are missing, {number: Result}; False if one of several processes died.
 
-    Of one process, ScoringError names its case.
+    ScoringError if there was one alone.
     """
     # The largest first, so that the last one to end is a small one.
     waiting = deque(sorted(set(range(len(pairs))) - set(results), key=lambda i: -needs[i]))
@@ -118,11 +114,8 @@ def _in_processes(pairs, needs, scorer, jobs, budget, progress, results):
                         f"other ran; it needs about {needs[number] / 1e9:.1f} GB: score it where "
                         "there is more memory, or fewer --scores"
                     ) from error
-                progress(len(results))
+                progress()
     return True
-
-
-# ---------------------------------------------------------------------------- processes
 
 
 @contextlib.contextmanager
@@ -131,8 +124,7 @@ def worker_process(blocked_signals):
 
     blocked_signals do not reach the process: one that is sent to the whole process group is for the
     parent to handle. It ends with the parent even if that is killed, and where memory runs out, the
-    kernel kills it first. A pool of several would break as a whole when one process dies, and not
-    say which.
+    kernel kills it first. A pool of several would break as a whole, and not say which process died.
     """
     before = set(multiprocessing.active_children())
     spawn = multiprocessing.get_context("spawn")

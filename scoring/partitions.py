@@ -4,11 +4,8 @@
     count_components(mask)
 
 The variation of information (Meila 2003; split and merge as in Nunez-Iglesias et al. 2013, and as
-scikit-image computes it) is what a voxel's component in one mask still says, in bits, to someone
-who knows its component in the other. It is over the voxels that are foreground of either mask; the
-background of a mask is one more component there.
-
-Labels are those of `cc3d`. Masks are (D, H, W) bool.
+scikit-image computes it) is over the voxels that are foreground of either mask; the background of a
+mask is one more component there. Masks are (D, H, W) bool.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -34,15 +31,11 @@ class Partition(NamedTuple):
     in_truth: np.ndarray  # (N,) the same of the truth
 
     def variation_of_information(self):
-        """(split, merge) in bits, see `variation_of_information`; (0, 0) where N is 0."""
         return variation_of_information(self.in_prediction, self.in_truth)
 
 
 def partition(prediction, truth, *, threads=2):
-    """The `Partition` of two masks of one shape, each with a thread of its own if there are two.
-
-    Takes some 12 bytes per voxel and mask while it runs, and keeps 4 per voxel of foreground.
-    """
+    """The `Partition` of two masks of one shape; some 12 bytes per voxel and mask meanwhile."""
     either = (prediction | truth).reshape(-1)
 
     def labels_of(mask):
@@ -55,11 +48,7 @@ def partition(prediction, truth, *, threads=2):
 
 
 def label(mask, connectivity=26):
-    """(labels (D, H, W) from 1, 0 on the background; their number).
-
-    connectivity: 6 (voxels touch by faces) or 26 (by faces, edges or corners). An empty mask has
-    labels of 0 alone, and so has one without a voxel.
-    """
+    """(labels (D, H, W) from 1, 0 on the background; their number)."""
     mask = np.ascontiguousarray(mask, dtype=bool)
     whole = tuple(map(slice, mask.shape))
     if 0 < min(mask.shape) <= _THIN:
@@ -77,9 +66,7 @@ def variation_of_information(in_prediction, in_truth):
     """(split, merge) of two label arrays of one shape, of integers of 0 or more: two floats, bits.
 
     split, H(prediction | truth), grows where the prediction cuts what is one in the truth; merge,
-    H(truth | prediction), where it joins what is apart. Every element counts, those of label 0
-    too: pass those that matter. Both 0 if the labels are the same up to their names, or if there
-    are none.
+    H(truth | prediction), where it joins what is apart. Elements of label 0 count too.
     """
     pairs, counts = _pairs(np.ravel(in_prediction), np.ravel(in_truth))
     share = counts / max(1, counts.sum())
@@ -91,16 +78,14 @@ def variation_of_information(in_prediction, in_truth):
 
 def _pairs(first, second):
     """((label of first, label of second) of each pair that occurs, how often): three (N,)."""
-    if first.size == 0:
-        empty = np.zeros(0, np.int64)
-        return (empty, empty), empty
-    width = int(second.max()) + 1
+    width = int(second.max(initial=0)) + 1
     key = first.astype(np.int64) * width + second
-    if (int(first.max()) + 1) * width <= _CELLS_PER_VOXEL * key.size:
+    if (int(first.max(initial=0)) + 1) * width <= _CELLS_PER_VOXEL * key.size:
         counts = np.bincount(key)
         pairs = np.flatnonzero(counts)
-        return np.divmod(pairs, width), counts[pairs]
-    pairs, counts = np.unique(key, return_counts=True)
+        counts = counts[pairs]
+    else:
+        pairs, counts = np.unique(key, return_counts=True)
     return np.divmod(pairs, width), counts
 
 

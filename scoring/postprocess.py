@@ -3,8 +3,7 @@
     low, high = probs >= settings["hysteresis"], probs >= threshold      # (D, H, W) bool
     mask = apply(high, low, spacing=spacing, **settings)
 
-Each step is off unless its setting says otherwise. `stages` gives the mask after each, so that the
-gain of each can be scored.
+Each step is off unless its setting says otherwise.
 """
 
 import itertools
@@ -34,9 +33,8 @@ def stages(
 ):
     """Yields (name, mask (D, H, W) bool) of the threshold, then of each step that is on.
 
-    high: voxels above the threshold; low: those above the lower one, which is needed where
-    hysteresis (that threshold) is given; spacing (z, y, x), None for voxels: the unit of the
-    radius. The input stays as it is.
+    high: voxels above the threshold; low: those above that of hysteresis, if given; spacing (z, y,
+    x), None for voxels: the unit of the radius. The input stays as it is.
     """
     mask = np.asarray(high, bool)
     yield BEFORE, mask
@@ -68,8 +66,6 @@ def apply_hysteresis(high, low):
 
 def remove_small_components(mask, min_voxels):
     """mask (D, H, W) bool without its 26-connected components of fewer than min_voxels voxels."""
-    if min_voxels <= 1 or not mask.any():
-        return mask
     labels, count = partitions.label(mask)
     kept = np.bincount(labels.reshape(-1), minlength=count + 1) >= min_voxels
     kept[0] = False
@@ -79,17 +75,15 @@ def remove_small_components(mask, min_voxels):
 def fill_holes(mask, max_voxels):
     """mask (D, H, W) bool with its holes of at most max_voxels voxels filled.
 
-    A hole is a face-connected component of the background that the foreground encloses: in the
-    volume (a cavity), or in a slice across one of the axes (a pinhole in a sheet that lies in it,
-    or a tunnel along the axis). What touches the border of the volume or slice is none.
+    A hole is a face-connected component of the background that the foreground encloses, in the
+    volume (a cavity) or in a slice across one of the axes (a pinhole in a sheet, or a tunnel).
     """
     filled = mask | _enclosed(mask, max_voxels, 6)
     for axis in range(3):
-        for index in range(mask.shape[axis]):
-            place = (slice(None),) * axis + (index,)
-            plane = mask[place]
+        planes = (np.moveaxis(volume, axis, 0) for volume in (mask, filled))
+        for plane, out in zip(*planes, strict=True):
             if plane.any() and not plane.all():
-                filled[place] |= _enclosed(plane, max_voxels, 4)
+                out |= _enclosed(plane, max_voxels, 4)
     return filled
 
 
@@ -107,9 +101,8 @@ def _enclosed(mask, max_voxels, connectivity):
 def close(mask, radius, spacing=None):
     """mask (D, H, W) bool closed by a ball: what no ball within the background reaches is filled.
 
-    radius in the unit of spacing (z, y, x), None: voxels. Beyond the border the volume
-    continues as it ends there. To close a slit in a sheet of one voxel the ball must reach over its
-    edges: a radius of 1.5 voxels closes one that is a voxel wide.
+    radius in the unit of spacing (z, y, x), None: voxels; 1.5 voxels close a slit in a sheet that
+    is a voxel wide. Beyond the border the volume continues as it ends there.
     """
     spacing = (1.0, 1.0, 1.0) if spacing is None else spacing
     if not mask.any():

@@ -4,8 +4,7 @@
     summary(rows, ("dice",))["new"]["dice"]      # mean, median, worst, worst_case
     leaderboard(rows, "dice")                    # the best method first, the others against it
 
-Methods are compared case by case: a difference that holds in every case counts, however much the
-cases differ. Intervals are of the bootstrap over cases (Efron 1979, percentiles).
+Methods are compared case by case; intervals are of the bootstrap over cases (Efron 1979).
 """
 
 import statistics
@@ -17,26 +16,20 @@ from rich.table import Table
 from scoring import metrics
 from scoring.dilation import dilate
 
-RESAMPLES = 10_000
-LEVEL = 0.95
 FEW = 10  # cases below which such an interval is known to be too narrow
 COLUMNS = 3  # slices of a case in a picture
 FOUND, MISSED, FALSE = "#009e73", "#e0520e", "#56b4e9"  # distinct for color-blind readers too
 
 
 class Standing(NamedTuple):
-    """A method and its mean score; then the same of its difference to the best method.
-
-    interval, difference_interval: (low, high), None of fewer than 2 cases; ahead, behind: of how
-    many cases. Of the best method all but the first three are None.
-    """
+    """A method and its mean score; then its difference to the best method, None of that itself."""
 
     method: str
     mean: float
-    interval: tuple | None
+    interval: tuple | None  # (low, high), None of fewer than 2 cases
     difference: float | None = None
     difference_interval: tuple | None = None
-    ahead: int | None = None
+    ahead: int | None = None  # in how many cases
     behind: int | None = None
 
 
@@ -49,10 +42,8 @@ def summary(rows, names):
 
     The last two are None for a score that is better at neither end. Of equals the first is worst.
     """
-    return {
-        method: {name: _summary([r for r in rows if r["method"] == method], name) for name in names}
-        for method in methods_of(rows)
-    }
+    by_method = {m: [row for row in rows if row["method"] == m] for m in methods_of(rows)}
+    return {m: {n: _summary(own, n) for n in names} for m, own in by_method.items()}
 
 
 def _summary(rows, name):
@@ -67,10 +58,10 @@ def _summary(rows, name):
     }
 
 
-def worst_cases(rows, method, name):
-    """Cases of a method, the worst by a score first."""
+def worst_first(rows, method, name):
+    """The rows of a method, the worst by a score first."""
     rows = [row for row in rows if row["method"] == method]
-    return [row["case"] for row in sorted(rows, key=lambda row: _sign(name) * row[name])]
+    return sorted(rows, key=lambda row: _sign(name) * row[name])
 
 
 def _sign(name):
@@ -86,18 +77,12 @@ def leaderboard(rows, name):
     best, *others = sorted(scores, key=lambda method: -_sign(name) * scores[method].mean())
     standings = [Standing(best, float(scores[best].mean()), bootstrap_interval(scores[best]))]
     for method in others:
+        mean, interval = float(scores[method].mean()), bootstrap_interval(scores[method])
         difference = scores[method] - scores[best]
-        standings.append(
-            Standing(
-                method,
-                float(scores[method].mean()),
-                bootstrap_interval(scores[method]),
-                float(difference.mean()),
-                bootstrap_interval(difference),
-                int(np.count_nonzero(_sign(name) * difference > 0)),
-                int(np.count_nonzero(_sign(name) * difference < 0)),
-            )
-        )
+        to_best = float(difference.mean()), bootstrap_interval(difference)
+        gain = _sign(name) * difference
+        ahead, behind = int(np.count_nonzero(gain > 0)), int(np.count_nonzero(gain < 0))
+        standings.append(Standing(method, mean, interval, *to_best, ahead, behind))
     return standings
 
 
@@ -107,13 +92,12 @@ def bootstrap_interval(values):
         return None
     from scipy.stats import bootstrap  # late: half a second
 
-    options = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile"}
     rng = np.random.default_rng(0)
-    interval = bootstrap((values,), np.mean, batch=1000, rng=rng, **options).confidence_interval
-    return float(interval.low), float(interval.high)
-
-
-# ---------------------------------------------------------------------------- tables
+    sampled = bootstrap(
+        (values,), np.mean, n_resamples=10_000, batch=1000, method="percentile", rng=rng
+    )
+    low, high = sampled.confidence_interval
+    return float(low), float(high)
 
 
 def print_scores(console, rows, names, unit, cases):
@@ -167,9 +151,6 @@ def format_score(value, name):
     return f"{value:.3f}"
 
 
-# ---------------------------------------------------------------------------- pictures
-
-
 class Slice(NamedTuple):
     """One z slice of a case: (H, W) arrays, the last three bool, and counts of far errors."""
 
@@ -182,13 +163,12 @@ class Slice(NamedTuple):
     false: int
 
 
-def worst_slices(prediction, truth, image, spacing, *, tolerance, ignore_label, count=COLUMNS):
+def worst_slices(prediction, truth, image, spacing, *, tolerance, ignore_label):
     """`Slice`s of a case, the worst first; those next to a chosen one are passed over.
 
-    prediction, truth, image (D, H, W); image may be None. A thin mask is wrong by a voxel nearly
-    everywhere along its border, which does not matter. So a voxel counts as missed if it is further
-    than the tolerance from all predicted ones, as false if it is from all true ones, in the unit of
-    the spacing. Where there is none, slices follow with most wrong voxels, then with most truth.
+    prediction, truth, image (D, H, W); image may be None. A voxel counts as missed if it is further
+    than the tolerance from all predicted ones, as false if it is from all true ones. Where there
+    is none, slices follow with most wrong voxels, then with most truth.
     """
     labeled = truth != (-1 if ignore_label is None else ignore_label)
     prediction, truth = (prediction == 1) & labeled, (truth == 1) & labeled
@@ -198,21 +178,18 @@ def worst_slices(prediction, truth, image, spacing, *, tolerance, ignore_label, 
     order = np.lexsort([-counts for counts in reversed(per_slice)])
     gap, chosen = max(1, len(truth) // 20), []
     for z in map(int, order):
-        if len(chosen) < count and all(abs(z - other) > gap for other in chosen):
+        if len(chosen) < COLUMNS and all(abs(z - other) > gap for other in chosen):
             chosen.append(z)
     image = np.zeros(truth.shape, np.uint8) if image is None else image
-    counts = ((int(missed[z].sum()), int(false[z].sum())) for z in chosen)
-    return [
-        Slice(z, np.asarray(image[z], float), truth[z], prediction[z], labeled[z], *numbers)
-        for z, numbers in zip(chosen, counts, strict=True)
-    ]
+    slices = []
+    for z in chosen:
+        arrays = np.asarray(image[z], float), truth[z], prediction[z], labeled[z]
+        slices.append(Slice(z, *arrays, int(missed[z].sum()), int(false[z].sum())))
+    return slices
 
 
 def draw_slices(cases, *, title, tolerance):
-    """A matplotlib figure with a row for each of [(case id, its score as text, [`Slice`])].
-
-    tolerance: with its unit, for people.
-    """
+    """A matplotlib figure with a row for each of [(case id, its score as text, [`Slice`])]."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

@@ -6,18 +6,14 @@
 Definitions are those of Nikolov et al. 2018 (arXiv:1809.04430) and their package
 `surface-distance`. Surface elements stand on voxel corners, one for each 2 x 2 x 2 neighborhood of
 mixed values, weighted by its marching-cubes area. The distance of an element is that to the nearest
-element of the other mask. Outside of the volume is background.
-
-It is ours because it is exact and about 100 times (surface Dice) and 10 times (HD95) as fast as
-that package on 160 x 160 x 160 voxels, see benchmarks/RESULTS.md; release 0.1 of the package fails
-on NumPy 2 where one mask is empty.
+element of the other mask. Outside of the volume is background. It is about 100 times (surface Dice)
+and 10 times (HD95) as fast as that package on 160 x 160 x 160 voxels (benchmarks/RESULTS.md);
+release 0.1 of the package fails on NumPy 2 where a mask is empty.
 
 Masks are (D, H, W) bool, spacing is z, y, x, and a distance is in the spacing's unit. Both masks
 empty: surface Dice 1, distances 0. One of them empty: surface Dice 0, distances the diagonal of the
-volume. No two corners are further apart, so a mean over cases stays finite and an empty prediction
-never pays off (the package returns infinity, the BraTS challenge the diagonal). ValueError for a
-spacing that is not three numbers from 1e-30 to 1e30 (beyond, areas and squares leave the range of
-floats), a tolerance below 0, and a percentile outside of 0 to 100.
+volume, as in the BraTS challenge (the package returns infinity): an empty prediction never pays
+off, and a mean over cases stays finite.
 """
 
 import functools
@@ -40,26 +36,24 @@ _ROWS_PER_VOXEL = 3.0
 _VOXELS_PER_QUERY = 20
 # A row is searched this many corners to either side (half of a word), and rows to either side.
 _HALF, _REACH = 32, 40
-_STEPS = 1e-30, 1e30  # least and largest spacing
+_STEPS = 1e-30, 1e30  # spacings; beyond, areas and squares leave the range of floats
 
 
 class SurfacePair:
-    """Two surfaces and their scores; the distances are computed once, when first needed."""
+    """Two surfaces, `Corners` in one box of a volume of that shape, and their scores."""
 
-    def __init__(self, prediction, truth, spacing, diagonal, *, threads=2):
-        """prediction and truth: `Corners` in one box; diagonal: of the volume, in the unit."""
-        self.corners, self.threads = (prediction, truth), threads
-        self.spacing = checked_spacing(spacing)
-        self.diagonal = diagonal
-        self.area = surfel_areas(self.spacing)
+    def __init__(self, prediction, truth, spacing, shape, *, threads=2):
+        self.corners, self.threads, self.spacing = (prediction, truth), threads, spacing
+        self.diagonal = math.sqrt(sum((n * s) ** 2 for n, s in zip(shape, spacing, strict=True)))
+        self.area = surfel_areas(spacing)
         self.areas = [float(surface.histogram @ self.area) for surface in self.corners]
         self.empty = [not surface.histogram.any() for surface in self.corners]
 
     def dice(self, tolerance=2.0):
         """The share of both surfaces within `tolerance` of the other one, in [0, 1].
 
-        A distance of exactly the tolerance is within. Distances are compared as rounded, as in the
-        package: 3 steps of 0.2 are more than 0.6, 2 of 0.3 are not.
+        Distances are compared as rounded, as in the package: 3 steps of 0.2 are more than 0.6, 2 of
+        0.3 are not.
         """
         tolerance = checked_tolerance(tolerance)
         if any(self.empty):
@@ -82,10 +76,7 @@ class SurfacePair:
             return list(zip(away, codes, strict=True))
 
     def hausdorff(self, percentile=100.0):
-        """The distance within which `percentile` % of either surface's area lies from the other.
-
-        100: the Hausdorff distance; 95: HD95, "robust Hausdorff" in the package.
-        """
+        """The distance within which `percentile` % of either surface's area lies from the other."""
         percentile = checked_percentile(percentile)
         if any(self.empty):
             return 0.0 if all(self.empty) else self.diagonal
@@ -108,7 +99,7 @@ def surface_pair(prediction, truth, spacing=(1.0, 1.0, 1.0), *, threads=2):
     box = bounding_box(prediction | truth)
     with ThreadPoolExecutor(threads) as pool:
         surfaces = pool.map(extract, (prediction[box], truth[box]))
-    return SurfacePair(*surfaces, spacing, diagonal(truth.shape, spacing), threads=threads)
+    return SurfacePair(*surfaces, spacing, truth.shape, threads=threads)
 
 
 def surface_dice(prediction, truth, spacing=(1.0, 1.0, 1.0), tolerance=2.0):
@@ -116,16 +107,10 @@ def surface_dice(prediction, truth, spacing=(1.0, 1.0, 1.0), tolerance=2.0):
     return surface_pair(prediction, truth, spacing).dice(tolerance)
 
 
-def diagonal(shape, spacing):
-    """The distance of the outermost corners of a volume of `shape` voxels."""
-    return math.sqrt(sum((n * step) ** 2 for n, step in zip(shape, spacing, strict=True)))
-
-
 def _percentile(distances, codes, area, percentile):
     """The least distance within which `percentile` % of the corners' area lies.
 
-    Areas are summed in the package's order: where the share is met exactly but for rounding, as in
-    half of one voxel's corners, rounding decides, and so decides alike.
+    Areas are summed in the package's order, so that rounding decides alike.
     """
     if percentile == 100:
         return float(distances.max())
@@ -145,9 +130,6 @@ def _beyond(own, other, rows):
     return np.bincount(own.codes.reshape(-1, width)[lines][far], minlength=256)
 
 
-# ---------------------------------------------------------------------------- numbers
-
-
 def checked_spacing(spacing):
     """spacing as three floats. ValueError for what is not three numbers from 1e-30 to 1e30."""
     steps = tuple(spacing) if np.ndim(spacing) == 1 else ()
@@ -160,16 +142,16 @@ def checked_spacing(spacing):
 
 def checked_tolerance(tolerance):
     """tolerance as a float. ValueError for what is not a number of 0 or more."""
-    if _is_number(tolerance, 0, sys.float_info.max):
-        return float(tolerance)
-    raise ValueError(f"tolerance: expected a number of 0 or more, got {tolerance}")
+    if not _is_number(tolerance, 0, sys.float_info.max):
+        raise ValueError(f"tolerance: expected a number of 0 or more, got {tolerance}")
+    return float(tolerance)
 
 
 def checked_percentile(percentile):
     """percentile as a float. ValueError for what is not a number from 0 to 100."""
-    if _is_number(percentile, 0, 100):
-        return float(percentile)
-    raise ValueError(f"percentile: expected a number from 0 to 100, got {percentile}")
+    if not _is_number(percentile, 0, 100):
+        raise ValueError(f"percentile: expected a number from 0 to 100, got {percentile}")
+    return float(percentile)
 
 
 def _is_number(value, least, most):
@@ -179,14 +161,10 @@ def _is_number(value, least, most):
         return False
 
 
-# ---------------------------------------------------------------------------- corners
-
-
 class Corners(NamedTuple):
     """The corners of a mask (D, H, W), each coded by the 2 x 2 x 2 voxels around it.
 
-    Where the 8 are mixed, the surface passes. All that needs no position, such as areas and Euler
-    characteristics, is computed from the histogram of codes.
+    Where the 8 are mixed, the surface passes.
     """
 
     codes: np.ndarray  # (D+1, H+1, W+1) uint8: the 8 voxels around a corner as bits
@@ -249,9 +227,6 @@ def bounding_box(mask):
     return tuple(slice(int(i[0]), int(i[-1]) + 1) for i in indices)
 
 
-# ---------------------------------------------------------------------------- nearest corners
-
-
 def nearest_distances(own, other, spacing):
     """The distance of each mixed corner of `own` to the nearest of `other`: (N,) float64.
 
@@ -259,18 +234,15 @@ def nearest_distances(own, other, spacing):
     float64 sqrt((dz sz)^2 + (dy sy)^2 + (dx sx)^2) of the steps to the nearest corner.
 
     Rows around a corner, the nearest first, are searched for their nearest 1 in x, 64 corners at a
-    time: this finds neighbors up to some 20 corners off. The corners it leaves use a k-d tree or,
-    if they are a twentieth of the box, a Euclidean transform. For torn sheets of 320 x 320 x 320,
-    4.6 million corners of each, that takes 2 s on 2 cores; two transforms take 9 s, two trees of
-    all corners 7.
+    time. The corners that are far use a k-d tree or, if they are a twentieth of the box, a
+    Euclidean transform. For torn sheets of 320 x 320 x 320 that takes 2 s on 2 cores; two
+    transforms take 9 s, two trees of all corners 7.
     """
     points, shape = np.flatnonzero(is_mixed(own.codes)), own.codes.shape
     distances, rest = np.full(points.size, np.inf), np.arange(points.size)
     for length in (0.0, math.sqrt(min(spacing) ** 2)):  # most corners of a fair prediction
-        near = dilation.unpack(
-            dilation.spread(other.bits, dilation.ball_rows(length, spacing)), shape[2]
-        )
-        near = near.reshape(-1)[points[rest]]
+        near = dilation.spread(other.bits, dilation.ball_rows(length, spacing))
+        near = dilation.unpack(near, shape[2]).reshape(-1)[points[rest]]
         distances[rest[near]] = length
         rest = rest[~near]
     rows = _Rows(other.bits, spacing)
@@ -283,7 +255,9 @@ def nearest_distances(own, other, spacing):
         many = rest.size * _VOXELS_PER_QUERY > own.codes.size
         search = _by_transform if many else _by_tree
         ours = np.stack(np.unravel_index(points[rest], shape), axis=-1)
-        distances[rest] = search(ours, is_mixed(other.codes), spacing)
+        steps = (search(ours, is_mixed(other.codes), spacing) - ours) * spacing
+        z, y, x = (steps**2).T
+        distances[rest] = np.sqrt(z + y + x)
     return distances
 
 
@@ -310,8 +284,8 @@ class _Rows:
     def nearest(self, corners, budget):
         """Distances (N,) of corners, given by z, y and x (N,); infinite where no row settles them.
 
-        A corner is settled once no row that is still to be searched can be nearer than the nearest
-        1 so far. budget: how many rows may be searched, counted for each corner.
+        A corner is settled once no further row can be nearer than the nearest 1 so far. budget: how
+        many rows may be searched, counted for each corner.
         """
         z, y, x = corners
         words, shift = np.divmod(x + 64 - _HALF, 64)
@@ -352,23 +326,17 @@ def _steps_to_one(windows):
 
 
 def _by_tree(ours, other, spacing):
-    """Distances of corners (N, 3) to the nearest one of `other` (bool), by a k-d tree."""
+    """The corner of `other` (bool) that is nearest to each of ours (N, 3), by a k-d tree."""
     theirs = np.argwhere(other)
     # Built fast rather than balanced: far more corners are put in than are searched for.
     fast = {"leafsize": 64, "balanced_tree": False, "compact_nodes": False}
     _, nearest = spatial.cKDTree(theirs * spacing, **fast).query(ours * spacing)
-    return _lengths(theirs[nearest] - ours, spacing)
+    return theirs[nearest]
 
 
 def _by_transform(ours, other, spacing):
-    """The same by a feature transform of the whole box: 12 bytes per voxel, however many points."""
+    """The same by a transform of the whole box: 12 bytes per voxel, however many points."""
     nearest = ndimage.distance_transform_edt(
         ~other, sampling=spacing, return_distances=False, return_indices=True
     )
-    return _lengths(nearest[:, *ours.T].T - ours, spacing)
-
-
-def _lengths(offsets, spacing):
-    """Of (N, 3) index offsets: (N,) float64."""
-    z, y, x = ((offset * step) ** 2 for offset, step in zip(offsets.T, spacing, strict=True))
-    return np.sqrt(z + y + x)
+    return nearest[:, *ours.T].T

@@ -227,7 +227,7 @@ def test_an_evaluator_in_the_background_gives_the_same_run_as_one_within(root, t
     assert kills.lines(within) == kills.lines(beside)
     first, second = (checkpoint.load(f / "checkpoints" / "best.pt") for f in (within, beside))
     for key in ("best_score", "best_step", "chosen"):
-        assert first["loop"][key] == second["loop"][key]
+        assert first["loop"]["evaluations"][key] == second["loop"]["evaluations"][key]
     assert kills.same(first["ema"], second["ema"])
 
 
@@ -274,7 +274,7 @@ def test_every_named_score_can_pick_the_best(root, tmp_path):
     assert train.main(settings(root, tmp_path, *changes)) == 0
     told = events(run_folder(tmp_path), "evaluation")
     assert set(told[0]["scores"]) == {"assd", "dice", "vesuvius_score"}
-    best = weights_of(run_folder(tmp_path))["loop"]
+    best = weights_of(run_folder(tmp_path))["loop"]["evaluations"]
     assert best["best_score"] == min(e["scores"]["assd"] for e in told)
 
 

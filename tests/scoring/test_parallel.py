@@ -33,10 +33,10 @@ def scorer():
 def test_processes_give_the_rows_of_one_in_the_order_of_cases(tmp_path):
     pairs, seen = write_pairs(tmp_path, 4), []
     alone = parallel.score_all(pairs, scorer(), jobs=1)
-    beside = parallel.score_all(pairs, scorer(), jobs=2, budget=1, progress=seen.append)
+    beside = parallel.score_all(pairs, scorer(), jobs=2, budget=1, progress=lambda: seen.append(1))
     assert beside == alone
     assert [result.rows[0]["case"] for result in beside] == ["0", "1", "2", "3"]
-    assert seen == [1, 2, 3, 4]
+    assert len(seen) == 4
 
 
 def test_after_an_error_the_rest_is_only_checked(tmp_path):
@@ -55,11 +55,11 @@ class Killed(parallel.Scorer):
 
 
 def test_a_case_whose_process_dies_is_named_with_the_cause(tmp_path):
-    pairs, done = write_pairs(tmp_path, 3), []
+    pairs = write_pairs(tmp_path, 3)
     scorer = Killed(inputs.ReadOptions(), ("dice",), 2.0)
     expected = "^1: the process that scored it was killed by SIGKILL, although no other ran; it"
     with pytest.raises(parallel.ScoringError, match=expected):
-        parallel.score_all(pairs, scorer, jobs=2, progress=done.append)
+        parallel.score_all(pairs, scorer, jobs=2)
 
 
 class Hungry(parallel.Scorer):

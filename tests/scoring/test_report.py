@@ -21,8 +21,9 @@ def test_worst_is_the_end_that_is_not_better():
     found = report.summary(rows_of(m=(1.0, 4.0, 2.0, 3.5)), ("hd95", "dice"))["m"]
     assert found["hd95"] == {"mean": 2.625, "median": 2.75, "worst": 4.0, "worst_case": "b"}
     assert (found["dice"]["worst"], found["dice"]["worst_case"]) == (0.6, "b")
-    assert report.worst_cases(rows_of(m=(1.0, 4.0, 2.0)), "m", "hd95") == ["b", "c", "a"]
-    assert report.worst_cases(rows_of(m=(1.0, 4.0, 2.0)), "m", "dice") == ["b", "c", "a"]
+    for name in ("hd95", "dice"):
+        rows = report.worst_first(rows_of(m=(1.0, 4.0, 2.0)), "m", name)
+        assert [row["case"] for row in rows] == ["b", "c", "a"]
 
 
 def test_the_method_of_the_best_mean_leads_and_others_are_compared_case_by_case():

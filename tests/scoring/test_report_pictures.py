@@ -86,7 +86,5 @@ def test_missed_false_and_found_have_their_colors(tmp_path):
 def test_slices_lie_on_the_image():
     truth, prediction = sheets()
     image = np.arange(truth.size).reshape(truth.shape)
-    found = report.worst_slices(
-        prediction, truth, image, SPACING, tolerance=2.0, ignore_label=None, count=1
-    )
+    found = report.worst_slices(prediction, truth, image, SPACING, tolerance=2.0, ignore_label=None)
     assert found[0].image == pytest.approx(image[found[0].z])
