@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "runtime": LOWER,
     **dict.fromkeys(SCRIPTS, LOWER | {"runtime"}),
 }
-MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_LINES = 420, 60, 12_500
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_LINES = 420, 60, 13_400
 TRAINING_FUNCTIONS = {("train", "main"), ("train", "train")}  # the story is one function
 
 
