@@ -138,8 +138,12 @@ def _has_state(folder):
 def record(folder, settings_text):
     """Let a run folder explain itself: the resolved settings, and the source that runs."""
     (folder / "config.yaml").write_text(settings_text)
+    source = folder / "source"
+    if source.resolve() == ROOT:  # this is the code that the run has kept
+        return
+    shutil.rmtree(source, ignore_errors=True)  # of a run that is resumed with other code
     for path in itertools.chain.from_iterable((ROOT / room).glob("*.py") for room in ROOMS):
-        copy = folder / "source" / path.relative_to(ROOT)
+        copy = source / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, copy)
 

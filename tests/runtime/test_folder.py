@@ -175,6 +175,17 @@ def test_a_run_keeps_its_settings_and_the_code_that_runs(tmp_path):
     for name in ("train.py", "losses.py", "scoring/metrics.py", "volumes/__init__.py"):
         assert (source / name).read_bytes() == (runs.ROOT / name).read_bytes()
     assert not (source / "tests").exists()
+    (source / "old.py").touch()
+    runs.record(tmp_path, "run: {name: r}\n")
+    assert not (source / "old.py").exists()  # of other code
+
+
+def test_a_run_that_is_resumed_by_its_own_source_keeps_it(tmp_path, monkeypatch):
+    runs.record(tmp_path, "")
+    monkeypatch.setattr(runs, "ROOT", (tmp_path / "source").resolve())
+    runs.record(tmp_path, "again\n")
+    assert (tmp_path / "source" / "train.py").exists()
+    assert (tmp_path / "config.yaml").read_text() == "again\n"
 
 
 def test_where_there_are_no_links_the_last_state_is_a_copy(tmp_path, monkeypatch):
