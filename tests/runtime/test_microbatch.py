@@ -253,6 +253,21 @@ def test_a_pass_that_failed_leaves_no_activation_to_the_next_one(where):
     assert len(activations) > 3 and alive[:3] == [0, 0, 0]  # 5, then 3, then 2 patches at once
 
 
+def test_the_activations_of_a_failed_pass_are_gone_before_the_device_is_asked_for_its_memory():
+    kept = []
+
+    def fails():
+        activation = torch.zeros(3)
+        kept.append(weakref.ref(activation))
+        raise torch.OutOfMemoryError(NO_MEMORY)
+
+    try:
+        fails()
+    except RuntimeError as error:
+        microbatch.free_memory(error, "cpu")
+        assert kept[0]() is None  # while the error, which refers to the frame, is still there
+
+
 def test_another_attempt_draws_what_the_first_one_drew():
     micro_batch, drawn = micro_batch_of(network(dropout=0.3)), []
 
