@@ -88,7 +88,7 @@ def _tags(item):
     """The axistags of a dataset as a list of dicts with `key`. VolumeError if they are not its."""
     try:
         tags = json.loads(_texts(item.attrs["axistags"])[0])["axes"]
-        if len({tag["key"].upper() for tag in tags}) == item.ndim:
+        if len(tags) == len({tag["key"].upper() for tag in tags}) == item.ndim:
             return tags
     except (ValueError, LookupError, TypeError, AttributeError):
         pass
