@@ -1,5 +1,6 @@
 """HDF5: a dataset that is named, or found by its name, with spacing in its attributes."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -22,7 +23,7 @@ def read(path, dataset, role):
     with h5py.File(path, "r") as file:
         items = dict(_items(file))
         volumes = {name: item for name, item in items.items() if item is None or _order(item)}
-        dataset = dataset or _choose(path, volumes or items, role)
+        dataset = (dataset or _choose(path, volumes or items, role)).strip("/")
         item = file.get(dataset)
         if item is None and dataset in volumes:
             link = file.get(dataset, getlink=True)
@@ -33,11 +34,12 @@ def read(path, dataset, role):
             )
         if not (order := _order(item)):
             got = "none" if item is None else f"shape {getattr(item, 'shape', 'of a group')}"
-            axes = _axes(item) if "axistags" in getattr(item, "attrs", ()) else ""
+            if "axistags" in getattr(item, "attrs", ()):
+                got += f" with axistags {_axes(item) or _texts(item.attrs['axistags'])[0][:80]}"
             raise VolumeError(
                 f"{path}:{dataset}: expected a dataset of 3 dimensions, or 4 with channels first, "
-                f"got {got}{axes and f' with axes {axes}'}; the file holds "
-                f"{', '.join(volumes) or 'no volume'}; store one, or name its axes by axistags"
+                f"got {got}; the file holds {', '.join(volumes) or 'no volume'}; store one, or "
+                "name its axes by axistags"
             )
         if gap := _gap(item):
             raise VolumeError(
@@ -85,17 +87,12 @@ def _order(item):
 
 
 def _tags(item):
-    """The axistags of a dataset as a list of dicts with `key`. VolumeError if they are not its."""
-    try:
+    """The axistags of a dataset, a list of dicts with `key`; empty if they do not fit it."""
+    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
         tags = json.loads(_texts(item.attrs["axistags"])[0])["axes"]
         if len(tags) == len({tag["key"].upper() for tag in tags}) == item.ndim:
             return tags
-    except (ValueError, LookupError, TypeError, AttributeError):
-        pass
-    raise VolumeError(
-        f"{item.file.filename}:{item.name}: expected axistags for {item.ndim} axes, got "
-        f"{_texts(item.attrs['axistags'])[0][:80]!r}; correct or delete the attribute"
-    )
+    return []
 
 
 def _gap(item):

@@ -25,6 +25,7 @@ TIFFFILE_IMAGEJ = "1.11a"  # the version of ImageJ that tifffile writes
 _LOSS = re.compile(
     "invalid page offset|corrupted tag list|offset to page|circular reference|invalid value offset"
     "|failed to re|zeroed|out of range|missing required|missing data|ImageJ series metadata invalid"
+    "|missing files|incompletely written|could not read all"
 )
 _PART = re.compile(r"OME series failed to read '(.+?)'")
 
@@ -71,8 +72,8 @@ def _losses_refused(path):
         if losses:
             part = next(filter(None, map(_PART.search, losses)), None)
             raise VolumeError(
-                f"{path}: expected all files of its OME set, got none named {part[1]} beside it; "
-                "put it back"
+                f"{path}: expected all files of its OME set, got no {part[1]} that can be read "
+                "beside it; put it back"
                 if part
                 else f"{path}: expected a whole TIFF, got one of which a part is missing "
                 f"({losses[0]}); fetch it again"
@@ -163,9 +164,11 @@ def _spacing_and_unit(path, tif, ome, role):
         names = ["µm"] * 3
     else:
         sizes, names = _imagej_sizes(tif)
-    spacing, unit = None, ""
-    with contextlib.suppress(TypeError):  # None: not all three are stated
-        spacing, unit = in_one_unit(path, [*map(float, sizes)], names)
+    try:
+        sizes = [float(size) for size in sizes]
+    except (TypeError, ValueError):  # not all three are stated
+        return _with_json(path, role, None, "")
+    spacing, unit = in_one_unit(path, sizes, names)
     if not unit and spacing == (1, 1, 1):  # pixels: a default
         spacing = None
     return _with_json(path, role, spacing, unit)
@@ -178,7 +181,7 @@ def _imagej_sizes(tif):
     if z is None and unit_of(unit) and about.get("ImageJ", TIFFFILE_IMAGEJ) != TIFFFILE_IMAGEJ:
         z = 1  # which ImageJ does not write
     tags = [tif.pages[0].tags.get(name) for name in ("YResolution", "XResolution")]
-    if z is None or None in tags or any(0 in tag.value for tag in tags):
+    if not isinstance(z, int | float) or None in tags or any(0 in tag.value for tag in tags):
         return [None] * 3, [""] * 3
     per_cm = unit_of(unit) == "micron" and tif.pages[0].resolutionunit == 3  # as ImageJ reads it
     y, x = (tag.value[1] / tag.value[0] * (1e4 if per_cm else 1) for tag in tags)
@@ -195,11 +198,10 @@ def _with_json(path, role, spacing, unit):
     if not file.is_file():
         return spacing, unit
     text = file.read_text("utf-8", errors="replace")
+    if '"spacing"' not in text and not Path(path).stem.endswith("_0000"):  # of another program
+        return spacing, unit
     try:
-        stated = json.loads(text)
-        if stem == Path(path).stem and "spacing" not in stated:  # of another program
-            return spacing, unit
-        z, y, x = map(float, stated["spacing"])
+        z, y, x = map(float, json.loads(text)["spacing"])
         if not all(0 < size < math.inf for size in (z, y, x)):
             raise ValueError("a size that is none")
     except (ValueError, TypeError, KeyError) as error:
@@ -207,7 +209,9 @@ def _with_json(path, role, spacing, unit):
             f"{path}: expected {file} to hold nnU-Net's spacing, such as "
             f'{{"spacing": [5, 1, 1]}} for z, y and x, got {text[:80]!r}; correct or remove it'
         ) from error
-    ratio = np.divide((z, y, x), spacing or (z, y, x))
+    if spacing is None or not all(size > 0 for size in spacing):
+        return (z, y, x), ""
+    ratio = np.divide((z, y, x), spacing)
     if not np.allclose(ratio, ratio[0], rtol=0.01, atol=0):
         raise VolumeError(
             f"{path}: expected the spacing that {file} states, {z:g} {y:g} {x:g}, got {spacing} "

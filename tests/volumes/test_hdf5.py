@@ -85,13 +85,13 @@ def test_axistags_of_ilastik_give_the_order(volume, keys, stored):
 def test_axistags_tell_channels_from_slices(volume):
     both = np.stack([ZYX, 2 * ZYX], axis=-1)
     assert np.array_equal(volume(both, axistags=axistags("zyxc")).array, both.transpose(3, 0, 1, 2))
-    with pytest.raises(VolumeError, match="with axes TZYX"):
+    with pytest.raises(VolumeError, match="with axistags TZYX"):
         volume(np.stack([ZYX, ZYX]), axistags=axistags("tzyx"))
 
 
 @pytest.mark.parametrize("tags", ["{", axistags("zy"), axistags("zzyx"), "[]", '{"axes": 3}'])
 def test_axistags_that_do_not_fit_are_a_fault(volume, tags):
-    with pytest.raises(VolumeError, match=r"a\.h5:/exported_data: expected axistags for 3 axes"):
+    with pytest.raises(VolumeError, match=r"a\.h5:exported_data: .*with axistags .*[{\[]"):
         volume(ZYX, axistags=tags)
 
 
