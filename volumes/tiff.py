@@ -37,16 +37,18 @@ def read(path, _dataset, role):
         pages, shape, axes = _pages(tif)
         order = order_axes(axes, shape)
         if not pages:
-            got = f"{len(tif.series)} images of differing shape or kind, or stacks"
+            got = "images of differing shape or kind, or several stacks"
         elif "S" in axes and shape[axes.index("S")] > 1:
             got = f"color pictures of shape {shape} (tifffile: photometric='minisblack' for gray)"
         elif order is None:
             got = f"one page of shape {shape}" if len(shape) < 3 else f"axes {axes} of {shape}"
         else:
-            _check_pages(path, pages)
             series = isinstance(pages, tifffile.TiffPageSeries)
+            if not series or pages.dataoffset is None:  # not in one piece, which is read whole
+                _check_pages(path, pages)
             array = pages.asarray() if series else np.stack([page.asarray() for page in pages])
-            array = _as_shown(path, take_axes(array, order), pages[0].keyframe, role)
+            array = take_axes(array.reshape(shape), order)
+            array = _as_shown(path, array, pages[0].keyframe, role)
             return Volume(array, *_spacing_and_unit(path, tif, ome, role), None, path)
     raise VolumeError(
         f"{path}: expected a TIFF with one gray page per z, got {got}, which is no volume; store "
@@ -107,14 +109,21 @@ def _ome(path, tif):
 
 def _pages(tif):
     """(pages, shape, axes) of the only image; of pages written one by one; ([], (), "") else."""
-    series = [s for s in tif.series if not s.keyframe.is_reduced]  # which thumbnails are
-    if len(series) == 1:
+    try:
+        series = [s for s in tif.series if not s.keyframe.is_reduced]  # which thumbnails are
+    except RuntimeError:  # of pages that are stored in different ways
+        series = []
+    if len(series) == 1 and series[0].kind != "uniform":
+        more = series[0].kind == "imagej" and len(tif.pages) > len(series[0])  # were appended
+        return ([], (), "") if more else (series[0], series[0].shape, series[0].axes)
+    tif.pages.useframes = False  # frames, and a uniform series, are read as the first page is
+    pages = [page for page in (page.aspage() for page in tif.pages) if not page.is_reduced]
+    if len(series) == 1 and len({page.hash for page in pages}) == 1:
         return series[0], series[0].shape, series[0].axes
-    pages = [page for page in tif.pages if not page.keyframe.is_reduced]
-    kinds = {(s.keyframe.shape, s.dtype, s.keyframe.photometric) for s in series}
     size = math.prod(pages[0].shape)
-    alone = all(s.size == size or s.kind == "generic" for s in series)
-    if len(kinds) > 1 or not alone or sum(s.size for s in series) != len(pages) * size:
+    alone = all(s.size == size or s.kind in ("generic", "uniform") for s in series)
+    kinds = {(page.shape, page.dtype, page.photometric) for page in pages}
+    if not alone or len(kinds) > 1 or sum(s.size for s in series) not in (0, len(pages) * size):
         return [], (), ""
     return pages, (len(pages), *pages[0].shape), "I" + pages[0].axes
 
