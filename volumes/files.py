@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from volumes import atomic, hdf5, nifti, tiff
+from volumes.volume import METRES as METRES
 from volumes.volume import VolumeError
 
 FORMATS = {
@@ -31,7 +32,19 @@ FORMATS = {
     ".h5": hdf5,
     ".hdf5": hdf5,
 }
-METRES = {"m": 1.0, "mm": 1e-3, "micron": 1e-6, "nm": 1e-9}  # of a unit
+# What to do about an error of a library, by its words. For all others a file may be truncated.
+ADVICE = {
+    "lock file": "another program has it open for writing; close it there, or, for a network disk "
+    "that knows no locks, set HDF5_USE_FILE_LOCKING=FALSE",
+    "already open for write": "its writer has it open, or died before it closed it; close it, or "
+    "run h5clear -s on it",
+    "COMPRESSION|lib/plugin|filter|codec": "its compression is not known here; store it with "
+    "another, such as gzip in HDF5 or LZW in TIFF",
+    "not a TIFF file|signature not found|not a gzip|Cannot work out": "it is empty, or of another "
+    "format; check what it is",
+    "Permission denied": "give yourself the right to read it",
+    r"\[Errno": "see to that first, for the file may be whole",
+}
 _HDF5_NAME = re.compile(r"^(.*\.(?:h5|hdf5)):(.+)$", re.IGNORECASE)
 _CHANNEL = re.compile(r"_0000$")
 _IMAGE_ROLE = re.compile(r"[_-](?:img|image|raw|im|vol)$", re.IGNORECASE)
@@ -202,10 +215,14 @@ def _read(path, role):
         raise
     # Truncated and foreign files surface as struct, zlib, OS, key and type errors, and more.
     except Exception as error:
-        reason = " ".join(str(error).split()) or "no reason given"
+        reason = " ".join(str(error).replace(file, "").split()) or "no reason given"
+        reason = f"{type(error).__name__}: {reason[:160]}"
+        advice = next((text for words, text in ADVICE.items() if re.search(words, reason)), "")
+        expected = f"a whole {suffix} file, got one that cannot be read ({reason})"
+        if advice:
+            expected = f"a {suffix} file that can be read, got {reason}"
         raise VolumeError(
-            f"{path}: expected a whole {suffix} file, got one that cannot be read "
-            f"({type(error).__name__}: {reason[:160]}); it may be truncated, fetch it again"
+            f"{path}: expected {expected}; {advice or 'it may be truncated, fetch it again'}"
         ) from error
     array = volume.array
     if 0 in array.shape:

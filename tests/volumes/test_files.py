@@ -277,6 +277,33 @@ def test_a_file_of_another_kind_is_a_volume_error(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (PermissionError(13, "Permission denied"), "give yourself the right to read it"),
+        (BlockingIOError(11, "unable to lock file"), "another program has it open for writing"),
+        (OSError(5, "Input/output error"), "the file may be whole"),
+        (ValueError("<COMPRESSION.JBIG: 34661> not supported"), "compression is not known"),
+        (EOFError(), "it may be truncated, fetch it again"),
+        (ValueError("buffer is smaller than requested size"), "it may be truncated"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a filter.tif", "a.nii", "a.h5"])
+def test_a_file_is_called_truncated_only_where_it_may_be(
+    tmp_path, monkeypatch, name, error, advice
+):
+    def fail(*_args, **_options):
+        raise error
+
+    for library, function in ((tifffile, "TiffFile"), (nibabel, "load"), (h5py, "File")):
+        monkeypatch.setattr(library, function, fail)
+    (tmp_path / name).touch()
+    with pytest.raises(VolumeError) as caught:
+        read_image(tmp_path / name)
+    assert advice in str(caught.value) and name in str(caught.value)
+    assert ("truncated" in str(caught.value)) == ("truncated" in advice)
+
+
+@pytest.mark.parametrize(
     ("shape", "got"), [((20, 30), "one page"), ((20, 30, 3), "color"), ((4, 20, 30, 3), "color")]
 )
 def test_a_tiff_without_z_is_no_volume(tmp_path, shape, got):
