@@ -35,7 +35,7 @@ def count_voxels(path, _dataset):
     return int(np.prod(nibabel.load(path).shape))
 
 
-def write(path, array, spacing, unit, affine):
+def write(path, array, spacing, unit, affine, header):
     """Write (D, H, W) or (C, D, H, W) with an affine, or with one made of the spacing."""
     if affine is None:
         affine = np.diag([*(spacing or (1.0, 1.0, 1.0))[::-1], 1.0])
