@@ -103,6 +103,7 @@ def prepare_case(case, rules):
             spacing=spacing,
             unit=unit,
             affine=affine,
+            header=image.header,
             group=group,
             ignore_label=rules.ignore_label,
             source_image=image.path,
@@ -160,6 +161,11 @@ def _spacing_and_unit(name, image, label, rules, outcome):
     converted = bool(wanted and unit and wanted != unit)
     if converted:
         outcome.notes.append(f"unit {wanted} instead of the header's {unit}")
+    if stated.doubt and spacing is None:
+        outcome.faults.append(
+            f"{stated.path}: {stated.doubt}; correct the header or give --spacing Z Y X"
+        )
+    outcome.notes += [note for volume in (image, label) if volume for note in volume.notes]
     if spacing is not None:
         if header is not None and not np.allclose(header, spacing, rtol=HEADER_TOLERANCE):
             outcome.notes.append(f"spacing from {option} replaces the header's")

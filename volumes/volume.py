@@ -54,6 +54,10 @@ class Volume:
     doubt: str = ""
     notes: tuple[str, ...] = ()
 
+    def remarks(self):
+        """What is odd in the file and did not keep it from being read, as clauses for notes."""
+        return [*self.notes, *([f"{self.doubt}; the second is used"] if self.doubt else [])]
+
 
 def unit_of(name):
     """The unit that a file names, in our spelling; "" if it is unknown."""
@@ -102,20 +106,26 @@ def compare(volume, other, *, spacing=True, axes=True):
     if volume.affine is None or other.affine is None:
         return faults, notes
     ours, theirs = np.diag([scale, scale, scale, 1.0]) @ volume.affine, other.affine
-    directions = (a[:3, :3] / np.linalg.norm(a[:3, :3], axis=0) for a in (ours, theirs))
-    turned = not np.allclose(*directions, rtol=0.0, atol=SAME_DIRECTION)
-    corners = np.array([*itertools.product(*((0, n - 1) for n in shape[::-1]), [1])]).T
-    if turned and axes:
+    difference = apart(ours, theirs, shape[::-1])
+    if difference == "axes" and axes:
         faults.append(
             f"{volume.path}: expected the axes of {other.path}, got an affine that turns or "
             "mirrors them; bring both to one orientation, or give --spacing Z Y X if only a header "
             "is wrong"
         )
-    elif turned:
-        notes.append("the headers turn or mirror their axes; they are matched voxel by voxel")
-    elif spacing and np.abs(np.linalg.solve(theirs, ours @ corners) - corners).max() > APART:
-        notes.append("the headers place them apart (origin); they are matched voxel by voxel")
+    elif difference == "axes" or (difference and spacing and not faults):
+        notes.append(f"the headers differ ({difference}); they are matched voxel by voxel")
     return faults, notes
+
+
+def apart(affine, other, shape_xyz):
+    """What sets the places apart that two affines give to the voxels: "axes", "origin" or ""."""
+    directions = (a[:3, :3] / np.linalg.norm(a[:3, :3], axis=0) for a in (affine, other))
+    if not np.allclose(*directions, rtol=0.0, atol=SAME_DIRECTION):
+        return "axes"
+    corners = np.array([*itertools.product(*((0, n - 1) for n in shape_xyz[:3]), [1])]).T
+    moved = np.abs(np.linalg.solve(other, affine @ corners) - corners).max()
+    return "origin" if moved > APART else ""
 
 
 def check_affine(affine, path):

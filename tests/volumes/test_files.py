@@ -346,8 +346,10 @@ def test_a_mask_of_one_slice_is_read_back(tmp_path):
     assert np.array_equal(files.read_label(tmp_path / "a.tif").array, mask)
 
 
-def test_nanometres_keep_the_affine_of_the_image(tmp_path):
+def test_an_affine_in_nanometres_is_written_in_microns(tmp_path):
     affine = np.diag([10.0, 10.0, 20.0, 1.0])
     mask = np.ones((2, 3, 4), np.uint8)
     files.write_volume(tmp_path / "a.nii.gz", mask, spacing=(20, 10, 10), unit="nm", affine=affine)
-    assert np.array_equal(nibabel.load(tmp_path / "a.nii.gz").affine, affine)
+    image = nibabel.load(tmp_path / "a.nii.gz")
+    assert np.allclose(image.affine, np.diag([0.01, 0.01, 0.02, 1.0]))
+    assert image.header.get_xyzt_units()[0] == "micron"
