@@ -131,9 +131,15 @@ def _read(case, rules, outcome):
         return None, None
     # A spacing by hand says that headers are wrong.
     by_hand = _by_hand(case.id, rules)[0] is not None
+    labels = [label] if label else []
+    for volume in channels + labels:
+        outcome.notes += volume.notes
+        if volume.doubt and not by_hand:
+            outcome.faults.append(
+                f"{volume.path}: {volume.doubt}; correct the header or give --spacing Z Y X"
+            )
     others = [("channels", channel) for channel in channels[1:]]
-    others += [("image and label", label)] if label else []
-    for what, other in others:
+    for what, other in others + [("image and label", label) for label in labels]:
         faults, notes = compare(other, channels[0], spacing=not by_hand, axes=not by_hand)
         outcome.faults += faults
         outcome.notes += [f"{what}: {note}" for note in notes]
@@ -161,11 +167,6 @@ def _spacing_and_unit(name, image, label, rules, outcome):
     converted = bool(wanted and unit and wanted != unit)
     if converted:
         outcome.notes.append(f"unit {wanted} instead of the header's {unit}")
-    if stated.doubt and spacing is None:
-        outcome.faults.append(
-            f"{stated.path}: {stated.doubt}; correct the header or give --spacing Z Y X"
-        )
-    outcome.notes += [note for volume in (image, label) if volume for note in volume.notes]
     if spacing is not None:
         if header is not None and not np.allclose(header, spacing, rtol=HEADER_TOLERANCE):
             outcome.notes.append(f"spacing from {option} replaces the header's")

@@ -5,6 +5,7 @@ where its code is above 0, else qform. What is written keeps all three, their co
 """
 
 import gzip
+import zlib
 
 import nibabel
 import numpy as np
@@ -14,6 +15,7 @@ from volumes.volume import (
     Volume,
     VolumeError,
     apart,
+    check_affine,
     round_spacing,
     sizes,
     with_unit,
@@ -31,36 +33,55 @@ CHUNK = 2**20
 def read(path, _dataset, _role):
     """The `Volume` in a NIfTI file, (D, H, W) or (C, D, H, W); float32 if its header scales it."""
     nibabel.imageglobals.logger.disabled = True  # its warnings do not name the file
-    kind, packed = type(nibabel.load(path)), path.lower().endswith(".gz")
-    with (gzip.open if packed else open)(path, "rb") as stream:
-        # Unchecked: a checked header has a spacing of 0 turned into 1, a code above 5 into 0.
-        header = kind.header_class.from_fileobj(stream, check=False)
-        data = kind.from_stream(stream).dataobj
-        array = np.asanyarray(data)
-        while packed and stream.read(CHUNK):  # the checksum stands at the end
-            pass
+    packed, notes, doubt = path.lower().endswith(".gz"), [], ""
+    try:
+        with (gzip.open if packed else open)(path, "rb") as stream:
+            kind = _kind(int.from_bytes(stream.read(4), "little"))
+            stream.seek(0)
+            # Unchecked: a checked one has a spacing of 0 turned into 1, and a code above 5 into 0.
+            header = kind.from_fileobj(stream, check=False)
+            data = nibabel.arrayproxy.ArrayProxy(stream, _checked(header))
+            array = np.asanyarray(data)
+            while packed and stream.read(CHUNK):  # the checksum stands at the end
+                pass
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise VolumeError(
+            f"{path}: expected a whole gzip file, got a damaged one ({error}); fetch it again"
+        ) from error
     if (data.slope, data.inter) != (1, 0):
         array = array.astype(np.float32)
-    notes = []
     array = _of_four_axes(path, array, header, notes)
-    spacing = round_spacing(header["pixdim"][3:0:-1])
-    unit, doubt = _unit(header), ""
-    if not all(0 < s < np.inf for s in spacing):
+    spacing, unit = round_spacing(header["pixdim"][3:0:-1]), _unit(header)
+    usable = all(0 < s < np.inf for s in spacing)
+    if not usable:
         header["pixdim"][1:4] = 1  # the spacing is refused, or given by hand
     if header["pixdim"][0] not in (-1, 1):
         header["pixdim"][0] = 1
     affine = _affine(header)
-    if affine is not None and np.isfinite(affine).all() and header["sform_code"] > 0:
-        of_sform = sizes(affine)
-        if not np.allclose(spacing, of_sform, rtol=HEADER_TOLERANCE) and all(
-            s > 0 for s in spacing
-        ):
-            got = f"{with_unit(spacing, unit)} (pixdim) and {with_unit(of_sform, unit)} (sform)"
-            doubt, spacing = f"expected one voxel size z, y, x, got {got}", of_sform
-        elif header["qform_code"] > 0 and (what := apart(_qform(header), affine, array.shape)):
-            notes.append(f"qform and sform differ ({what}); sform is used")
+    if usable and affine is not None:
+        affine = check_affine(affine, path)
+        if not np.allclose(spacing, sizes(affine), rtol=HEADER_TOLERANCE, atol=0.0):
+            both = with_unit(spacing, unit), with_unit(sizes(affine), unit)
+            doubt = "expected one voxel size z, y, x, got {} (pixdim) and {} (sform)".format(*both)
+            spacing = sizes(affine)
+        elif min(header["qform_code"], header["sform_code"]) > 0:
+            if difference := apart(_qform(header), affine, array.shape):
+                notes.append(f"qform and sform differ ({difference}); sform is used")
     block = header.binaryblock
     return Volume(array.T, spacing, unit, affine, path, block, doubt, tuple(notes))
+
+
+def _kind(size):
+    """The class of a header whose first number, its size, was read as if little-endian."""
+    sizes = {540: nibabel.Nifti2Header, 0x1C020000: nibabel.Nifti2Header}
+    return sizes.get(size, nibabel.Nifti1Header)
+
+
+def _checked(header):
+    """A copy with what nibabel can mend mended; HeaderDataError for the rest."""
+    checked = header.copy()
+    checked.check_fix()
+    return checked
 
 
 def _of_four_axes(path, array, header, notes):
@@ -115,7 +136,9 @@ def write(path, array, spacing, unit, affine, header):
     if unit == "nm":  # NIfTI has no code for it
         unit, spacing = "micron", spacing and tuple(1e-3 * s for s in spacing)
         affine = None if affine is None else np.diag([1e-3, 1e-3, 1e-3, 1.0]) @ affine
-    old = None if header is None else _parse(header)
+    old = (
+        None if header is None else _kind(int.from_bytes(header[:4], "little"))(header, check=False)
+    )
     large = max(array.shape) > MOST_VOXELS or isinstance(old, nibabel.Nifti2Header)
     kind = nibabel.Nifti2Image if large else nibabel.Nifti1Image
     image = kind(array.T, None, dtype=array.dtype)
@@ -129,12 +152,6 @@ def write(path, array, spacing, unit, affine, header):
     if _unit(image.header) != unit:
         image.header["xyzt_units"] = int(image.header["xyzt_units"]) & 0xF8 | UNIT_CODES[unit]
     nibabel.save(image, path)
-
-
-def _parse(block):
-    kinds = (nibabel.Nifti1Header, nibabel.Nifti2Header)
-    kind = next(kind for kind in kinds if kind.sizeof_hdr == len(block))
-    return kind(block, check=False)
 
 
 def _keep_place(header, old, spacing, affine):
