@@ -2,7 +2,6 @@
 
 import gzip
 import itertools
-import os
 import struct
 
 import h5py
@@ -13,7 +12,7 @@ import pytest
 import prepare
 from volumes.files import read_image, read_label, write_volume
 from volumes.inputs import check_inputs
-from volumes.volume import METRES, Volume, VolumeError, compare, crop_affine, scale_affine
+from volumes.volume import Volume, VolumeError, compare, crop_affine
 
 SHAPE = (3, 4, 5)  # z, y, x
 RUN = {"spacing": [0.0] * 3, "unit": "mm", "channels": 1}
@@ -136,3 +135,305 @@ def test_a_prediction_lies_where_its_image_lies(cases, tmp_path, name, kind):
     header = ours.header
     assert (header["cal_max"], header["intent_code"], header["descrip"]) == (0, 0, b"")
     assert compare(read_label(mask), read_image(image)) == ([], [])
+
+
+# ---------------------------------------------------------------------------- what moves a case
+
+
+def prepared(folder, header, *options, **how):
+    """(image, the prediction of its only case file) after prepare.py with options."""
+    image = make(folder / "i" / "a.nii.gz", header, **how)
+    out = folder / "cases"
+    arguments = ("--images", image, "--out", out, "--workers", 1, *options)
+    assert prepare.main([str(a) for a in arguments]) == 0
+    (case,) = out.glob("*.h5")
+    return image, write_prediction(case, folder / "p")
+
+
+@pytest.mark.parametrize("name", ["oblique", "qform_only", "sform_only", "origin_of_sform"])
+def test_a_crop_lies_where_it_was_cut_by_both_forms(tmp_path, name):
+    image, mask = prepared(tmp_path, HEADERS[name], "--crop", "low=1:3")
+    whole, part = places(image, SHAPE), places(mask, (2, 4, 5))
+    # Corners are x, y, z with z the fastest: planes 0 and 2 of the whole, 0 and 1 of the crop.
+    for by, code in ((0, part[3][0]), (1, part[3][1])):
+        lower, upper = whole[by][0::2], whole[by][1::2]
+        np.testing.assert_allclose(part[by][0::2], (lower + upper) / 2 * (code > 0), atol=1e-5)
+        np.testing.assert_allclose(part[by][1::2], upper, atol=1e-5)
+    np.testing.assert_array_equal(part[2], whole[2])
+    assert part[3:] == whole[3:]
+
+
+@pytest.mark.parametrize("name", ["oblique_mni", "mirrored_qform", "sheared", "pixdim_only"])
+@pytest.mark.parametrize(
+    ("options", "factors", "unit"),
+    [
+        (("--spacing", 0.002, 0.001, 0.0005), (1e-3,) * 3, 2),
+        (("--spacing", 6, 1, 0.5), (1, 1, 3), 2),
+        (("--spacing", 2, 1, 0.5, "--unit", "micron"), (1, 1, 1), 3),
+        (("--unit", "micron"), (1e3,) * 3, 3),
+        (("--unit", "nm"), (1e3,) * 3, 3),  # written as micron
+        (("--unit", "m"), (1e-3,) * 3, 1),
+    ],
+)
+def test_what_is_said_by_hand_holds_for_sizes_affine_and_unit(
+    tmp_path, name, options, factors, unit
+):
+    image, mask = prepared(tmp_path, HEADERS[name], *options)
+    assert places(mask)[4] & 7 == unit and places(mask)[3] == places(image)[3]
+    np.testing.assert_allclose(places(mask)[2], places(image)[2] * factors, rtol=1e-5)
+    for ours, theirs, code in zip(places(mask), places(image), places(mask)[3], strict=False):
+        if code > 0:  # edges x, y, z from the first corner
+            edges = [(corners[[4, 2, 1]] - corners[0]).T for corners in (ours, theirs)]
+            np.testing.assert_allclose(edges[0], edges[1] * factors, rtol=1e-4, atol=1e-9)
+            # The voxel that lay at the world's origin still does.
+            steps = (ours[[4, 2, 1]] - ours[0]) / [[4], [3], [2]]
+            old = (theirs[[4, 2, 1]] - theirs[0]) / [[4], [3], [2]]
+            np.testing.assert_allclose(
+                np.linalg.solve(steps.T, ours[0]), np.linalg.solve(old.T, theirs[0]), rtol=1e-3
+            )
+    back = read_label(mask)
+    assert back.doubt == "" and back.notes == ()
+    with h5py.File(next((tmp_path / "cases").glob("*.h5"))) as file:
+        if "affine" in file.attrs:
+            steps = np.linalg.norm(file.attrs["affine"][:3, :3], axis=0)[::-1]
+            np.testing.assert_allclose(steps, file.attrs["spacing"], rtol=1e-5)
+
+
+def test_a_table_of_spacings_moves_each_case_by_its_own(tmp_path):
+    (tmp_path / "s.csv").write_text("id,z,y,x,unit\na,20,10,5,um\n")
+    _, mask = prepared(tmp_path, HEADERS["oblique"], "--spacing-csv", tmp_path / "s.csv")
+    assert (read_label(mask).spacing, read_label(mask).unit) == ((20, 10, 5), "micron")
+    np.testing.assert_allclose(
+        nibabel.load(mask).affine,
+        OBLIQUE * [10, 10, 10, 10] - 9 * np.eye(4)[3] * np.eye(4)[3][:, None],
+        rtol=1e-5,
+    )
+
+
+# ---------------------------------------------------------------------------- contradictions
+
+
+def test_sizes_that_differ_within_a_file_are_a_fault_unless_given(tmp_path, capsys):
+    header = (None, 0, OBLIQUE, 1, 2)
+    image = make(tmp_path / "i" / "a.nii.gz", header, zooms=(1, 1, 2))
+    options = ["--images", str(image), "--out", str(tmp_path / "cases"), "--workers", "1"]
+    assert prepare.main(options) == 2
+    assert (
+        f"{image}: expected one voxel size z, y, x, got 2 1 1 mm (pixdim) and 2 1 0.5 mm (sform); "
+        "correct the header or give --spacing Z Y X" in capsys.readouterr().err
+    )
+    assert prepare.main([*options, "--spacing", "2", "1", "0.5"]) == 0
+    mask = write_prediction(tmp_path / "cases" / "a.h5", tmp_path / "p")
+    assert read_label(mask).doubt == ""
+    np.testing.assert_array_equal(places(mask)[1], places(image)[1])
+    np.testing.assert_allclose(places(mask)[2], (0.5, 1, 2))
+
+
+def test_sizes_that_differ_matter_to_a_run_of_a_spacing_and_are_said_to_any_other(tmp_path):
+    image = make(tmp_path / "i" / "a.nii.gz", (None, 0, OBLIQUE, 1, 2), zooms=(1, 1, 2))
+    _, (note,) = check_inputs([str(image)], RUN, "", tmp_path / "p")
+    assert f"{image}: " in note and "2 1 1 mm (pixdim) and 2 1 0.5 mm (sform)" in note
+    with pytest.raises(ValueError, match=r"pixdim.*prepare\.py --spacing Z Y X"):
+        check_inputs([str(image)], RUN | {"spacing": [1, 1, 1]}, "", tmp_path / "p")
+
+
+def test_a_size_of_one_per_cent_off_is_rounding(tmp_path):
+    path = make(tmp_path / "i" / "a.nii", (None, 0, PLAIN, 1, 2), zooms=(0.504, 1, 2))
+    assert read_image(path).doubt == "" and read_image(path).spacing == (2, 1, 0.504)
+
+
+@pytest.mark.parametrize(
+    ("qform", "note"),
+    [
+        (turned(0, (0.5, 1, 2), (7.2, -8, 9)), ()),  # less than half a voxel
+        (turned(0, (0.5, 1, 2), (7.3, -8, 9)), ("qform and sform differ (origin); sform is used",)),
+        (turned(0, (0.5, 1, 2), (7, -8, 9), (-1, 1, 1)), ("qform and sform differ (axes); sform is used",)),
+        (turned(30, (0.5, 1, 2), (7, -8, 9)), ("qform and sform differ (axes); sform is used",)),
+    ],
+)  # fmt: skip
+def test_forms_that_differ_within_a_file_are_a_note(tmp_path, qform, note):
+    volume = read_image(make(tmp_path / "i" / "a.nii", (qform, 1, PLAIN, 1, 2)))
+    assert volume.notes == note
+    np.testing.assert_allclose(volume.affine, PLAIN)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {280: ("<12f", [0] * 12)},
+        {280: ("<12f", [np.nan] * 12)},
+        {292: ("<f", [np.inf])},  # the origin
+        {280: ("<12f", [1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0])},  # x along y
+        {252: ("<2h", [1, 0]), 256: ("<3f", [np.nan] * 3)},
+        {252: ("<2h", [1, 0]), 256: ("<3f", [2, 2, 2])},  # no quaternion
+    ],
+)
+def test_an_affine_that_cannot_be_inverted_is_a_fault_before_any_prediction(tmp_path, fields):
+    path = make(tmp_path / "i" / "a.nii", HEADERS["oblique"])
+    raw = bytearray(path.read_bytes())
+    for offset, (layout, values) in fields.items():
+        struct.pack_into(layout, raw, offset, *values)
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"a\.nii: expected an affine that can be inverted"):
+        check_inputs([str(path)], RUN, "", tmp_path / "p")
+
+
+@pytest.mark.parametrize("size", [0, -0.5, np.nan, np.inf])
+def test_a_size_that_is_none_is_a_fault_of_any_run(tmp_path, size):
+    path = make(tmp_path / "i" / "a.nii", HEADERS["oblique"])
+    raw = bytearray(path.read_bytes())
+    struct.pack_into("<f", raw, 80, size)
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"a\.nii: expected a spacing.*--spacing Z Y X"):
+        check_inputs([str(path)], RUN, "", tmp_path / "p")
+
+
+# ---------------------------------------------------------------------------- between files
+
+
+def volume_of(affine, unit="mm", spacing=(2, 1, 0.5), path="b", shape=SHAPE):
+    return Volume(np.zeros(shape, np.uint8), spacing, unit, affine, path)
+
+
+MICRON = np.diag([1e3, 1e3, 1e3, 1])
+IMAGE = volume_of(OBLIQUE, path="a")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        volume_of(OBLIQUE),
+        volume_of(None),
+        volume_of(None, spacing=None, unit=""),
+        volume_of(MICRON @ OBLIQUE, "micron", (2000, 1000, 500)),
+        volume_of(OBLIQUE, unit=""),
+        volume_of(crop_affine(OBLIQUE, (0.4, 0.4, -0.4))),
+        volume_of(turned(20.2, (0.5, 1, 2), OBLIQUE[:3, 3])),
+        volume_of(OBLIQUE * [1.004, 1, 1, 1], spacing=(2, 1, 0.502)),
+    ],
+)
+def test_headers_that_say_the_same_are_not_mentioned(other):
+    assert compare(other, IMAGE) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (volume_of(MIRRORED), "axes"),
+        (volume_of(OBLIQUE * [1, 1, -1, 1]), "axes"),
+        (volume_of(OBLIQUE[:, [1, 0, 2, 3]] * [0.5, 2, 1, 1]), "axes"),
+        (volume_of(turned(110, (0.5, 1, 2))), "axes"),
+        (volume_of(OBLIQUE, spacing=(2, 1, 0.51)), "spacing"),
+        (volume_of(OBLIQUE, "micron"), "spacing"),
+        (volume_of(OBLIQUE, "m"), "spacing"),
+        (volume_of(OBLIQUE, shape=(3, 5, 4)), "shape"),
+    ],
+)
+def test_voxels_that_lie_elsewhere_are_a_fault_that_names_both(other, what):
+    faults, _ = compare(other, IMAGE)
+    assert faults[0].startswith(f"b: expected the {what} of a, ")
+
+
+@pytest.mark.parametrize(
+    "affine",
+    [
+        crop_affine(OBLIQUE, (0.6, 0, 0)),
+        crop_affine(OBLIQUE, (0, 0, -6)),
+        MICRON @ crop_affine(OBLIQUE, (0, 1, 0)),
+    ],
+)
+def test_an_origin_half_a_voxel_away_is_a_note(affine):
+    scale = 1e3 if affine[0, 0] > 100 else 1
+    other = volume_of(affine, "micron" if scale > 1 else "mm", np.multiply((2, 1, 0.5), scale))
+    note = "the headers differ (origin); they are matched voxel by voxel"
+    assert compare(other, IMAGE) == ([], [note])
+
+
+def test_a_slight_turn_moves_the_far_corner_of_a_long_volume():
+    other = volume_of(turned(20.5, (0.5, 1, 2), OBLIQUE[:3, 3]), shape=(3, 4, 900))
+    assert compare(other, volume_of(OBLIQUE, shape=(3, 4, 900)))[1] != []
+
+
+def test_a_spacing_by_hand_leaves_the_axes_a_note():
+    faults, notes = compare(
+        volume_of(MIRRORED, spacing=(9, 9, 9)), IMAGE, spacing=False, axes=False
+    )
+    assert faults == [] and notes == ["the headers differ (axes); they are matched voxel by voxel"]
+
+
+# ---------------------------------------------------------------------------- odd files
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda packed: packed[:-5] + bytes([packed[-5] ^ 1]) + packed[-4:], "CRC check failed"),
+        (lambda packed: packed[:-1] + bytes([packed[-1] ^ 1]), "a damaged one"),
+        (lambda packed: packed[:60] + bytes([packed[60] ^ 4]) + packed[61:], "CRC check failed"),
+        (lambda packed: packed + b"more", "a damaged one"),
+        (lambda packed: packed[:-4], "truncated"),
+        (lambda packed: packed[:-9], "truncated"),
+    ],
+)
+def test_gzip_is_checked_to_the_end(tmp_path, damage, sentence):
+    path = make(tmp_path / "i" / "a.nii.gz", HEADERS["plain"])
+    path.write_bytes(damage(gzip.compress(gzip.decompress(path.read_bytes()), 0)))
+    with pytest.raises(VolumeError, match=rf"a\.nii\.gz: .*{sentence}"):
+        read_image(path)
+
+
+def test_gzip_in_two_members_and_padded_with_zeros_is_whole(tmp_path):
+    path = make(tmp_path / "i" / "a.nii.gz", HEADERS["plain"])
+    raw = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(raw[:400]) + gzip.compress(raw[400:]) + bytes(512))
+    assert read_image(path).array.reshape(-1).tolist() == list(range(60))
+
+
+def test_every_unit_code_is_read(tmp_path):
+    path = make(tmp_path / "i" / "a.nii", HEADERS["plain"])
+    raw = bytearray(path.read_bytes())
+    for code in range(256):
+        raw[123] = code
+        path.write_bytes(raw)
+        assert read_image(path).unit == {1: "m", 2: "mm", 3: "micron"}.get(code % 8, ""), code
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 4, 3, 2), (5, 4, 3, 1, 2), (5, 4, 3, 2, 1), (5, 4, 3, 1, 1, 2)]
+)
+def test_axes_of_one_are_dropped_and_channels_come_first(tmp_path, shape):
+    array = np.arange(120, dtype=np.int16).reshape(shape)
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "a.nii")
+    expected = array.reshape(5, 4, 3, 2).transpose(3, 2, 1, 0)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.nii").array, expected)
+
+
+@pytest.mark.parametrize(("step", "unit"), [(2.0, "sec"), (720, "msec"), (0.5, "sec")])
+def test_a_series_in_time_is_a_fault_and_channels_beside_a_time_unit_a_note(tmp_path, step, unit):
+    image = nibabel.Nifti1Image(np.ones((5, 4, 3, 7), np.int16), np.eye(4))
+    image.header.set_xyzt_units("mm", unit)
+    nibabel.save(image, tmp_path / "a.nii")
+    assert read_image(tmp_path / "a.nii").notes == (
+        "7 volumes along the time axis are read as channels",
+    )
+    image.header.set_zooms((1, 1, 1, step))
+    nibabel.save(image, tmp_path / "a.nii")
+    with pytest.raises(VolumeError, match=r"a series of 7 in time.*store one volume"):
+        read_image(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+@pytest.mark.parametrize("endian", ["<", ">"])
+def test_either_version_and_byte_order_keeps_its_place(tmp_path, kind, endian):
+    header = kind.header_class(endianness=endian)
+    image = kind(np.arange(60, dtype=f"{endian}i2").reshape(5, 4, 3), OBLIQUE, header)
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    mask = nibabel.load(write_prediction(tmp_path / "a.nii.gz", tmp_path / "p"))
+    assert isinstance(mask, kind)
+    np.testing.assert_array_equal(mask.affine, nibabel.load(tmp_path / "a.nii.gz").affine)
+
+
+def test_an_axis_too_long_for_nifti_1_is_written_as_nifti_2(tmp_path):
+    write_volume(tmp_path / "a.nii", np.ones((1, 1, 2**15), np.uint8), spacing=(3, 2, 1))
+    back = read_label(tmp_path / "a.nii")
+    assert back.array.shape == (1, 1, 2**15) and back.spacing == (3, 2, 1)
