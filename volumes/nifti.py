@@ -36,11 +36,13 @@ def read(path, _dataset, _role):
     packed, notes, doubt = path.lower().endswith(".gz"), [], ""
     try:
         with (gzip.open if packed else open)(path, "rb") as stream:
-            kind = _kind(int.from_bytes(stream.read(4), "little"))
+            kind = _kind(stream.read(4))
             stream.seek(0)
             # Unchecked: a checked one has a spacing of 0 turned into 1, and a code above 5 into 0.
             header = kind.from_fileobj(stream, check=False)
-            data = nibabel.arrayproxy.ArrayProxy(stream, _checked(header))
+            checked = header.copy()
+            checked.check_fix()
+            data = nibabel.arrayproxy.ArrayProxy(stream, checked)
             array = np.asanyarray(data)
             while packed and stream.read(CHUNK):  # the checksum stands at the end
                 pass
@@ -71,17 +73,10 @@ def read(path, _dataset, _role):
     return Volume(array.T, spacing, unit, affine, path, block, doubt, tuple(notes))
 
 
-def _kind(size):
-    """The class of a header whose first number, its size, was read as if little-endian."""
-    sizes = {540: nibabel.Nifti2Header, 0x1C020000: nibabel.Nifti2Header}
-    return sizes.get(size, nibabel.Nifti1Header)
-
-
-def _checked(header):
-    """A copy with what nibabel can mend mended; HeaderDataError for the rest."""
-    checked = header.copy()
-    checked.check_fix()
-    return checked
+def _kind(start):
+    """The class of a header by its first 4 bytes, its size in either byte order."""
+    large = 540 in (int.from_bytes(start, order) for order in ("little", "big"))
+    return nibabel.Nifti2Header if large else nibabel.Nifti1Header
 
 
 def _of_four_axes(path, array, header, notes):
@@ -136,9 +131,7 @@ def write(path, array, spacing, unit, affine, header):
     if unit == "nm":  # NIfTI has no code for it
         unit, spacing = "micron", spacing and tuple(1e-3 * s for s in spacing)
         affine = None if affine is None else np.diag([1e-3, 1e-3, 1e-3, 1.0]) @ affine
-    old = (
-        None if header is None else _kind(int.from_bytes(header[:4], "little"))(header, check=False)
-    )
+    old = None if header is None else _kind(header[:4])(header, check=False)
     large = max(array.shape) > MOST_VOXELS or isinstance(old, nibabel.Nifti2Header)
     kind = nibabel.Nifti2Image if large else nibabel.Nifti1Image
     image = kind(array.T, None, dtype=array.dtype)
@@ -150,7 +143,9 @@ def write(path, array, spacing, unit, affine, header):
         image.set_sform(affine, code=1)
         image.set_qform(affine, code=1)
     if _unit(image.header) != unit:
-        image.header["xyzt_units"] = int(image.header["xyzt_units"]) & 0xF8 | UNIT_CODES[unit]
+        image.header["xyzt_units"] = int(image.header["xyzt_units"]) & 0xF8 | UNIT_CODES.get(
+            unit, 0
+        )
     nibabel.save(image, path)
 
 
