@@ -187,7 +187,8 @@ def read(pair, options, errors):
         errors += faults
         notes += [f"{what}: {note}" for note in odd]
     for what, volume in [*(("prediction", p) for p in predictions.values()), ("truth", truth)]:
-        notes += [f"{what}: {remark}" for remark in volume.remarks()]
+        remarks = volume.remarks() if options.spacing is None else volume.notes
+        notes += [f"{what}: {remark}" for remark in remarks]
     if options.spacing is None and not all(s > 0 for s in truth.spacing or ()):
         errors.append(
             f"{truth.path}: expected a spacing above 0, got "

@@ -17,6 +17,7 @@ from volumes.volume import (
     apart,
     check_affine,
     round_spacing,
+    scale_affine,
     sizes,
     with_unit,
 )
@@ -143,9 +144,8 @@ def write(path, array, spacing, unit, affine, header):
         image.set_sform(affine, code=1)
         image.set_qform(affine, code=1)
     if _unit(image.header) != unit:
-        image.header["xyzt_units"] = int(image.header["xyzt_units"]) & 0xF8 | UNIT_CODES.get(
-            unit, 0
-        )
+        times = int(image.header["xyzt_units"]) & 0xF8
+        image.header["xyzt_units"] = times | UNIT_CODES.get(unit, 0)
     nibabel.save(image, path)
 
 
@@ -159,12 +159,13 @@ def _keep_place(header, old, spacing, affine):
     header["pixdim"][:4] = old["pixdim"][:4]
     before = _affine(old)
     if before is not None and affine is not None and not np.array_equal(before, affine):
-        change = np.linalg.solve(before, affine)  # of voxels
+        # The voxel, by the old header, that has become the first one.
+        first = np.linalg.solve(scale_affine(before, sizes(affine)), affine[:, 3])
         if old["qform_code"] > 0:
             old["pixdim"][1:4] = sizes(before)[::-1]
-            for name, place in zip("xyz", _qform(old) @ change[:, 3], strict=False):
-                header[f"qoffset_{name}"] = place
-        for name, row in zip("xyz", old.get_sform() @ change, strict=False):
-            header[f"srow_{name}"] = row
+            origin = scale_affine(_qform(old), sizes(affine)) @ first
+            header["qoffset_x"], header["qoffset_y"], header["qoffset_z"] = origin[:3]
+        if old["sform_code"] > 0:
+            header["srow_x"], header["srow_y"], header["srow_z"] = affine[:3]
     if spacing is not None and not np.allclose(header["pixdim"][3:0:-1], spacing, rtol=1e-4):
         header["pixdim"][1:4] = spacing[::-1]
