@@ -186,9 +186,8 @@ def read(pair, options, errors):
         faults, odd = compare(volume, other, **how)
         errors += faults
         notes += [f"{what}: {note}" for note in odd]
-    for what, volume in [*(("prediction", p) for p in predictions.values()), ("truth", truth)]:
-        remarks = volume.remarks() if options.spacing is None else volume.notes
-        notes += [f"{what}: {remark}" for remark in remarks]
+    for volume in (*predictions.values(), truth):
+        notes += volume.remarks() if options.spacing is None else volume.notes
     if options.spacing is None and not all(s > 0 for s in truth.spacing or ()):
         errors.append(
             f"{truth.path}: expected a spacing above 0, got "

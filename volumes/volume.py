@@ -137,6 +137,8 @@ def check_affine(affine, path):
     matrix = np.zeros((4, 4))
     with contextlib.suppress(TypeError, ValueError):
         matrix = np.array(affine, np.float64)
+    if matrix.shape == (3, 4):
+        matrix = np.vstack([matrix, np.eye(4)[3]])
     good = (
         matrix.shape == (4, 4) and np.isfinite(matrix).all() and (matrix[3] == np.eye(4)[3]).all()
     )
