@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from volumes import atomic, hdf5, nifti, tiff
-from volumes.volume import VolumeError, check_affine
+from volumes.volume import VolumeError, check_affine, sizes
 
 FORMATS = {
     ".nii.gz": nifti,
@@ -206,16 +206,17 @@ def _read(path, role):
             f"{path}: expected a whole {suffix} file, got one that cannot be read "
             f"({type(error).__name__}: {reason[:160]}); it may be truncated, fetch it again"
         ) from error
-    array, affine = volume.array, volume.affine
+    array, affine, spacing = volume.array, volume.affine, volume.spacing
     if affine is not None:
         affine = check_affine(affine, path)
+        spacing = spacing or sizes(affine)
     if 0 in array.shape:
         raise VolumeError(f"{path}: expected a volume, got an empty one of shape {array.shape}")
     if array.dtype == bool:
         array = array.astype(np.uint8)
     array = array[None] if array.ndim == 3 else array
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
-    return replace(volume, array=array, affine=affine, path=str(path))
+    return replace(volume, array=array, affine=affine, spacing=spacing, path=str(path))
 
 
 # ---------------------------------------------------------------------------- writing

@@ -5,6 +5,8 @@ where its code is above 0, else qform. What is written keeps all three, their co
 """
 
 import gzip
+import math
+import os
 import zlib
 
 import nibabel
@@ -28,6 +30,7 @@ SECONDS = (8, 16, 24)  # s, ms, µs: the next 3 bits
 PLACE = ("xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
          "qoffset_y", "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")  # fmt: skip
 MOST_VOXELS = 2**15 - 1  # on an axis of NIfTI-1
+MOST_PACKED = 1032  # bytes in one of gzip
 CHUNK = 2**20
 
 
@@ -44,6 +47,8 @@ def read(path, _dataset, _role):
             checked = header.copy()
             checked.check_fix()
             data = nibabel.arrayproxy.ArrayProxy(stream, checked)
+            if math.prod(data.shape) * data.dtype.itemsize > MOST_PACKED * os.path.getsize(path):
+                raise EOFError(f"the header says {data.shape} voxels of {data.dtype}")
             array = np.asanyarray(data)
             while packed and stream.read(CHUNK):  # the checksum stands at the end
                 pass

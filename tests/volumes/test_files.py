@@ -364,6 +364,13 @@ def test_an_affine_in_hdf5_that_cannot_be_inverted_is_a_fault(tmp_path, voxels, 
         read_image(tmp_path / "a.h5")
 
 
+def test_an_affine_alone_states_the_spacing(tmp_path, voxels):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["image"] = voxels
+        file.attrs["affine"] = [[0, 2.0, 0, 1], [-0.5, 0, 0, 2], [0, 0, 3, 3]]
+    assert read_image(tmp_path / "a.h5").spacing == (3, 2, 0.5)
+
+
 def test_a_scaled_affine_keeps_its_axes_and_the_voxel_at_the_origin():
     affine = np.array([[0, 2.0, 0, 10], [-3.0, 0, 0, 21], [0, 0, 5.0, 30], [0, 0, 0, 1]])
     scaled = scale_affine(affine, (10, 2, 6))  # z, y, x were 5, 2, 3

@@ -393,7 +393,7 @@ def test_gzip_in_two_members_and_padded_with_zeros_is_whole(tmp_path):
 def test_every_unit_code_is_read(tmp_path):
     path = make(tmp_path / "i" / "a.nii", HEADERS["plain"])
     raw = bytearray(path.read_bytes())
-    for code in range(256):
+    for code in (*range(20), 48, 100, 127, 254, 255):
         raw[123] = code
         path.write_bytes(raw)
         assert read_image(path).unit == {1: "m", 2: "mm", 3: "micron"}.get(code % 8, ""), code
@@ -436,3 +436,19 @@ def test_an_axis_too_long_for_nifti_1_is_written_as_nifti_2(tmp_path):
     write_volume(tmp_path / "a.nii", np.ones((1, 1, 2**15), np.uint8), spacing=(3, 2, 1))
     back = read_label(tmp_path / "a.nii")
     assert back.array.shape == (1, 1, 2**15) and back.spacing == (3, 2, 1)
+
+
+def test_a_header_that_asks_for_more_voxels_than_a_file_can_hold_is_a_fault(tmp_path):
+    path = make(tmp_path / "i" / "a.nii.gz", HEADERS["plain"])
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    struct.pack_into("<3h", raw, 42, 32767, 32767, 32767)
+    path.write_bytes(gzip.compress(raw))
+    with pytest.raises(VolumeError, match=r"a\.nii\.gz: .*32767, 32767, 32767"):
+        read_image(path)
+
+
+def test_a_constant_volume_that_packs_well_is_read(tmp_path):
+    array = np.ones((256, 256, 256), np.uint8)
+    path = make(tmp_path / "i" / "a.nii.gz", HEADERS["plain"], array)
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 9))
+    assert read_label(path).array.sum() == 256**3
