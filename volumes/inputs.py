@@ -134,9 +134,9 @@ def _run_faults(volume, metadata):
     usable = volume.spacing is None or all(0 < s < np.inf for s in volume.spacing)
     if not usable or (volume.spacing is None and any(spacing)):
         got = "none" if volume.spacing is None else list(volume.spacing)
-        why = f"because the run works at {spacing} {unit}" if any(spacing) else "above 0"
+        why = f", because the run works at {spacing} {unit}" if any(spacing) else " above 0"
         yield (
-            f"{volume.path}: expected a spacing, {why}, got {got}; prepare the volume with "
+            f"{volume.path}: expected a spacing{why}, got {got}; prepare the volume with "
             "prepare.py --spacing Z Y X"
         )
     if not any(spacing):
