@@ -223,6 +223,8 @@ def notes_on(pairs, results):
     for pair, result in zip(pairs, results, strict=True):
         for role, value in result.masks.ones.items():
             cases.setdefault(f"{role} of 0 and {value} read as 0 and 1", []).append(pair.id)
+        for note in dict.fromkeys(result.masks.notes):
+            cases.setdefault(note, []).append(pair.id)
         if not result.masks.spacing_in_file:
             cases.setdefault("no file has a spacing, 1 1 1 is used (--spacing)", []).append(pair.id)
     notes = [f"{note}: {inputs.listed(ids)}" for note, ids in cases.items()]

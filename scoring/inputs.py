@@ -17,6 +17,7 @@ import numpy as np
 
 from scoring import metrics
 from volumes import casefile, files
+from volumes.volume import compare, with_unit
 
 FULL_SCALE = (254, 255)  # what imaging tools write where they mean 1
 OTSU = "otsu"  # the method of that name
@@ -54,6 +55,7 @@ class Masks:
     unit: str
     spacing_in_file: bool  # whether any file has one
     ones: dict  # {role: 254 or 255, where that meant 1}
+    notes: list  # on their headers
 
 
 def find_sources(text, role, errors):
@@ -177,13 +179,19 @@ def read(pair, options, errors):
     image = _read(files.read_image, pair.image, errors) if options.otsu else None
     if len(errors) > before:
         return None
-    for prediction in predictions.values():
-        _check_same_grid(prediction, truth, options.check_spacing, errors)
-    if image is not None:
-        _check_same_grid(truth, image, options.check_spacing, errors)
+    how, notes = {"spacing": options.check_spacing, "axes": options.spacing is None}, []
+    sides = [("prediction and truth", p, truth) for p in predictions.values()]
+    sides += [("truth and image", truth, image)] if image else []
+    for what, volume, other in sides:
+        faults, odd = compare(volume, other, **how)
+        errors += faults
+        notes += [f"{what}: {note}" for note in odd]
+    for volume in (*predictions.values(), truth):
+        notes += volume.remarks() if options.spacing is None else volume.notes
     if options.spacing is None and not all(s > 0 for s in truth.spacing or ()):
         errors.append(
-            f"{truth.path}: expected a spacing above 0, got {_with_unit(truth)}; give --spacing"
+            f"{truth.path}: expected a spacing above 0, got "
+            f"{with_unit(truth.spacing or (), truth.unit)}; give --spacing"
         )
     ones, ignored = {}, options.ignore_label
     masks = {m: _binary(p, None, "predictions", ones, errors) for m, p in predictions.items()}
@@ -200,7 +208,7 @@ def read(pair, options, errors):
     source = next((v for v in (truth, *predictions.values()) if v.spacing is not None), None)
     spacing = options.spacing or (source.spacing if source else metrics.VOXEL)
     unit = source.unit if source and not options.spacing else ""
-    return Masks(masks, true_mask, tuple(spacing), unit, source is not None, ones)
+    return Masks(masks, true_mask, tuple(spacing), unit, source is not None, ones, notes)
 
 
 def _read(reader, path, errors):
@@ -237,30 +245,6 @@ def _binary(volume, ignored, role, ones, errors):
         values = ", ".join(map(str, np.unique(array)[:8]))
         errors.append(f"{volume.path}: expected the values {wanted}, got {values}; {advice}")
     return array
-
-
-def _check_same_grid(volume, other, check_spacing, errors):
-    """Shape, axes as far as both files say, and spacing to 1 % if both have one."""
-    if volume.array.shape != other.array.shape[-3:]:
-        errors.append(
-            f"{volume.path}: expected the shape of {other.path}, {other.array.shape[-3:]}, got "
-            f"{volume.array.shape}; give volumes of the same voxels"
-        )
-    if check_spacing and not files.same_axes(volume, other):
-        errors.append(f"{volume.path}: expected the axes of {other.path}, got other ones")
-    if not check_spacing or volume.spacing is None or other.spacing is None:
-        return
-    known = volume.unit in files.METRES and other.unit in files.METRES
-    scale = files.METRES[volume.unit] / files.METRES[other.unit] if known else 1.0
-    if not np.allclose(np.multiply(volume.spacing, scale), other.spacing, rtol=0.01, atol=0.0):
-        errors.append(
-            f"{volume.path}: expected the spacing of {other.path}, {_with_unit(other)}, got "
-            f"{_with_unit(volume)}; correct the header that is wrong"
-        )
-
-
-def _with_unit(volume):
-    return f"{' '.join(f'{s:g}' for s in volume.spacing)} {volume.unit}".rstrip()
 
 
 def _otsu_mask(image, invert, errors):

@@ -238,7 +238,7 @@ def count_voxels(path, _dataset):
         return sum(math.prod(series.shape) for series in tif.series)
 
 
-def write(path, array, spacing, unit, _affine):
+def write(path, array, spacing, unit, _affine, _header):
     """Write (D, H, W) as LZW pages, with ImageJ's spacing where ImageJ knows the dtype."""
     big = array.nbytes > CLASSIC_TIFF_BYTES
     options = {"compression": "lzw", "photometric": "minisblack", "bigtiff": big}
