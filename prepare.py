@@ -159,9 +159,12 @@ def make_rules(options, layout, faults):
         classes = {"background": 0} | {n: i for i, n in enumerate(options.classes, start=1)}
     ignore = layout.ignore_label if options.ignore_label is None else options.ignore_label
     faults += _option_faults(options, classes, ignore)
-    rows, crops = [], {}
+    rows, crops = None, {}
     with collect_errors(faults):
-        rows = layouts.read_spacings(options.spacing_csv) if options.spacing_csv else []
+        if options.spacing_csv:
+            ids = [case.id for case in layout.cases]
+            rows, notes = layouts.read_spacings(options.spacing_csv, ids)
+            layout.notes += notes
     for text in options.crop:
         match = re.fullmatch(r"([\w-]+)=(\d*):(\d*)", text)
         if not match:

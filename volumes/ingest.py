@@ -4,7 +4,6 @@ A fault is one sentence that names the file or case, what was expected and what 
 sentence that reads the same for every case it holds for, so that notes can be counted.
 """
 
-import fnmatch
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,7 +42,7 @@ class Rules:
     ignore_label: int | None
     spacing: tuple[float, float, float] | None
     unit: str | None
-    spacing_rows: list
+    spacing_rows: dict | None  # {case: (spacing, unit)} of a table, which each case must be in
     crops: dict
     store: dict
     folder: str
@@ -143,17 +142,16 @@ def _spacing_and_unit(name, image, label, rules, outcome):
     stated = label if image.spacing is None and label is not None else image
     header, unit = stated.spacing, stated.unit
     spacing, option, wanted = rules.spacing, "--spacing", rules.unit
-    for pattern, row_spacing, row_unit in rules.spacing_rows:
-        if name == pattern or fnmatch.fnmatchcase(name, pattern):
-            spacing, option, wanted = row_spacing, "--spacing-csv", row_unit or rules.unit
-            break
+    if name in (rules.spacing_rows or {}):
+        spacing, row_unit = rules.spacing_rows[name]
+        option, wanted = "--spacing-csv", row_unit or rules.unit
     converted = bool(wanted and unit and wanted != unit)
     if converted:
         outcome.notes.append(f"unit {wanted} instead of the header's {unit}")
     if spacing is not None:
         if header is not None and not np.allclose(header, spacing, rtol=HEADER_TOLERANCE):
             outcome.notes.append(f"spacing from {option} replaces the header's")
-    elif header is None and rules.spacing_rows:
+    elif header is None and rules.spacing_rows is not None:
         outcome.faults.append(f"case {name}: expected a row in --spacing-csv, got none for this id")
     elif header is None:
         spacing = (1.0, 1.0, 1.0)
