@@ -229,6 +229,8 @@ def notes_on(pairs, results):
             cases.setdefault(f"{role} of 0 and {value} read as 0 and 1", []).append(pair.id)
         if note := SPACING_NOTES.get(result.masks.spacing_of):
             cases.setdefault(note, []).append(pair.id)
+        for note in dict.fromkeys(result.masks.notes):
+            cases.setdefault(note, []).append(pair.id)
     notes = [f"{note}: {inputs.listed(ids)}" for note, ids in cases.items()]
     rows = [row for result in results for row in result.rows]
     if any(row["tolerance"] < min(map(float, row["spacing"].split())) for row in rows):

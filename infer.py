@@ -166,7 +166,7 @@ def predict_and_write(predictor, volume, output, archive, console):
     """Predict an `Input` and write its results; returns a line about them, or CannotGoOn."""
     started = time.perf_counter()
     target = volume.prediction_path(output)
-    grid = {"spacing": volume.spacing, "unit": volume.unit, "affine": volume.affine}
+    grid = {key: getattr(volume, key) for key in ("spacing", "unit", "affine", "header")}
     try:
         with progress_of(volume, console) as progress:
             mask, probs = predictor(

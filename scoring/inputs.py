@@ -16,6 +16,7 @@ import numpy as np
 
 from scoring import metrics
 from volumes import casefile, files
+from volumes.volume import compare, with_unit
 
 FULL_SCALE = (254, 255)  # what imaging tools write where they mean 1
 OTSU = "otsu"  # the method of that name
@@ -53,6 +54,7 @@ class Masks:
     unit: str
     spacing_of: str  # where the spacing comes from: truth, prediction, option or none
     ones: dict  # {role: 254 or 255, where that meant 1}
+    notes: list  # on their headers
 
 
 def find_sources(text, role, errors, notes):
@@ -202,17 +204,22 @@ def read(pair, options, errors):
     image = _read(files.read_image, pair.image, errors) if options.otsu else None
     if len(errors) > before:
         return None
-    for prediction in predictions.values():
-        _check_same_grid(prediction, truth, options.check_spacing, errors)
-    if image is not None:
-        _check_same_grid(truth, image, options.check_spacing, errors)
+    how, notes = {"spacing": options.check_spacing, "axes": options.spacing is None}, []
     stated = [v for v in (truth, *predictions.values()) if v.spacing is not None]
+    sides = [("prediction and truth", p, truth) for p in predictions.values()]
+    sides += [("truth and image", truth, image)] if image else []
+    if truth.spacing is None:  # else each prediction is compared with that of the truth
+        sides += [("predictions", p, stated[0]) for p in stated[1:]]
+    for what, volume, other in sides:
+        faults, odd = compare(volume, other, **how)
+        errors += faults
+        notes += [f"{what}: {note}" for note in odd]
+    for what, volume in [*(("prediction", p) for p in predictions.values()), ("truth", truth)]:
+        notes += [f"{what}: {remark}" for remark in volume.remarks()]
     for volume in stated if options.spacing is None else ():
         if not all(s > 0 for s in volume.spacing):
-            got = f"got {_with_unit(volume)}; give --spacing"
+            got = f"got {with_unit(volume.spacing, volume.unit)}; give --spacing"
             errors.append(f"{volume.path}: expected a spacing above 0, {got}")
-        elif truth.spacing is None:
-            _check_same_grid(volume, stated[0], options.check_spacing, errors)
     ones, ignored = {}, options.ignore_label
     masks = {m: _binary(p, None, "predictions", ones, errors) for m, p in predictions.items()}
     true_mask = _binary(_of_classes(truth, options), ignored, "truths", ones, errors)
@@ -225,13 +232,13 @@ def read(pair, options, errors):
         masks[OTSU] = _otsu_mask(image, options.invert, errors)
     if len(errors) > before:
         return None
+    spacing, unit, origin = metrics.VOXEL, "", "none"
     if options.spacing:
-        return Masks(masks, true_mask, tuple(options.spacing), "", "option", ones)
-    if not stated:
-        return Masks(masks, true_mask, metrics.VOXEL, "", "none", ones)
-    spacing, unit = tuple(stated[0].spacing), stated[0].unit
-    role = "prediction" if truth.spacing is None else "truth"
-    return Masks(masks, true_mask, spacing, unit, role, ones)
+        spacing, origin = options.spacing, "option"
+    elif stated:
+        spacing, unit = stated[0].spacing, stated[0].unit
+        origin = "prediction" if truth.spacing is None else "truth"
+    return Masks(masks, true_mask, tuple(spacing), unit, origin, ones, notes)
 
 
 def _read(reader, path, errors):
@@ -268,30 +275,6 @@ def _binary(volume, ignored, role, ones, errors):
         values = ", ".join(map(str, np.unique(array)[:8]))
         errors.append(f"{volume.path}: expected the values {wanted}, got {values}; {advice}")
     return array
-
-
-def _check_same_grid(volume, other, check_spacing, errors):
-    """Shape, axes as far as both files say, and spacing to 1 % if both have one."""
-    if volume.array.shape != other.array.shape[-3:]:
-        errors.append(
-            f"{volume.path}: expected the shape of {other.path}, {other.array.shape[-3:]}, got "
-            f"{volume.array.shape}; give volumes of the same voxels"
-        )
-    if check_spacing and not files.same_axes(volume, other):
-        errors.append(f"{volume.path}: expected the axes of {other.path}, got other ones")
-    if not check_spacing or volume.spacing is None or other.spacing is None:
-        return
-    known = volume.unit in files.METRES and other.unit in files.METRES
-    scale = files.METRES[volume.unit] / files.METRES[other.unit] if known else 1.0
-    if not np.allclose(np.multiply(volume.spacing, scale), other.spacing, rtol=0.01, atol=0.0):
-        errors.append(
-            f"{volume.path}: expected the spacing of {other.path}, {_with_unit(other)}, got "
-            f"{_with_unit(volume)}; correct the header that is wrong"
-        )
-
-
-def _with_unit(volume):
-    return f"{' '.join(f'{s:g}' for s in volume.spacing)} {volume.unit}".rstrip()
 
 
 def _otsu_mask(image, invert, errors):

@@ -336,7 +336,7 @@ def test_all_faults_of_a_folder_are_named_at_once_and_nothing_is_written(raw, ou
     options = ("--images", raw / "i", "--labels", raw / "l", "--ignore-label", 2)
     *faults, last = refused(capsys, out, *options)
     expected = {
-        "case shape": "image and label of one shape",
+        "shape.nii.gz": "expected the shape of",
         "nan.nii.gz": "3 voxels of NaN or Inf",
         "cut.nii.gz": "cannot be read",
         "flat.tif": "which is no volume",
@@ -368,8 +368,9 @@ def test_headers_that_disagree_are_faults(raw, out, capsys):
     nifti(raw / "b_img.nii", voxels())
     nifti(raw / "b_lbl.nii", mask(), unit="micron")
     faults = refused(capsys, out, "--images", raw, "--labels", raw)
-    assert "a_lbl.nii: expected the spacing of its image, (2.0, 1.0, 0.5)" in faults[0]
-    assert "b_lbl.nii: expected the unit of its image, mm, got micron" in faults[1]
+    assert f"a_lbl.nii: expected the spacing of {raw}/a_img.nii, 2 1 0.5 mm" in faults[0]
+    assert f"b_lbl.nii: expected the spacing of {raw}/b_img.nii, 2 1 0.5 mm" in faults[1]
+    assert "got 2 1 0.5 micron" in faults[1]
 
 
 def test_mixed_units_are_a_fault(raw, out, capsys):
@@ -483,7 +484,7 @@ def test_a_mirrored_label_is_a_fault_and_spacing_by_hand_overrides_it(raw, out, 
     image.header.set_xyzt_units("mm")
     nibabel.save(image, raw / "a_lbl.nii.gz")
     (fault, _) = refused(capsys, out, "--images", raw, "--labels", raw)
-    assert "a_lbl.nii.gz: expected the axes of its image" in fault
+    assert f"a_lbl.nii.gz: expected the axes of {raw}/a_img.nii.gz" in fault
     assert run("--images", raw, "--labels", raw, "--spacing", 2, 1, 1, "--out", out) == 0
 
 
@@ -494,7 +495,7 @@ def test_channels_of_different_spacing_are_a_fault(raw, out, capsys):
     description = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "x": 1}}
     (raw / "dataset.json").write_text(json.dumps(description))
     (fault, _) = refused(capsys, out, "--images", raw)
-    assert fault.startswith("case a: expected channels of one spacing")
+    assert f"a_0001.nii.gz: expected the spacing of {raw}/imagesTr/a_0000.nii.gz" in fault
 
 
 def test_a_unit_that_the_header_does_not_state_converts_its_spacing(raw, out):

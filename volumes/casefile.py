@@ -9,7 +9,7 @@ One HDF5 file per case:
     foreground/<class>  (N, 3) int32   voxel coordinates of that class, at most 20 000
     background          (N, 3) int32   the same of labeled background
     attributes          spacing (z, y, x), unit, affine, ignore_label (-1: none), intensity (JSON),
-                        source_image, source_label, group
+                        source_image, source_label, group, nifti_header (of the image, if any)
 
 `dataset.json` beside them lists cases, groups and classes.
 """
@@ -83,6 +83,7 @@ def write_case(
     unit,
     affine,
     group,
+    header=None,
     ignore_label=None,
     source_image="",
     source_label="",
@@ -93,8 +94,8 @@ def write_case(
     """Write one case file whole: under a temporary name first, then renamed.
 
     image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x; affine
-    (4, 4) voxel x, y, z to world as NIfTI has it, or None; skeleton: whether a labeled case gets
-    one; compression: None, "lzf" or "gzip", of image and label.
+    (4, 4) voxel x, y, z to world as NIfTI has it, or None; header: of the `Volume`; skeleton:
+    whether a labeled case gets one; compression: None, "lzf" or "gzip", of image and label.
     """
     with atomic.replacing(path) as partial, h5py.File(partial, "w") as file:
         # Uncompressed, a box is read from the page cache that all workers share, in 2 ms for
@@ -110,6 +111,8 @@ def write_case(
         file.attrs["unit"] = unit
         if affine is not None:
             file.attrs["affine"] = np.asarray(affine, np.float64)
+        if header is not None:
+            file.attrs["nifti_header"] = np.void(header)
         file.attrs["ignore_label"] = IGNORE_NONE if ignore_label is None else ignore_label
         file.attrs["intensity"] = json.dumps(intensity_statistics(image))
         file.attrs["source_image"] = str(source_image)

@@ -7,7 +7,7 @@ A format is a module with three functions, and one line of FORMATS for each of i
 
     read(path, dataset, role) -> Volume      (D, H, W), or (C, D, H, W) with its channels
     count_voxels(path, dataset) -> int       from the header alone
-    write(path, array, spacing, unit, affine)   of as many dimensions as WRITES_DIMENSIONS names
+    write(path, array, spacing, unit, affine, header)   in one of WRITES_DIMENSIONS dimensions
 
 dataset and role ("image" or "label") say which volume is meant, in files that hold several.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from volumes import atomic, hdf5, nifti, tiff
-from volumes.volume import InputErrors, VolumeError
+from volumes.volume import InputErrors, VolumeError, check_affine
 
 FORMATS = {
     ".nii.gz": nifti,
@@ -33,7 +33,6 @@ FORMATS = {
     ".h5": hdf5,
     ".hdf5": hdf5,
 }
-METRES = {"m": 1.0, "mm": 1e-3, "micron": 1e-6, "nm": 1e-9}  # of a unit
 # Files that lie beside volumes. Other files that are no volumes are mentioned as passed over.
 SIDECARS = {".json", ".csv", ".tsv", ".txt", ".xml", ".md", ".rst", ".yaml", ".yml", ".log", ".pdf",
             ".html", ".py", ".sh", ".toml", ".ini", ".xlsx", ".bval", ".bvec"}  # fmt: skip
@@ -316,26 +315,29 @@ def _read(path, role):
             f"{path}: expected a whole {suffix} file, got one that cannot be read "
             f"({type(error).__name__}: {reason[:160]}); it may be truncated, fetch it again"
         ) from error
-    array = volume.array
+    array, affine = volume.array, volume.affine
+    if affine is not None:
+        affine = check_affine(affine, path)
     if 0 in array.shape:
         raise VolumeError(f"{path}: expected a volume, got an empty one of shape {array.shape}")
     if array.dtype == bool:
         array = array.astype(np.uint8)
     array = array[None] if array.ndim == 3 else array
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
-    return replace(volume, array=array, path=str(path))
+    return replace(volume, array=array, affine=affine, path=str(path))
 
 
 # ---------------------------------------------------------------------------- writing
 
 
-def write_volume(path, array, *, spacing=None, unit="", affine=None):
+def write_volume(path, array, *, spacing=None, unit="", affine=None, header=None):
     """Write a mask or a probability map; the suffix of path decides on the format.
 
     array (D, H, W), or (C, D, H, W) for NIfTI and HDF5; bool is written as uint8. spacing
-    z, y, x in unit. NIfTI gets affine, or one made of the spacing; TIFF gets one LZW page per
-    z and ImageJ's spacing; HDF5 gets the dataset `segmentation`. The file appears whole or not
-    at all. VolumeError for another suffix or number of dimensions.
+    z, y, x in unit. NIfTI gets affine, or one made of the spacing, in the way that header, of
+    the `Volume` it lies on, states it; TIFF gets one LZW page per z and ImageJ's spacing; HDF5
+    gets the dataset `segmentation`. The file appears whole or not at all. VolumeError for another
+    suffix or number of dimensions.
     """
     suffix, array = suffix_of(path), np.asarray(array)
     array = array.astype(np.uint8) if array.dtype == bool else array
@@ -344,19 +346,4 @@ def write_volume(path, array, *, spacing=None, unit="", affine=None):
     if array.ndim not in FORMATS[suffix].WRITES_DIMENSIONS:
         raise VolumeError(f"{path}: expected (D, H, W) to write, got shape {array.shape}")
     with atomic.replacing(path) as partial:
-        FORMATS[suffix].write(partial, array, spacing, unit, affine)
-
-
-def same_axes(a, b):
-    """Whether the axes of two volumes point the same way, as far as both files say (affine)."""
-    if a.affine is None or b.affine is None:
-        return True
-    directions = (v.affine[:3, :3] / np.linalg.norm(v.affine[:3, :3], axis=0) for v in (a, b))
-    return bool(np.allclose(*directions, atol=0.02))
-
-
-def crop_affine(affine, offset_zyx):
-    """The affine of a volume cut out at offset_zyx (voxels): same axes, moved origin."""
-    moved = np.array(affine, np.float64)
-    moved[:3, 3] += moved[:3, :3] @ np.asarray(offset_zyx, np.float64)[::-1]
-    return moved
+        FORMATS[suffix].write(partial, array, spacing, unit, affine, header)

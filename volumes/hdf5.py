@@ -64,7 +64,7 @@ def count_voxels(path, dataset):
         return max(int(item.size) for item in items if isinstance(item, h5py.Dataset))
 
 
-def write(path, array, spacing, unit, affine):
+def write(path, array, spacing, unit, affine, _header):
     """Write (D, H, W) or (C, D, H, W) as the dataset `segmentation`."""
     with h5py.File(path, "w") as file:
         file.create_dataset("segmentation", data=array, compression="gzip", compression_opts=1)

@@ -12,10 +12,18 @@ import numpy as np
 
 from volumes import phantoms
 from volumes.casefile import write_case
-from volumes.files import METRES, crop_affine, read_image, read_label, same_axes
-from volumes.volume import Volume, collect_errors, round_spacing
+from volumes.files import read_image, read_label
+from volumes.volume import (
+    HEADER_TOLERANCE,
+    METRES,
+    Volume,
+    collect_errors,
+    compare,
+    crop_affine,
+    round_spacing,
+    scale_affine,
+)
 
-HEADER_TOLERANCE = 0.01  # relative; headers round, and affines hold float32
 WHITE = (254, 255)  # what imaging tools write where they mean 1
 
 
@@ -65,17 +73,12 @@ def prepare_case(case, rules):
     written. Safe to run in another process.
     """
     outcome = Outcome(case.id)
-    image, label = _read(case, outcome.faults)
+    image, label = _read(case, rules, outcome)
     if outcome.faults:
         return outcome
     spacing, unit = _spacing_and_unit(case.id, image, label, rules, outcome)
     classes = None
     if label is not None:
-        if label.array.shape != image.array.shape[1:]:
-            outcome.faults.append(
-                f"case {case.id}: expected image and label of one shape, got "
-                f"{image.array.shape[1:]} ({image.path}) and {label.array.shape} ({label.path})"
-            )
         classes = _class_ids(case.id, label.array, rules, outcome)
     if outcome.faults:
         return outcome
@@ -89,7 +92,7 @@ def prepare_case(case, rules):
         voxels, part = image.array[:, planes], None if classes is None else classes[planes]
         affine = image.affine
         if affine is not None:
-            affine = crop_affine(affine, (planes.start, 0, 0))
+            affine = scale_affine(crop_affine(affine, (planes.start, 0, 0)), spacing)
         # A piece of a case without a group of its own is a group too: it may train or test apart.
         group = piece_id if case.group == case.id else case.group
         write_case(
@@ -99,6 +102,7 @@ def prepare_case(case, rules):
             spacing=spacing,
             unit=unit,
             affine=affine,
+            header=image.header,
             group=group,
             ignore_label=rules.ignore_label,
             source_image=image.path,
@@ -110,26 +114,29 @@ def prepare_case(case, rules):
     return outcome
 
 
-def _read(case, faults):
-    """(image, label or None); both None where there is a fault. The path names every channel."""
+def _read(case, rules, outcome):
+    """(image, label or None) where there is no fault. The path names every channel."""
     if isinstance(case, PhantomCase):
         phantom = phantoms.PHANTOMS[case.kind](case.shape, case.seed, case.index)
         source = f"phantom {case.kind} seed {case.seed} index {case.index}"
         image = Volume(phantom.image[None], phantom.spacing, phantom.unit, None, source)
         return image, replace(image, array=phantom.label)
     channels, label = [], None
-    with collect_errors(faults):
+    with collect_errors(outcome.faults):
         channels = [read_image(path) for path in case.images]
-    with collect_errors(faults):
+    with collect_errors(outcome.faults):
         label = read_label(case.label) if case.label else None
-    for what, values in (
-        ("shape", [channel.array.shape[1:] for channel in channels]),
-        ("spacing", [channel.spacing for channel in channels]),
-    ):
-        if len(set(values)) > 1:
-            named = ", ".join(f"{v} ({path})" for v, path in zip(values, case.images, strict=True))
-            faults.append(f"case {case.id}: expected channels of one {what}, got {named}")
-    if faults:
+    if outcome.faults:
+        return None, None
+    # A spacing by hand says that headers are wrong.
+    by_hand = _by_hand(case.id, rules)[0] is not None
+    others = [("channels", channel) for channel in channels[1:]]
+    others += [("image and label", label)] if label else []
+    for what, other in others:
+        faults, notes = compare(other, channels[0], spacing=not by_hand, axes=not by_hand)
+        outcome.faults += faults
+        outcome.notes += [f"{what}: {note}" for note in notes]
+    if outcome.faults:
         return None, None
     voxels = channels[0].array
     if len(channels) > 1:
@@ -137,17 +144,27 @@ def _read(case, faults):
     return replace(channels[0], array=voxels, path=", ".join(case.images)), label
 
 
+def _by_hand(name, rules):
+    """(spacing, the option that gave it, unit) of a case, None where the headers decide."""
+    if name in (rules.spacing_rows or {}):
+        spacing, unit = rules.spacing_rows[name]
+        return spacing, "--spacing-csv", unit or rules.unit
+    return rules.spacing, "--spacing", rules.unit
+
+
 def _spacing_and_unit(name, image, label, rules, outcome):
     """The spacing that holds for a case: the table's, else the option's, else the header's."""
     stated = label if image.spacing is None and label is not None else image
     header, unit = stated.spacing, stated.unit
-    spacing, option, wanted = rules.spacing, "--spacing", rules.unit
-    if name in (rules.spacing_rows or {}):
-        spacing, row_unit = rules.spacing_rows[name]
-        option, wanted = "--spacing-csv", row_unit or rules.unit
+    spacing, option, wanted = _by_hand(name, rules)
     converted = bool(wanted and unit and wanted != unit)
     if converted:
         outcome.notes.append(f"unit {wanted} instead of the header's {unit}")
+    if stated.doubt and spacing is None:
+        outcome.faults.append(
+            f"{stated.path}: {stated.doubt}; correct the header or give --spacing Z Y X"
+        )
+    outcome.notes += [note for volume in (image, label) if volume for note in volume.notes]
     if spacing is not None:
         if header is not None and not np.allclose(header, spacing, rtol=HEADER_TOLERANCE):
             outcome.notes.append(f"spacing from {option} replaces the header's")
@@ -167,29 +184,7 @@ def _spacing_and_unit(name, image, label, rules, outcome):
         spacing = header
         if converted:
             spacing = round_spacing(s * METRES[unit] / METRES[wanted] for s in header)
-        _check_label_header(image, label, outcome.faults)
     return spacing, wanted or unit
-
-
-def _check_label_header(image, label, faults):
-    """Image and label that both state a spacing must state the same."""
-    if label is None or image.spacing is None or label.spacing is None:
-        return
-    if not np.allclose(image.spacing, label.spacing, rtol=HEADER_TOLERANCE, atol=0):
-        faults.append(
-            f"{label.path}: expected the spacing of its image, {image.spacing}, got "
-            f"{label.spacing}; correct the header or give --spacing Z Y X"
-        )
-    elif not same_axes(image, label):
-        faults.append(
-            f"{label.path}: expected the axes of its image, got an affine that turns or mirrors "
-            "them; bring both to one orientation, or give --spacing if only the header is wrong"
-        )
-    elif image.unit and label.unit and image.unit != label.unit:
-        faults.append(
-            f"{label.path}: expected the unit of its image, {image.unit}, got {label.unit}; "
-            "correct the header"
-        )
 
 
 def _class_ids(name, label, rules, outcome):

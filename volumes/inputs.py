@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 
 from volumes import casefile, files
-from volumes.volume import InputErrors, VolumeError, collect_errors
+from volumes.volume import InputErrors, VolumeError, check_affine, collect_errors
 
 PHANTOM_SUFFIX = ".nii.gz"  # of cases that were made from no file
 
@@ -28,7 +28,10 @@ class Input:
     spacing: tuple[float, float, float] | None
     unit: str
     affine: np.ndarray | None
+    header: bytes | None
     intensity: dict
+    doubt: str = ""  # as of `Volume`
+    remarks: tuple[str, ...] = ()
 
     @contextlib.contextmanager
     def voxels(self):
@@ -66,6 +69,7 @@ def check_inputs(texts, metadata, root, output):
         with collect_errors(faults), damage_named(path):
             inputs.append(_inspect(case_id, path))
             faults.extend(_run_faults(inputs[-1], metadata))
+            notes += [f"note: {path}: {remark}" for remark in inputs[-1].remarks]
     faults.extend(_output_faults(inputs, output))
     if faults:
         raise InputErrors(*faults)
@@ -106,13 +110,17 @@ def _inspect(case_id, path):
         case, source = casefile.read_case(path), str(attributes["source_image"])
         sources = (*source.split(", "), str(attributes["source_label"]))
         suffix = files.suffix_of(source) or PHANTOM_SUFFIX
-        grid = (case.shape, case.channels, case.spacing, case.unit, attributes.get("affine"))
+        affine, header = attributes.get("affine"), attributes.get("nifti_header")
+        affine = None if affine is None else check_affine(affine, path)
+        header = None if header is None else header.tobytes()
+        grid = (case.shape, case.channels, case.spacing, case.unit, affine, header)
         return Input(case.id, path, True, sources, suffix, *grid, case.intensity)
     volume = files.read_image(path)
     channels, *shape = volume.array.shape
-    grid = (tuple(shape), channels, volume.spacing, volume.unit, volume.affine)
+    grid = (tuple(shape), channels, volume.spacing, volume.unit, volume.affine, volume.header)
     intensity = casefile.intensity_statistics(volume.array)
-    return Input(case_id, path, False, (), files.suffix_of(path), *grid, intensity)
+    about = (intensity, volume.doubt, tuple(volume.remarks()))
+    return Input(case_id, path, False, (), files.suffix_of(path), *grid, *about)
 
 
 def _run_faults(volume, metadata):
@@ -123,15 +131,22 @@ def _run_faults(volume, metadata):
             f"{volume.path}: expected {metadata['channels']} channels as in training, got "
             f"{volume.channels}; store the same channels in one file"
         )
+    usable = volume.spacing is None or all(0 < s < np.inf for s in volume.spacing)
+    if not usable or (volume.spacing is None and any(spacing)):
+        got = "none" if volume.spacing is None else list(volume.spacing)
+        why = f"because the run works at {spacing} {unit}" if any(spacing) else "above 0"
+        yield (
+            f"{volume.path}: expected a spacing, {why}, got {got}; prepare the volume with "
+            "prepare.py --spacing Z Y X"
+        )
     if not any(spacing):
         return
-    if volume.spacing is None or not all(np.isfinite(s) and s > 0 for s in volume.spacing):
-        got = "none" if volume.spacing is None else list(volume.spacing)
+    if volume.doubt:
         yield (
-            f"{volume.path}: expected a spacing, because the run works at {spacing} {unit}, got "
-            f"{got}; prepare the volume with prepare.py --spacing Z Y X"
+            f"{volume.path}: {volume.doubt}; correct the header, or prepare the volume with "
+            "prepare.py --spacing Z Y X"
         )
-    elif volume.unit and unit and volume.unit != unit:
+    if volume.unit and unit and volume.unit != unit:
         yield (
             f"{volume.path}: expected a spacing in {unit} as in training, got {volume.unit}; "
             f"prepare the volume with prepare.py --spacing Z Y X --unit {unit}"

@@ -70,7 +70,7 @@ def count_voxels(path, _dataset):
         return int(np.prod(tif.series[0].shape))
 
 
-def write(path, array, spacing, unit, _affine):
+def write(path, array, spacing, unit, _affine, _header):
     """Write (D, H, W) as LZW pages, with ImageJ's spacing where ImageJ knows the dtype."""
     big = array.nbytes > CLASSIC_TIFF_BYTES
     options = {"compression": "lzw", "photometric": "minisblack", "bigtiff": big}
