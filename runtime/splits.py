@@ -1,8 +1,9 @@
 """Which cases train, validate and test, and which classes are foreground."""
 
-import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
+
+from volumes.files import matching
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ def choose_cases(dataset, *, train, validation, test, folds, fold):
 
 def _matches(dataset, key, patterns, faults):
     """{id: case} whose id or group matches any pattern; one that matches none is a fault."""
-    matches = {}
+    matches, names = {}, {*dataset.cases, *(case.group for case in dataset.cases.values())}
     for pattern in patterns:
-        hits = {i: c for i, c in dataset.cases.items() if fnmatch.filter((i, c.group), pattern)}
+        named = set(matching(names, pattern))
+        hits = {i: c for i, c in dataset.cases.items() if named & {i, c.group}}
         if not hits:
             known = ", ".join(list(dataset.cases)[:8])
             faults.append(f"data.{key}: no case or group is named {pattern!r}; there are {known}")

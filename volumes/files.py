@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from volumes import atomic, hdf5, nifti, tiff
-from volumes.volume import InputErrors, VolumeError, check_affine
+from volumes.volume import InputErrors, VolumeError, check_affine, compare
 
 FORMATS = {
     ".nii.gz": nifti,
@@ -261,6 +261,26 @@ def read_image(path):
             "replace them, by 0 for voxels without a measurement"
         )
     return volume
+
+
+def read_channels(paths, *, by_hand=False):
+    """(image, notes): that of one file, or all channels of several, each as `read_image` gives it.
+
+    The path names all of them. InputErrors where their voxels are not the same places; by_hand:
+    spacing and axes of the headers do not count.
+    """
+    image, *others = map(read_image, paths)
+    faults, notes = [], {}
+    for other in others:
+        odd, said = compare(other, image, spacing=not by_hand, axes=not by_hand)
+        faults += odd
+        notes |= dict.fromkeys(f"channels: {note}" for note in said)
+    if faults:
+        raise InputErrors(*faults)
+    if others:
+        voxels = np.concatenate([image.array, *(other.array for other in others)])
+        image = replace(image, array=voxels, path=", ".join(paths))
+    return image, list(notes)
 
 
 def read_label(path):

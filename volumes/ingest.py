@@ -12,7 +12,7 @@ import numpy as np
 
 from volumes import phantoms
 from volumes.casefile import write_case
-from volumes.files import read_image, read_label
+from volumes.files import read_channels, read_label
 from volumes.volume import (
     HEADER_TOLERANCE,
     METRES,
@@ -121,27 +121,18 @@ def _read(case, rules, outcome):
         source = f"phantom {case.kind} seed {case.seed} index {case.index}"
         image = Volume(phantom.image[None], phantom.spacing, phantom.unit, None, source)
         return image, replace(image, array=phantom.label)
-    channels, label = [], None
-    with collect_errors(outcome.faults):
-        channels = [read_image(path) for path in case.images]
-    with collect_errors(outcome.faults):
-        label = read_label(case.label) if case.label else None
-    if outcome.faults:
-        return None, None
     # A spacing by hand says that headers are wrong.
     by_hand = _by_hand(case.id, rules)[0] is not None
-    others = [("channels", channel) for channel in channels[1:]]
-    others += [("image and label", label)] if label else []
-    for what, other in others:
-        faults, notes = compare(other, channels[0], spacing=not by_hand, axes=not by_hand)
+    image = label = None
+    with collect_errors(outcome.faults):
+        image, outcome.notes = read_channels(case.images, by_hand=by_hand)
+    with collect_errors(outcome.faults):
+        label = read_label(case.label) if case.label else None
+    if image is not None and label is not None:
+        faults, notes = compare(label, image, spacing=not by_hand, axes=not by_hand)
         outcome.faults += faults
-        outcome.notes += [f"{what}: {note}" for note in notes]
-    if outcome.faults:
-        return None, None
-    voxels = channels[0].array
-    if len(channels) > 1:
-        voxels = np.concatenate([channel.array for channel in channels])
-    return replace(channels[0], array=voxels, path=", ".join(case.images)), label
+        outcome.notes += [f"image and label: {note}" for note in notes]
+    return image, label
 
 
 def _by_hand(name, rules):

@@ -239,21 +239,22 @@ def stack_channels(sources, ids, faults):
         for match, source in zip(matches, sources, strict=True)
         if match and match[2] == "0000" and match[0] not in ids
     }
-    alone, cases = [], {}
+    cases, several = {}, []
     for match, source in zip(matches, sources, strict=True):
+        name, number, key = source.id, 0, source.path
         if match and match[1] in first and match[0] not in ids:
-            cases.setdefault(first[match[1]], []).append((int(match[2]), source.path))
-        else:
-            alone.append((source.id, [source.path]))
-    for name, channels in cases.items():
+            name, number, key = first[match[1]], int(match[2]), match[1]
+        cases.setdefault(key, (name, []))[1].append((number, source.path))
+    for name, channels in cases.values():
         channels.sort()
+        several.append((name, [path for _, path in channels]))
         if [number for number, _ in channels] != list(range(len(channels))):
             faults.append(
                 f"case {name}: expected channels numbered 0000, 0001 and on, each once and none "
-                f"missing, got {', '.join(path for _, path in channels)}; add, rename or remove "
-                "files, or name the ids by a pattern such as 'folder/{id}.tif'"
+                f"missing, got {', '.join(several[-1][1])}; add, rename or remove files, or name "
+                "the ids by a pattern such as 'folder/{id}.tif'"
             )
-    return alone + [(name, [path for _, path in channels]) for name, channels in cases.items()]
+    return several
 
 
 def _add_channel_cases(folder, labels, channels, layout):
