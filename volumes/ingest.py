@@ -5,6 +5,7 @@ sentence that reads the same for every case it holds for, so that notes can be c
 """
 
 import math
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -88,6 +89,10 @@ def prepare_case(case, rules):
             _check_label(piece_id, classes[planes], rules.ignore_label, outcome)
     if outcome.faults:
         return outcome
+    source, source_label = image.path, ""
+    if not isinstance(case, PhantomCase):
+        source = ", ".join(map(os.path.abspath, case.images))
+        source_label = "" if label is None else os.path.abspath(case.label)
     for piece_id, planes in pieces.items():
         voxels, part = image.array[:, planes], None if classes is None else classes[planes]
         affine = image.affine
@@ -105,11 +110,12 @@ def prepare_case(case, rules):
             header=image.header,
             group=group,
             ignore_label=rules.ignore_label,
-            source_image=image.path,
-            source_label="" if label is None else label.path,
+            source_image=source,
+            source_label=source_label,
+            planes=(planes.start, planes.stop),
             **rules.store,
         )
-        row = {"case": piece_id, "group": group, "unit": unit}
+        row = {"case": piece_id, "group": group, "unit": unit, "source": source, "planes": planes}
         outcome.rows.append(row | _summary(voxels, part, spacing, unit, rules))
     return outcome
 
