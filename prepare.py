@@ -368,7 +368,7 @@ def main(argv=None):
             faults += merge_faults(rows, existing)
             merge_overlaps(rows, existing, faults, notes)
             if faults:
-                return refuse(faults, cases)
+                return refuse(faults, cases, notes)
             publish(Path(folder), out, rows, rules, existing)
     except Stopped as error:
         print(f"{error}; nothing was written", file=sys.stderr)

@@ -303,8 +303,9 @@ def read_dataset(root, source=""):
     root = Path(root)
     path = root / DATASET_FILE
     if not path.is_file():
+        got = f"{path}, a link to nothing" if path.is_symlink() else root
         raise FileNotFoundError(
-            f"data.root: expected a folder made by prepare.py with a {DATASET_FILE}, got {root}; "
+            f"data.root: expected a folder made by prepare.py with a {DATASET_FILE}, got {got}; "
             + (f"the data: {source}; " if source else "")
             + "prepare files of your own with `python prepare.py --images PATH --labels PATH "
             "--out DIR`, synthetic ones with `python prepare.py --phantom scroll --out DIR`"

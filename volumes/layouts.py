@@ -69,6 +69,7 @@ def find_cases(images, labels=None, test_images=False):
             _find_nnunet(root, test_images, layout)
         else:
             _find_pairs(images, labels, layout)
+    layout.notes = list(dict.fromkeys(layout.notes))  # images and labels may be of one folder
     layout.cases = _one_of_each_id(layout.cases, layout, lambda case: case.images[0])
     return layout
 
