@@ -28,8 +28,12 @@ def choose_cases(dataset, *, train, validation, test, folds, fold):
     if train is None:
         elsewhere = chosen_validation | chosen_test
         chosen_train = {i: c for i, c in dataset.cases.items() if i not in elsewhere and c.labeled}
+        if bare := sorted(dataset.cases.keys() - elsewhere - chosen_train.keys()):
+            more = f" and {len(bare) - 8} more" if len(bare) > 8 else ""
+            notes.append(f"train: without label, not trained on: {', '.join(bare[:8])}{more}")
     if folds:
-        chosen_validation, notes = _fold(chosen_train, folds, fold)
+        chosen_validation, fold_notes = _fold(chosen_train, folds, fold)
+        notes += fold_notes
         chosen_train = {i: c for i, c in chosen_train.items() if i not in chosen_validation}
     split = Split(*(list(d.values()) for d in (chosen_train, chosen_validation, chosen_test)))
     faults += _split_faults(split)
@@ -72,7 +76,10 @@ def _fold(cases, folds, fold):
         groups.setdefault(case.group, []).append(case.id)
     notes = []
     if len(groups) < folds:
-        notes.append(f"data.folds: {folds} asked for, only {len(groups)} groups are there")
+        got = f"only {len(groups)} groups are there"
+        if len(groups) > 1:
+            got += f", so this is fold {fold % len(groups)} of {len(groups)}"
+        notes.append(f"data.folds: {folds} asked for, {got}")
     if len(groups) < 2:
         return {}, notes
     parts = [[] for _ in range(min(folds, len(groups)))]

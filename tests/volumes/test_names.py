@@ -1,4 +1,4 @@
-"""Volumes found by name: characters of a pattern, Unicode, links to nothing, what is passed over."""
+"""Volumes found by name: patterns, Unicode, links to nothing, what is passed over."""
 
 import os
 import unicodedata
@@ -41,7 +41,9 @@ def test_a_bracket_in_a_file_name_means_itself_and_its_class(tmp_path):
 
 
 def test_the_id_may_be_a_folder_and_stand_twice(tmp_path):
-    touch(tmp_path / "p[1]" / "p[1]_img.tif", tmp_path / "q" / "q_img.tif", tmp_path / "q" / "r.tif")
+    touch(
+        tmp_path / "p[1]" / "p[1]_img.tif", tmp_path / "q" / "q_img.tif", tmp_path / "q" / "r.tif"
+    )
     touch(tmp_path / "s" / "other_img.tif", tmp_path / ".hidden" / ".hidden_img.tif")
     assert ids(f"{tmp_path}/{{id}}/{{id}}_img.tif") == ["p[1]", "q"]
     assert [s.path for s in find_volumes(f"{tmp_path}/{{id}}/r.tif")] == [f"{tmp_path}/q/r.tif"]
@@ -53,7 +55,9 @@ def test_a_name_is_one_in_both_forms_of_unicode(tmp_path):
     assert ids(tmp_path) == [f"{NFC}_1"] == [stem_of(f"{NFD}_1.tif")]
     pairs = [(NFC, f"i/{NFD}.tif", NFC, f"l/{NFC}.tif"), ("a", "i/a.tif", "a", "l/a_lbl.tif")]
     (note,) = notes_on_pairs(pairs)
-    assert note == f"matched though their names differ in Unicode form: i/{NFD}.tif with l/{NFC}.tif"
+    assert (
+        note == f"matched though their names differ in Unicode form: i/{NFD}.tif with l/{NFC}.tif"
+    )
 
 
 def test_pairs_by_the_beginning_of_a_name_are_named_the_first_few_of_many():
@@ -115,7 +119,7 @@ def test_what_is_passed_over_is_one_note_and_sidecars_are_not_mentioned(tmp_path
         f"{tmp_path}: passed over 1 suffixless file, e.g. IM0001; 2 .nrrd files, e.g. b.nrrd; "
         "1 .mha file, e.g. d.mha; 2 subfolders, e.g. more; 1 .zarr folder, e.g. v.zarr"
     )
-    with pytest.raises(VolumeError, match="got one without any but 1 subfolder, e.g. deep"):
+    with pytest.raises(VolumeError, match=r"got one without any but 1 subfolder, e\.g\. deep"):
         find_volumes(tmp_path / "more")
     notes.clear()
     find_volumes(f"{tmp_path}/*.tif", notes)
