@@ -146,6 +146,13 @@ def test_no_spacing_anywhere_is_said(tmp_path, capsys):
     tifffile.imwrite(tmp_path / "a.tif", bar(2), photometric="minisblack")
     assert run("--pred", tmp_path / "a.tif", "--truth", tmp_path / "a.tif") == 0
     assert "no file has a spacing, 1 1 1 is used" in capsys.readouterr().out
+    command = ("--pred", tmp_path / "a.tif", "--truth", tmp_path / "a.tif", "--spacing", 5, 1, 1)
+    assert run(*command) == 0
+    assert "1 1 1" not in capsys.readouterr().out
+    write(tmp_path / "b.nii.gz", bar(2), (5.0, 1.0, 1.0))
+    assert run("--pred", tmp_path / "b.nii.gz", "--truth", tmp_path / "a.tif") == 0
+    said = capsys.readouterr().out
+    assert "the truth has no spacing, that of the prediction is used (--spacing): b" in said
 
 
 def test_an_ignore_label_of_255_is_not_taken_for_white(tmp_path):

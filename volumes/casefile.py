@@ -306,6 +306,7 @@ def read_dataset(root, source=""):
         got = f"{path}, a link to nothing" if path.is_symlink() else root
         raise FileNotFoundError(
             f"data.root: expected a folder made by prepare.py with a {DATASET_FILE}, got {got}; "
+            + "if it was moved, give data.root=DIR; "
             + (f"the data: {source}; " if source else "")
             + "prepare files of your own with `python prepare.py --images PATH --labels PATH "
             "--out DIR`, synthetic ones with `python prepare.py --phantom scroll --out DIR`"
