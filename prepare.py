@@ -35,12 +35,11 @@ from rich.table import Table
 
 from volumes import layouts, phantoms
 from volumes.casefile import DATASET_FILE, read_dataset, write_dataset
-from volumes.files import split_dataset
+from volumes.files import few, split_dataset
 from volumes.ingest import PhantomCase, Rules, prepare_case
 from volumes.processes import cores
 from volumes.volume import UNITS, collect_errors
 
-MAX_NAMED = 8  # cases that a note spells out
 MAX_ROWS = 40  # of the summary
 
 
@@ -110,7 +109,7 @@ def merge_overlaps(rows, existing, faults, notes):
             pieces.append((case.source, slice(*case.planes), case.id, case.group))
     by_source = {}
     for source, *piece in pieces:
-        by_source.setdefault(source, []).append(piece)
+        by_source.setdefault(os.path.realpath(source), []).append(piece)
     for source, some in by_source.items():
         for (planes, name, group), (other, *same) in itertools.combinations(some, 2):
             first, stop = max(planes.start, other.start), min(planes.stop, other.stop)
@@ -119,12 +118,12 @@ def merge_overlaps(rows, existing, faults, notes):
                 (together if group == same[1] else apart).append(named)
     if apart:
         faults.append(
-            f"dataset: expected no slice of an image in two cases, got {_listed(apart)}; a network "
+            f"dataset: expected no slice of an image in two cases, got {few(apart)}; a network "
             "could train on what tests it: give ranges of --crop that do not overlap, another "
             "--out, or one --group-from for both"
         )
     if together:
-        notes.append(f"the same slices are in two cases of one group: {_listed(together)}")
+        notes.append(f"the same slices are in two cases of one group: {few(together)}")
 
 
 def notes_on_existing(out, rows, existing):
@@ -139,12 +138,12 @@ def notes_on_existing(out, rows, existing):
         yield f"replaced in {out}: {', '.join(replaced)}"
     folded = collections.Counter(name.casefold() for name in {*new, *existing})
     if twins := sorted(name for name in {*new, *existing} if folded[name.casefold()] > 1):
-        yield f"ids that Windows and macOS take for one, by upper and lower case: {_listed(twins)}"
+        yield f"ids that Windows and macOS take for one, by upper and lower case: {few(twins)}"
     if kept:
-        yield f"kept in {out} from before, not in this run: {_listed([case.id for case in kept])}"
+        yield f"kept in {out} from before, not in this run: {few([case.id for case in kept])}"
     if gone := [case.id for case in kept if _is_gone(case.source)]:
         yield (
-            f"kept although their raw files are gone: {_listed(gone)}; to drop them, remove "
+            f"kept although their raw files are gone: {few(gone)}; to drop them, remove "
             f"{out} and prepare again"
         )
 
@@ -307,7 +306,7 @@ def report(outcomes, notes):
     for note in notes:
         print(f"note: {note}")
     for note, names in cases_of.items():
-        print(f"note: {note} ({_count(len(names), 'case')}: {_listed(names)})")
+        print(f"note: {note} ({_count(len(names), 'case')}: {few(names)})")
     rows = [row for outcome in outcomes for row in outcome.rows]
     columns = ("case", "shape", "spacing", "dtype", "fg %", "unlabeled %", "group")
     table = Table(*columns)
@@ -326,11 +325,6 @@ def refuse(faults, cases, notes=()):
     last = f"{_count(len(faults), 'fault')}{among}; nothing was written"
     print(*faults, last, sep="\n", file=sys.stderr)
     return 2
-
-
-def _listed(names):
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def _count(number, noun):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from volumes.files import matching
+from volumes.files import few, matching
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ def choose_cases(dataset, *, train, validation, test, folds, fold):
         elsewhere = chosen_validation | chosen_test
         chosen_train = {i: c for i, c in dataset.cases.items() if i not in elsewhere and c.labeled}
         if bare := sorted(dataset.cases.keys() - elsewhere - chosen_train.keys()):
-            more = f" and {len(bare) - 8} more" if len(bare) > 8 else ""
-            notes.append(f"train: without label, not trained on: {', '.join(bare[:8])}{more}")
+            notes.append(f"train: without label, not trained on: {few(bare)}")
     if folds:
         chosen_validation, fold_notes = _fold(chosen_train, folds, fold)
         notes += fold_notes

@@ -65,7 +65,7 @@ def find_sources(text, role, errors, notes):
     """
     dataset = None
     try:
-        if (Path(text) / casefile.DATASET_FILE).is_file():
+        if os.path.lexists(Path(text) / casefile.DATASET_FILE):
             dataset = casefile.read_dataset(text)
             cases = dataset.cases.values()
             if role == "image":
@@ -77,7 +77,7 @@ def find_sources(text, role, errors, notes):
             volumes = _of_role(there, role)
             if role == "truth" and (left := [s.path for s in there if s not in volumes]):
                 notes.append(f"{text}: not named as labels, left out: {listed(left)}")
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         errors += str(error).split("\n")
         return {}, None
     sources = _one_of_each_id([(source.id, source.path) for source in volumes], role, errors)
@@ -190,10 +190,9 @@ def _by_known_id(sources, known, alone, errors, notes):
     return _one_of_each_id(items, "prediction", errors)
 
 
-def listed(ids, most=8):
+def listed(ids):
     """Ids for people, the first few of many."""
-    more = f" and {len(ids) - most} more" if len(ids) > most else ""
-    return ", ".join(sorted(ids)[:most]) + more
+    return files.few(sorted(ids))
 
 
 def read(pair, options, errors):

@@ -96,6 +96,14 @@ def test_crops_that_are_there_and_the_whole_case_are_not_put_in_one_dataset(raw,
     assert ids(tmp_path) == ["s_a", "s_b"]
 
 
+def test_one_file_under_two_ids_is_a_fault(raw, run, tmp_path):
+    raw("s")
+    for kind in ("img", "lbl"):
+        (tmp_path / "raw" / f"new_{kind}.nii.gz").symlink_to(f"s_{kind}.nii.gz")
+    status, _, (fault,) = run()
+    assert status == 2 and "got new and s (z 0:8 of " in fault
+
+
 def test_pieces_of_two_cases_with_one_name_are_a_fault(raw, run, tmp_path):
     raw("s", "s_t")
     status, _, faults = run("--crop", "t_a=0:4", "a=4:8")
@@ -175,7 +183,7 @@ def test_a_dataset_that_lists_a_case_twice_is_a_fault(raw, run, tmp_path):
         twice = json.loads(json.dumps(content))
         twice["cases"][1][key] = value
         path.write_text(json.dumps(twice))
-        with pytest.raises(ValueError, match="two entries of one id or file"):
+        with pytest.raises(ValueError, match="other entries than one of each id"):
             casefile.read_dataset(tmp_path / "out")
 
 

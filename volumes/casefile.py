@@ -316,8 +316,10 @@ def read_dataset(root, source=""):
         if "lamina" not in str(content.get("format")):
             raise TypeError("another format, such as nnU-Net's: prepare that folder first")
         files = {entry["id"]: root / entry["file"] for entry in content["cases"]}
-        if len(set(files.values())) < len(content["cases"]):
-            raise TypeError("two entries of one id or file: keep one of each")
+        if sorted(file.stem for file in files.values()) != sorted(
+            e["id"] for e in content["cases"]
+        ):
+            raise TypeError("other entries than one of each id with the file <id>.h5")
         classes, ignore, unit = content["classes"], content["ignore_label"], content["unit"]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected what prepare.py writes, got {error}") from error

@@ -37,7 +37,6 @@ FORMATS = {
 SIDECARS = {".json", ".csv", ".tsv", ".txt", ".xml", ".md", ".rst", ".yaml", ".yml", ".log", ".pdf",
             ".html", ".py", ".sh", ".toml", ".ini", ".xlsx", ".bval", ".bvec"}  # fmt: skip
 SIDECAR_NAMES = {"readme", "license", "changes", "makefile", "probabilities"}
-MOST_NAMED = 5  # in a note
 _HDF5_NAME = re.compile(r"^(.*\.(?:h5|hdf5)):(.+)$", re.IGNORECASE)
 _WILDCARD = re.compile(r"([*?]|\[!?\]?[^\]]*\])")
 _CHANNEL = re.compile(r"_0000$")
@@ -235,8 +234,13 @@ def notes_on_pairs(pairs):
             forms.append(f"{path} with {partner}")
     for how, some in named.items():
         if some:
-            more = f" and {len(some) - MOST_NAMED} more" if len(some) > MOST_NAMED else ""
-            yield f"matched {how}: {'; '.join(some[:MOST_NAMED])}{more}"
+            yield f"matched {how}: {few(some, 5, '; ')}"
+
+
+def few(names, most=8, between=", "):
+    """Names for people, the first few of many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 # ---------------------------------------------------------------------------- reading
@@ -269,16 +273,16 @@ def read_channels(paths, *, by_hand=False):
     The path names all of them. InputErrors where their voxels are not the same places; by_hand:
     spacing and axes of the headers do not count.
     """
-    image, *others = map(read_image, paths)
-    faults, notes = [], {}
-    for other in others:
+    channels, faults, notes = list(map(read_image, paths)), [], {}
+    image = next((c for c in channels if c.spacing is not None), channels[0])
+    for other in (c for c in channels if c is not image):
         odd, said = compare(other, image, spacing=not by_hand, axes=not by_hand)
         faults += odd
         notes |= dict.fromkeys(f"channels: {note}" for note in said)
     if faults:
         raise InputErrors(*faults)
-    if others:
-        voxels = np.concatenate([image.array, *(other.array for other in others)])
+    if len(channels) > 1:
+        voxels = np.concatenate([channel.array for channel in channels])
         image = replace(image, array=voxels, path=", ".join(paths))
     return image, list(notes)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from volumes.files import (
-    MOST_NAMED,
     Source,
+    few,
     find_volumes,
     is_label_name,
     matching,
@@ -201,19 +201,14 @@ def _declared_otherwise(declared, cases, path):
     ending = str(declared.get("file_ending", ""))
     paths = [path for case in cases for path in (*case.images, case.label) if path]
     if others := [path for path in paths if not path.endswith(ending)]:
-        yield f"{path}: file_ending is {ending}, taken too: {_few(others)}"
+        yield f"{path}: file_ending is {ending}, taken too: {few(others, 5)}"
     entries = declared.get("training") or ()
     names = [stem_of(e["image"] if isinstance(e, dict) else str(e)) for e in entries]
     names = [name if name in ids else _CHANNEL.sub(r"\1", name) for name in names]
     if missing := sorted(set(names) - set(ids)):
-        yield f"{path}: `training` lists {len(missing)} cases that have no file: {_few(missing)}"
+        yield f"{path}: `training` lists {len(missing)} cases that have no file: {few(missing)}"
     if entries and (more := [i for i in ids if i not in names]):
-        yield f"{path}: `training` does not list, taken too: {_few(more)}"
-
-
-def _few(names):
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+        yield f"{path}: `training` does not list, taken too: {few(more)}"
 
 
 def _declared_classes(labels):
@@ -293,11 +288,12 @@ def _find_vesuvius(root, layout):
             f"{root / 'train.csv'} lists {len(gone)} ids that have no file any more; skipped: "
             + ", ".join(gone)
         )
-    names = [name for name in images if name not in gone]
+    names = [name for name in sorted({*images, *labels}) if name not in gone]
     for name in names:
         if name in labels and name not in scrolls:
             layout.faults.append(f"case {name}: expected its scroll_id in train.csv, got no row")
-    _add_cases([(name, [images[name]], labels.get(name)) for name in names], layout)
+    paths = {name: [path] for name, path in images.items()}
+    _add_cases([(name, paths.get(name, []), labels.get(name)) for name in names], layout)
     layout.cases = [replace(case, group=scrolls.get(case.id, "")) for case in layout.cases]
 
 

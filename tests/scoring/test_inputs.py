@@ -129,6 +129,15 @@ def test_links_to_nothing_are_errors_a_line_each(folders):
     assert [error.split(":")[0] for error in errors] == [f"{pred}/b.tif", f"{pred}/c.tif"]
 
 
+def test_a_dataset_behind_a_link_to_nothing_is_an_error(folders):
+    pred, truth = folders
+    masks(pred, "a.tif")
+    masks(truth, "a.tif")
+    (truth / "dataset.json").symlink_to("/nowhere")
+    _, errors, _ = match(pred, truth)
+    assert len(errors) == 1 and f"got {truth}/dataset.json, a link to nothing" in errors[0]
+
+
 # ---------------------------------------------------------------------------- spacing
 
 

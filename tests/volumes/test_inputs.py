@@ -4,7 +4,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from volumes import casefile
+from volumes import casefile, files
 from volumes.inputs import check_inputs
 from volumes.volume import InputErrors
 
@@ -90,6 +90,16 @@ def test_channels_of_two_grids_are_a_fault(tmp_path):
     scan(tmp_path / "in" / "a_0001.nii.gz", spacing=(1.0, 1.0, 3.0))
     (fault,) = faults(tmp_path, tmp_path / "in", channels=2)
     assert "a_0001.nii.gz: expected the spacing of" in fault and "a_0000.nii.gz" in fault
+
+
+def test_a_channel_without_a_spacing_takes_that_of_the_others(tmp_path):
+    array = np.ones(SHAPE, np.uint8)
+    files.write_volume(tmp_path / "in" / "a_0000.tif", array)
+    scan(tmp_path / "in" / "a_0001.nii.gz", 5)
+    (volume,), _ = checked(tmp_path, tmp_path / "in", channels=2)
+    assert (volume.spacing, volume.unit) == ((2.0, 1.0, 1.0), "mm")
+    with volume.voxels() as image:
+        assert image[:, 1, 0, 0].tolist() == [1, 5]
 
 
 def test_two_inputs_of_one_id_are_a_fault_whatever_their_format(tmp_path):

@@ -158,6 +158,14 @@ def test_two_files_of_one_vesuvius_id_are_a_fault(tmp_path):
     )
 
 
+def test_a_vesuvius_label_without_an_image_is_a_fault(tmp_path):
+    touch(*(tmp_path / f"train_{kind}s" / "1.tif" for kind in ("image", "label")))
+    touch(tmp_path / "train_labels" / "2.tif")
+    (tmp_path / "train.csv").write_text("id,scroll_id\n1,7\n")
+    faults = layouts.find_cases(tmp_path).faults
+    assert any(fault.startswith("case 2: expected an image of this id") for fault in faults)
+
+
 def test_two_groups_of_one_id_are_a_fault_and_one_group_twice_is_none(tmp_path):
     cases, path = [RawCase("a", ("a.tif",), None, "a")], tmp_path / "g.csv"
     path.write_text("id,p\na,1\na ,1\n")
