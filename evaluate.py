@@ -225,8 +225,9 @@ def notes_on(pairs, results):
     """What a reader of the results must know, as sentences."""
     cases = {}
     for pair, result in zip(pairs, results, strict=True):
-        for role, value in result.masks.ones.items():
-            cases.setdefault(f"{role} of 0 and {value} read as 0 and 1", []).append(pair.id)
+        for role, values in result.masks.ones.items():
+            for value in sorted(values):
+                cases.setdefault(f"{role} of 0 and {value} read as 0 and 1", []).append(pair.id)
         if note := SPACING_NOTES.get(result.masks.spacing_of):
             cases.setdefault(note, []).append(pair.id)
         for note in dict.fromkeys(result.masks.notes):

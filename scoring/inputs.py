@@ -53,7 +53,7 @@ class Masks:
     spacing: tuple  # z, y, x
     unit: str
     spacing_of: str  # where the spacing comes from: truth, prediction, option or none
-    ones: dict  # {role: 254 or 255, where that meant 1}
+    ones: dict  # {role: those of 254 and 255 that meant 1}
     notes: list  # on their headers
 
 
@@ -262,7 +262,7 @@ def _binary(volume, ignored, role, ones, errors):
     array, most = volume.array, int(volume.array.max())
     others = [] if ignored is None else [ignored]
     if most in FULL_SCALE and most != ignored and np.isin(array, [0, most, *others]).all():
-        ones[role] = most
+        ones.setdefault(role, set()).add(most)
         return np.where(array == most, array.dtype.type(1), array)
     if not np.isin(array, [0, 1, *others]).all():
         advice = "give a mask of one class"

@@ -140,6 +140,17 @@ def test_white_masks_are_read_as_ones_and_it_is_said(tmp_path, capsys, white):
     assert f"truths of 0 and {white} read as 0 and 1: a" in printed
 
 
+def test_white_of_two_values_in_two_predictions_is_said_of_both(tmp_path, capsys):
+    for name, white in (("m", 254), ("n", 255)):
+        write(tmp_path / name / "a.tif", bar(2, value=white))
+    write(tmp_path / "t" / "a.tif", bar(2))
+    assert run("--pred", tmp_path / "m", tmp_path / "n", "--truth", tmp_path / "t") == 0
+    printed = capsys.readouterr().out
+    assert all(
+        f"predictions of 0 and {white} read as 0 and 1: a" in printed for white in (254, 255)
+    )
+
+
 def test_no_spacing_anywhere_is_said(tmp_path, capsys):
     import tifffile
 

@@ -152,7 +152,13 @@ def _what_is_at(path):
     if os.path.islink(path):
         gone = f"a link to {os.readlink(path)}, where nothing can be opened"
         return f"{gone}; fetch that (git annex get, dvc pull) or remove the link"
-    return "what is no file" if os.path.lexists(path) else "a path that does not exist"
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return "a path that does not exist"
+    except OSError as error:
+        return error.strerror
+    return "what is no file"
 
 
 def _other_kind(path):

@@ -123,7 +123,7 @@ def _inspect(case_id, paths):
     path = paths[0]
     if attributes := _case_attributes(path):
         case, source = casefile.read_case(path), str(attributes["source_image"])
-        sources = (*source.split(", "), str(attributes["source_label"]))
+        sources = (source, *source.split(", "), str(attributes["source_label"]))
         suffix = files.suffix_of(source) or PHANTOM_SUFFIX
         affine, header = attributes.get("affine"), attributes.get("nifti_header")
         affine = None if affine is None else check_affine(affine, path)

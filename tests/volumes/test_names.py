@@ -143,3 +143,15 @@ def test_a_folder_that_cannot_be_read_is_a_fault(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "listdir", refuse)
     with pytest.raises(VolumeError, match="expected a folder that can be read, got Permission"):
         find_volumes(Path(tmp_path))
+
+
+def test_a_volume_in_a_folder_that_cannot_be_entered_is_a_fault_that_says_why(
+    tmp_path, monkeypatch
+):
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", lambda path: ["a.tif"])  # of a folder without the right x
+    monkeypatch.setattr(os, "lstat", refuse)
+    with pytest.raises(ValueError, match=r"a\.tif: expected a volume, got Permission denied"):
+        find_volumes(tmp_path)
