@@ -213,8 +213,8 @@ def read(pair, options, errors):
         faults, odd = compare(volume, other, **how)
         errors += faults
         notes += [f"{what}: {note}" for note in odd]
-    for what, volume in [*(("prediction", p) for p in predictions.values()), ("truth", truth)]:
-        notes += [f"{what}: {remark}" for remark in volume.remarks()]
+    for volume in (*predictions.values(), truth):
+        notes += volume.remarks() if options.spacing is None else volume.notes
     for volume in stated if options.spacing is None else ():
         if not all(s > 0 for s in volume.spacing):
             got = f"got {with_unit(volume.spacing, volume.unit)}; give --spacing"

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from volumes import atomic, hdf5, nifti, tiff
-from volumes.volume import InputErrors, VolumeError, check_affine, compare
+from volumes.volume import InputErrors, VolumeError, check_affine, compare, sizes
 
 FORMATS = {
     ".nii.gz": nifti,
@@ -274,23 +274,26 @@ def read_image(path):
 
 
 def read_channels(paths, *, by_hand=False):
-    """(image, notes): that of one file, or all channels of several, each as `read_image` gives it.
+    """The image in one file, or all channels of several, each as `read_image` gives it.
 
-    The path names all of them. InputErrors where their voxels are not the same places; by_hand:
+    Its path names all of them. InputErrors where their voxels are not the same places; by_hand:
     spacing and axes of the headers do not count.
     """
-    channels, faults, notes = list(map(read_image, paths)), [], {}
+    channels, faults = list(map(read_image, paths)), []
+    if len(channels) == 1:
+        return channels[0]
     image = next((c for c in channels if c.spacing is not None), channels[0])
+    notes = dict.fromkeys(note for channel in channels for note in channel.notes)
     for other in (c for c in channels if c is not image):
         odd, said = compare(other, image, spacing=not by_hand, axes=not by_hand)
         faults += odd
         notes |= dict.fromkeys(f"channels: {note}" for note in said)
     if faults:
         raise InputErrors(*faults)
-    if len(channels) > 1:
-        voxels = np.concatenate([channel.array for channel in channels])
-        image = replace(image, array=voxels, path=", ".join(paths))
-    return image, list(notes)
+    voxels = np.concatenate([channel.array for channel in channels])
+    doubt = next((channel.doubt for channel in channels if channel.doubt), "")
+    path = ", ".join(map(str, paths))
+    return replace(image, array=voxels, path=path, notes=tuple(notes), doubt=doubt)
 
 
 def read_label(path):
@@ -345,16 +348,17 @@ def _read(path, role):
             f"{path}: expected a whole {suffix} file, got one that cannot be read "
             f"({type(error).__name__}: {reason[:160]}); it may be truncated, fetch it again"
         ) from error
-    array, affine = volume.array, volume.affine
+    array, affine, spacing = volume.array, volume.affine, volume.spacing
     if affine is not None:
         affine = check_affine(affine, path)
+        spacing = spacing or sizes(affine)
     if 0 in array.shape:
         raise VolumeError(f"{path}: expected a volume, got an empty one of shape {array.shape}")
     if array.dtype == bool:
         array = array.astype(np.uint8)
     array = array[None] if array.ndim == 3 else array
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
-    return replace(volume, array=array, affine=affine, path=str(path))
+    return replace(volume, array=array, affine=affine, spacing=spacing, path=str(path))
 
 
 # ---------------------------------------------------------------------------- writing

@@ -131,9 +131,17 @@ def _read(case, rules, outcome):
     by_hand = _by_hand(case.id, rules)[0] is not None
     image = label = None
     with collect_errors(outcome.faults):
-        image, outcome.notes = read_channels(case.images, by_hand=by_hand)
+        image = read_channels(case.images, by_hand=by_hand)
     with collect_errors(outcome.faults):
         label = read_label(case.label) if case.label else None
+    for volume in (image, label):
+        if volume is None:
+            continue
+        outcome.notes += volume.notes
+        if volume.doubt and not by_hand:
+            outcome.faults.append(
+                f"{volume.path}: {volume.doubt}; correct the header or give --spacing Z Y X"
+            )
     if image is not None and label is not None:
         faults, notes = compare(label, image, spacing=not by_hand, axes=not by_hand)
         outcome.faults += faults
@@ -157,11 +165,6 @@ def _spacing_and_unit(name, image, label, rules, outcome):
     converted = bool(wanted and unit and wanted != unit)
     if converted:
         outcome.notes.append(f"unit {wanted} instead of the header's {unit}")
-    if stated.doubt and spacing is None:
-        outcome.faults.append(
-            f"{stated.path}: {stated.doubt}; correct the header or give --spacing Z Y X"
-        )
-    outcome.notes += [note for volume in (image, label) if volume for note in volume.notes]
     if spacing is not None:
         if header is not None and not np.allclose(header, spacing, rtol=HEADER_TOLERANCE):
             outcome.notes.append(f"spacing from {option} replaces the header's")

@@ -44,7 +44,7 @@ class Input:
                 with h5py.File(self.path, "r") as file:
                     yield file["image"]
             else:
-                yield files.read_channels(self.sources)[0].array
+                yield files.read_channels(self.sources).array
 
     def prediction_path(self, output):
         """Where the mask of this input goes in the folder output."""
@@ -130,11 +130,11 @@ def _inspect(case_id, paths):
         header = None if header is None else header.tobytes()
         grid = (case.shape, case.channels, case.spacing, case.unit, affine, header)
         return Input(case.id, path, True, sources, suffix, *grid, case.intensity)
-    volume, notes = files.read_channels(paths)
+    volume = files.read_channels(paths)
     channels, *shape = volume.array.shape
     grid = (tuple(shape), channels, volume.spacing, volume.unit, volume.affine, volume.header)
     intensity = casefile.intensity_statistics(volume.array)
-    about = (intensity, volume.doubt, (*volume.remarks(), *notes))
+    about = (intensity, volume.doubt, tuple(volume.remarks()))
     return Input(case_id, volume.path, False, tuple(paths), files.suffix_of(path), *grid, *about)
 
 

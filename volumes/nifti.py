@@ -5,6 +5,9 @@ where its code is above 0, else qform. What is written keeps all three, their co
 """
 
 import gzip
+import math
+import os
+import zlib
 
 import nibabel
 import numpy as np
@@ -14,7 +17,9 @@ from volumes.volume import (
     Volume,
     VolumeError,
     apart,
+    check_affine,
     round_spacing,
+    scale_affine,
     sizes,
     with_unit,
 )
@@ -25,42 +30,59 @@ SECONDS = (8, 16, 24)  # s, ms, µs: the next 3 bits
 PLACE = ("xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
          "qoffset_y", "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")  # fmt: skip
 MOST_VOXELS = 2**15 - 1  # on an axis of NIfTI-1
+MOST_PACKED = 1032  # bytes in one of gzip
 CHUNK = 2**20
 
 
 def read(path, _dataset, _role):
     """The `Volume` in a NIfTI file, (D, H, W) or (C, D, H, W); float32 if its header scales it."""
     nibabel.imageglobals.logger.disabled = True  # its warnings do not name the file
-    kind, packed = type(nibabel.load(path)), path.lower().endswith(".gz")
-    with (gzip.open if packed else open)(path, "rb") as stream:
-        # Unchecked: a checked header has a spacing of 0 turned into 1, a code above 5 into 0.
-        header = kind.header_class.from_fileobj(stream, check=False)
-        data = kind.from_stream(stream).dataobj
-        array = np.asanyarray(data)
-        while packed and stream.read(CHUNK):  # the checksum stands at the end
-            pass
+    packed, notes, doubt = path.lower().endswith(".gz"), [], ""
+    try:
+        with (gzip.open if packed else open)(path, "rb") as stream:
+            kind = _kind(stream.read(4))
+            stream.seek(0)
+            # Unchecked: a checked one has a spacing of 0 turned into 1, and a code above 5 into 0.
+            header = kind.from_fileobj(stream, check=False)
+            checked = header.copy()
+            checked.check_fix()
+            data = nibabel.arrayproxy.ArrayProxy(stream, checked)
+            if math.prod(data.shape) * data.dtype.itemsize > MOST_PACKED * os.path.getsize(path):
+                raise EOFError(f"the header says {data.shape} voxels of {data.dtype}")
+            array = np.asanyarray(data)
+            while packed and stream.read(CHUNK):  # the checksum stands at the end
+                pass
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise VolumeError(
+            f"{path}: expected a whole gzip file, got a damaged one ({error}); fetch it again"
+        ) from error
     if (data.slope, data.inter) != (1, 0):
         array = array.astype(np.float32)
-    notes = []
     array = _of_four_axes(path, array, header, notes)
-    spacing = round_spacing(header["pixdim"][3:0:-1])
-    unit, doubt = _unit(header), ""
-    if not all(0 < s < np.inf for s in spacing):
+    spacing, unit = round_spacing(header["pixdim"][3:0:-1]), _unit(header)
+    usable = all(0 < s < np.inf for s in spacing)
+    if not usable:
         header["pixdim"][1:4] = 1  # the spacing is refused, or given by hand
     if header["pixdim"][0] not in (-1, 1):
         header["pixdim"][0] = 1
     affine = _affine(header)
-    if affine is not None and np.isfinite(affine).all() and header["sform_code"] > 0:
-        of_sform = sizes(affine)
-        if not np.allclose(spacing, of_sform, rtol=HEADER_TOLERANCE) and all(
-            s > 0 for s in spacing
-        ):
-            got = f"{with_unit(spacing, unit)} (pixdim) and {with_unit(of_sform, unit)} (sform)"
-            doubt, spacing = f"expected one voxel size z, y, x, got {got}", of_sform
-        elif header["qform_code"] > 0 and (what := apart(_qform(header), affine, array.shape)):
-            notes.append(f"qform and sform differ ({what}); sform is used")
+    if usable and affine is not None:
+        affine = check_affine(affine, path)
+        if not np.allclose(spacing, sizes(affine), rtol=HEADER_TOLERANCE, atol=0.0):
+            both = with_unit(spacing, unit), with_unit(sizes(affine), unit)
+            doubt = "expected one voxel size z, y, x, got {} (pixdim) and {} (sform)".format(*both)
+            spacing = sizes(affine)
+        elif min(header["qform_code"], header["sform_code"]) > 0:
+            if difference := apart(_qform(header), affine, array.shape):
+                notes.append(f"qform and sform differ ({difference}); sform is used")
     block = header.binaryblock
     return Volume(array.T, spacing, unit, affine, path, block, doubt, tuple(notes))
+
+
+def _kind(start):
+    """The class of a header by its first 4 bytes, its size in either byte order."""
+    large = 540 in (int.from_bytes(start, order) for order in ("little", "big"))
+    return nibabel.Nifti2Header if large else nibabel.Nifti1Header
 
 
 def _of_four_axes(path, array, header, notes):
@@ -115,7 +137,7 @@ def write(path, array, spacing, unit, affine, header):
     if unit == "nm":  # NIfTI has no code for it
         unit, spacing = "micron", spacing and tuple(1e-3 * s for s in spacing)
         affine = None if affine is None else np.diag([1e-3, 1e-3, 1e-3, 1.0]) @ affine
-    old = None if header is None else _parse(header)
+    old = None if header is None else _kind(header[:4])(header, check=False)
     large = max(array.shape) > MOST_VOXELS or isinstance(old, nibabel.Nifti2Header)
     kind = nibabel.Nifti2Image if large else nibabel.Nifti1Image
     image = kind(array.T, None, dtype=array.dtype)
@@ -127,14 +149,9 @@ def write(path, array, spacing, unit, affine, header):
         image.set_sform(affine, code=1)
         image.set_qform(affine, code=1)
     if _unit(image.header) != unit:
-        image.header["xyzt_units"] = int(image.header["xyzt_units"]) & 0xF8 | UNIT_CODES[unit]
+        times = int(image.header["xyzt_units"]) & 0xF8
+        image.header["xyzt_units"] = times | UNIT_CODES.get(unit, 0)
     nibabel.save(image, path)
-
-
-def _parse(block):
-    kinds = (nibabel.Nifti1Header, nibabel.Nifti2Header)
-    kind = next(kind for kind in kinds if kind.sizeof_hdr == len(block))
-    return kind(block, check=False)
 
 
 def _keep_place(header, old, spacing, affine):
@@ -147,12 +164,13 @@ def _keep_place(header, old, spacing, affine):
     header["pixdim"][:4] = old["pixdim"][:4]
     before = _affine(old)
     if before is not None and affine is not None and not np.array_equal(before, affine):
-        change = np.linalg.solve(before, affine)  # of voxels
+        # The voxel, by the old header, that has become the first one.
+        first = np.linalg.solve(scale_affine(before, sizes(affine)), affine[:, 3])
         if old["qform_code"] > 0:
             old["pixdim"][1:4] = sizes(before)[::-1]
-            for name, place in zip("xyz", _qform(old) @ change[:, 3], strict=False):
-                header[f"qoffset_{name}"] = place
-        for name, row in zip("xyz", old.get_sform() @ change, strict=False):
-            header[f"srow_{name}"] = row
+            origin = scale_affine(_qform(old), sizes(affine)) @ first
+            header["qoffset_x"], header["qoffset_y"], header["qoffset_z"] = origin[:3]
+        if old["sform_code"] > 0:
+            header["srow_x"], header["srow_y"], header["srow_z"] = affine[:3]
     if spacing is not None and not np.allclose(header["pixdim"][3:0:-1], spacing, rtol=1e-4):
         header["pixdim"][1:4] = spacing[::-1]

@@ -94,10 +94,11 @@ def compare(volume, other, *, spacing=True, axes=True):
         )
     known = volume.unit in METRES and other.unit in METRES
     scale = METRES[volume.unit] / METRES[other.unit] if known else 1.0
-    stated = spacing and volume.spacing is not None and all(s > 0 for s in other.spacing or (0,))
-    if stated and not np.allclose(
+    stated = volume.spacing is not None and all(s > 0 for s in other.spacing or (0,))
+    sizes_differ = stated and not np.allclose(
         np.multiply(volume.spacing, scale), other.spacing, rtol=HEADER_TOLERANCE, atol=0.0
-    ):
+    )
+    if sizes_differ and spacing:
         faults.append(
             f"{volume.path}: expected the spacing of {other.path}, "
             f"{with_unit(other.spacing, other.unit)}, got {with_unit(volume.spacing, volume.unit)};"
@@ -113,34 +114,41 @@ def compare(volume, other, *, spacing=True, axes=True):
             "mirrors them; bring both to one orientation, or give --spacing Z Y X if only a header "
             "is wrong"
         )
-    elif difference == "axes" or (difference and spacing and not faults):
+    elif difference == "axes" or (difference and not faults and not sizes_differ):
         notes.append(f"the headers differ ({difference}); they are matched voxel by voxel")
     return faults, notes
 
 
 def apart(affine, other, shape_xyz):
     """What sets the places apart that two affines give to the voxels: "axes", "origin" or ""."""
-    directions = (a[:3, :3] / np.linalg.norm(a[:3, :3], axis=0) for a in (affine, other))
-    if not np.allclose(*directions, rtol=0.0, atol=SAME_DIRECTION):
+    lengths = [np.linalg.norm(a[:3, :3], axis=0) for a in (affine, other)]
+    ours, theirs = affine[:3, :3] / lengths[0], other[:3, :3] / lengths[1]
+    if not np.allclose(ours, theirs, rtol=0.0, atol=SAME_DIRECTION):
         return "axes"
-    corners = np.array([*itertools.product(*((0, n - 1) for n in shape_xyz[:3]), [1])]).T
-    moved = np.abs(np.linalg.solve(other, affine @ corners) - corners).max()
-    return "origin" if moved > APART else ""
+    corners = np.array([*itertools.product(*((0, n - 1) for n in shape_xyz[:3]))]).T
+    corners = corners * lengths[1][:, None]
+    offset = (affine[:3, 3] - other[:3, 3])[:, None]
+    moved = np.linalg.solve(other[:3, :3], (ours - theirs) @ corners + offset)
+    return "origin" if np.abs(moved).max() > APART else ""
 
 
 def check_affine(affine, path):
     """The affine as a (4, 4) array; VolumeError where it maps no voxel to a place of its own."""
-    affine = np.array(affine, np.float64)
+    matrix = np.zeros((4, 4))
+    with contextlib.suppress(TypeError, ValueError):
+        matrix = np.array(affine, np.float64)
+    if matrix.shape == (3, 4):
+        matrix = np.vstack([matrix, np.eye(4)[3]])
     good = (
-        affine.shape == (4, 4) and np.isfinite(affine).all() and affine[3].tolist() == [0, 0, 0, 1]
+        matrix.shape == (4, 4) and np.isfinite(matrix).all() and (matrix[3] == np.eye(4)[3]).all()
     )
-    lengths = np.linalg.norm(affine[:3, :3], axis=0) if good else np.zeros(1)
-    if not lengths.all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-4:
+    lengths = np.linalg.norm(matrix[:3, :3], axis=0) if good else np.zeros(1)
+    if not lengths.all() or abs(np.linalg.det(matrix[:3, :3] / lengths)) < 1e-4:
+        got = str(affine).replace("\n", "")
         raise VolumeError(
-            f"{path}: expected an affine that can be inverted, got {affine.tolist()}; "
-            "correct the header"
+            f"{path}: expected an affine that can be inverted, got {got}; correct the header"
         )
-    return affine
+    return matrix
 
 
 def sizes(affine):

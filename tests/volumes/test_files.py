@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from volumes import files
 from volumes.files import case_id, find_volumes, read_image, read_label, write_volume
-from volumes.volume import Volume, VolumeError, crop_affine
+from volumes.volume import Volume, VolumeError, crop_affine, scale_affine
 
 SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[3] / "shared"))
 REAL = SHARED / "data"
@@ -353,3 +353,28 @@ def test_an_affine_in_nanometres_is_written_in_microns(tmp_path):
     image = nibabel.load(tmp_path / "a.nii.gz")
     assert np.allclose(image.affine, np.diag([0.01, 0.01, 0.02, 1.0]))
     assert image.header.get_xyzt_units()[0] == "micron"
+
+
+@pytest.mark.parametrize("affine", [np.zeros((4, 4)), np.full((4, 4), np.nan), np.eye(3), "x"])
+def test_an_affine_in_hdf5_that_cannot_be_inverted_is_a_fault(tmp_path, voxels, affine):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["image"] = voxels
+        file.attrs["affine"] = affine
+    with pytest.raises(VolumeError, match=r"a\.h5: expected an affine that can be inverted"):
+        read_image(tmp_path / "a.h5")
+
+
+def test_an_affine_alone_states_the_spacing(tmp_path, voxels):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["image"] = voxels
+        file.attrs["affine"] = [[0, 2.0, 0, 1], [-0.5, 0, 0, 2], [0, 0, 3, 3]]
+    assert read_image(tmp_path / "a.h5").spacing == (3, 2, 0.5)
+
+
+def test_a_scaled_affine_keeps_its_axes_and_the_voxel_at_the_origin():
+    affine = np.array([[0, 2.0, 0, 10], [-3.0, 0, 0, 21], [0, 0, 5.0, 30], [0, 0, 0, 1]])
+    scaled = scale_affine(affine, (10, 2, 6))  # z, y, x were 5, 2, 3
+    assert np.allclose(scaled, [[0, 2, 0, 10], [-6, 0, 0, 42], [0, 0, 10, 60], [0, 0, 0, 1]])
+    origin = np.linalg.solve(affine, (0, 0, 0, 1))
+    assert np.allclose(scaled @ origin, (0, 0, 0, 1))
+    assert scale_affine(affine, (5, 2, 3)) is affine
