@@ -140,12 +140,30 @@ def test_white_masks_are_read_as_ones_and_it_is_said(tmp_path, capsys, white):
     assert f"truths of 0 and {white} read as 0 and 1: a" in printed
 
 
+def test_white_of_two_values_in_two_predictions_is_said_of_both(tmp_path, capsys):
+    for name, white in (("m", 254), ("n", 255)):
+        write(tmp_path / name / "a.tif", bar(2, value=white))
+    write(tmp_path / "t" / "a.tif", bar(2))
+    assert run("--pred", tmp_path / "m", tmp_path / "n", "--truth", tmp_path / "t") == 0
+    printed = capsys.readouterr().out
+    assert all(
+        f"predictions of 0 and {white} read as 0 and 1: a" in printed for white in (254, 255)
+    )
+
+
 def test_no_spacing_anywhere_is_said(tmp_path, capsys):
     import tifffile
 
     tifffile.imwrite(tmp_path / "a.tif", bar(2), photometric="minisblack")
     assert run("--pred", tmp_path / "a.tif", "--truth", tmp_path / "a.tif") == 0
     assert "no file has a spacing, 1 1 1 is used" in capsys.readouterr().out
+    command = ("--pred", tmp_path / "a.tif", "--truth", tmp_path / "a.tif", "--spacing", 5, 1, 1)
+    assert run(*command) == 0
+    assert "1 1 1" not in capsys.readouterr().out
+    write(tmp_path / "b.nii.gz", bar(2), (5.0, 1.0, 1.0))
+    assert run("--pred", tmp_path / "b.nii.gz", "--truth", tmp_path / "a.tif") == 0
+    said = capsys.readouterr().out
+    assert "the truth has no spacing, that of the prediction is used (--spacing): b" in said
 
 
 def test_an_ignore_label_of_255_is_not_taken_for_white(tmp_path):

@@ -4,8 +4,8 @@ A fault is one sentence that names the file or case, what was expected and what 
 sentence that reads the same for every case it holds for, so that notes can be counted.
 """
 
-import fnmatch
 import math
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from volumes import phantoms
 from volumes.casefile import write_case
-from volumes.files import read_image, read_label
+from volumes.files import read_channels, read_label
 from volumes.volume import (
     HEADER_TOLERANCE,
     METRES,
@@ -51,7 +51,7 @@ class Rules:
     ignore_label: int | None
     spacing: tuple[float, float, float] | None
     unit: str | None
-    spacing_rows: list
+    spacing_rows: dict | None  # {case: (spacing, unit)} of a table, which each case must be in
     crops: dict
     store: dict
     folder: str
@@ -89,6 +89,10 @@ def prepare_case(case, rules):
             _check_label(piece_id, classes[planes], rules.ignore_label, outcome)
     if outcome.faults:
         return outcome
+    source, source_label = image.path, ""
+    if not isinstance(case, PhantomCase):
+        source = ", ".join(map(os.path.abspath, case.images))
+        source_label = "" if label is None else os.path.abspath(case.label)
     for piece_id, planes in pieces.items():
         voxels, part = image.array[:, planes], None if classes is None else classes[planes]
         affine = image.affine
@@ -106,11 +110,12 @@ def prepare_case(case, rules):
             header=image.header,
             group=group,
             ignore_label=rules.ignore_label,
-            source_image=image.path,
-            source_label="" if label is None else label.path,
+            source_image=source,
+            source_label=source_label,
+            planes=(planes.start, planes.stop),
             **rules.store,
         )
-        row = {"case": piece_id, "group": group, "unit": unit}
+        row = {"case": piece_id, "group": group, "unit": unit, "source": source, "planes": planes}
         outcome.rows.append(row | _summary(voxels, part, spacing, unit, rules))
     return outcome
 
@@ -122,40 +127,33 @@ def _read(case, rules, outcome):
         source = f"phantom {case.kind} seed {case.seed} index {case.index}"
         image = Volume(phantom.image[None], phantom.spacing, phantom.unit, None, source)
         return image, replace(image, array=phantom.label)
-    channels, label = [], None
-    with collect_errors(outcome.faults):
-        channels = [read_image(path) for path in case.images]
-    with collect_errors(outcome.faults):
-        label = read_label(case.label) if case.label else None
-    if outcome.faults:
-        return None, None
     # A spacing by hand says that headers are wrong.
     by_hand = _by_hand(case.id, rules)[0] is not None
-    labels = [label] if label else []
-    for volume in channels + labels:
+    image = label = None
+    with collect_errors(outcome.faults):
+        image = read_channels(case.images, by_hand=by_hand)
+    with collect_errors(outcome.faults):
+        label = read_label(case.label) if case.label else None
+    for volume in (image, label):
+        if volume is None:
+            continue
         outcome.notes += volume.notes
         if volume.doubt and not by_hand:
             outcome.faults.append(
                 f"{volume.path}: {volume.doubt}; correct the header or give --spacing Z Y X"
             )
-    others = [("channels", channel) for channel in channels[1:]]
-    for what, other in others + [("image and label", label) for label in labels]:
-        faults, notes = compare(other, channels[0], spacing=not by_hand, axes=not by_hand)
+    if image is not None and label is not None:
+        faults, notes = compare(label, image, spacing=not by_hand, axes=not by_hand)
         outcome.faults += faults
-        outcome.notes += [f"{what}: {note}" for note in notes]
-    if outcome.faults:
-        return None, None
-    voxels = channels[0].array
-    if len(channels) > 1:
-        voxels = np.concatenate([channel.array for channel in channels])
-    return replace(channels[0], array=voxels, path=", ".join(case.images)), label
+        outcome.notes += [f"image and label: {note}" for note in notes]
+    return image, label
 
 
 def _by_hand(name, rules):
     """(spacing, the option that gave it, unit) of a case, None where the headers decide."""
-    for pattern, spacing, unit in rules.spacing_rows:
-        if name == pattern or fnmatch.fnmatchcase(name, pattern):
-            return spacing, "--spacing-csv", unit or rules.unit
+    if name in (rules.spacing_rows or {}):
+        spacing, unit = rules.spacing_rows[name]
+        return spacing, "--spacing-csv", unit or rules.unit
     return rules.spacing, "--spacing", rules.unit
 
 
@@ -170,7 +168,7 @@ def _spacing_and_unit(name, image, label, rules, outcome):
     if spacing is not None:
         if header is not None and not np.allclose(header, spacing, rtol=HEADER_TOLERANCE):
             outcome.notes.append(f"spacing from {option} replaces the header's")
-    elif header is None and rules.spacing_rows:
+    elif header is None and rules.spacing_rows is not None:
         outcome.faults.append(f"case {name}: expected a row in --spacing-csv, got none for this id")
     elif header is None:
         spacing = (1.0, 1.0, 1.0)
