@@ -46,6 +46,7 @@ class Layout:
     cases: list[RawCase] = field(default_factory=list)
     classes: dict[str, int] | None = None
     ignore_label: int | None = None
+    channels: int = 0  # of each case; 0: any number
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
@@ -168,7 +169,7 @@ def _find_nnunet(root, test_images, layout):
     try:
         declared = json.loads((root / "dataset.json").read_text())
         layout.classes, layout.ignore_label = _declared_classes(declared["labels"])
-        channels = len(declared.get("channel_names") or declared.get("modality") or ())
+        layout.channels = len(declared.get("channel_names") or declared.get("modality") or ())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputErrors(
             f"{root / 'dataset.json'}: expected nnU-Net's or MSD's description with `labels` as "
@@ -180,11 +181,11 @@ def _find_nnunet(root, test_images, layout):
         labels = {source.id: source.path for source in sources}
     else:
         layout.notes.append(f"{root}: no labelsTr, so its cases are without label")
-    _add_channel_cases(root / "imagesTr", labels, channels, layout)
+    _add_channel_cases(root / "imagesTr", labels, layout)
     if not layout.faults:
         layout.notes += _declared_otherwise(declared, layout.cases, root / "dataset.json")
     if test_images:
-        _add_channel_cases(root / "imagesTs", None, channels, layout)
+        _add_channel_cases(root / "imagesTs", None, layout)
     elif (root / "imagesTs").is_dir():
         layout.notes.append(f"{root / 'imagesTs'}: passed over, --test-images adds it")
 
@@ -253,13 +254,13 @@ def stack_channels(sources, ids, faults):
     return several
 
 
-def _add_channel_cases(folder, labels, channels, layout):
-    """Add the cases of one folder. labels: {id: path}, None if it has none; channels 0: any."""
+def _add_channel_cases(folder, labels, layout):
+    """Add the cases of one folder. labels: {id: path}, None if it has none."""
     cases = stack_channels(_by_stem(folder, layout), labels or (), layout.faults)
     for name, paths in cases:
-        if stem_of(paths[0]) != name and channels not in (0, len(paths)):
+        if stem_of(paths[0]) != name and layout.channels not in (0, len(paths)):
             layout.faults.append(
-                f"case {name}: expected {channels} channels as in dataset.json, "
+                f"case {name}: expected {layout.channels} channels as in dataset.json, "
                 f"got {len(paths)} ({', '.join(paths)})"
             )
     labels_expected, labels = labels is not None, labels or {}
