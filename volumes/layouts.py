@@ -197,18 +197,20 @@ def _by_stem(folder, layout):
 def _declared_otherwise(declared, cases, path):
     """Where the dataset.json of nnU-Net or MSD says another thing than the files, as notes."""
     ids, number = [case.id for case in cases], declared.get("numTraining", len(cases))
-    if number != len(cases):
+    if str(number) != str(len(cases)):
         yield f"{path}: numTraining is {number}, but imagesTr holds {len(cases)} cases"
-    ending = str(declared.get("file_ending", ""))
+    ending = str(declared.get("file_ending") or "")
     paths = [path for case in cases for path in (*case.images, case.label) if path]
     if others := [path for path in paths if not path.endswith(ending)]:
         yield f"{path}: file_ending is {ending}, taken too: {few(others, 5)}"
-    entries = declared.get("training") or ()
-    names = [stem_of(e["image"] if isinstance(e, dict) else str(e)) for e in entries]
+    entries = declared.get("training")
+    entries = entries if isinstance(entries, list) else []
+    images = [e.get("image") if isinstance(e, dict) else e for e in entries]
+    names = [stem_of(image) for image in images if isinstance(image, str)]
     names = [name if name in ids else _CHANNEL.sub(r"\1", name) for name in names]
     if missing := sorted(set(names) - set(ids)):
         yield f"{path}: `training` lists {len(missing)} cases that have no file: {few(missing)}"
-    if entries and (more := [i for i in ids if i not in names]):
+    if names and (more := [i for i in ids if i not in names]):
         yield f"{path}: `training` does not list, taken too: {few(more)}"
 
 
@@ -410,7 +412,7 @@ def read_spacings(path, ids):
     for pattern, value in rows.items():
         matches = matching(ids, pattern)
         if not matches:
-            notes.append(f"{path}: no case is named by {pattern}")
+            notes.append(f"{path}: no case is named by {pattern!r}")
         for name in matches:
             of_case.setdefault(name, value)
     return of_case, notes
