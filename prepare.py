@@ -79,14 +79,22 @@ def prepare_all(cases, rules, workers):
     return outcomes
 
 
-def merge_faults(rows, existing):
-    """What is wrong with the new cases together, and with those of the dataset they join."""
+def merge_faults(rows, existing, declared=0):
+    """What is wrong with the new cases together, and with those of the dataset they join.
+
+    declared: how many channels each must have, 0 for any number.
+    """
     new = {}
     for row in rows:
         if (other := new.setdefault(row["case"], row)) is not row:
             yield (
                 f"case {row['case']}: expected one case of this id, got one of {other['source']} "
                 f"and one of {row['source']}; choose other names for --crop"
+            )
+        if declared not in (0, row["channels"]):
+            yield (
+                f"case {row['case']}: expected {declared} channels as in dataset.json, got "
+                f"{row['channels']} in {row['source']}"
             )
     kept = [case for case in existing.values() if case.id not in new]
     units = {row["unit"]: row["case"] for row in rows} | {case.unit: case.id for case in kept}
@@ -359,7 +367,8 @@ def main(argv=None):
             outcomes = prepare_all(cases, replace(rules, folder=folder), options.workers)
             rows = [row for outcome in outcomes for row in outcome.rows]
             faults += [fault for outcome in outcomes for fault in outcome.faults]
-            faults += merge_faults(rows, existing)
+            # Channel files that are missing were named already, by the folder alone.
+            faults += merge_faults(rows, existing, 0 if faults else layout.channels)
             merge_overlaps(rows, existing, faults, notes)
             if faults:
                 return refuse(faults, cases, notes)

@@ -63,7 +63,7 @@ def find_sources(text, role, errors, notes):
     role is "prediction", "truth" or "image". Where a folder or pattern names labels and images
     together, each role uses its own; probability maps beside predictions are left out.
     """
-    dataset = None
+    dataset, there = None, []
     try:
         if os.path.lexists(Path(text) / casefile.DATASET_FILE):
             dataset = casefile.read_dataset(text)
@@ -82,7 +82,8 @@ def find_sources(text, role, errors, notes):
         return {}, None
     sources = _one_of_each_id([(source.id, source.path) for source in volumes], role, errors)
     if not sources:
-        errors.append(f"{text}: expected one {role} or more, got none; check the path")
+        got = f"only {listed(s.path for s in there)}" if there else "none"
+        errors.append(f"{text}: expected one {role} or more, got {got}; check the path")
     return sources, dataset
 
 

@@ -112,6 +112,23 @@ def test_pieces_of_two_cases_with_one_name_are_a_fault(raw, run, tmp_path):
     assert "s_img.nii.gz and one of " in faults[0] and "s_t_img.nii.gz;" in faults[0]
 
 
+@pytest.mark.parametrize(("channels", "status"), [(1, 0), (2, 2)])
+def test_files_without_channel_numbers_hold_the_declared_channels(
+    tmp_path, capsys, channels, status
+):
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / "nn" / folder).mkdir(parents=True)
+        image = nibabel.Nifti1Image(np.ones(SHAPE, np.uint8), np.eye(4))
+        nibabel.save(image, tmp_path / "nn" / folder / "c.nii.gz")
+    names = {str(number): "MR" for number in range(channels)}
+    about = {"channel_names": names, "labels": {"background": 0, "x": 1}}
+    (tmp_path / "nn" / "dataset.json").write_text(json.dumps(about))
+    command = ["--images", str(tmp_path / "nn"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert prepare.main(command) == status
+    said = "case c: expected 2 channels as in dataset.json, got 1 in " in capsys.readouterr().err
+    assert said == (status == 2)
+
+
 # ---------------------------------------------------------------------------- what was there
 
 

@@ -46,6 +46,7 @@ class Layout:
     cases: list[RawCase] = field(default_factory=list)
     classes: dict[str, int] | None = None
     ignore_label: int | None = None
+    channels: int = 0  # of each case; 0: any number
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
@@ -168,7 +169,7 @@ def _find_nnunet(root, test_images, layout):
     try:
         declared = json.loads((root / "dataset.json").read_text())
         layout.classes, layout.ignore_label = _declared_classes(declared["labels"])
-        channels = len(declared.get("channel_names") or declared.get("modality") or ())
+        layout.channels = len(declared.get("channel_names") or declared.get("modality") or ())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputErrors(
             f"{root / 'dataset.json'}: expected nnU-Net's or MSD's description with `labels` as "
@@ -180,11 +181,11 @@ def _find_nnunet(root, test_images, layout):
         labels = {source.id: source.path for source in sources}
     else:
         layout.notes.append(f"{root}: no labelsTr, so its cases are without label")
-    _add_channel_cases(root / "imagesTr", labels, channels, layout)
+    _add_channel_cases(root / "imagesTr", labels, layout)
     if not layout.faults:
         layout.notes += _declared_otherwise(declared, layout.cases, root / "dataset.json")
     if test_images:
-        _add_channel_cases(root / "imagesTs", None, channels, layout)
+        _add_channel_cases(root / "imagesTs", None, layout)
     elif (root / "imagesTs").is_dir():
         layout.notes.append(f"{root / 'imagesTs'}: passed over, --test-images adds it")
 
@@ -196,18 +197,20 @@ def _by_stem(folder, layout):
 def _declared_otherwise(declared, cases, path):
     """Where the dataset.json of nnU-Net or MSD says another thing than the files, as notes."""
     ids, number = [case.id for case in cases], declared.get("numTraining", len(cases))
-    if number != len(cases):
+    if str(number) != str(len(cases)):
         yield f"{path}: numTraining is {number}, but imagesTr holds {len(cases)} cases"
-    ending = str(declared.get("file_ending", ""))
+    ending = str(declared.get("file_ending") or "")
     paths = [path for case in cases for path in (*case.images, case.label) if path]
     if others := [path for path in paths if not path.endswith(ending)]:
         yield f"{path}: file_ending is {ending}, taken too: {few(others, 5)}"
-    entries = declared.get("training") or ()
-    names = [stem_of(e["image"] if isinstance(e, dict) else str(e)) for e in entries]
+    entries = declared.get("training")
+    entries = entries if isinstance(entries, list) else []
+    images = [e.get("image") if isinstance(e, dict) else e for e in entries]
+    names = [stem_of(image) for image in images if isinstance(image, str)]
     names = [name if name in ids else _CHANNEL.sub(r"\1", name) for name in names]
     if missing := sorted(set(names) - set(ids)):
         yield f"{path}: `training` lists {len(missing)} cases that have no file: {few(missing)}"
-    if entries and (more := [i for i in ids if i not in names]):
+    if names and (more := [i for i in ids if i not in names]):
         yield f"{path}: `training` does not list, taken too: {few(more)}"
 
 
@@ -253,13 +256,13 @@ def stack_channels(sources, ids, faults):
     return several
 
 
-def _add_channel_cases(folder, labels, channels, layout):
-    """Add the cases of one folder. labels: {id: path}, None if it has none; channels 0: any."""
+def _add_channel_cases(folder, labels, layout):
+    """Add the cases of one folder. labels: {id: path}, None if it has none."""
     cases = stack_channels(_by_stem(folder, layout), labels or (), layout.faults)
     for name, paths in cases:
-        if stem_of(paths[0]) != name and channels not in (0, len(paths)):
+        if stem_of(paths[0]) != name and layout.channels not in (0, len(paths)):
             layout.faults.append(
-                f"case {name}: expected {channels} channels as in dataset.json, "
+                f"case {name}: expected {layout.channels} channels as in dataset.json, "
                 f"got {len(paths)} ({', '.join(paths)})"
             )
     labels_expected, labels = labels is not None, labels or {}
@@ -409,7 +412,7 @@ def read_spacings(path, ids):
     for pattern, value in rows.items():
         matches = matching(ids, pattern)
         if not matches:
-            notes.append(f"{path}: no case is named by {pattern}")
+            notes.append(f"{path}: no case is named by {pattern!r}")
         for name in matches:
             of_case.setdefault(name, value)
     return of_case, notes

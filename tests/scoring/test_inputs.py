@@ -119,6 +119,14 @@ def test_what_is_left_out_of_a_folder_is_noted_once(folders):
     ]
 
 
+def test_a_folder_of_probability_maps_alone_holds_no_prediction(folders):
+    pred, truth = folders
+    masks(pred, "a_probs.tif", "b_probs.tif")
+    masks(truth, "a.tif")
+    _, errors, _ = match(pred, truth)
+    assert f"expected one prediction or more, got only {pred}/a_probs.tif, " in errors[0]
+
+
 def test_links_to_nothing_are_errors_a_line_each(folders):
     pred, truth = folders
     masks(pred, "a.tif")

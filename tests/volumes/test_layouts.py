@@ -117,6 +117,20 @@ def test_a_root_that_says_what_is_there_gives_no_note(tmp_path):
     assert nnunet(tmp_path, two("c"), **about).notes == []
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"training": 5, "numTraining": "1"},
+        {"training": [{"label": "x"}, 3], "file_ending": None},
+        {"training": {"a": 1}, "numTraining": 1},
+        {"training": ["./imagesTr/c_0000.nii.gz"]},
+    ],
+)
+def test_a_description_of_another_form_does_no_harm(tmp_path, odd):
+    layout = nnunet(tmp_path, two("c"), **odd)
+    assert (layout.notes, layout.faults, [case.id for case in layout.cases]) == ([], [], ["c"])
+
+
 def test_labels_behind_a_link_to_nothing_are_a_fault_and_none_are_a_note(tmp_path):
     layout = nnunet(tmp_path, two("c"), labels=())
     assert layout.notes == [f"{tmp_path}: no labelsTr, so its cases are without label"]
@@ -194,4 +208,4 @@ def test_the_row_of_the_very_id_comes_before_a_pattern_and_a_bracket_is_one(tmp_
     (tmp_path / "s.csv").write_text(rows)
     spacings, notes = layouts.read_spacings(tmp_path / "s.csv", ["s1", "s[1]", "t"])
     assert spacings == {"s1": ((3, 1, 1), "micron"), "s[1]": ((7, 1, 1), "")}
-    assert notes == [f"{tmp_path / 's.csv'}: no case is named by nobody"]
+    assert notes == [f"{tmp_path / 's.csv'}: no case is named by 'nobody'"]
