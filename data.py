@@ -221,7 +221,7 @@ def off_center(rng, voxel, half, shape, *, jitter):
 
 def native(array):
     """The array in a dtype that torch works with: wider for unsigned integers, in native order."""
-    wider = {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64}
+    wider = {"uint16": np.int32, "uint32": np.int64, "uint64": np.float64}
     return array.astype(wider.get(array.dtype.name, array.dtype.newbyteorder("=")), copy=False)
 
 
@@ -230,10 +230,18 @@ def network_spacing(stored, wanted):
     return tuple(float(w or s) for w, s in zip(wanted, stored, strict=True))
 
 
-def normalisation(intensity, clip):
-    """What intensity.normalise needs, from a case's statistics: lists per channel."""
-    low, high = (intensity["percentiles"][str(float(p))] for p in clip) if clip else (None, None)
-    return {"mean": intensity["mean"], "std": intensity["std"], "low": low, "high": high}
+def normalisation(intensity, clip, *, typical=True):
+    """What intensity.normalise needs, from a case's statistics: lists per channel.
+
+    clip: percentiles, or None: then only fill values are clipped, if there are any. typical=False:
+    as in runs that began before fill values were told from others (volumes/statistics.py).
+    """
+    usual = typical and intensity.get("typical")
+    low, high = zip(*usual["range"], strict=True) if usual else (None, None)
+    usual = usual or intensity
+    if clip:
+        low, high = (usual["percentiles"][str(float(p))] for p in clip)
+    return {"mean": usual["mean"], "std": usual["std"], "low": low, "high": high}
 
 
 def class_weights(classes, foreground, ratio):

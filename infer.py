@@ -115,8 +115,7 @@ def prepare_to_predict(arguments):
     torch.set_num_threads(resolve_threads(settings.run.threads))
     # remembered: what memory the volumes before have needed, for all that follow.
     how = {"device": device, "precision": precision, "remembered": {}}
-    network, spacing = network.to(device), state["data"]["spacing"]
-    predictor = functools.partial(predict, network, settings, spacing, **how)
+    predictor = functools.partial(predict, network.to(device), settings, state["data"], **how)
     inference, post = settings.inference, settings.postprocess.model_dump()
     steps = ", ".join(f"{key} {value}" for key, value in post.items() if value)
     lines = [
@@ -132,10 +131,10 @@ def prepare_to_predict(arguments):
 # ---------------------------------------------------------------------------- prediction
 
 
-def predict(network, settings, spacing, volume, **how):
+def predict(network, settings, metadata, volume, **how):
     """(mask, probs) of an `Input`: mask (D, H, W) uint8 of 0 and 1; probs float32 or None.
 
-    spacing: of the run, 0 on an axis that is used as stored; how: device, precision and more for
+    metadata: what the checkpoint says of the run's data; how: device, precision and more for
     predict_slabs. Memory: a byte per voxel beside the slab, four more if
     inference.save_probabilities asks for probs.
     """
@@ -144,11 +143,12 @@ def predict(network, settings, spacing, volume, **how):
     low = None if post.hysteresis is None else np.empty(volume.shape, bool)
     probs = np.empty(volume.shape, np.float32) if inference.save_probabilities else None
     if volume.spacing is not None:
-        wanted = data.network_spacing(volume.spacing, spacing)
+        wanted = data.network_spacing(volume.spacing, metadata["spacing"])
         how["ratio"] = [
             w / s if w != s else 1.0 for w, s in zip(wanted, volume.spacing, strict=True)
         ]
-    scale = data.normalisation(volume.intensity, settings.data.percentiles)
+    typical = metadata.get("typical", False)  # not in checkpoints of older versions
+    scale = data.normalisation(volume.intensity, settings.data.percentiles, typical=typical)
     how |= settings.window_arguments() | {"normalize": functools.partial(normalise, **scale)}
     with volume.voxels() as image:
         for z0, planes in predict_slabs(network, image, **how):

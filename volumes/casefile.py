@@ -89,12 +89,14 @@ def write_case(
     seed=0,
     skeleton=True,
     compression=None,
+    intensity=None,
 ):
     """Write one case file whole: under a temporary name first, then renamed.
 
     image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x; affine
     (4, 4) voxel x, y, z to world as NIfTI has it, or None; skeleton: whether a labeled case gets
-    one; compression: None, "lzf" or "gzip", of image and label.
+    one; compression: None, "lzf" or "gzip", of image and label; intensity: the image's
+    `intensity_statistics`, if they are known.
     """
     with atomic.replacing(path) as partial, h5py.File(partial, "w") as file:
         # Uncompressed, a box is read from the page cache that all workers share, in 2 ms for
@@ -111,7 +113,7 @@ def write_case(
         if affine is not None:
             file.attrs["affine"] = np.asarray(affine, np.float64)
         file.attrs["ignore_label"] = IGNORE_NONE if ignore_label is None else ignore_label
-        file.attrs["intensity"] = json.dumps(intensity_statistics(image))
+        file.attrs["intensity"] = json.dumps(intensity or intensity_statistics(image))
         file.attrs["source_image"] = str(source_image)
         file.attrs["source_label"] = str(source_label)
         file.attrs["group"] = group

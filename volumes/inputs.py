@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 
 from volumes import casefile, files
+from volumes.statistics import blank_channels, faults_of_contrast
 from volumes.volume import InputErrors, VolumeError, collect_errors
 
 PHANTOM_SUFFIX = ".nii.gz"  # of cases that were made from no file
@@ -66,6 +67,8 @@ def check_inputs(texts, metadata, root, output):
         with collect_errors(faults), damage_named(path):
             inputs.append(_inspect(case_id, path))
             faults.extend(_run_faults(inputs[-1], metadata))
+            for channel, value in blank_channels(inputs[-1].intensity).items():
+                notes.append(f"warning: {path}: channel {channel} is {value:g} in all voxels")
     faults.extend(_output_faults(inputs, output))
     if faults:
         raise InputErrors(*faults)
@@ -118,18 +121,30 @@ def _inspect(case_id, path):
 def _run_faults(volume, metadata):
     """What keeps a network that was trained on such data from predicting an input."""
     spacing, unit = metadata["spacing"], metadata["unit"]
+    for fault in faults_of_contrast(volume.intensity):
+        yield f"{volume.path}: expected {fault}"
+    if volume.affine is not None:
+        axes = np.asarray(volume.affine, float)[:3, :3]
+        if not np.isfinite(volume.affine).all() or np.linalg.matrix_rank(axes) < 3:
+            yield (
+                f"{volume.path}: expected an affine with three axes, got {axes.tolist()}; correct "
+                "the header"
+            )
     if volume.channels != metadata["channels"]:
         yield (
             f"{volume.path}: expected {metadata['channels']} channels as in training, got "
             f"{volume.channels}; store the same channels in one file"
         )
-    if not any(spacing):
+    known = volume.spacing is not None
+    if known and not all(np.isfinite(s) and s > 0 for s in volume.spacing):
+        got = f"got {list(volume.spacing)}"
+        yield f"{volume.path}: expected a spacing above 0, {got}; correct the header"
+    elif not any(spacing):
         return
-    if volume.spacing is None or not all(np.isfinite(s) and s > 0 for s in volume.spacing):
-        got = "none" if volume.spacing is None else list(volume.spacing)
+    elif not known:
         yield (
             f"{volume.path}: expected a spacing, because the run works at {spacing} {unit}, got "
-            f"{got}; prepare the volume with prepare.py --spacing Z Y X"
+            "none; prepare the volume with prepare.py --spacing Z Y X"
         )
     elif volume.unit and unit and volume.unit != unit:
         yield (
