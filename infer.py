@@ -10,8 +10,9 @@ Leaves <output>/<id> in the format of the source, uint8 0 and 1 on the image's o
 spacing and affine; with inference.save_probabilities=true also <output>/probabilities/<id>.
 Without --output these go to the run's predictions/. --submission writes the masks a second time,
 in the format of the Vesuvius Challenge, and reads them back. Every input is checked before the
-first is predicted. Exit status: 0 done, 1 a result could not be made or written, 2 the input is
-wrong (one sentence per fault, nothing written).
+first is predicted. Exit status: 0 done, 1 a result could not be made or written (it is named, the
+others are there, but no submission), 2 the input is wrong (one sentence per fault, nothing
+written).
 """
 
 import argparse
@@ -19,6 +20,7 @@ import contextlib
 import functools
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +112,11 @@ def prepare_to_predict(arguments):
         inputs, notes = check_inputs(arguments.input, state["data"], root, output)
         if arguments.submission:
             faults += submission_faults(arguments.submission, [volume.id for volume in inputs])
+        window = settings.inference.window or settings.sampling.patch
+        for volume in inputs:
+            if volume.spacing is not None:
+                grid = (volume.spacing, state["data"]["spacing"], volume.unit)
+                faults += data.spacing_faults(volume.path, volume.shape, window, *grid)
     if faults:
         raise InputErrors(*faults)
     torch.set_num_threads(resolve_threads(settings.run.threads))
@@ -172,18 +179,41 @@ def predict_and_write(predictor, volume, output, archive, console):
             mask, probs = predictor(
                 volume, progress=progress, report=lambda kind, text, **_: console.print(text)
             )
+    except (CannotGoOn, VolumeError) as error:
+        raise CannotGoOn(f"{volume.id}: {error}") from error
+    except MemoryError as error:
+        raise CannotGoOn(f"{volume.id}: memory ran out ({error}); end what else runs there") from error
+    except Exception as error:  # what nobody expected does not cost the other volumes
+        traceback.print_exc()
+        raise CannotGoOn(f"{volume.id}: {type(error).__name__}, see above") from error
+    try:
         if probs is not None:
             write_volume(output / "probabilities" / target.name, probs, **grid)
         write_volume(target, mask, **grid)
         if archive:
             archive.add(volume.id, mask)
-    except (CannotGoOn, VolumeError) as error:
-        raise CannotGoOn(f"{volume.id}: {error}") from error
-    except OSError as error:
+    except Exception as error:  # each format's writer has its own
         raise CannotGoOn(f"{volume.id}: the prediction cannot be written ({error})") from error
     seconds, share = time.perf_counter() - started, 100 * mask.mean()
     size = "x".join(map(str, volume.shape))
     return f"{volume.id}: {size}, {seconds:.1f} s, {share:.2f} % foreground, {target}"
+
+
+def predict_all(predictor, inputs, output, archive, console):
+    """Predict and write every `Input`. What cannot be is named by a CannotGoOn at the end."""
+    failures = []
+    for number, volume in enumerate(inputs, start=1):
+        try:
+            complete = None if failures else archive
+            line = predict_and_write(predictor, volume, output, complete, console)
+        except CannotGoOn as error:
+            line = str(error)
+            failures.append(line)
+        console.print(f"{number}/{len(inputs)} {line}")
+    if failures and archive:
+        failures.append("--submission: not written, for masks are missing")
+    if failures:
+        raise CannotGoOn("\n".join(failures))
 
 
 @contextlib.contextmanager
@@ -241,9 +271,7 @@ def main(argv=None):
     submission = arguments.submission
     try:
         with open_submission(submission) if submission else contextlib.nullcontext() as archive:
-            for number, volume in enumerate(inputs, start=1):
-                line = predict_and_write(predictor, volume, output, archive, console)
-                console.print(f"{number}/{len(inputs)} {line}")
+            predict_all(predictor, inputs, output, archive, console)
         if submission:
             console.print(f"{submission}: {len(inputs)} masks, read back and the same")
     except (CannotGoOn, SubmissionError) as error:

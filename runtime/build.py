@@ -67,6 +67,7 @@ def resolve(settings):
         casefile.check_skeletons(split.train)
     if composite_loss.takes_skeleton(terms, validation_only=True):
         casefile.check_skeletons(split.validation)
+    check_spacing(settings, split)
     spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
     augment.check(settings.augment.model_dump(), spacings)
     spacing = tuple(map(statistics.median, zip(*spacings, strict=True)))
@@ -99,6 +100,23 @@ def resolve(settings):
         cache_reason=free.reason,
         notes=notes,
     )
+
+
+def check_spacing(settings, split):
+    """ValueError that names the cases that patches, or windows of validation, cannot show."""
+    patch, wanted = settings.sampling.patch, settings.data.spacing
+    window = settings.inference.window or patch
+    shown = [(case, patch) for case in split.train] + [(case, window) for case in split.validation]
+    faults = [
+        fault
+        for case, size in shown
+        for fault in data.spacing_faults(
+            f"case {case.id}", case.shape, size, case.spacing, wanted, case.unit
+        )
+    ]
+    if faults:
+        more = [f"data.spacing: the same of {len(faults) - 3} more cases"] * (len(faults) > 3)
+        raise ValueError("\n".join(faults[:3] + more))
 
 
 def volume_names(terms):

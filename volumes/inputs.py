@@ -166,6 +166,8 @@ def _output_faults(inputs, output):
                 f"{target}: expected one input for this prediction, got {', '.join(paths)}; "
                 "give one of them"
             )
+        if target.is_dir():
+            yield f"{target}: expected a file to write, got a folder; give another --output"
         if target.resolve() in read:
             yield f"{target}: the prediction would overwrite an input; give another --output"
     if files.suffix_of(output):
