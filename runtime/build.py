@@ -4,6 +4,7 @@ plan = resolve(settings)                # all checks; ValueError or FileNotFound
 patches, network = make_patches(plan), make_network(plan)
 """
 
+import dataclasses
 import functools
 import statistics
 from dataclasses import dataclass
@@ -213,6 +214,15 @@ def evaluation_spec(plan):
         terms=plan.terms,
         tile=settings.sampling.patch,
     )
+
+
+def what_is_measured(plan):
+    """What a score of validation means: plain values, which are equal where scores compare."""
+    left_out = ("names", "terms", "tile")  # other scores and losses
+    spec = dataclasses.asdict(evaluation_spec(plan))
+    about = {key: value for key, value in spec.items() if key not in left_out}
+    cases = plan.split.validation[: plan.settings.validation.max_cases]
+    return about | {"cases": {case.id: casefile.fingerprint(case) for case in cases}}
 
 
 def make_validator(plan, run):

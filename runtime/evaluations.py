@@ -10,9 +10,25 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from monitoring import picture
-from runtime import checkpoint, evaluator
+from runtime import build, checkpoint, evaluator
 
 CANDIDATE, BEST = "candidate.pt", "best.pt"
+
+
+def differences(before, now):
+    """What differs between two of `build.what_is_measured`, as clauses; a key in one says nothing."""
+    both = [key for key in before.keys() & now.keys() if before[key] != now[key]]
+    clauses = [f"{k} is {now[k]}, was {before[k]}" for k in sorted(both) if k != "cases"]
+    if "cases" in both:
+        old, new = before["cases"], now["cases"]
+        # None: a file that could not be read, of which nothing is known.
+        changed = [
+            case
+            for case in sorted(old.keys() | new.keys())
+            if old.get(case) != new.get(case) and None not in (old.get(case, 0), new.get(case, 0))
+        ]
+        clauses += [f"the cases or their voxels differ ({', '.join(changed)})"] * bool(changed)
+    return clauses
 
 
 @dataclass
@@ -26,6 +42,7 @@ class Standing:
     pending: int | None = None  # the same while its scores are still awaited
     chosen: dict = field(default_factory=dict)  # for prediction, by the newest evaluation
     window_fits: dict = field(default_factory=dict)  # see sliding_window.WindowFit
+    measured: dict = field(default_factory=dict)  # what best_score means, see what_is_measured
 
 
 class Evaluations:
@@ -39,7 +56,16 @@ class Evaluations:
         return dataclasses.asdict(self.standing)
 
     def load_state_dict(self, state):
+        """Take up a state. Its best counts no more if scores mean something else now: a line."""
         self.standing = Standing(**state)
+        measured = build.what_is_measured(self.run.plan)
+        changed = differences(self.standing.measured, measured)
+        self.standing.measured = measured
+        if not changed:
+            return []
+        self.standing.best_score = self.standing.best_step = self.standing.evaluated_step = None
+        self.standing.without_better = 0
+        return [f"resume: the best is looked for anew, for in validation {'; '.join(changed)}"]
 
     def begin(self, validator, network, resumed_from):
         """Use this `validation.Validator`; evaluate again what a killed run was evaluating.
@@ -129,6 +155,8 @@ class Evaluations:
         try:
             best = checkpoint.load(self.run.saver.folder / BEST)["loop"]["evaluations"]
         except checkpoint.CheckpointError:
+            best = {}
+        if differences(best.get("measured", {}), self.standing.measured):
             best = {}
         step = best.get("best_step")
         self.standing.best_score, self.standing.best_step = best.get("best_score"), step
