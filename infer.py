@@ -182,7 +182,9 @@ def predict_and_write(predictor, volume, output, archive, console):
     except (CannotGoOn, VolumeError) as error:
         raise CannotGoOn(f"{volume.id}: {error}") from error
     except MemoryError as error:
-        raise CannotGoOn(f"{volume.id}: memory ran out ({error}); end what else runs there") from error
+        raise CannotGoOn(
+            f"{volume.id}: memory ran out ({error}); end what else runs there"
+        ) from error
     except Exception as error:  # what nobody expected does not cost the other volumes
         traceback.print_exc()
         raise CannotGoOn(f"{volume.id}: {type(error).__name__}, see above") from error

@@ -268,6 +268,7 @@ def metadata(plan):
     return {
         **splits.metadata(plan.dataset, plan.split, plan.foreground),
         "spacing": list(plan.settings.data.spacing),  # 0 or None: an axis as it is stored
+        "measured": what_is_measured(plan),
         "typical": True,  # see data.normalisation
         "strides": [list(stride) for stride in plan.strides],
         "kernels": [list(kernel) for kernel in plan.kernels],

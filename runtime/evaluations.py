@@ -42,7 +42,6 @@ class Standing:
     pending: int | None = None  # the same while its scores are still awaited
     chosen: dict = field(default_factory=dict)  # for prediction, by the newest evaluation
     window_fits: dict = field(default_factory=dict)  # see sliding_window.WindowFit
-    measured: dict = field(default_factory=dict)  # what best_score means, see what_is_measured
 
 
 class Evaluations:
@@ -56,11 +55,14 @@ class Evaluations:
         return dataclasses.asdict(self.standing)
 
     def load_state_dict(self, state):
-        """Take up a state. Its best counts no more if scores mean something else now: a line."""
         self.standing = Standing(**state)
-        measured = build.what_is_measured(self.run.plan)
-        changed = differences(self.standing.measured, measured)
-        self.standing.measured = measured
+
+    def compare(self, saved):
+        """Forget the best of a saved state if scores mean something else by now: lines on that."""
+        asked = saved["config"]["validation"]
+        older = {"metric": asked["score"], "tolerance": asked["tolerance"]}
+        before = saved["data"].get("measured", older)  # not in states of older versions
+        changed = differences(before, build.what_is_measured(self.run.plan))
         if not changed:
             return []
         self.standing.best_score = self.standing.best_step = self.standing.evaluated_step = None
@@ -153,10 +155,12 @@ class Evaluations:
     def best_is_lost(self, error):
         """The best state could not be kept: the one in best.pt, if any, is it again."""
         try:
-            best = checkpoint.load(self.run.saver.folder / BEST)["loop"]["evaluations"]
+            saved = checkpoint.load(self.run.saver.folder / BEST)
+            best = saved["loop"]["evaluations"]
+            before = (saved["data"] or {}).get("measured")
+            if before and differences(before, build.what_is_measured(self.run.plan)):
+                best = {}
         except checkpoint.CheckpointError:
-            best = {}
-        if differences(best.get("measured", {}), self.standing.measured):
             best = {}
         step = best.get("best_step")
         self.standing.best_score, self.standing.best_step = best.get("best_score"), step

@@ -100,11 +100,9 @@ class Run:
             ) from error
         loop = saved["loop"]
         self.step, self.seconds, self.lines = loop["step"], loop["seconds"], loop["lines"]
-        asked = saved["config"]["validation"]  # for states of a version that did not keep it
-        kept = {"metric": asked["score"], "tolerance": asked["tolerance"]}
-        loop["evaluations"].setdefault("measured", kept)
         for name, part in self.parts.items():
             self.notes += part.load_state_dict(loop[name]) or []
+        self.notes += self.evaluations.compare(saved)
         checkpoint.set_rng_state(saved["rng"])
 
     # ------------------------------------------------------------------------ beginning and end
@@ -172,7 +170,6 @@ class Run:
         )
         self.stack.enter_context(monitor)
         self.stack.enter_context(folder.fault_file(self.folder))
-        measured = self.evaluations.standing.measured = build.what_is_measured(self.plan)
         self.record(
             "start",
             **folder.process_info(),
@@ -180,7 +177,7 @@ class Run:
             iterations=self.iterations,
             log_every=self.settings.monitor.log_every,
             score=self.settings.validation.score,
-            measured=measured,
+            measured=build.what_is_measured(self.plan),
             better=evaluator.directions(validator.spec),
             resumed=self.resumed_from is not None,
             versions=self.versions,

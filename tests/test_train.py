@@ -170,7 +170,7 @@ def test_skeleton_spacing_and_step_reach_the_sum(root, tmp_path, monkeypatch):
     assert train.main(settings(root, tmp_path, *changes)) == 0
     assert [options["step"] for options in seen] == [0, 1, 2]
     for options in seen:
-        assert options["spacing"] == (2.0, 1.0, 1.0)
+        assert options["spacing"] == [(2.0, 1.0, 1.0)] * len(options["target"])
         skeleton = options["skeleton"]
         assert skeleton.sum() > 0
         assert bool((skeleton <= options["target"]).all())
