@@ -47,8 +47,9 @@ def composite_loss(
 
     outputs is a list of logits (B, K, ...), finest first, or one tensor; target, valid and skeleton
     (the target's tubed skeleton, for `skeleton_recall`, or None) are of the finest shape, and are
-    pooled to the others by `pool_target`. The spacing (z, y, x of the finest scale; one, or a list of
-    one for each sample) is multiplied by the pooling factor of each scale; soft skeletons are shared by the terms of a scale.
+    pooled to the others by `pool_target`. The spacing (z, y, x of the finest scale; one, or a list
+    of one for each sample) is multiplied by the pooling factor of each scale; soft skeletons are
+    shared by the terms of a scale.
 
     scale_weights, one per output, default 1, 1/2, 1/4, ...; for each term they are divided by
     their sum over the scales on which it acts. step and rank say which terms act: see `acting`.

@@ -16,7 +16,7 @@ CANDIDATE, BEST = "candidate.pt", "best.pt"
 
 
 def differences(before, now):
-    """What differs between two of `build.what_is_measured`, as clauses; a key in one says nothing."""
+    """What differs between two of `build.what_is_measured`, as clauses, in the keys of both."""
     both = [key for key in before.keys() & now.keys() if before[key] != now[key]]
     clauses = [f"{k} is {now[k]}, was {before[k]}" for k in sorted(both) if k != "cases"]
     if "cases" in both:
