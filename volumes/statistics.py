@@ -101,8 +101,9 @@ def _without_fill(values, cuts):
     """The values without the fill value at one of their ends; None if there is none at either."""
     for inward, beyond, extreme in ((cuts, np.greater, np.min), (cuts[::-1], np.less, np.max)):
         end, other = inward[0], inward[-1]
-        inner = next((cut for cut in inward if cut != end), end)
-        if abs(inner - end) <= abs(other - inner):  # and so is the next value: the usual case
+        # The next value is no farther than the second of these; the first may lie between values.
+        inner = [*dict.fromkeys(inward), other, other][2]
+        if abs(inner - end) <= abs(other - inner) and inner != other:  # the usual case
             continue
         rest = values[beyond(values, np.float64(end))]
         nearest = float(extreme(rest)) if rest.size else other

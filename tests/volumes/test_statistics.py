@@ -62,6 +62,14 @@ def test_a_fill_value_counts_in_no_statistics(dtype, value, share):
     assert f"up to {float(image[0, 0, 0]):g} lie far" in statistics.describe_fill(about)
 
 
+@pytest.mark.parametrize("share", [0.005, 0.01, 0.05, 0.5, 0.95, 0.99])
+def test_a_fill_value_of_as_many_voxels_as_a_percentile_counts_in_no_statistics(share):
+    image = image_of(np.float32).reshape(-1)[:40_000]
+    rest = image[round(share * image.size) :].copy()
+    image[: round(share * image.size)] = -1e4
+    assert usual(image[None, None])["std"] == [float(rest.std(dtype=np.float64))]
+
+
 def test_fill_values_at_both_ends_and_scattered_rubbish_count_in_no_statistics():
     image, rng = image_of(np.float32), np.random.default_rng(1)
     kinds = rng.choice(4, image.shape, p=(0.6, 0.3, 0.097, 0.003))
