@@ -108,7 +108,9 @@ def test_a_mask_as_an_image_counts_its_zeros_and_is_clipped_to_its_range():
     mask = np.zeros((10, 10, 10), np.uint8)
     mask[0, 0, :3] = 255
     about = usual(mask)
-    assert about["mean"] == [0.765] and about["std"] == [pytest.approx(255 * (0.003 * 0.997) ** 0.5)]
+    assert about["mean"] == [0.765] and about["std"] == [
+        pytest.approx(255 * (0.003 * 0.997) ** 0.5)
+    ]
     assert about["percentiles"]["0.5"] == [0] and about["percentiles"]["95.0"] == [255]
     assert statistics.blank_channels(intensity_statistics(mask[None])) == {}
 
@@ -133,7 +135,9 @@ def test_values_that_float32_cannot_hold_or_tell_apart_are_named(dtype, factor, 
     assert what in fault
 
 
-@pytest.mark.parametrize("dtype, factor", [(np.float32, 1e-36), (np.float32, 1e36), (np.int32, 9999)])
+@pytest.mark.parametrize(
+    "dtype, factor", [(np.float32, 1e-36), (np.float32, 1e36), (np.int32, 9999)]
+)
 def test_values_that_float32_holds_are_no_fault(dtype, factor):
     image = image_of(np.float64) * factor
     assert not list(statistics.faults_of_contrast(intensity_statistics(image.astype(dtype)[None])))
