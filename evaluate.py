@@ -35,6 +35,7 @@ from rich.progress import Progress
 from monitoring import machine
 from scoring import inputs, metrics, parallel, report
 from volumes import atomic, files
+from volumes.statistics import clip_fill
 
 SCORES = ("dice", "surface_dice", "precision", "recall", "voi_score", "components",
           "components_truth")  # fmt: skip
@@ -82,7 +83,7 @@ def write_overlays(folder, pairs, rows, options, args):
         for row in report.worst_first(rows, method, args.rank)[: args.overlay_cases]:
             pair = by_id[row["case"]]
             case = inputs.read(pair, options, [])
-            image = files.read_image(pair.image).array[0] if pair.image else None
+            image = clip_fill(files.read_image(pair.image).array[0]) if pair.image else None
             masks = case.masks[method], case.truth
             slices = report.worst_slices(*masks, image, case.spacing, **how)
             score = report.format_score(row[args.rank], args.rank)

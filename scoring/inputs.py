@@ -17,7 +17,7 @@ import numpy as np
 
 from scoring import metrics
 from volumes import casefile, files
-from volumes.statistics import describe_fill, intensity_statistics
+from volumes.statistics import clip_fill
 
 FULL_SCALE = (254, 255)  # what imaging tools write where they mean 1
 OTSU = "otsu"  # the method of that name
@@ -271,9 +271,7 @@ def _otsu_mask(image, invert, errors):
         errors.append(f"{image.path}: expected one channel for --otsu, {got}")
         return None
     try:
-        voxels, about = image.array[0], intensity_statistics(image.array)
-        if describe_fill(about):  # as far as they are from the rest, all else would be one class
-            voxels = voxels.clip(*about["typical"]["range"][0])
+        voxels = clip_fill(image.array[0])  # or all others would be one class
         return (image.array[0] > metrics.otsu_threshold(voxels)) != invert
     except ValueError as error:
         errors.append(f"{image.path}: {error}; --otsu cannot use this image")

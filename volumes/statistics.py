@@ -138,6 +138,16 @@ def faults_of_contrast(intensity):
             )
 
 
+def clip_fill(channel, intensity=None):
+    """A channel (D, H, W) or part of one with its fill values, if it has any, at the nearest other.
+
+    intensity: `intensity_statistics` of the channel alone, if they are known.
+    """
+    intensity = intensity or intensity_statistics(channel[None])
+    apart = "typical" in intensity and describe_fill(intensity)
+    return channel.clip(*intensity["typical"]["range"][0]) if apart else channel
+
+
 def describe_fill(intensity):
     """A sentence on the values that `_typical` has left out; "" for none."""
     ends, usual = intensity["range"], intensity.get("typical", intensity)["range"]

@@ -141,3 +141,15 @@ def test_values_that_float32_cannot_hold_or_tell_apart_are_named(dtype, factor, 
 def test_values_that_float32_holds_are_no_fault(dtype, factor):
     image = image_of(np.float64) * factor
     assert not list(statistics.faults_of_contrast(intensity_statistics(image.astype(dtype)[None])))
+
+
+def test_fill_values_of_a_picture_become_the_nearest_others():
+    image = image_of()
+    expected = image.copy()
+    image[:8], image[0, 0, 0] = -9999, 30000
+    expected[:8], expected[0, 0, 0] = image[8:].min(), image[8:].max()
+    assert (statistics.clip_fill(image) == expected).all()
+    about = intensity_statistics(image[None])
+    assert (statistics.clip_fill(image[2], about) == expected[2]).all()
+    plain = image_of()
+    assert statistics.clip_fill(plain) is plain
