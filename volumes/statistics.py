@@ -40,13 +40,16 @@ def intensity_statistics(image):
     for channel in image:
         values = channel[(channel != 0) & np.isfinite(channel)]
         cuts = _percentiles(values)
-        everything.append(_describe(values, cuts))
-        if values.size and everything[-1]["range"][0] == everything[-1]["range"][1]:
-            values = channel.reshape(-1)
-            cuts = _percentiles(values)
-        typical.append(_describe(*_typical(values, cuts)))
-        outer = typical[-1]["range"]
-        cuts = typical[-1]["percentiles"] = list(typical[-1]["percentiles"])
+        plain = _describe(values, cuts)
+        few, (low, high) = values, plain["range"]
+        if values.size and low == high:
+            few, cuts = channel.reshape(-1), _percentiles(channel.reshape(-1))
+        few, cuts = _typical(few, cuts)
+        usual = dict(plain) if few is values else _describe(few, cuts)
+        everything.append(plain)
+        typical.append(usual)
+        outer, cuts = usual["range"], list(cuts)
+        usual["percentiles"] = cuts
         for i in range(len(cuts) // 2):
             if cuts[i] == cuts[-1 - i]:
                 cuts[i], cuts[-1 - i] = outer
