@@ -15,7 +15,7 @@ Leaves the files of --out (a row per case and method, then mean, median and wors
 the leaderboards of all scores as JSON) and of --overlays (METHOD.png).
 
 Exit status 2 if any input is wrong: every error is named, and no file is written. 1 if a case could
-not be scored, or a file not be written.
+not be scored (it is named, the others are there), or a file not be written.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from rich.progress import Progress
 from monitoring import machine
 from scoring import inputs, metrics, parallel, report
 from volumes import atomic, files
+from volumes.statistics import clip_fill
 
 SCORES = ("dice", "surface_dice", "precision", "recall", "voi_score", "components",
           "components_truth")  # fmt: skip
@@ -86,7 +87,7 @@ def write_overlays(folder, pairs, rows, options, args):
         for row in report.worst_first(rows, method, args.rank)[: args.overlay_cases]:
             pair = by_id[row["case"]]
             case = inputs.read(pair, options, [])
-            image = files.read_image(pair.image).array[0] if pair.image else None
+            image = clip_fill(files.read_image(pair.image).array[0]) if pair.image else None
             masks = case.masks[method], case.truth
             slices = report.worst_slices(*masks, image, case.spacing, **how)
             score = report.format_score(row[args.rank], args.rank)
@@ -267,18 +268,25 @@ def main(argv=None):
         otsu=bool(args.otsu),
         invert=args.invert,
     )
-    try:
-        results = score(pairs, options, args)
-    except parallel.ScoringError as error:
-        print(f"{error}; nothing was written", file=sys.stderr)
-        return FAILED
+    results = score(pairs, options, args)
     errors += [error for result in results for error in result.errors]
     if errors:
         total = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
         print(*errors, f"{total}; nothing was written", sep="\n", file=sys.stderr)
         return WRONG_INPUT
-    rows = [row for result in results for row in result.rows]
-    return write_report(rows, pairs, options, args, notes + notes_on(pairs, results))
+    failures = [result.failure for result in results if result.failure]
+    scored = [(p, r) for p, r in zip(pairs, results, strict=True) if not r.failure]
+    status = FAILED if failures else 0
+    if failures:
+        notes.append(f"{len(failures)} of {len(pairs)} cases are not scored, and count in no mean")
+    if scored:
+        pairs, results = zip(*scored, strict=True)
+        rows = [row for result in results for row in result.rows]
+        notes += notes_on(pairs, results)
+        status = write_report(rows, pairs, options, args, notes) or status
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return status
 
 
 def write_report(rows, pairs, options, args, notes):

@@ -16,6 +16,7 @@ import numpy as np
 
 from scoring import metrics
 from volumes import casefile, files
+from volumes.statistics import clip_fill
 from volumes.volume import compare, with_unit
 
 FULL_SCALE = (254, 255)  # what imaging tools write where they mean 1
@@ -284,6 +285,7 @@ def _otsu_mask(image, invert, errors):
         errors.append(f"{image.path}: expected one channel for --otsu, {got}")
         return None
     try:
-        return (image.array[0] > metrics.otsu_threshold(image.array[0])) != invert
+        voxels = clip_fill(image.array[0])  # or all others would be one class
+        return (image.array[0] > metrics.otsu_threshold(voxels)) != invert
     except ValueError as error:
         errors.append(f"{image.path}: {error}; --otsu cannot use this image")

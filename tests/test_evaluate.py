@@ -535,3 +535,57 @@ def test_a_prepared_case_without_label_is_left_out_and_said(tmp_path, capsys):
     (tmp_path / "pred" / "a.nii.gz").unlink()
     assert run("--pred", tmp_path / "pred", "--truth", root) == 2
     assert "expected a label of a predicted case" in capsys.readouterr().err
+
+
+def test_a_case_that_cannot_be_scored_does_not_cost_the_others(tmp_path, capsys, monkeypatch):
+    for case in "abc":
+        write(tmp_path / "pred" / f"{case}.nii.gz", bar(2))
+        write(tmp_path / "truth" / f"{case}.nii.gz", bar(2))
+    score, calls = evaluate.metrics.score, []
+
+    def second_fails(*arguments, **how):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return score(*arguments, **how)
+
+    monkeypatch.setattr(evaluate.metrics, "score", second_fails)
+    where = ("--pred", tmp_path / "pred", "--truth", tmp_path / "truth", "--scores", "dice")
+    assert run(*where, "--out", tmp_path / "s.csv") == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("b: the process that scored it") and len(err.splitlines()) == 1
+    assert "note: 1 of 3 cases are not scored, and count in no mean" in out
+    rows = read_csv(tmp_path / "s.csv")
+    assert [case for case, _ in rows][:2] == ["a", "c"] and len(rows) == 5
+
+
+def test_where_no_case_can_be_scored_nothing_is_written(tmp_path, capsys, monkeypatch):
+    def fails(*arguments, **how):
+        raise MemoryError
+
+    monkeypatch.setattr(evaluate.metrics, "score", fails)
+    where = (
+        "--pred",
+        write(tmp_path / "a.tif", bar(2)),
+        "--truth",
+        write(tmp_path / "b.tif", bar(2)),
+    )
+    assert run(*where, "--spacing", 1, 1, 1, "--out", tmp_path / "s.csv") == 1
+    assert "the process that scored it" in capsys.readouterr().err
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_a_fill_value_does_not_move_the_threshold_of_otsu(tmp_path):
+    truth = np.zeros((6, 20, 20), np.uint8)
+    truth[:, 5:15, 5:15] = 1
+    y, x = np.indices((20, 20))
+    image = (100 + 80.0 * truth + 10 * np.sin(2.3 * y + 1.7 * x)).astype(np.float32)
+    image[:, :3] = -1e4
+    for scale, name in ((1, "a"), (2.0**-60, "b")):
+        write(tmp_path / "truth" / f"{name}.nii.gz", truth)
+        write(tmp_path / "pred" / f"{name}.nii.gz", truth)
+        write(tmp_path / "image" / f"{name}.nii.gz", image * np.float32(scale))
+    where = ("--pred", tmp_path / "pred", "--truth", tmp_path / "truth")
+    assert run(*where, "--otsu", tmp_path / "image", "--out", tmp_path / "s.csv") == 0
+    rows = read_csv(tmp_path / "s.csv")
+    assert [rows[name, "otsu"]["dice"] for name in "ab"] == ["1.0", "1.0"]

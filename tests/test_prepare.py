@@ -602,3 +602,58 @@ def test_the_contradiction_of_a_label_or_channel_is_a_fault_too(raw, out, capsys
     path.write_bytes(content)
     (fault, _) = refused(capsys, out, "--images", raw, "--labels", raw)
     assert "a_lbl.nii: expected one voxel size z, y, x, got 2 1 3 mm (pixdim) and 2 1 1" in fault
+
+
+# ---------------------------------------------------------------------------- images without use
+
+
+def prepared(tmp_path, image, label=True):
+    """(exit status of preparing one case, its case file)."""
+    nifti(tmp_path / "i" / "a.nii.gz", image)
+    arguments = ["--images", tmp_path / "i", "--out", tmp_path / "out"]
+    if label:
+        nifti(tmp_path / "l" / "a.nii.gz", mask())
+        arguments += ["--labels", tmp_path / "l"]
+    return run(*arguments), tmp_path / "out" / "a.h5"
+
+
+@pytest.mark.parametrize("value", [0, 7])
+def test_a_blank_image_with_a_label_is_a_fault_and_without_one_a_warning(tmp_path, capsys, value):
+    blank = np.full(SHAPE, value, np.uint8)
+    status, file = prepared(tmp_path, blank)
+    (fault, _) = capsys.readouterr().err.splitlines()
+    assert status == 2 and not file.exists()
+    assert fault.startswith(f"case a: expected an image with contrast, got {value} in all voxels")
+    status, file = prepared(tmp_path, blank, label=False)
+    assert status == 0 and file.exists()
+    said = capsys.readouterr().out
+    assert f"note: warning: the image is blank, {value} in all voxels (1 case: a)" in said
+
+
+def test_a_blank_channel_beside_others_is_a_warning(tmp_path, capsys):
+    (tmp_path / "i").mkdir()
+    with h5py.File(tmp_path / "i" / "a.h5", "w") as file:
+        file["image"] = np.stack([voxels(), np.zeros(SHAPE, np.uint8)])
+    nifti(tmp_path / "l" / "a.nii.gz", mask())
+    where = ("--images", tmp_path / "i", "--labels", tmp_path / "l", "--out", tmp_path / "out")
+    assert run(*where) == 0
+    assert "warning: channel 1 is blank, 0 in all voxels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fill", [-3.4e38, -1e4, 65535])
+def test_a_fill_value_is_noted_and_is_not_in_the_statistics_that_training_uses(
+    tmp_path, capsys, fill
+):
+    image = voxels().astype(np.float32)
+    image[0, :4] = fill
+    status, file = prepared(tmp_path, image)
+    assert status == 0 and f"note: values up to {fill:g} lie far" in capsys.readouterr().out
+    with h5py.File(file) as stored:
+        about = json.loads(stored.attrs["intensity"])["typical"]
+    assert about["std"] == [pytest.approx(image[image != np.float32(fill)].std(), rel=1e-6)]
+
+
+def test_an_image_beyond_float32_is_a_fault(tmp_path, capsys):
+    status, file = prepared(tmp_path, voxels() * 1e300)
+    assert status == 2 and not file.exists()
+    assert "case a: expected values that float32 can hold" in capsys.readouterr().err

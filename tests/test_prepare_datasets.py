@@ -118,7 +118,7 @@ def test_files_without_channel_numbers_hold_the_declared_channels(
 ):
     for folder in ("imagesTr", "labelsTr"):
         (tmp_path / "nn" / folder).mkdir(parents=True)
-        image = nibabel.Nifti1Image(np.ones(SHAPE, np.uint8), np.eye(4))
+        image = nibabel.Nifti1Image(np.indices(SHAPE)[0].astype(np.uint8) % 2, np.eye(4))
         nibabel.save(image, tmp_path / "nn" / folder / "c.nii.gz")
     names = {str(number): "MR" for number in range(channels)}
     about = {"channel_names": names, "labels": {"background": 0, "x": 1}}

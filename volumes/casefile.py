@@ -18,6 +18,7 @@ One HDF5 file per case:
 import contextlib
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,13 +96,15 @@ def write_case(
     seed=0,
     skeleton=True,
     compression=None,
+    intensity=None,
 ):
     """Write one case file whole: under a temporary name first, then renamed.
 
     image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x; affine
     (4, 4) voxel x, y, z to world as NIfTI has it, or None; header: of the `Volume`; planes: (first,
     stop) of the z slices of source_image that image holds; skeleton: whether a labeled case gets
-    one; compression: None, "lzf" or "gzip", of image and label.
+    one; compression: None, "lzf" or "gzip", of image and label; intensity: the image's
+    `intensity_statistics`, if they are known.
     """
     with atomic.replacing(path) as partial, h5py.File(partial, "w") as file:
         # Uncompressed, a box is read from the page cache that all workers share, in 2 ms for
@@ -120,7 +123,7 @@ def write_case(
         if header is not None:
             file.attrs["nifti_header"] = np.void(header)
         file.attrs["ignore_label"] = IGNORE_NONE if ignore_label is None else ignore_label
-        file.attrs["intensity"] = json.dumps(intensity_statistics(image))
+        file.attrs["intensity"] = json.dumps(intensity or intensity_statistics(image))
         file.attrs["source_image"] = str(source_image)
         file.attrs["source_label"] = str(source_label)
         file.attrs["planes"] = np.asarray(planes, np.int64)
@@ -236,6 +239,24 @@ def read_array(case, name, selection):
 def native(array):
     """A copy, C-contiguous, in this machine's byte order."""
     return np.array(array, array.dtype.newbyteorder("="), order="C")
+
+
+def fingerprint(case):
+    """A number that changes with the voxels of a case, not with the place or the time of its file.
+
+    Of what prepare.py has found out about them, so that it costs no more than that to read. None
+    if the file cannot be read.
+    """
+    try:
+        with opened(case) as file:
+            about = (case.shape, case.spacing, case.ignore_label, file.attrs["intensity"])
+            number = zlib.crc32(repr(about).encode())
+            for key in case.counts:
+                name = key if key == "background" else f"foreground/{key}"
+                number = zlib.crc32(file[name][:].tobytes(), number)
+            return number
+    except (Unreadable, KeyError):
+        return None
 
 
 def check_unchanged(case):

@@ -14,6 +14,12 @@ import numpy as np
 from volumes import phantoms
 from volumes.casefile import write_case
 from volumes.files import read_channels, read_label
+from volumes.statistics import (
+    blank_channels,
+    describe_fill,
+    faults_of_contrast,
+    intensity_statistics,
+)
 from volumes.volume import (
     HEADER_TOLERANCE,
     METRES,
@@ -87,6 +93,10 @@ def prepare_case(case, rules):
     if classes is not None:
         for piece_id, planes in pieces.items():
             _check_label(piece_id, classes[planes], rules.ignore_label, outcome)
+    intensity = {}
+    for piece_id, planes in pieces.items():
+        intensity[piece_id] = intensity_statistics(image.array[:, planes])
+        _check_contrast(piece_id, intensity[piece_id], classes is not None, outcome)
     if outcome.faults:
         return outcome
     source, source_label = image.path, ""
@@ -113,6 +123,7 @@ def prepare_case(case, rules):
             source_image=source,
             source_label=source_label,
             planes=(planes.start, planes.stop),
+            intensity=intensity[piece_id],
             **rules.store,
         )
         row = {"case": piece_id, "group": group, "unit": unit, "source": source, "planes": planes}
@@ -235,6 +246,21 @@ def _check_label(name, label, ignore_label, outcome):
         )
     elif not (labeled & (label != 0)).any():
         outcome.notes.append("warning: the label is empty, no voxel of it is foreground")
+
+
+def _check_contrast(name, intensity, labeled, outcome):
+    """Values beyond float32, channels without contrast, and values that are clipped as no image."""
+    if note := describe_fill(intensity):
+        outcome.notes.append(note)
+    outcome.faults += [f"case {name}: expected {fault}" for fault in faults_of_contrast(intensity)]
+    blank, channels = blank_channels(intensity), len(intensity["std"])
+    if labeled and len(blank) == channels:
+        values = ", ".join(f"{value:g}" for value in blank.values())
+        got = f"got {values} in all voxels; leave the case out"
+        outcome.faults.append(f"case {name}: expected an image with contrast, {got}")
+    for channel, value in blank.items():
+        where = "the image" if channels == 1 else f"channel {channel}"
+        outcome.notes.append(f"warning: {where} is blank, {value:g} in all voxels")
 
 
 def _summary(image, label, spacing, unit, rules):

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 
 from volumes import casefile, files, layouts
+from volumes.statistics import blank_channels, faults_of_contrast
 from volumes.volume import InputErrors, VolumeError, check_affine, collect_errors
 
 PHANTOM_SUFFIX = ".nii.gz"  # of cases that were made from no file
@@ -73,6 +74,9 @@ def check_inputs(texts, metadata, root, output):
             inputs.append(_inspect(case_id, paths))
             faults.extend(_run_faults(inputs[-1], metadata))
             notes += [f"note: {inputs[-1].path}: {remark}" for remark in inputs[-1].remarks]
+            for channel, value in blank_channels(inputs[-1].intensity).items():
+                blank = f"channel {channel} is {value:g} in all voxels"
+                notes.append(f"warning: {inputs[-1].path}: {blank}")
     faults.extend(_output_faults(inputs, output))
     if faults:
         raise InputErrors(*faults)
@@ -141,6 +145,8 @@ def _inspect(case_id, paths):
 def _run_faults(volume, metadata):
     """What keeps a network that was trained on such data from predicting an input."""
     spacing, unit = metadata["spacing"], metadata["unit"]
+    for fault in faults_of_contrast(volume.intensity):
+        yield f"{volume.path}: expected {fault}"
     if volume.channels != metadata["channels"]:
         yield (
             f"{volume.path}: expected {metadata['channels']} channels as in training, got "
@@ -183,6 +189,8 @@ def _output_faults(inputs, output):
                 f"{target}: expected one input for this prediction, got several of id {case_id}, "
                 f"{', '.join(volume.path for volume in volumes)}; give one of them"
             )
+        if target.is_dir():
+            yield f"{target}: expected a file to write, got a folder; give another --output"
         if target.resolve() in read:
             yield f"{target}: the prediction would overwrite an input; give another --output"
     if files.suffix_of(output):
