@@ -24,6 +24,7 @@ from pathlib import Path
 import h5py
 import nibabel
 import numpy as np
+import PIL.Image
 import tifffile
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +36,7 @@ import prepare
 import train
 from benchmarks.fuzz_inputs import HDF5, READ, REFUSE, combinations, make, wavy
 
+SCRIPTS = {"prepare": prepare, "infer": infer, "evaluate": evaluate}
 METRES = {"m": 1.0, "mm": 1e-3, "micron": 1e-6, "nm": 1e-9, "": 1e-3}
 
 
@@ -53,14 +55,21 @@ def independent(item):
         SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
         with contextlib.suppress(Exception):
             image = SimpleITK.ReadImage(str(item.path))
-            if image.GetNumberOfComponentsPerPixel() == 1:  # not a picture of what it cannot read
-                spacing = tuple(s / METRES[item.unit] * 1e-3 for s in image.GetSpacing()[::-1])
-                return SimpleITK.GetArrayFromImage(
-                    image
-                ), spacing if item.affine is not None else None
+            if image.GetNumberOfComponentsPerPixel() == 1:  # no picture of what it cannot read
+                voxels = SimpleITK.GetArrayFromImage(image)
+                if item.affine is None:
+                    most = np.iinfo(voxels.dtype).max
+                    return (most - voxels if _white_is_zero(item.path) else voxels), None
+                return voxels, tuple(s / METRES[item.unit] * 1e-3 for s in image.GetSpacing()[::-1])
         with contextlib.suppress(Exception):
             return imageio.v3.imread(item.path, plugin="pillow", index=...), None
     return item.voxels, item.spacing
+
+
+def _white_is_zero(path):
+    """Whether a TIFF says so, which SimpleITK overlooks."""
+    with PIL.Image.open(path) as image:
+        return image.tag_v2.get(262) == 0
 
 
 def corners(path):
@@ -77,14 +86,14 @@ def corners(path):
     return nibabel.affines.apply_affine(nibabel.load(path).affine, ends)
 
 
-def wrong_prepared(out, done, item):
+def wrong_prepared(out, item, text, _):
     """What is wrong with the case file of an input, or None."""
     with h5py.File(next(out.glob("*.h5"))) as file:
         image, spacing, unit = file["image"][()], file.attrs["spacing"], str(file.attrs["unit"])
         affine = file.attrs.get("affine")
     if not np.array_equal(image.squeeze(), item.voxels.squeeze()):
         return f"other voxels, {image.shape} {image.dtype}"
-    if item.spacing is None and not item.flipped and "spacing" not in done[1]:
+    if item.spacing is None and not item.flipped and "spacing" not in text:
         return "no word about a spacing that the file has not"
     wanted = np.multiply(item.spacing or spacing, METRES[item.unit if item.spacing else unit])
     if not np.allclose(np.multiply(spacing, METRES[unit]), wanted, rtol=1e-3, atol=0):
@@ -102,11 +111,10 @@ def read_mask(path):
     return np.asanyarray(nibabel.load(path).dataobj).T
 
 
-def wrong_predicted(out, ckpt, item):
+def wrong_predicted(out, item, _, ckpt):
     """What is wrong with the prediction of an input, or None."""
-    (path,), clean = out.iterdir(), out.with_name("clean")
+    (path,), clean = out.iterdir(), Path(tempfile.mkdtemp(dir=out.parent))
     mask = read_mask(path)
-    clean.mkdir()
     with h5py.File(clean / "scan.h5", "w") as file:
         file["image"] = item.voxels.reshape(mask.shape)
     if call(infer, "--ckpt", ckpt, "--input", clean, "--output", clean / "out")[0] != 0:
@@ -117,7 +125,7 @@ def wrong_predicted(out, ckpt, item):
         return "a prediction in another place"
 
 
-def wrong_score(out, item):
+def wrong_score(out, item, *_):
     """What is wrong with the score of an input, or None."""
     with open(out / "scores.csv", newline="", encoding="utf-8") as file:
         got = float(next(csv.DictReader(file))["dice"])
@@ -147,25 +155,24 @@ def call(script, *arguments):
 
 def run(script, item, folder, ckpt):
     """("exit 0" or "exit 2", "") where all is as it must be; else ("failure", what was seen)."""
-    out, inputs = folder / "out", item.path.parent
-    if item.flipped:
-        item.voxels, item.spacing = independent(item)
-    if script == "prepare":
-        done = call(prepare, "--images", inputs, "--out", out, "--workers", 1)
-        wrong = wrong_prepared(out, done, item) if done[0] == 0 else None
-    elif script == "infer":
-        done = call(infer, "--ckpt", ckpt, "--input", inputs, "--output", out)
-        wrong = wrong_predicted(out, ckpt, item) if done[0] == 0 else None
-    else:
-        with h5py.File(folder / "truth.h5", "w") as file:
-            file["label"] = wavy()
-        sides = ("--pred", inputs, "--truth", folder / "truth.h5", "--scores", "dice")
-        done = call(evaluate, *sides, "--jobs", 1, "--out", out / "scores.csv")
-        wrong = wrong_score(out, item) if done[0] == 0 else None
-    status, _, errors = done
-    left = [path.name for path in out.rglob("*") if path.is_file()]
+    out, inputs, truth = folder / "out", item.path.parent, folder / "truth.h5"
     names = [path.name.encode("utf-8", "backslashreplace").decode() for path in inputs.iterdir()]
+    if script == "prepare":
+        check, arguments = wrong_prepared, ("--images", inputs, "--out", out, "--workers", 1)
+    elif script == "infer":
+        check, arguments = wrong_predicted, ("--ckpt", ckpt, "--input", inputs, "--output", out)
+    else:
+        with h5py.File(truth, "w") as file:
+            file["label"] = wavy()
+        scores = ("--scores", "dice", "--jobs", 1, "--out", out / "scores.csv")
+        check, arguments = wrong_score, ("--pred", inputs, "--truth", truth, *scores)
+    status, text, errors = call(SCRIPTS[script], *arguments)
+    left, wrong = [path.name for path in out.rglob("*") if path.is_file()], None
     if status == 0:
+        wrong = check(out, item, text, ckpt)
+        if wrong and item.flipped:
+            item.voxels, item.spacing = independent(item)
+            wrong = check(out, item, text, ckpt)
         wrong = "exit 0, in silence" if item.accept == REFUSE else wrong
     elif status != 2:
         wrong = str(status)
@@ -215,10 +222,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    scripts = ("prepare", "infer", "evaluate")
     parser.add_argument("--count", type=int, default=200, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--script", nargs="+", choices=scripts, default=scripts)
+    parser.add_argument("--script", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these inputs alone")
     options = parser.parse_args(argv)
     counts, failures, number = Counter(), Counter(), -1

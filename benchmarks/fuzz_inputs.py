@@ -225,12 +225,17 @@ def cut(item, chance):
 
 
 def flip(item, chance):
+    """1 to 6 bits, also of voxels that are stored as they are."""
     content = bytearray(item.path.read_bytes())
+    starts = [content.find(plane.tobytes()) for plane in item.voxels]
     most = chance.choice((min(400, len(content)), len(content)))  # where a header is, or anywhere
     for _ in range(chance.randint(1, 6)):
         content[chance.randrange(most)] ^= 1 << chance.randrange(8)
     item.path.write_bytes(content)
-    item.accept, item.flipped = EITHER, True
+    item.accept, item.flipped, item.voxels = EITHER, True, item.voxels.copy()
+    for plane, start in zip(item.voxels, starts, strict=True):
+        if start >= 0:
+            plane.flat = np.frombuffer(content, plane.dtype, plane.size, start)
 
 
 def rename(item, name, odd=False):
