@@ -112,7 +112,7 @@ def load(path, overrides=()):
     """Settings of a YAML file with overrides; ConfigError names the file and every fault."""
     path = Path(path)
     try:
-        content = yaml.load(path.read_text(), _Loader) or {}
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: expected a config file in YAML, got: {reason}") from None

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from volumes import atomic, hdf5, nifti, tiff
-from volumes.volume import VolumeError
+from volumes.volume import VolumeError, printable
 
 FORMATS = {
     ".nii.gz": nifti,
@@ -102,7 +102,7 @@ def find_volumes(text):
     text = str(text)
     location, dataset = split_dataset(text)
     if os.path.isfile(location):
-        return [Source(case_id(location), text)]
+        return _in_utf8([Source(case_id(location), text)])
     if os.path.isdir(location):
         pattern = os.path.join(glob.escape(location), "*")
         expected = f"a folder with volumes ({', '.join(FORMATS)}), got one without any"
@@ -114,6 +114,17 @@ def find_volumes(text):
     sources = [Source(name, file + tail) for name, file in _matches(pattern)]
     if not sources:
         raise VolumeError(f"{text}: expected {expected}; check the path")
+    return _in_utf8(sources)
+
+
+def _in_utf8(sources):
+    """The sources. VolumeError if names of files are no UTF-8, for then their ids are none."""
+    names = [os.path.basename(source.path) for source in sources]
+    if wrong := [name for name in map(printable, names) if name not in names]:
+        raise VolumeError(
+            f"{', '.join(wrong)}: expected names of files in UTF-8, got another encoding, as from an "
+            "old archive; rename them"
+        )
     return sources
 
 

@@ -87,7 +87,7 @@ def default_inputs(metadata, root):
 def _find(text, notes):
     """The volumes that one --input names, as [(id, path)]; a note says which are left out."""
     index = Path(text) / casefile.DATASET_FILE
-    if index.is_file() and "lamina-dataset" in index.read_text(errors="replace"):
+    if index.is_file() and "lamina-dataset" in index.read_text(encoding="utf-8", errors="replace"):
         return [(case.id, case.path) for case in casefile.read_dataset(text).cases.values()]
     sources = files.find_volumes(text)
     images = [source for source in sources if not files.is_label_name(source.path)]

@@ -46,6 +46,11 @@ class Volume:
     path: str
 
 
+def printable(text):
+    """A path with an escape for each byte that is no UTF-8, as files and terminals refuse those."""
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def unit_of(name):
     """The unit that a file names, in our spelling; "" if it is unknown."""
     return UNITS.get(str(name).lower(), "")
