@@ -122,8 +122,8 @@ def _in_utf8(sources):
     names = [os.path.basename(source.path) for source in sources]
     if wrong := [name for name in map(printable, names) if name not in names]:
         raise VolumeError(
-            f"{', '.join(wrong)}: expected names of files in UTF-8, got another encoding, as from an "
-            "old archive; rename them"
+            f"{', '.join(wrong)}: expected names of files in UTF-8, got another encoding, as old "
+            "archives have; rename them"
         )
     return sources
 

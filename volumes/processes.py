@@ -1,6 +1,7 @@
 """Processes: how a script meets its terminal, and those that work for another one."""
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
@@ -41,15 +42,19 @@ class Output:
     def _try(self, method, *arguments):
         try:
             getattr(self.stream, method)(*arguments)
-        except OSError:
+        except OSError as error:
             # What it still holds goes nowhere, too, or the interpreter would fail at its end.
             with contextlib.suppress(OSError), open(os.devnull, "w", encoding="utf-8") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
+            if error.errno == errno.ENOSPC:  # who closes a pipe or a terminal knows it
+                print(f"standard output: {error.strerror}; it shows no more", file=sys.stderr)
 
 
 def run_script(main):
     """Leave Python with the exit status that main() returns, which says what became of the work,
     whoever reads its output. A character that the terminal does not know is shown as an escape."""
+    if sys.getfilesystemencoding() != "utf-8":  # the locale C: names of files would lose characters
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # it was closed before the process began
