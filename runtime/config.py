@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from settings import Group, Settings
+from volumes.volume import printable
 
 
 class ConfigError(ValueError):
@@ -124,7 +125,7 @@ def load(path, overrides=()):
         settings = build(apply_overrides(content, overrides))
     except ConfigError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
-    settings.run.name = settings.run.name or path.stem
+    settings.run.name = settings.run.name or printable(path.stem)
     return settings
 
 
