@@ -118,14 +118,14 @@ def _try_lock(file):
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        elif os.name == "nt":
+        else:
             import msvcrt
 
             os.lseek(file.fileno(), LOCKED_BYTE, os.SEEK_SET)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except LOCKED:
         return False
-    except OSError:
+    except (OSError, ImportError):
         pass
     return True
 

@@ -10,13 +10,9 @@ import threading
 from multiprocessing import resource_tracker
 
 NO_MEMORY = 12  # exit status of a process that got no memory
-# Ctrl-C; schedulers send SIGTERM and SIGUSR1 before a job's time ends; SIGHUP says the terminal is
-# gone. Windows knows the first two.
-STOP_SIGNALS = frozenset(
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-    if hasattr(signal, name)
-)
+# Schedulers send SIGTERM and SIGUSR1 before a job's time ends; SIGHUP says the terminal is gone.
+_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows has the first two
+STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 # ---------------------------------------------------------------------------- a script's own
