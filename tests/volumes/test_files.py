@@ -13,7 +13,7 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from volumes import files
+from volumes import casefile, files
 from volumes.files import case_id, find_volumes, read_image, read_label, write_volume
 from volumes.volume import Volume, VolumeError
 
@@ -351,3 +351,43 @@ def test_nanometres_keep_the_affine_of_the_image(tmp_path):
     mask = np.ones((2, 3, 4), np.uint8)
     files.write_volume(tmp_path / "a.nii.gz", mask, spacing=(20, 10, 10), unit="nm", affine=affine)
     assert np.array_equal(nibabel.load(tmp_path / "a.nii.gz").affine, affine)
+
+
+# ---------------------------------------------------------------------------- names of other bytes
+
+
+@pytest.fixture
+def latin(tmp_path):
+    """A folder called gr\\xf6, in Latin-1, where the file system accepts such a name."""
+    try:
+        os.mkdir(os.fsencode(tmp_path) + b"/gr\xf6")
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    return tmp_path / "gr\udcf6"
+
+
+def test_names_that_are_no_utf8_are_all_named_with_what_to_do(latin, voxels):
+    for name in ("a.tif", "ö.tif", "b\udcfc.tif", "\udcdf.tif"):
+        tifffile.imwrite(latin / name, voxels, photometric="minisblack")
+    for text in (latin, str(latin / "*.tif"), str(latin / "{id}.tif")):
+        with pytest.raises(VolumeError) as fault:
+            find_volumes(text)
+        assert str(fault.value).startswith(
+            "b\\udcfc.tif, \\udcdf.tif: expected names of files in UTF-8"
+        )
+        assert str(fault.value).endswith("rename them")
+    with pytest.raises(VolumeError, match=r"^b\\udcfc.tif: expected"):
+        find_volumes(latin / "b\udcfc.tif")
+
+
+def test_a_folder_whose_name_is_no_utf8_is_read(latin, voxels):
+    tifffile.imwrite(latin / "ö.tif", voxels, photometric="minisblack")
+    (source,) = find_volumes(latin)
+    assert source.id == "ö"
+    assert np.array_equal(read_image(source.path).array[0], voxels)
+    case = latin / "case.h5"
+    about = {"spacing": (1, 1, 1), "unit": "", "affine": None, "group": "ö"}
+    casefile.write_case(case, voxels[None], **about, source_image=source.path)
+    with h5py.File(case) as file:
+        assert file.attrs["source_image"].endswith("gr\\udcf6/ö.tif")
+        assert np.array_equal(file["image"][0], voxels)
