@@ -268,6 +268,16 @@ def put_dangling_link(item, chance):
     item.path.symlink_to("nowhere")
 
 
+def empty(item, chance):
+    item.path.write_bytes(b"")
+    item.accept = REFUSE
+
+
+def forbid(item, chance):
+    item.path.chmod(0)
+    item.accept = REFUSE
+
+
 def put_folder(item, chance):
     item.path.unlink()
     item.path.mkdir()
@@ -283,6 +293,7 @@ FILES = {
     "none": lambda item, chance: None,
     "cut": cut,
     "flip": flip,
+    "no bytes": empty,
     "other suffix": give_other_suffix,
     "odd name": give_odd_name,
     "two of one id": add_one_of_its_id,
@@ -290,6 +301,8 @@ FILES = {
     "folder": put_folder,
     "source gone": lose_source,
 }
+if hasattr(os, "geteuid") and os.geteuid() != 0:  # root may read all
+    FILES["no permission"] = forbid
 FAULTS = VOXELS | HEADERS | FILES
 
 
