@@ -35,7 +35,9 @@ from rich.progress import Progress
 from monitoring import machine
 from scoring import inputs, metrics, parallel, report
 from volumes import atomic, files
+from volumes.processes import run_script
 from volumes.statistics import clip_fill
+from volumes.volume import printable
 
 SCORES = ("dice", "surface_dice", "precision", "recall", "voi_score", "components",
           "components_truth")  # fmt: skip
@@ -57,7 +59,8 @@ def with_summaries(rows, names):
 
 
 def write_csv(path, rows):
-    with atomic.replacing(path) as partial, open(partial, "w", newline="") as file:
+    how = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with atomic.replacing(path) as partial, open(partial, "w", **how) as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), restval="")
         writer.writeheader()
         for row in rows:
@@ -75,7 +78,8 @@ def write_json(path, rows, names, notes):
         "notes": notes,
     }
     with atomic.replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        text = json.dumps(content, indent=1, allow_nan=False)
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def write_overlays(folder, pairs, rows, options, args):
@@ -135,7 +139,7 @@ def named(texts):
         given = re.fullmatch(r"([\w.+-]+)=(.+)", text)
         path = Path(text)
         inside = path.name if path.name != "predictions" else path.absolute().parent.name
-        name = "prediction" if len(texts) == 1 else files.stem_of(inside)
+        name = "prediction" if len(texts) == 1 else printable(files.stem_of(inside))
         predictions.append((given[1], given[2]) if given and not path.exists() else (name, text))
     names = [name for name, _ in predictions]
     if inputs.OTSU in names or len(set(names)) < len(names):
@@ -319,4 +323,4 @@ def write_report(rows, pairs, options, args, notes):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

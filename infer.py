@@ -31,7 +31,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import data
 import model
 from patches.intensity import normalise
-from runtime import checkpoint, config, log
+from runtime import checkpoint, config
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import (
     predict_slabs,
@@ -42,6 +42,7 @@ from runtime.sliding_window import (
 from scoring import postprocess
 from volumes.files import write_volume
 from volumes.inputs import check_inputs
+from volumes.processes import run_script
 from volumes.submission import SubmissionError, open_submission, submission_faults
 from volumes.volume import InputErrors, VolumeError, collect_errors
 
@@ -262,7 +263,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     arguments = parse_arguments(argv)
-    console = Console(file=log.Output(), highlight=False, soft_wrap=True, markup=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     try:
         predictor, inputs, output, lines = prepare_to_predict(arguments)
     except ValueError as error:
@@ -286,4 +287,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -12,7 +12,6 @@ status: 0, or 2 if there is no run.
 import argparse
 import contextlib
 import io
-import signal
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,8 @@ from rich.console import Console
 from monitoring.health import RunHealth
 from monitoring.panels import RunView
 from monitoring.records import RunRecords
+from volumes.processes import run_script
+from volumes.volume import printable
 
 
 def find_run(path):
@@ -82,7 +83,8 @@ def cli(argv=None):
             options = {"width": args.width or 120, "color_system": "truecolor"}
             picture = Console(file=io.StringIO(), record=True, **options)
             picture.print(look(health))
-            Path(args.svg).write_text(picture.export_svg(title=health.run.folder.name))
+            svg = printable(picture.export_svg(title=health.run.folder.name))
+            Path(args.svg).write_text(svg, encoding="utf-8")
             return 0
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
@@ -97,6 +99,4 @@ def cli(argv=None):
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # end quietly where the reader of a pipe has left
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sys.exit(cli())
+    run_script(cli)

@@ -37,7 +37,7 @@ from volumes import layouts, phantoms
 from volumes.casefile import DATASET_FILE, read_dataset, write_dataset
 from volumes.files import few, split_dataset
 from volumes.ingest import PhantomCase, Rules, prepare_case
-from volumes.processes import cores
+from volumes.processes import cores, run_script
 from volumes.volume import UNITS, collect_errors
 
 MAX_ROWS = 40  # of the summary
@@ -386,4 +386,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

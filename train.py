@@ -30,6 +30,7 @@ from runtime.composite_loss import composite_loss
 from runtime.microbatch import MicroBatch
 from runtime.run import STOPPED, WRONG_INPUT, Run, WrongInput, checked
 from runtime.timer import StepTimer
+from volumes.processes import run_script
 
 
 def learning_rate(step, total, *, lr, schedule, max_lr, warmup_steps, final_lr_share):
@@ -188,4 +189,4 @@ def cli(argv=None):
 
 if __name__ == "__main__":
     with signals.listening():
-        sys.exit(cli())
+        run_script(cli)

@@ -39,6 +39,7 @@ import data
 from patches import contact_sheet, intensity
 from runtime import build, config, folder, sliding_window
 from runtime.signals import CannotGoOn
+from volumes.processes import run_script
 
 STEPS, WARM_UP, FOLDS, FOLD_STEPS = 30, 5, 3, 2  # WARM_UP: steps before those that are measured
 SLABS = 2  # of the prediction: with the second the slab has moved on, and memory is at its most
@@ -170,13 +171,14 @@ def run_training(plan, steps):
         settings["monitor"] |= {"log_every": WARM_UP, "seconds": 0.5}
         settings["monitor"] |= {"tensorboard": False, "picture": False}
         path = Path(root, "trial.yaml")
-        path.write_text(yaml.safe_dump(settings))
+        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
         command = [sys.executable, Path(__file__).with_name("train.py"), path]
-        run = subprocess.run(command, capture_output=True, text=True)
+        run = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if run.returncode != 0:
             reason = (run.stderr.strip() or run.stdout.strip() or "no output").split("\n")[-1]
             raise ValueError(f"train.py ended with exit status {run.returncode}: {reason}")
-        files = [Path(root, "trial", name).read_text() for name in ("log.jsonl", "system.jsonl")]
+        paths = [Path(root, "trial", name) for name in ("log.jsonl", "system.jsonl")]
+        files = [path.read_text(encoding="utf-8") for path in paths]
     log, readings = ([json.loads(line) for line in text.splitlines()] for text in files)
     ram = max(reading["tree"] or 0 for reading in readings)
     gpus = zip(*([gpu["used"] or 0 for gpu in r["gpus"]] for r in readings), strict=True)
@@ -279,7 +281,7 @@ def benchmark(plan, *, steps=STEPS, json_file=None):
             for name, figure in FIGURES.items()
         }
         content["settings"] = plan.settings.plain()
-        json_file.write_text(json.dumps(content, indent=1) + "\n")
+        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 1 if "over" in verdicts.values() else 0
 
 
@@ -327,4 +329,4 @@ def cli(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    run_script(cli)

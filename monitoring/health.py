@@ -138,7 +138,7 @@ def causes_of_death(run):
 def _fault(run):
     """What faulthandler wrote, if it was since the last start."""
     path = run.folder / "fault.txt"
-    text = path.read_text(errors="replace").strip()
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
     if text and path.stat().st_mtime >= run.start.get("time", 0):
         where = re.search(r"Current thread.*\s+(File .*)", text)
         yield f"{text.splitlines()[0]}{f', in {where[1]}' if where else ''} (fault.txt)"

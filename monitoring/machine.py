@@ -101,7 +101,7 @@ def _cgroups(proc, root):
 
 def _number(path, otherwise):
     """The number in a file; `otherwise` where it says "max" or cannot be read."""
-    number = attempt(lambda: int(path.read_text()))
+    number = attempt(lambda: int(path.read_text(encoding="ascii")))
     return otherwise if number is None else number
 
 

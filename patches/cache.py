@@ -163,7 +163,8 @@ class VolumeCache:
             if hasattr(os, "memfd_create"):
                 fd = os.memfd_create("lamina-cache")
             else:  # macOS: a file that has lost its name
-                fd = os.dup(tempfile.TemporaryFile().fileno())
+                with tempfile.TemporaryFile() as file:
+                    fd = os.dup(file.fileno())
             # Sparse: it takes the memory of what is decoded into it.
             os.ftruncate(fd, header + budget)
             os.write(fd, np.int64(budget).tobytes())

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from multiprocessing import reduction, resource_tracker
+from multiprocessing import reduction
 from multiprocessing.util import Finalize
 from typing import NamedTuple
 
@@ -31,14 +31,20 @@ from torch.utils.data import DataLoader, get_worker_info
 from monitoring import machine
 from monitoring.machine import format_bytes
 from patches import transfer
-from volumes.processes import NO_MEMORY, describe_death, start_worker
+from volumes.processes import (
+    NO_MEMORY,
+    STOP_SIGNALS,
+    describe_death,
+    signals_blocked,
+    start_worker,
+)
 
 WAIT = 1.0  # seconds between two calls of `poll` while a batch is waited for
 STALLED = 60.0  # seconds of waiting after which that is reported; then after twice that, ...
 DYING = 5.0  # seconds between the end of a worker's memory and that of the worker, at most
 SEVERAL = 2  # workers that died of a fault while they read one case, before it is excluded
-FAULTS = {signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
-BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
+FAULTS = {getattr(signal, f"SIG{name}", None) for name in ("BUS", "SEGV", "ABRT", "FPE", "ILL")}
+HAS_WORKERS = hasattr(os, "pread")  # not on Windows
 FIELDS = 3  # of a worker's status: number of the batch, position of the sample, resident bytes
 IDLE = -1  # instead of the number of a batch, when none is read
 
@@ -346,15 +352,12 @@ class _Reader:
 
 @contextlib.contextmanager
 def _signals_for_workers():
-    """Processes started in it have BLOCKED signals; torch's handler of SIGCHLD is removed."""
+    """Processes started in it have STOP_SIGNALS blocked; torch's handler of SIGCHLD is removed."""
     # That handler would raise an error in whatever line is running when a worker dies.
     handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     try:
-        resource_tracker.ensure_running()  # when it starts, it unblocks SIGINT and SIGTERM
-        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
-        yield
+        with signals_blocked(STOP_SIGNALS):
+            yield
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -14,7 +14,7 @@ import torch
 import data
 import model
 from monitoring import machine
-from patches import augment, cache
+from patches import augment, cache, feed
 from runtime import composite_loss, evaluator, sliding_window, splits, validation
 from settings import Settings
 from volumes import casefile
@@ -84,6 +84,9 @@ def resolve(settings):
         cache_bytes = cache.default_budget(split.train, free.bytes, names=volume_names(terms))
     else:
         cache_bytes = int(wanted * 1e9)
+    if (workers := settings.training.workers) and not feed.HAS_WORKERS:
+        settings.training.workers = 0
+        notes.append(f"training.workers: 0 instead of {workers}, for Windows has no such workers")
     return Plan(
         settings=settings,
         device=device,

@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from settings import Group, Settings
+from volumes.volume import printable
 
 
 class ConfigError(ValueError):
@@ -120,7 +121,7 @@ def load(path, overrides=()):
     """Settings of a YAML file with overrides; ConfigError names the file and every fault."""
     path = Path(path)
     try:
-        content = yaml.load(path.read_text(), _Loader) or {}
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: expected a config file in YAML, got: {reason}") from None
@@ -132,7 +133,7 @@ def load(path, overrides=()):
         settings = build(apply_overrides(content, overrides))
     except ConfigError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
-    settings.run.name = settings.run.name or path.stem
+    settings.run.name = settings.run.name or printable(path.stem)
     return settings
 
 

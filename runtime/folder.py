@@ -7,7 +7,6 @@ with claim(folder, path) as folder:
 
 import contextlib
 import faulthandler
-import fcntl
 import glob
 import itertools
 import os
@@ -24,9 +23,15 @@ import torch
 from runtime.checkpoint import load_newest
 from volumes import atomic
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parents[1]  # of the project
 ROOMS = (".", "volumes", "topology", "monitoring", "scoring", "patches", "runtime")
 LOCKED = (BlockingIOError, PermissionError)  # which of them is raised depends on the system
+LOCKED_BYTE = 2**20  # of a lock file, on Windows: behind the text, which others could not read
 
 
 def _numbered_runs(folder, name):
@@ -85,7 +90,7 @@ def claim(folder, resumed_from):
     """
     for path in _free_names(folder):
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        with open(path / "lock", "a+") as lock:
+        with open(path / "lock", "a+", encoding="utf-8") as lock:
             if not _try_lock(lock):
                 if resumed_from is None:
                     continue
@@ -111,10 +116,16 @@ def claim(folder, resumed_from):
 def _try_lock(file):
     """Whether this process now holds the lock of a file; True where there are no locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            os.lseek(file.fileno(), LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except LOCKED:
         return False
-    except OSError:
+    except (OSError, ImportError):
         pass
     return True
 
@@ -137,7 +148,7 @@ def _has_state(folder):
 
 def record(folder, settings_text):
     """Let a run folder explain itself: the resolved settings, and the source that runs."""
-    (folder / "config.yaml").write_text(settings_text)
+    (folder / "config.yaml").write_text(settings_text, encoding="utf-8")
     source = folder / "source"
     if source.resolve() == ROOT:  # this is the code that the run has kept
         return
@@ -164,8 +175,8 @@ def link_last(runs_folder, run_checkpoint):
 
 def _git(*arguments):
     command = ["git", "-C", str(ROOT), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
+    done = subprocess.run(command, capture_output=True, timeout=10, check=True)
+    return done.stdout.decode(errors="replace").strip()
 
 
 def _commit():
@@ -207,7 +218,7 @@ def fault_file(folder):
     if faulthandler.is_enabled():
         yield
         return
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         faulthandler.enable(file)
         try:
             yield

@@ -25,13 +25,11 @@ Events of the run's history, which stay:
     end          all steps done
 """
 
-import contextlib
 import json
 import math
 import os
 import shutil
 import socket
-import sys
 import time
 from pathlib import Path
 
@@ -135,14 +133,14 @@ def _cut(path, keep):
         if event["event"] not in TRAINING or lines <= keep:
             events.append(event)
     with atomic.replacing(path) as partial:
-        partial.write_text("".join(json.dumps(event) + "\n" for event in events))
+        partial.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
     return min(lines, keep)
 
 
 def read_log(path):
     """The events of a log.jsonl; lines that a crash cut short or damaged are left out."""
     events = []
-    for line in Path(path).read_text(errors="replace").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             event = json.loads(line)
         except ValueError:
@@ -225,35 +223,6 @@ def _means_of(sums):
 
 
 # ---------------------------------------------------------------------------- terminal
-
-
-class Output:
-    """Standard output, for a Console. It falls silent where nobody takes it any more: a closed
-    terminal or pipe, a full disk. A run is not to end for that."""
-
-    @property
-    def stream(self):
-        """None if it was closed before the process began."""
-        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # while a bar is shown
-
-    def write(self, text):
-        self._try("write", text)
-
-    def flush(self):
-        self._try("flush")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def _try(self, method, *arguments):
-        if self.stream is None:
-            return
-        try:
-            getattr(self.stream, method)(*arguments)
-        except OSError:
-            # What it still holds goes nowhere, too, or the interpreter would fail at its end.
-            with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 class ProgressLine:

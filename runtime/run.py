@@ -23,12 +23,12 @@ import data
 from monitoring import machine, recorder
 from runtime import build, checkpoint, config, evaluator, folder, microbatch, nonfinite, timer
 from runtime.evaluations import Evaluations
-from runtime.log import Means, Output, ProgressLine, RunLog
+from runtime.log import Means, ProgressLine, RunLog
 from runtime.memory_guard import MemoryGuard
 from runtime.signals import CannotGoOn, Stop, Stopped
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
-console = Console(file=Output(), highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True)
 
 
 class WrongInput(ValueError):

@@ -13,8 +13,8 @@ import threading
 import time
 from pathlib import Path
 
-# Schedulers send SIGTERM and SIGUSR1 before a job's time ends; SIGHUP says the terminal is gone.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+from volumes.processes import STOP_SIGNALS
+
 LOOK = 1.0  # seconds between two looks for the file: in a shared folder each costs milliseconds
 
 
@@ -63,9 +63,9 @@ class Stop:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # no other may take signals
-            for number in SIGNALS:
+            for number in STOP_SIGNALS:
                 ignored = signal.getsignal(number) is signal.SIG_IGN
-                if not (ignored and number == signal.SIGHUP):
+                if not (ignored and signal.Signals(number).name == "SIGHUP"):
                     self.handlers[number] = signal.signal(number, self._note)
             for handler in self.handlers.values():
                 outer = getattr(handler, "__self__", None)

@@ -6,7 +6,6 @@ evaluation = validator.result()          # None: not yet
 
 import contextlib
 import functools
-import signal
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
@@ -19,11 +18,10 @@ from patches import intensity
 from runtime import evaluator, sliding_window
 from scoring import parallel
 from volumes import casefile
+from volumes.processes import STOP_SIGNALS
 from volumes.statistics import clip_fill
 
 POLL_SECONDS = 1.0  # while waiting for the evaluator, from one look and call of poll to the next
-# A process group that is asked to stop: the training process answers, and ends the evaluator.
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
 
 
 class Evaluation(NamedTuple):
@@ -53,6 +51,7 @@ class Validator:
     def start(self, network, step):
         """Predict all cases with a network, and have the predictions evaluated."""
         if self.background and self.pool is None:
+            # A process group that is asked to stop: this process answers, and ends the evaluator.
             worker = parallel.worker_process(STOP_SIGNALS)
             self.pool, self.process = self.stack.enter_context(worker)
         how = self.how | {"report": self.report, "progress": lambda done, total: self.poll()}

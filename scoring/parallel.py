@@ -13,12 +13,11 @@ import signal
 from collections import deque
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import resource_tracker
 from typing import NamedTuple
 
 from scoring import inputs, metrics
 from volumes import files
-from volumes.processes import NO_MEMORY, cores, describe_death, start_worker
+from volumes.processes import NO_MEMORY, cores, describe_death, signals_blocked, start_worker
 
 BYTES_PER_VOXEL = 48  # of one case: 37 were the most seen in metrics.score, and the masks are read
 SMALL = 4_000_000  # voxels of all cases together
@@ -133,13 +132,8 @@ def worker_process(blocked_signals):
     before = set(multiprocessing.active_children())
     spawn = multiprocessing.get_context("spawn")
     pool = futures.ProcessPoolExecutor(1, mp_context=spawn, initializer=start_worker)
-    # multiprocessing's tracker lets signals through when it starts, so it starts first.
-    resource_tracker.ensure_running()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked_signals)
-    try:
+    with signals_blocked(blocked_signals):
         pool.submit(int)  # starts the process, which inherits the mask
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     (process,) = set(multiprocessing.active_children()) - before
     try:
         yield pool, process

@@ -77,6 +77,21 @@ def test_folders_are_matched_by_id_and_scored(tmp_path, capsys):
     assert "0.667" in printed
 
 
+def test_a_method_of_a_folder_that_is_no_utf8_has_escapes_in_the_table(tmp_path):
+    truth = write(tmp_path / "truth" / "ö.tif", bar(2))
+    write(tmp_path / "a" / "ö.tif", bar(2))
+    try:
+        os.rename(tmp_path / "a", os.fsencode(tmp_path) + b"/m\xf6")
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    write(tmp_path / "b" / "ö.tif", bar(3))
+    both, out = (tmp_path / "m\udcf6", tmp_path / "b"), tmp_path / "s.csv"
+    assert run("--pred", *both, "--truth", truth, "--scores", "dice", "--out", out) == 0
+    rows = list(csv.DictReader(out.read_text(encoding="utf-8").splitlines()))
+    scores = {(row["case"], row["method"]): row["dice"] for row in rows}
+    assert scores["ö", "m\\udcf6"] == "1.0" and scores["ö", "b"] == "0.75"
+
+
 def test_one_file_each_is_a_pair_whatever_the_names(tmp_path):
     prediction = write(tmp_path / "result.tif", bar(2))
     truth = write(tmp_path / "expert.nii.gz", bar(2))

@@ -118,6 +118,24 @@ def too_long(root):
     return faults
 
 
+def without_encoding(root):
+    """Calls that read or write a text file in whatever encoding the locale has."""
+    faults = []
+    for module, path in source_files(root).items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or any(
+                k.arg in ("encoding", None) for k in node.keywords
+            ):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            constants = [a.value for arg in node.args for a in ast.walk(arg) if hasattr(a, "value")]
+            text = not any(isinstance(c, str) and "b" in c for c in constants)
+            is_open = isinstance(node.func, ast.Name) and name == "open" and text
+            if is_open or name in ("read_text", "write_text"):
+                faults.append(f"{module}, line {node.lineno}")
+    return faults
+
+
 def of_room(room, faults):
     return [fault for fault in faults if room_of(fault.split()[0]) == room]
 
@@ -149,6 +167,10 @@ def test_nothing_else_stands_at_the_top():
 @EVERY_ROOM
 def test_no_file_and_no_function_is_too_long(room):
     assert of_room(room, too_long(ROOT)) == []
+
+
+def test_every_text_file_has_an_encoding():
+    assert without_encoding(ROOT) == []
 
 
 def test_the_whole_source_is_no_longer_than_promised():

@@ -204,7 +204,7 @@ def _one_at_a_time(timeout):
         lock = FileLock(path, poll_interval=0.01, on_acquired=_write_pid)
         lock.acquire(timeout)
     except Timeout:
-        holder = path.read_text(errors="replace") or "of an unknown pid"
+        holder = path.read_text(encoding="utf-8", errors="replace") or "of an unknown pid"
         raise TimeoutError(
             f"edt backend 'scipy': expected a turn within {timeout:g} s, but process {holder} "
             f"holds the lock {path}; wait longer, end it, or use backend='native'"
@@ -227,7 +227,7 @@ def _one_at_a_time(timeout):
 
 def _write_pid(lock):
     """Name this process in the lock file; a pid that is there is of one that died inside."""
-    with open(lock, "r+", errors="replace", closefd=False) as file:
+    with open(lock, "r+", encoding="utf-8", errors="replace", closefd=False) as file:
         dead = file.read(32)
         file.seek(0)
         file.truncate()

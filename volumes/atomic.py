@@ -18,7 +18,7 @@ def replacing(path):
     partial = path.with_name(f".partial_{os.getpid()}_{path.name}")  # readers go by the suffix
     try:
         yield partial
-        with open(partial, "rb") as file:
+        with open(partial, "r+b" if os.name == "nt" else "rb") as file:  # Windows wants the former
             os.fsync(file.fileno())
         os.replace(partial, path)
         sync_folder(path.parent)

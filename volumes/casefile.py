@@ -28,7 +28,7 @@ import numpy as np
 from volumes import atomic
 from volumes.skeletons import tubed_skeleton
 from volumes.statistics import intensity_statistics, sample_coordinates
-from volumes.volume import InputErrors
+from volumes.volume import InputErrors, printable
 
 DATASET_FILE = "dataset.json"
 IGNORE_NONE = -1  # HDF5 attributes know no None
@@ -124,8 +124,8 @@ def write_case(
             file.attrs["nifti_header"] = np.void(header)
         file.attrs["ignore_label"] = IGNORE_NONE if ignore_label is None else ignore_label
         file.attrs["intensity"] = json.dumps(intensity or intensity_statistics(image))
-        file.attrs["source_image"] = str(source_image)
-        file.attrs["source_label"] = str(source_label)
+        file.attrs["source_image"] = printable(source_image)
+        file.attrs["source_label"] = printable(source_label)
         file.attrs["planes"] = np.asarray(planes, np.int64)
         file.attrs["group"] = group
 
@@ -316,7 +316,7 @@ def write_dataset(root, *, classes, ignore_label, unit, case_ids):
         ],
     }
     with atomic.replacing(root / DATASET_FILE) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_dataset(root, source=""):
@@ -333,7 +333,7 @@ def read_dataset(root, source=""):
             "--out DIR`, synthetic ones with `python prepare.py --phantom scroll --out DIR`"
         )
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if "lamina" not in str(content.get("format")):
             raise TypeError("another format, such as nnU-Net's: prepare that folder first")
         files = {entry["id"]: root / entry["file"] for entry in content["cases"]}

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from volumes import atomic, hdf5, nifti, tiff
-from volumes.volume import InputErrors, VolumeError, check_affine, compare, sizes
+from volumes.volume import InputErrors, VolumeError, check_affine, compare, printable, sizes
 
 FORMATS = {
     ".nii.gz": nifti,
@@ -132,7 +132,7 @@ def find_volumes(text, notes=None):
     text = str(text)
     location, dataset = split_dataset(text)
     if os.path.isfile(location):
-        return [Source(case_id(location), text)]
+        return _in_utf8([Source(case_id(location), text)])
     if os.path.isdir(location):
         found = _walk(location, ("*",))
         expected = f"a folder with volumes ({', '.join(FORMATS)}), got one without any"
@@ -158,6 +158,17 @@ def find_volumes(text, notes=None):
         raise VolumeError(f"{text}: expected {expected}{also}; check the path")
     if passed and notes is not None:
         notes.append(f"{text}: passed over {'; '.join(passed)}")
+    return _in_utf8(sources)
+
+
+def _in_utf8(sources):
+    """The sources. VolumeError if names of files are no UTF-8, for then their ids are none."""
+    names = [os.path.basename(source.path) for source in sources]
+    if wrong := [name for name in map(printable, names) if name not in names]:
+        raise VolumeError(
+            f"{', '.join(wrong)}: expected names of files in UTF-8, got another encoding, as old "
+            "archives have; rename them"
+        )
     return sources
 
 

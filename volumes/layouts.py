@@ -167,7 +167,7 @@ def _find_pairs(images_text, labels_text, layout):
 def _find_nnunet(root, test_images, layout):
     """imagesTr and labelsTr with dataset.json; files `<id>_0000`, `<id>_0001` are channels."""
     try:
-        declared = json.loads((root / "dataset.json").read_text())
+        declared = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
         layout.classes, layout.ignore_label = _declared_classes(declared["labels"])
         layout.channels = len(declared.get("channel_names") or declared.get("modality") or ())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

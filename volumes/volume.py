@@ -63,6 +63,11 @@ class Volume:
         return [*self.notes, *([f"{self.doubt}; the second is used"] if self.doubt else [])]
 
 
+def printable(text):
+    """A path with an escape for each byte that is no UTF-8, as files and terminals refuse those."""
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def unit_of(name):
     """The unit that a file names, in our spelling; "" if it is unknown."""
     name = str(name).strip().lower().replace("metre", "meter").replace("meters", "meter")

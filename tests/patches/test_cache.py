@@ -35,6 +35,15 @@ def test_boxes_are_what_was_written_with_any_budget(tmp_path, stored, budget):
     check(cache, case, arrays, box=tuple(slice(0, n) for n in SHAPE))
 
 
+def test_where_memory_has_no_files_a_file_without_a_name_holds_what_is_read(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "memfd_create", raising=False)  # macOS
+    case, arrays = write(tmp_path, stored="lzf")
+    cache = VolumeCache([case], HUGE)
+    for _ in range(2):
+        check(cache, case, arrays)
+    assert cache.counts()["cases"] == 1
+
+
 def test_a_copy_does_not_change_what_is_kept(tmp_path):
     case, arrays = write(tmp_path, stored="lzf")
     cache = VolumeCache([case], HUGE)

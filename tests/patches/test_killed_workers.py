@@ -18,6 +18,7 @@ import torch
 
 from patches import feed, transfer
 from patches.feed import Batches
+from volumes import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0  # seconds that a machine under load may take
@@ -229,7 +230,7 @@ def test_signals_that_ask_a_run_to_stop_do_not_reach_workers(made):
     batches, reports = made()
     seen = [next(batches)]
     for worker in batches.workers:
-        for number in feed.BLOCKED:
+        for number in processes.STOP_SIGNALS:
             os.kill(worker.pid, number)
     check(batches, seen + list(batches))
     assert reports == []

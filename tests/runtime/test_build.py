@@ -3,6 +3,7 @@
 import h5py
 import pytest
 
+from patches import feed
 from runtime import build
 from tests.test_training_step import make_root, make_settings
 
@@ -25,3 +26,11 @@ def test_settings_that_cannot_train_are_refused_by_name(tmp_path, change, named)
                 del file["skeleton"]
     with pytest.raises((ValueError, FileNotFoundError), match=named.replace(".", r"\.")):
         build.resolve(make_settings(tmp_path, change))
+
+
+def test_where_no_workers_can_be_the_training_process_reads_and_says_so(tmp_path, monkeypatch):
+    make_root(tmp_path)
+    monkeypatch.setattr(feed, "HAS_WORKERS", False)
+    plan = build.resolve(make_settings(tmp_path, "training.workers=3"))
+    assert plan.settings.training.workers == 0
+    assert plan.notes[-1].startswith("training.workers: 0 instead of 3")

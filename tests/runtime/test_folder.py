@@ -4,6 +4,7 @@ import faulthandler
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -229,3 +230,34 @@ def test_a_run_that_ends_by_itself_leaves_no_fault(tmp_path):
     finally:
         if before:
             faulthandler.enable()
+
+
+# ---------------------------------------------------------------------------- other systems
+
+
+def test_without_fcntl_the_lock_of_windows_holds_a_run(tmp_path, monkeypatch):
+    places = []
+
+    def locking(handle, mode, count):
+        places.append((os.lseek(handle, 0, os.SEEK_CUR), mode, count))
+        if len(places) == 2:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(runs, "fcntl", None)
+    windows = SimpleNamespace(LK_NBLCK=2, locking=locking)
+    monkeypatch.setitem(sys.modules, "msvcrt", windows)
+    run = with_state(tmp_path / "r", 1)
+    with claim(run, run / "checkpoints" / "last.pt"):
+        text = (run / "lock").read_text()
+        assert text.startswith(f"process {os.getpid()} on ")
+        with pytest.raises(ValueError, match=f"got {run}, which process {os.getpid()} on"):
+            with claim(run, run / "checkpoints" / "last.pt"):
+                pass
+    assert places == [(runs.LOCKED_BYTE, 2, 1)] * 2 and len(text) < runs.LOCKED_BYTE
+
+
+def test_where_there_are_no_locks_a_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", None)
+    with claim(tmp_path / "r", None) as folder:
+        assert folder == tmp_path / "r"

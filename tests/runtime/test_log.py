@@ -5,8 +5,6 @@ import errno
 import io
 import json
 import math
-import os
-import sys
 
 import pytest
 from rich.console import Console
@@ -195,52 +193,9 @@ def test_the_epoch_is_the_mean_over_its_steps_however_lines_divide_them():
 # ---------------------------------------------------------------------------- a terminal
 
 
-def goes_nowhere(stream):
-    return os.path.sameopenfile(stream.fileno(), os.open(os.devnull, os.O_WRONLY))
-
-
-@pytest.fixture
-def nobody():
-    """A pipe that nobody reads any more."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    with open(writing, "w") as stream:
-        yield stream
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_where_nobody_reads_any_more_a_run_falls_silent_and_goes_on(nobody, terminal, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", nobody)  # here: what a fixture puts there is taken away
-    console = Console(file=runlog.Output(), force_terminal=terminal)
-    with runlog.ProgressLine(console, 2, 0) as show:
-        show.print("something " * 2000)
-        show.advance(1, "a line of its own", short="short")
-        show.print("something else")
-    nobody.flush()  # as the interpreter does at its end
-    assert goes_nowhere(nobody)
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_an_output_on_a_full_disk_does_not_end_a_run(monkeypatch):
-    stream = open("/dev/full", "w")
-    monkeypatch.setattr(sys, "stdout", stream)
-    console = Console(file=runlog.Output())
-    console.print("something")
-    console.print("something else")
-    assert goes_nowhere(stream)
-    stream.close()
-
-
-def test_a_run_without_any_output_says_nothing(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
-    show = runlog.ProgressLine(Console(file=runlog.Output()), 2, 0)
-    show.print("something")
-    assert runlog.Output().stream is None
-
-
 @pytest.mark.parametrize("terminal", [False, True])
 def test_what_is_said_stands_in_the_output_once(capsys, terminal):
-    console = Console(file=runlog.Output(), force_terminal=terminal)
+    console = Console(force_terminal=terminal)
     with runlog.ProgressLine(console, 2, 0) as show:
         show.print("a sentence")
     assert capsys.readouterr().out.count("a sentence") == 1

@@ -11,6 +11,7 @@ import pytest
 
 from runtime import signals
 from runtime.signals import Stop
+from volumes import processes
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", signals.SIGNALS)
+@pytest.mark.parametrize("number", processes.STOP_SIGNALS)
 def test_a_signal_is_noted_and_does_nothing_else(number):
     before = signal.getsignal(number)
     with Stop() as stop:
@@ -95,7 +96,7 @@ import os
 import signal
 import sys
 from runtime import signals as stopping
-send = lambda: [os.kill(os.getpid(), n) for n in stopping.SIGNALS if n != signal.SIGINT]
+send = lambda: [os.kill(os.getpid(), n) for n in stopping.STOP_SIGNALS if n != signal.SIGINT]
 
 class Last:
     __del__ = lambda self, send=send: send()

@@ -13,7 +13,7 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from volumes import files
+from volumes import casefile, files
 from volumes.files import case_id, find_volumes, read_image, read_label, write_volume
 from volumes.volume import Volume, VolumeError, crop_affine, scale_affine
 
@@ -405,3 +405,43 @@ def test_a_scaled_affine_keeps_its_axes_and_the_voxel_at_the_origin():
     origin = np.linalg.solve(affine, (0, 0, 0, 1))
     assert np.allclose(scaled @ origin, (0, 0, 0, 1))
     assert scale_affine(affine, (5, 2, 3)) is affine
+
+
+# ---------------------------------------------------------------------------- names of other bytes
+
+
+@pytest.fixture
+def latin(tmp_path):
+    """A folder called gr\\xf6, in Latin-1, where the file system accepts such a name."""
+    try:
+        os.mkdir(os.fsencode(tmp_path) + b"/gr\xf6")
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    return tmp_path / "gr\udcf6"
+
+
+def test_names_that_are_no_utf8_are_all_named_with_what_to_do(latin, voxels):
+    for name in ("a.tif", "ö.tif", "b\udcfc.tif", "\udcdf.tif"):
+        tifffile.imwrite(latin / name, voxels, photometric="minisblack")
+    for text in (latin, str(latin / "*.tif"), str(latin / "{id}.tif")):
+        with pytest.raises(VolumeError) as fault:
+            find_volumes(text)
+        assert str(fault.value).startswith(
+            "b\\udcfc.tif, \\udcdf.tif: expected names of files in UTF-8"
+        )
+        assert str(fault.value).endswith("rename them")
+    with pytest.raises(VolumeError, match=r"^b\\udcfc.tif: expected"):
+        find_volumes(latin / "b\udcfc.tif")
+
+
+def test_a_folder_whose_name_is_no_utf8_is_read(latin, voxels):
+    tifffile.imwrite(latin / "ö.tif", voxels, photometric="minisblack")
+    (source,) = find_volumes(latin)
+    assert source.id == "ö"
+    assert np.array_equal(read_image(source.path).array[0], voxels)
+    case = latin / "case.h5"
+    about = {"spacing": (1, 1, 1), "unit": "", "affine": None, "group": "ö"}
+    casefile.write_case(case, voxels[None], **about, source_image=source.path)
+    with h5py.File(case) as file:
+        assert file.attrs["source_image"].endswith("gr\\udcf6/ö.tif")
+        assert np.array_equal(file["image"][0], voxels)

@@ -1,0 +1,115 @@
+"""How a script meets its terminal, and a system that lacks signals."""
+
+import io
+import os
+import signal
+import sys
+
+import pytest
+from rich.console import Console
+
+import evaluate
+import prepare
+from runtime import log
+from volumes import casefile, processes
+from volumes.processes import Output, run_script
+
+
+def goes_nowhere(stream):
+    return os.path.sameopenfile(stream.fileno(), os.open(os.devnull, os.O_WRONLY))
+
+
+@pytest.fixture
+def nobody():
+    """A pipe that nobody reads any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        yield stream
+        Output(stream).flush()  # as the interpreter does at its end
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_where_nobody_reads_any_more_a_run_falls_silent_and_goes_on(nobody, terminal):
+    console = Console(file=Output(nobody), force_terminal=terminal)
+    with log.ProgressLine(console, 2, 0) as show:
+        show.print("something " * 2000)
+        show.advance(1, "a line of its own", short="short")
+        show.print("something else")
+    assert goes_nowhere(nobody)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_an_output_on_a_full_disk_is_named_once_and_ends_nothing(capsys):
+    stream = open("/dev/full", "w")
+    console = Console(file=Output(stream))
+    console.print("something")
+    console.print("something else")
+    assert goes_nowhere(stream)
+    stream.close()
+    assert capsys.readouterr().err == "standard output: No space left on device; it shows no more\n"
+
+
+def test_a_list_is_given_to_a_closed_pipe_without_a_word(nobody, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", Output(nobody))
+    with pytest.raises(SystemExit) as left:
+        evaluate.main(["--list-scores"])
+    assert (left.value.code, capsys.readouterr().err) == (0, "")
+
+
+def test_cases_are_written_though_nobody_reads_about_them(nobody, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdout", Output(nobody))
+    size = ["--cases", "2", "--shape", "8", "16", "16", "--workers", "1"]
+    assert prepare.main(["--phantom", "scroll", *size, "--out", str(tmp_path / "d")]) == 0
+    assert list(casefile.read_dataset(tmp_path / "d").cases) == ["scroll_000", "scroll_001"]
+
+
+@pytest.mark.parametrize(
+    "encoding, shown",
+    [("ascii", b"gr\\xf6\\xdfe \\udcf6\n"), ("utf-8", "größe \\udcf6\n".encode())],
+)
+def test_what_an_encoding_lacks_is_printed_as_an_escape(monkeypatch, encoding, shown):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding))
+    with pytest.raises(SystemExit) as left:
+        run_script(lambda: print("größe \udcf6", flush=True) or 3)
+    assert (left.value.code, written.getvalue()) == (3, shown)
+
+
+def test_a_script_runs_whose_output_was_closed_before(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(SystemExit) as left:
+        run_script(lambda: print(sys.stdout.isatty(), file=sys.stderr) or 0)
+    assert left.value.code == 0
+
+
+def test_in_the_locale_c_a_script_starts_again_with_utf8(monkeypatch):
+    commands = []
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-u", "train.py", "c.yaml"])
+    monkeypatch.setattr(os, "execv", lambda *command: commands.append(command) or sys.exit(75))
+    with pytest.raises(SystemExit):
+        run_script(lambda: 0)
+    again = [sys.executable, "-X", "utf8", "-u", "train.py", "c.yaml"]
+    assert commands == [(sys.executable, again)]
+
+
+def test_a_blocked_signal_comes_when_it_is_no_more_blocked():
+    numbers = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: numbers.append(number))
+    try:
+        with processes.signals_blocked({signal.SIGUSR1}):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert numbers == []
+        assert numbers == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_where_signals_cannot_be_blocked_the_context_still_runs(monkeypatch):
+    monkeypatch.delattr(signal, "pthread_sigmask")
+    with processes.signals_blocked({signal.SIGINT}):
+        ran = True
+    assert ran
