@@ -112,11 +112,14 @@ def prepare_to_predict(arguments):
         inputs, notes = check_inputs(arguments.input, state["data"], root, output)
         if arguments.submission:
             faults += submission_faults(arguments.submission, [volume.id for volume in inputs])
-        window = settings.inference.window or settings.sampling.patch
-        for volume in inputs:
-            if volume.spacing is not None:
-                grid = (volume.spacing, state["data"]["spacing"], volume.unit)
-                faults += data.spacing_faults(volume.path, volume.shape, window, *grid)
+    if not faults:
+        window, wanted = (
+            settings.inference.window or settings.sampling.patch,
+            state["data"]["spacing"],
+        )
+        for volume in (volume for volume in inputs if volume.spacing is not None):
+            grid = (volume.shape, window, volume.spacing, wanted, volume.unit)
+            faults += data.spacing_faults(volume.path, *grid)
     if faults:
         raise InputErrors(*faults)
     torch.set_num_threads(resolve_threads(settings.run.threads))
