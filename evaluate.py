@@ -39,6 +39,10 @@ from volumes.statistics import clip_fill
 
 SCORES = ("dice", "surface_dice", "precision", "recall", "voi_score", "components",
           "components_truth")  # fmt: skip
+SPACING_NOTES = {
+    "none": "no file has a spacing, 1 1 1 is used (--spacing)",
+    "prediction": "the truth has no spacing, that of the prediction is used (--spacing)",
+}
 WRONG_INPUT, FAILED = 2, 1
 
 
@@ -222,10 +226,13 @@ def notes_on(pairs, results):
     """What a reader of the results must know, as sentences."""
     cases = {}
     for pair, result in zip(pairs, results, strict=True):
-        for role, value in result.masks.ones.items():
-            cases.setdefault(f"{role} of 0 and {value} read as 0 and 1", []).append(pair.id)
-        if not result.masks.spacing_in_file:
-            cases.setdefault("no file has a spacing, 1 1 1 is used (--spacing)", []).append(pair.id)
+        for role, values in result.masks.ones.items():
+            for value in sorted(values):
+                cases.setdefault(f"{role} of 0 and {value} read as 0 and 1", []).append(pair.id)
+        if note := SPACING_NOTES.get(result.masks.spacing_of):
+            cases.setdefault(note, []).append(pair.id)
+        for note in dict.fromkeys(result.masks.notes):
+            cases.setdefault(note, []).append(pair.id)
     notes = [f"{note}: {inputs.listed(ids)}" for note, ids in cases.items()]
     rows = [row for result in results for row in result.rows]
     if any(row["tolerance"] < min(map(float, row["spacing"].split())) for row in rows):

@@ -112,14 +112,11 @@ def prepare_to_predict(arguments):
         inputs, notes = check_inputs(arguments.input, state["data"], root, output)
         if arguments.submission:
             faults += submission_faults(arguments.submission, [volume.id for volume in inputs])
-    if not faults:
-        window, wanted = (
-            settings.inference.window or settings.sampling.patch,
-            state["data"]["spacing"],
-        )
-        for volume in (volume for volume in inputs if volume.spacing is not None):
-            grid = (volume.shape, window, volume.spacing, wanted, volume.unit)
-            faults += data.spacing_faults(volume.path, *grid)
+    for volume in inputs if not faults else ():
+        if volume.spacing is not None:
+            window = settings.inference.window or settings.sampling.patch
+            grid = (volume.spacing, state["data"]["spacing"], volume.unit)
+            faults += data.spacing_faults(volume.path, volume.shape, window, *grid)
     if faults:
         raise InputErrors(*faults)
     torch.set_num_threads(resolve_threads(settings.run.threads))
@@ -176,7 +173,7 @@ def predict_and_write(predictor, volume, output, archive, console):
     """Predict an `Input` and write its results; returns a line about them, or CannotGoOn."""
     started = time.perf_counter()
     target = volume.prediction_path(output)
-    grid = {"spacing": volume.spacing, "unit": volume.unit, "affine": volume.affine}
+    grid = {key: getattr(volume, key) for key in ("spacing", "unit", "affine", "header")}
     try:
         with progress_of(volume, console) as progress:
             mask, probs = predictor(

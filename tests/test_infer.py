@@ -12,6 +12,7 @@ import tifffile
 import torch
 
 import data
+import evaluate
 import infer
 import model
 from patches import intensity
@@ -141,6 +142,31 @@ def test_nifti_prediction_lies_on_its_image(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "scan: 9x20x18" in out and f"{100 * mask.mean():.2f} % foreground" in out
     assert "averaged (EMA) weights" in out
+
+
+@pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 4), (1, 2)])  # of qform, sform
+def test_a_prediction_keeps_the_forms_of_its_image_and_scores_against_it(run, tmp_path, codes):
+    image = nibabel.Nifti1Image(image_of((8, 16, 16)).T, None)
+    image.header.set_qform(TURNED, codes[0])
+    sheared = TURNED @ [[1, 0, 0, 0], [0, 0.8, 0, 0], [0, 0.15, 1, 0], [0, 0, 0, 1]]
+    image.header.set_sform(sheared if codes == (0, 4) else TURNED, codes[1])
+    if codes == (0, 4):
+        image.header["pixdim"][1:4] = np.linalg.norm(sheared[:3, :3], axis=0)
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    infer_ok("--ckpt", run(), "--input", tmp_path / "a.nii.gz", "--output", tmp_path / "out")
+    ours, theirs = (
+        nibabel.load(f).header for f in (tmp_path / "out/a.nii.gz", tmp_path / "a.nii.gz")
+    )
+    for name in ("qform_code", "sform_code", "pixdim", "srow_x", "srow_y", "srow_z", "xyzt_units"):
+        np.testing.assert_array_equal(ours[name], theirs[name], name)
+    if codes[0]:
+        np.testing.assert_array_equal(ours.get_qform(), theirs.get_qform())
+    paths = [str(tmp_path / name) for name in ("out/a.nii.gz", "truth.nii.gz")]
+    nibabel.save(
+        nibabel.Nifti1Image(np.asarray(image.dataobj) // 150, None, image.header), paths[1]
+    )
+    assert evaluate.main(["--pred", paths[0], "--truth", paths[1], "--scores", "dice"]) == 0
 
 
 def test_weights_of_the_last_step_are_used_where_there_is_no_average(run, tmp_path, capsys):
@@ -528,7 +554,7 @@ def test_a_case_with_an_affine_of_no_axes_is_found_before_the_first_prediction(
         file.attrs["affine"] = np.full((4, 4), value)
     arguments = ("--input", tmp_path / "data", "--output", tmp_path / "out")
     (fault,) = faults_of(capsys, "--ckpt", run(), *arguments)
-    assert "b.h5: expected an affine with three axes, got" in fault
+    assert "b.h5: expected an affine that can be inverted, got" in fault
 
 
 # ---------------------------------------------------------------------------- numbers

@@ -9,7 +9,8 @@ One HDF5 file per case:
     foreground/<class>  (N, 3) int32   voxel coordinates of that class, at most 20 000
     background          (N, 3) int32   the same of labeled background
     attributes          spacing (z, y, x), unit, affine, ignore_label (-1: none), intensity (JSON),
-                        source_image, source_label, group
+                        source_image, source_label, group, nifti_header (of the image, if any),
+                        planes (first and stop, of the z slices of source_image that are here)
 
 `dataset.json` beside them lists cases, groups and classes.
 """
@@ -27,6 +28,7 @@ import numpy as np
 from volumes import atomic
 from volumes.skeletons import tubed_skeleton
 from volumes.statistics import intensity_statistics, sample_coordinates
+from volumes.volume import InputErrors
 
 DATASET_FILE = "dataset.json"
 IGNORE_NONE = -1  # HDF5 attributes know no None
@@ -59,6 +61,8 @@ class Case:
     counts: dict  # {class id: number of stored coordinates, "background": the same}
     stamp: tuple[int, int]  # bytes and time (ns) of the file: its layout holds for these only
     skeleton: bool = False
+    source: str = ""  # the raw image
+    planes: tuple[int, ...] = ()  # first and stop, of its z slices; () where that is not known
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,11 @@ def write_case(
     unit,
     affine,
     group,
+    header=None,
     ignore_label=None,
     source_image="",
     source_label="",
+    planes=(),
     seed=0,
     skeleton=True,
     compression=None,
@@ -95,7 +101,8 @@ def write_case(
     """Write one case file whole: under a temporary name first, then renamed.
 
     image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x; affine
-    (4, 4) voxel x, y, z to world as NIfTI has it, or None; skeleton: whether a labeled case gets
+    (4, 4) voxel x, y, z to world as NIfTI has it, or None; header: of the `Volume`; planes: (first,
+    stop) of the z slices of source_image that image holds; skeleton: whether a labeled case gets
     one; compression: None, "lzf" or "gzip", of image and label; intensity: the image's
     `intensity_statistics`, if they are known.
     """
@@ -113,10 +120,13 @@ def write_case(
         file.attrs["unit"] = unit
         if affine is not None:
             file.attrs["affine"] = np.asarray(affine, np.float64)
+        if header is not None:
+            file.attrs["nifti_header"] = np.void(header)
         file.attrs["ignore_label"] = IGNORE_NONE if ignore_label is None else ignore_label
         file.attrs["intensity"] = json.dumps(intensity or intensity_statistics(image))
         file.attrs["source_image"] = str(source_image)
         file.attrs["source_label"] = str(source_label)
+        file.attrs["planes"] = np.asarray(planes, np.int64)
         file.attrs["group"] = group
 
 
@@ -175,6 +185,8 @@ def read_case(path):
                 counts={key: len(file[name]) for key, name in coordinates.items()},
                 stamp=(status.st_size, status.st_mtime_ns),
                 skeleton="skeleton" in file,
+                source=str(file.attrs.get("source_image", "")),
+                planes=tuple(int(z) for z in file.attrs.get("planes", ())),
             )
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(
@@ -312,8 +324,10 @@ def read_dataset(root, source=""):
     root = Path(root)
     path = root / DATASET_FILE
     if not path.is_file():
+        got = f"{path}, a link to nothing" if path.is_symlink() else root
         raise FileNotFoundError(
-            f"data.root: expected a folder made by prepare.py with a {DATASET_FILE}, got {root}; "
+            f"data.root: expected a folder made by prepare.py with a {DATASET_FILE}, got {got}; "
+            + "if it was moved, give data.root=DIR; "
             + (f"the data: {source}; " if source else "")
             + "prepare files of your own with `python prepare.py --images PATH --labels PATH "
             "--out DIR`, synthetic ones with `python prepare.py --phantom scroll --out DIR`"
@@ -323,8 +337,16 @@ def read_dataset(root, source=""):
         if "lamina" not in str(content.get("format")):
             raise TypeError("another format, such as nnU-Net's: prepare that folder first")
         files = {entry["id"]: root / entry["file"] for entry in content["cases"]}
+        if sorted(file.stem for file in files.values()) != sorted(
+            e["id"] for e in content["cases"]
+        ):
+            raise TypeError("other entries than one of each id with the file <id>.h5")
         classes, ignore, unit = content["classes"], content["ignore_label"], content["unit"]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected what prepare.py writes, got {error}") from error
+    if gone := [file for file in files.values() if not file.is_file()]:
+        sentence = f"expected a case of {path}, got no such file; put it back, or remove its entry "
+        sentence += "there; if the data lie elsewhere, give that folder (data.root=DIR)"
+        raise InputErrors(*(f"{file}: {sentence}" for file in gone))
     cases = {case_id: read_case(file) for case_id, file in files.items()}
     return Dataset(str(root), classes, ignore, unit, cases)
