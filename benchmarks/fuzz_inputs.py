@@ -71,7 +71,10 @@ def write_tiff(path, voxels, item):
         voxels, options, item.accept = np.stack([voxels] * 3, -1), {"photometric": "rgb"}, REFUSE
     more = {"tiled": {"tile": (16, 16)}, "deflate": {"compression": "zlib"}}
     options |= (more | {"bigtiff": {"bigtiff": True}}).get(kind, {})
-    for page in voxels.reshape(-1, *voxels.shape[-2:]) if kind == "pages" else [voxels]:
+    if kind == "pages":  # whatever they were: pages are z
+        item.voxels = voxels = voxels.reshape(-1, *voxels.shape[-2:])
+        item.accept = EITHER if len(voxels) > SHAPE[0] else item.accept
+    for page in voxels if kind == "pages" else [voxels]:
         tifffile.imwrite(path, page, append=kind == "pages", **options)
     if kind in ("imagej", "ome"):
         item.spacing, item.unit = SPACING, "micron"
