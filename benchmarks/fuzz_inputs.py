@@ -342,6 +342,8 @@ def make(folder, kind, fault, is_label, chance):
         WRITERS[kind](item.path, voxels, item)
     except Exception:  # of a library that refuses to write such voxels
         return None
+    if not item.path.exists():  # pages of a stack without any
+        return None
     if fault not in VOXELS:
         FAULTS[fault](item, chance)
     return item
