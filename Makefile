@@ -1,5 +1,5 @@
 # make quickstart   phantoms, training, prediction, scores: minutes on a laptop
-# make test         style and tests, in an environment of their own
+# make test         style and tests on two cores, in an environment of their own
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -29,7 +29,7 @@ quickstart: $(VENV)/ready
 test: $(VENV)/ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf $(VENV) data/quickstart

@@ -21,6 +21,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 NEAR_BORDER = 0.9  # of half the patch: how far the center voxel may lie from the patch's middle
 BACKGROUND = 0
 PAUSES = (0.2, 1.0)  # seconds before a case file that cannot be read is tried again
+LEAST_SEEN, FEW = 1e-3, 4  # share, voxels along an axis: see spacing_faults
 UNREADABLE = (Unreadable, OSError)
 
 
@@ -221,7 +222,7 @@ def off_center(rng, voxel, half, shape, *, jitter):
 
 def native(array):
     """The array in a dtype that torch works with: wider for unsigned integers, in native order."""
-    wider = {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64}
+    wider = {"uint16": np.int32, "uint32": np.int64, "uint64": np.float64}
     return array.astype(wider.get(array.dtype.name, array.dtype.newbyteorder("=")), copy=False)
 
 
@@ -230,10 +231,47 @@ def network_spacing(stored, wanted):
     return tuple(float(w or s) for w, s in zip(wanted, stored, strict=True))
 
 
-def normalisation(intensity, clip):
-    """What intensity.normalise needs, from a case's statistics: lists per channel."""
-    low, high = (intensity["percentiles"][str(float(p))] for p in clip) if clip else (None, None)
-    return {"mean": intensity["mean"], "std": intensity["std"], "low": low, "high": high}
+def spacing_faults(name, shape, patch, stored, wanted, unit):
+    """What keeps a patch at the wanted spacing from showing a volume: a sentence, or none.
+
+    name, shape, stored (spacing), unit: of the volume; patch: voxels; wanted: as in
+    `network_spacing`. A patch may be larger than the volume, but its voxels may not be, and
+    resampling must leave a thousandth of what it would show of the volume as that is stored.
+    """
+    spacing = network_spacing(stored, wanted)
+    axes = list(zip(shape, patch, stored, spacing, strict=True))
+    thin = any(p > 1 and s != step and p * s < step for n, p, step, s in axes)
+    huge = any(n >= FEW and s > n * step for n, p, step, s in axes)
+    seen, unscaled = (
+        math.prod(min(1.0, n * step / (p * s)) for n, p, step, s in pairs)
+        for pairs in (axes, [(n, p, 1, 1) for n, p, _, _ in axes])
+    )
+    if not (thin or huge or seen < LEAST_SEEN * unscaled):
+        return
+    patch, whole = (
+        " x ".join(f"{a * b:.4g}" for a, b in zip(*pair, strict=True))
+        for pair in ((patch, spacing), (shape, stored))
+    )
+    yield (
+        f"data.spacing: expected a spacing in the unit of {name}, which has voxels of "
+        f"{' x '.join(f'{s:g}' for s in stored)} and a size of {whole} {unit}".rstrip()
+        + f", got {list(spacing)}: a patch of {patch} "
+        + ("covers less than one voxel" if thin else "is larger than the volume, all but padding")
+    )
+
+
+def normalisation(intensity, clip, *, typical=True):
+    """What intensity.normalise needs, from a case's statistics: lists per channel.
+
+    clip: percentiles, or None: then only fill values are clipped, if there are any. typical=False:
+    as in runs that began before fill values were told from others (volumes/statistics.py).
+    """
+    usual = typical and intensity.get("typical")
+    low, high = zip(*usual["range"], strict=True) if usual else (None, None)
+    usual = usual or intensity
+    if clip:
+        low, high = (usual["percentiles"][str(float(p))] for p in clip)
+    return {"mean": usual["mean"], "std": usual["std"], "low": low, "high": high}
 
 
 def class_weights(classes, foreground, ratio):

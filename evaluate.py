@@ -15,7 +15,7 @@ Leaves the files of --out (a row per case and method, then mean, median and wors
 the leaderboards of all scores as JSON) and of --overlays (METHOD.png).
 
 Exit status 2 if any input is wrong: every error is named, and no file is written. 1 if a case could
-not be scored, or a file not be written.
+not be scored (it is named, the others are there), or a file not be written.
 """
 
 import argparse
@@ -36,10 +36,15 @@ from monitoring import machine
 from scoring import inputs, metrics, parallel, report
 from volumes import atomic, files
 from volumes.processes import run_script
+from volumes.statistics import clip_fill
 from volumes.volume import printable
 
 SCORES = ("dice", "surface_dice", "precision", "recall", "voi_score", "components",
           "components_truth")  # fmt: skip
+SPACING_NOTES = {
+    "none": "no file has a spacing, 1 1 1 is used (--spacing)",
+    "prediction": "the truth has no spacing, that of the prediction is used (--spacing)",
+}
 WRONG_INPUT, FAILED = 2, 1
 
 
@@ -86,7 +91,7 @@ def write_overlays(folder, pairs, rows, options, args):
         for row in report.worst_first(rows, method, args.rank)[: args.overlay_cases]:
             pair = by_id[row["case"]]
             case = inputs.read(pair, options, [])
-            image = files.read_image(pair.image).array[0] if pair.image else None
+            image = clip_fill(files.read_image(pair.image).array[0]) if pair.image else None
             masks = case.masks[method], case.truth
             slices = report.worst_slices(*masks, image, case.spacing, **how)
             score = report.format_score(row[args.rank], args.rank)
@@ -225,10 +230,13 @@ def notes_on(pairs, results):
     """What a reader of the results must know, as sentences."""
     cases = {}
     for pair, result in zip(pairs, results, strict=True):
-        for role, value in result.masks.ones.items():
-            cases.setdefault(f"{role} of 0 and {value} read as 0 and 1", []).append(pair.id)
-        if not result.masks.spacing_in_file:
-            cases.setdefault("no file has a spacing, 1 1 1 is used (--spacing)", []).append(pair.id)
+        for role, values in result.masks.ones.items():
+            for value in sorted(values):
+                cases.setdefault(f"{role} of 0 and {value} read as 0 and 1", []).append(pair.id)
+        if note := SPACING_NOTES.get(result.masks.spacing_of):
+            cases.setdefault(note, []).append(pair.id)
+        for note in dict.fromkeys(result.masks.notes):
+            cases.setdefault(note, []).append(pair.id)
     notes = [f"{note}: {inputs.listed(ids)}" for note, ids in cases.items()]
     rows = [row for result in results for row in result.rows]
     if any(row["tolerance"] < min(map(float, row["spacing"].split())) for row in rows):
@@ -264,18 +272,25 @@ def main(argv=None):
         otsu=bool(args.otsu),
         invert=args.invert,
     )
-    try:
-        results = score(pairs, options, args)
-    except parallel.ScoringError as error:
-        print(f"{error}; nothing was written", file=sys.stderr)
-        return FAILED
+    results = score(pairs, options, args)
     errors += [error for result in results for error in result.errors]
     if errors:
         total = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
         print(*errors, f"{total}; nothing was written", sep="\n", file=sys.stderr)
         return WRONG_INPUT
-    rows = [row for result in results for row in result.rows]
-    return write_report(rows, pairs, options, args, notes + notes_on(pairs, results))
+    failures = [result.failure for result in results if result.failure]
+    scored = [(p, r) for p, r in zip(pairs, results, strict=True) if not r.failure]
+    status = FAILED if failures else 0
+    if failures:
+        notes.append(f"{len(failures)} of {len(pairs)} cases are not scored, and count in no mean")
+    if scored:
+        pairs, results = zip(*scored, strict=True)
+        rows = [row for result in results for row in result.rows]
+        notes += notes_on(pairs, results)
+        status = write_report(rows, pairs, options, args, notes) or status
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return status
 
 
 def write_report(rows, pairs, options, args, notes):

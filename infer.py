@@ -10,8 +10,9 @@ Leaves <output>/<id> in the format of the source, uint8 0 and 1 on the image's o
 spacing and affine; with inference.save_probabilities=true also <output>/probabilities/<id>.
 Without --output these go to the run's predictions/. --submission writes the masks a second time,
 in the format of the Vesuvius Challenge, and reads them back. Every input is checked before the
-first is predicted. Exit status: 0 done, 1 a result could not be made or written, 2 the input is
-wrong (one sentence per fault, nothing written).
+first is predicted. Exit status: 0 done, 1 a result could not be made or written (it is named, the
+others are there, but no submission), 2 the input is wrong (one sentence per fault, nothing
+written).
 """
 
 import argparse
@@ -19,6 +20,7 @@ import contextlib
 import functools
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -111,13 +113,17 @@ def prepare_to_predict(arguments):
         inputs, notes = check_inputs(arguments.input, state["data"], root, output)
         if arguments.submission:
             faults += submission_faults(arguments.submission, [volume.id for volume in inputs])
+    for volume in inputs if not faults else ():
+        if volume.spacing is not None:
+            window = settings.inference.window or settings.sampling.patch
+            grid = (volume.spacing, state["data"]["spacing"], volume.unit)
+            faults += data.spacing_faults(volume.path, volume.shape, window, *grid)
     if faults:
         raise InputErrors(*faults)
     torch.set_num_threads(resolve_threads(settings.run.threads))
     # remembered: what memory the volumes before have needed, for all that follow.
     how = {"device": device, "precision": precision, "remembered": {}}
-    network, spacing = network.to(device), state["data"]["spacing"]
-    predictor = functools.partial(predict, network, settings, spacing, **how)
+    predictor = functools.partial(predict, network.to(device), settings, state["data"], **how)
     inference, post = settings.inference, settings.postprocess.model_dump()
     steps = ", ".join(f"{key} {value}" for key, value in post.items() if value)
     lines = [
@@ -133,10 +139,10 @@ def prepare_to_predict(arguments):
 # ---------------------------------------------------------------------------- prediction
 
 
-def predict(network, settings, spacing, volume, **how):
+def predict(network, settings, metadata, volume, **how):
     """(mask, probs) of an `Input`: mask (D, H, W) uint8 of 0 and 1; probs float32 or None.
 
-    spacing: of the run, 0 on an axis that is used as stored; how: device, precision and more for
+    metadata: what the checkpoint says of the run's data; how: device, precision and more for
     predict_slabs. Memory: a byte per voxel beside the slab, four more if
     inference.save_probabilities asks for probs.
     """
@@ -145,11 +151,12 @@ def predict(network, settings, spacing, volume, **how):
     low = None if post.hysteresis is None else np.empty(volume.shape, bool)
     probs = np.empty(volume.shape, np.float32) if inference.save_probabilities else None
     if volume.spacing is not None:
-        wanted = data.network_spacing(volume.spacing, spacing)
+        wanted = data.network_spacing(volume.spacing, metadata["spacing"])
         how["ratio"] = [
             w / s if w != s else 1.0 for w, s in zip(wanted, volume.spacing, strict=True)
         ]
-    scale = data.normalisation(volume.intensity, settings.data.percentiles)
+    typical = metadata.get("typical", False)  # not in checkpoints of older versions
+    scale = data.normalisation(volume.intensity, settings.data.percentiles, typical=typical)
     how |= settings.window_arguments() | {"normalize": functools.partial(normalise, **scale)}
     with volume.voxels() as image:
         for z0, planes in predict_slabs(network, image, **how):
@@ -167,24 +174,49 @@ def predict_and_write(predictor, volume, output, archive, console):
     """Predict an `Input` and write its results; returns a line about them, or CannotGoOn."""
     started = time.perf_counter()
     target = volume.prediction_path(output)
-    grid = {"spacing": volume.spacing, "unit": volume.unit, "affine": volume.affine}
+    grid = {key: getattr(volume, key) for key in ("spacing", "unit", "affine", "header")}
     try:
         with progress_of(volume, console) as progress:
             mask, probs = predictor(
                 volume, progress=progress, report=lambda kind, text, **_: console.print(text)
             )
+    except (CannotGoOn, VolumeError) as error:
+        raise CannotGoOn(f"{volume.id}: {error}") from error
+    except MemoryError as error:
+        raise CannotGoOn(
+            f"{volume.id}: memory ran out ({error}); end what else runs there"
+        ) from error
+    except Exception as error:  # what nobody expected does not cost the other volumes
+        traceback.print_exc()
+        raise CannotGoOn(f"{volume.id}: {type(error).__name__}, see above") from error
+    try:
         if probs is not None:
             write_volume(output / "probabilities" / target.name, probs, **grid)
         write_volume(target, mask, **grid)
         if archive:
             archive.add(volume.id, mask)
-    except (CannotGoOn, VolumeError) as error:
-        raise CannotGoOn(f"{volume.id}: {error}") from error
-    except OSError as error:
+    except Exception as error:  # each format's writer has its own
         raise CannotGoOn(f"{volume.id}: the prediction cannot be written ({error})") from error
     seconds, share = time.perf_counter() - started, 100 * mask.mean()
     size = "x".join(map(str, volume.shape))
     return f"{volume.id}: {size}, {seconds:.1f} s, {share:.2f} % foreground, {target}"
+
+
+def predict_all(predictor, inputs, output, archive, console):
+    """Predict and write every `Input`. What cannot be is named by a CannotGoOn at the end."""
+    failures = []
+    for number, volume in enumerate(inputs, start=1):
+        try:
+            complete = None if failures else archive
+            line = predict_and_write(predictor, volume, output, complete, console)
+        except CannotGoOn as error:
+            line = str(error)
+            failures.append(line)
+        console.print(f"{number}/{len(inputs)} {line}")
+    if failures and archive:
+        failures.append("--submission: not written, for masks are missing")
+    if failures:
+        raise CannotGoOn("\n".join(failures))
 
 
 @contextlib.contextmanager
@@ -242,9 +274,7 @@ def main(argv=None):
     submission = arguments.submission
     try:
         with open_submission(submission) if submission else contextlib.nullcontext() as archive:
-            for number, volume in enumerate(inputs, start=1):
-                line = predict_and_write(predictor, volume, output, archive, console)
-                console.print(f"{number}/{len(inputs)} {line}")
+            predict_all(predictor, inputs, output, archive, console)
         if submission:
             console.print(f"{submission}: {len(inputs)} masks, read back and the same")
     except (CannotGoOn, SubmissionError) as error:

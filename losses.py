@@ -196,9 +196,9 @@ def surface_distance_loss(
     means over valid voxels, in [0, 2]. d_target is the distance to the target's foreground
     (target > 0.5), d_pred that to the prediction's (p > 0.5); both are constants, so the gradient
     lowers p away from the target and raises it on target that the prediction does not reach.
-    tolerance and spacing (z, y, x) share one unit. backend: see `topology.distance.edt`; native
-    needs the truncated distance only. After the boundary loss (Kervadec et al. 2019), bounded so
-    that no far voxel outweighs the rest.
+    tolerance and spacing (z, y, x; one, or a list of one for each sample) share one unit. backend:
+    see `topology.distance.edt`; native needs the truncated distance only. After the boundary loss
+    (Kervadec et al. 2019), bounded so that no far voxel outweighs the rest.
 
     An unlabeled voxel is foreground of neither: a surface inside the unlabeled region attracts
     nothing. Empty target: the mean of p. Empty prediction: the second term is the mean of
@@ -209,6 +209,12 @@ def surface_distance_loss(
     probs, target, valid = _foreground(logits, target, valid)
 
     def distance(mask):
+        if isinstance(spacing[0], tuple):
+            parts = zip(mask.split(1), spacing, strict=True)
+            return torch.cat([distance_at(part, one) for part, one in parts])
+        return distance_at(mask, spacing)
+
+    def distance_at(mask, spacing):
         if backend == "native":
             return truncated_edt(mask, tolerance, spacing)
         return edt(mask, spacing, backend).clamp_(max=tolerance)

@@ -225,6 +225,11 @@ def parameter_count(network):
 
 @torch.no_grad()
 def update_ema(ema, network, decay, step):
-    """Move the averaged weights towards the network's; the decay grows over the first steps."""
+    """Move the averaged weights towards the network's; the decay grows over the first steps.
+
+    Buffers, such as the running statistics of a batch norm, are those of the network.
+    """
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
+    for averaged, buffer in zip(ema.buffers(), network.buffers(), strict=True):
+        averaged.copy_(buffer)

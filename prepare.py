@@ -15,6 +15,7 @@ halves the files, and makes a box that is read from one take 26 ms instead of 1.
 """
 
 import argparse
+import collections
 import contextlib
 import itertools
 import math
@@ -34,12 +35,11 @@ from rich.table import Table
 
 from volumes import layouts, phantoms
 from volumes.casefile import DATASET_FILE, read_dataset, write_dataset
-from volumes.files import split_dataset
+from volumes.files import few, split_dataset
 from volumes.ingest import PhantomCase, Rules, prepare_case
 from volumes.processes import cores, run_script
 from volumes.volume import UNITS, collect_errors
 
-MAX_NAMED = 8  # cases that a note spells out
 MAX_ROWS = 40  # of the summary
 
 
@@ -79,9 +79,23 @@ def prepare_all(cases, rules, workers):
     return outcomes
 
 
-def merge_faults(rows, existing):
-    """What is wrong with the new cases together, and with those of the dataset they join."""
-    new = {row["case"] for row in rows}
+def merge_faults(rows, existing, declared=0):
+    """What is wrong with the new cases together, and with those of the dataset they join.
+
+    declared: how many channels each must have, 0 for any number.
+    """
+    new = {}
+    for row in rows:
+        if (other := new.setdefault(row["case"], row)) is not row:
+            yield (
+                f"case {row['case']}: expected one case of this id, got one of {other['source']} "
+                f"and one of {row['source']}; choose other names for --crop"
+            )
+        if declared not in (0, row["channels"]):
+            yield (
+                f"case {row['case']}: expected {declared} channels as in dataset.json, got "
+                f"{row['channels']} in {row['source']}"
+            )
     kept = [case for case in existing.values() if case.id not in new]
     units = {row["unit"]: row["case"] for row in rows} | {case.unit: case.id for case in kept}
     channels = {row["channels"]: row["case"] for row in rows} | {c.channels: c.id for c in kept}
@@ -92,6 +106,60 @@ def merge_faults(rows, existing):
         if len(examples) > 1:
             named = ", ".join(f"{value or 'unknown'} (case {i})" for value, i in examples.items())
             yield f"dataset: expected one {what} in all cases, got {named}; {advice}"
+
+
+def merge_overlaps(rows, existing, faults, notes):
+    """What several cases hold of one raw image: a fault where they may be split, else a note."""
+    pieces = [(r["source"], r["planes"], r["case"], r["group"]) for r in rows]
+    new, apart, together = {row["case"] for row in rows}, [], []
+    for case in existing.values():
+        if case.id not in new and case.planes:
+            pieces.append((case.source, slice(*case.planes), case.id, case.group))
+    by_source = {}
+    for source, *piece in pieces:
+        by_source.setdefault(os.path.realpath(source), []).append(piece)
+    for source, some in by_source.items():
+        for (planes, name, group), (other, *same) in itertools.combinations(some, 2):
+            first, stop = max(planes.start, other.start), min(planes.stop, other.stop)
+            if first < stop:
+                named = f"{name} and {same[0]} (z {first}:{stop} of {source})"
+                (together if group == same[1] else apart).append(named)
+    if apart:
+        faults.append(
+            f"dataset: expected no slice of an image in two cases, got {few(apart)}; a network "
+            "could train on what tests it: give ranges of --crop that do not overlap, another "
+            "--out, or one --group-from for both"
+        )
+    if together:
+        notes.append(f"the same slices are in two cases of one group: {few(together)}")
+
+
+def notes_on_existing(out, rows, existing):
+    """What became of the cases that were in out before, as sentences."""
+    new = {row["case"]: row["source"] for row in rows}
+    kept = [case for case in existing.values() if case.id not in new]
+    replaced = sorted(new.keys() & existing.keys())
+    for number, case in enumerate(map(existing.get, replaced)):
+        if os.path.isabs(case.source) and case.source != new[case.id]:
+            replaced[number] += f" (of {case.source} before)"
+    if replaced:
+        yield f"replaced in {out}: {', '.join(replaced)}"
+    folded = collections.Counter(name.casefold() for name in {*new, *existing})
+    if twins := sorted(name for name in {*new, *existing} if folded[name.casefold()] > 1):
+        yield f"ids that Windows and macOS take for one, by upper and lower case: {few(twins)}"
+    if kept:
+        yield f"kept in {out} from before, not in this run: {few([case.id for case in kept])}"
+    if gone := [case.id for case in kept if _is_gone(case.source)]:
+        yield (
+            f"kept although their raw files are gone: {few(gone)}; to drop them, remove "
+            f"{out} and prepare again"
+        )
+
+
+def _is_gone(source):
+    """Whether the raw image of a case is not where it was; several channels are joined."""
+    paths = [split_dataset(path)[0] for path in (source, *source.split(", "))]
+    return os.path.isabs(source) and not any(map(os.path.exists, paths))
 
 
 def publish(folder, out, rows, rules, existing):
@@ -159,9 +227,12 @@ def make_rules(options, layout, faults):
         classes = {"background": 0} | {n: i for i, n in enumerate(options.classes, start=1)}
     ignore = layout.ignore_label if options.ignore_label is None else options.ignore_label
     faults += _option_faults(options, classes, ignore)
-    rows, crops = [], {}
+    rows, crops = None, {}
     with collect_errors(faults):
-        rows = layouts.read_spacings(options.spacing_csv) if options.spacing_csv else []
+        if options.spacing_csv:
+            ids = [case.id for case in layout.cases]
+            rows, notes = layouts.read_spacings(options.spacing_csv, ids)
+            layout.notes += notes
     for text in options.crop:
         match = re.fullmatch(r"([\w-]+)=(\d*):(\d*)", text)
         if not match:
@@ -170,9 +241,22 @@ def make_rules(options, layout, faults):
             faults.append(f"--crop: expected distinct names, got {' '.join(options.crop)}")
         else:
             crops[match[1]] = tuple(int(end) if end else None for end in match.groups()[1:])
+    if not options.group_from and any(case.group == case.id for case in layout.cases):
+        faults += _crop_faults(crops)
     unit = options.unit and UNITS[options.unit]
     store = {"skeleton": not options.no_skeletons, "compression": options.compression}
     return Rules(classes, ignore, options.spacing, unit, rows, crops, store, "")
+
+
+def _crop_faults(crops):
+    """Crops that overlap, of cases whose pieces are groups of their own."""
+    for (name, (a, b)), (other, (c, d)) in itertools.combinations(crops.items(), 2):
+        first, stop = max(a or 0, c or 0), min(math.inf if n is None else n for n in (b, d))
+        if first < stop:
+            yield (
+                f"--crop {name} {other}: expected ranges that do not overlap, got slice {first} in "
+                "both; a network could train on what tests it"
+            )
 
 
 def _phantom_layout(options):
@@ -208,7 +292,7 @@ def existing_cases(out, cases, rules, faults):
     sources = [path for case in cases for path in getattr(case, "images", ())]
     if out.resolve() in {Path(split_dataset(path)[0]).resolve().parent for path in sources}:
         faults.append(f"--out {out}: expected another folder than that of the images")
-    if not (out / DATASET_FILE).is_file():
+    if not os.path.lexists(out / DATASET_FILE):  # a link to nothing is a fault
         return {}
     dataset = read_dataset(out)
     for name in ("classes", "ignore_label"):
@@ -230,9 +314,7 @@ def report(outcomes, notes):
     for note in notes:
         print(f"note: {note}")
     for note, names in cases_of.items():
-        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-        named = ", ".join(names[:MAX_NAMED]) + more
-        print(f"note: {note} ({_count(len(names), 'case')}: {named})")
+        print(f"note: {note} ({_count(len(names), 'case')}: {few(names)})")
     rows = [row for outcome in outcomes for row in outcome.rows]
     columns = ("case", "shape", "spacing", "dtype", "fg %", "unlabeled %", "group")
     table = Table(*columns)
@@ -285,9 +367,11 @@ def main(argv=None):
             outcomes = prepare_all(cases, replace(rules, folder=folder), options.workers)
             rows = [row for outcome in outcomes for row in outcome.rows]
             faults += [fault for outcome in outcomes for fault in outcome.faults]
-            faults += merge_faults(rows, existing)
+            # Channel files that are missing were named already, by the folder alone.
+            faults += merge_faults(rows, existing, 0 if faults else layout.channels)
+            merge_overlaps(rows, existing, faults, notes)
             if faults:
-                return refuse(faults, cases)
+                return refuse(faults, cases, notes)
             publish(Path(folder), out, rows, rules, existing)
     except Stopped as error:
         print(f"{error}; nothing was written", file=sys.stderr)
@@ -295,8 +379,7 @@ def main(argv=None):
     except OSError as error:
         return refuse([f"--out {out}: expected a folder to write to, got {error}"], cases)
     written = {row["case"] for row in rows}
-    if replaced := sorted(written & existing.keys()):
-        notes.append(f"replaced in {out}: {', '.join(replaced)}")
+    notes += notes_on_existing(out, rows, existing)
     report(outcomes, notes)
     print(f"{_count(len(written), 'case')} written to {out}")
     return 0

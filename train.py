@@ -136,7 +136,7 @@ def train(settings, resume):
                         timer.mark("forward")
                         loss, components = composite_loss(
                             logits, target, valid, plan.terms,
-                            spacing=plan.spacing, skeleton=skeleton, step=step,
+                            spacing=[s["spacing"] for s in samples], skeleton=skeleton, step=step,
                         )  # fmt: skip
                         timer.mark("loss")
                         micro_batch.backward(scaler.scale(loss / accumulate))

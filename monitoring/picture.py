@@ -214,8 +214,9 @@ def overlay(image, truth, mask, labeled):
     """(H, W, 3) picture: FOUND, MISSED and FALSE in their colors, darkened where unlabeled."""
     from matplotlib.colors import to_rgb
 
+    image = np.asarray(image, np.float64)
     low, high = np.percentile(image, (1, 99))
-    gray = np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+    gray = np.clip((image - low) / ((high - low) or 1.0), 0, 1)
     picture = np.repeat(gray[..., None], 3, axis=2)
     for is_truth, is_mask, color in ((1, 1, FOUND), (1, 0, MISSED), (0, 1, FALSE)):
         where = (truth == is_truth) & (mask == is_mask) & labeled

@@ -86,7 +86,13 @@ class RunRecords:
     def best(self, name):
         """(value, step) of the best of a score; (None, None) if the log says not what is better."""
         better = (self.start.get("better") or {}).get(name)
-        pairs = [(finite(scores.get(name)), step) for step, scores in self.evaluations]
+        pairs, measured = [], None
+        for event in self.events:
+            if event["event"] == "start" and event.get("measured") not in (None, measured):
+                # From here on a score means something else than before, or is logged to.
+                pairs, measured = pairs if measured is None else [], event["measured"]
+            elif event["event"] == "evaluation" and isinstance(event.get("scores"), dict):
+                pairs.append((finite(event["scores"].get(name)), event["step"]))
         pairs = [pair for pair in pairs if pair[0] is not None]
         if better not in ("higher", "lower") or not pairs:
             return None, None

@@ -145,6 +145,7 @@ def augment_batch(samples, patch, *, foreground, ignore_label, device):
     for sample in samples:
         names = [name for name in ("image", "label", "skeleton") if name in sample]
         boxes = {name: sample[name].to(device, non_blocking=True) for name in names}
+        boxes["image"] = intensity.within_float32(boxes["image"])
         image, *own_masks = resample.resample_patch(
             **boxes, geometry=sample, patch=patch, foreground=foreground, ignore_label=ignore_label
         )

@@ -16,7 +16,7 @@ import torch
 
 SMOOTHEST = 0.2  # of a blur: below this sigma in voxels a neighbour weighs under 1e-5
 ORDERS = 3  # half waves of the illumination along each axis: 0, 1 or 2
-TINY = 1e-12  # below any deviation that float32 noise could make of a constant patch
+FARTHEST = torch.finfo(torch.float32).max / 4  # differences of two such values stay finite
 
 
 def sample_intensity_params(rng, *, settings):
@@ -47,17 +47,22 @@ def sample_intensity_params(rng, *, settings):
 # ---------------------------------------------------------------------------- on the device
 
 
+def within_float32(image):
+    """Integers as they are, floats as float32; values beyond its range (fill values) are cut."""
+    return image.float().clamp(-FARTHEST, FARTHEST) if image.is_floating_point() else image
+
+
 def normalise(image, *, mean, std, low=None, high=None):
     """Clip to [low, high] and standardise, as a new tensor.
 
     image (C, ...) of any float dtype; mean, std, low, high: one number per channel each, in the
-    image's own unit; low and high None: no clipping. Where std is 0 the image is divided by 1e-6.
+    image's own unit; low and high None: no clipping. Where std is 0 nothing is divided.
     """
     channels = []
     for i, channel in enumerate(image):
         if low is not None:
             channel = channel.clamp(low[i], high[i])
-        channels.append((channel - mean[i]).div_(max(std[i], 1e-6)))
+        channels.append((channel - mean[i]).div_(std[i] or 1.0))
     return torch.stack(channels)
 
 
@@ -124,8 +129,8 @@ def _illuminate(patch, params, spacing):
         place = (_arange(0, n, patch) + 0.5) * (math.pi / n)
         order = _arange(0, orders[axis - 1], patch)
         field = _along(field, torch.cos(place[:, None] * order), axis)
-    largest = torch.maximum(field.amax(dim=(1, 2, 3), keepdim=True), -_low(field)).clamp_min(TINY)
-    gain = field.mul_(params["illumination"] / largest).exp_()
+    largest = torch.maximum(field.amax(dim=(1, 2, 3), keepdim=True), -_low(field))
+    gain = field.mul_(_quotient(params["illumination"], largest)).exp_()
     low = _low(patch)
     patch.sub_(low).mul_(gain).add_(low)
 
@@ -202,8 +207,7 @@ def _change_gamma(patch, params, spacing):
     """Gamma, after which mean and deviation are brought back; a constant patch stays as it is."""
     mean, std = _mean(patch), _std(patch)
     patch.sub_(_low(patch)).pow_(params["gamma"])
-    scale = std / _std(patch).clamp_min(TINY)
-    patch.sub_(_mean(patch)).mul_(scale).add_(mean)
+    patch.sub_(_mean(patch)).mul_(_quotient(std, _std(patch))).add_(mean)
 
 
 def _change_contrast(patch, params, spacing):
@@ -283,6 +287,11 @@ def _low(patch):
 
 def _mean(patch):
     return patch.mean(dim=(1, 2, 3), keepdim=True)
+
+
+def _quotient(a, b):
+    """a / b, 0 where b is 0."""
+    return torch.where(b > 0, a / b, 0.0)
 
 
 def _std(patch):

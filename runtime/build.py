@@ -4,6 +4,7 @@ plan = resolve(settings)                # all checks; ValueError or FileNotFound
 patches, network = make_patches(plan), make_network(plan)
 """
 
+import dataclasses
 import functools
 import statistics
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ def resolve(settings):
         casefile.check_skeletons(split.train)
     if composite_loss.takes_skeleton(terms, validation_only=True):
         casefile.check_skeletons(split.validation)
+    check_spacing(settings, split)
     spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
     augment.check(settings.augment.model_dump(), spacings)
     spacing = tuple(map(statistics.median, zip(*spacings, strict=True)))
@@ -102,6 +104,23 @@ def resolve(settings):
         cache_reason=free.reason,
         notes=notes,
     )
+
+
+def check_spacing(settings, split):
+    """ValueError that names the cases that patches, or windows of validation, cannot show."""
+    patch, wanted = settings.sampling.patch, settings.data.spacing
+    window = settings.inference.window or patch
+    shown = [(case, patch) for case in split.train] + [(case, window) for case in split.validation]
+    faults = [
+        fault
+        for case, size in shown
+        for fault in data.spacing_faults(
+            f"case {case.id}", case.shape, size, case.spacing, wanted, case.unit
+        )
+    ]
+    if faults:
+        more = [f"data.spacing: the same of {len(faults) - 3} more cases"] * (len(faults) > 3)
+        raise ValueError("\n".join(faults[:3] + more))
 
 
 def volume_names(terms):
@@ -200,6 +219,15 @@ def evaluation_spec(plan):
     )
 
 
+def what_is_measured(plan):
+    """What a score of validation means: plain values, which are equal where scores compare."""
+    left_out = ("names", "terms", "tile")  # other scores and losses
+    spec = dataclasses.asdict(evaluation_spec(plan))
+    about = {key: value for key, value in spec.items() if key not in left_out}
+    cases = plan.split.validation[: plan.settings.validation.max_cases]
+    return about | {"cases": {case.id: casefile.fingerprint(case) for case in cases}}
+
+
 def make_validator(plan, run):
     """The `validation.Validator` of a plan and a `run.Run`."""
     settings = plan.settings
@@ -243,6 +271,8 @@ def metadata(plan):
     return {
         **splits.metadata(plan.dataset, plan.split, plan.foreground),
         "spacing": list(plan.settings.data.spacing),  # 0 or None: an axis as it is stored
+        "measured": what_is_measured(plan),
+        "typical": True,  # see data.normalisation
         "strides": [list(stride) for stride in plan.strides],
         "kernels": [list(kernel) for kernel in plan.kernels],
     }

@@ -47,8 +47,9 @@ def composite_loss(
 
     outputs is a list of logits (B, K, ...), finest first, or one tensor; target, valid and skeleton
     (the target's tubed skeleton, for `skeleton_recall`, or None) are of the finest shape, and are
-    pooled to the others by `pool_target`. The spacing (z, y, x of the finest scale) is multiplied
-    by the pooling factor of each scale; soft skeletons are shared by the terms of a scale.
+    pooled to the others by `pool_target`. The spacing (z, y, x of the finest scale; one, or a list
+    of one for each sample) is multiplied by the pooling factor of each scale; soft skeletons are
+    shared by the terms of a scale.
 
     scale_weights, one per output, default 1, 1/2, 1/4, ...; for each term they are divided by
     their sum over the scales on which it acts. step and rank say which terms act: see `acting`.
@@ -122,7 +123,9 @@ def _pooled(logits, target, valid, spacing, skeleton):
     """The `_Scale` of these logits, from target, valid, spacing and skeleton of the finest one."""
     shape = logits.shape[2:]
     factors = [n / m for n, m in zip(target.shape[2:], shape, strict=True)]
-    spacing = tuple(s * factor for s, factor in zip(spacing, factors, strict=True))
+    spacings = spacing if isinstance(spacing[0], tuple) else [spacing]
+    spacings = [tuple(s * f for s, f in zip(one, factors, strict=True)) for one in spacings]
+    spacing = spacings if len(set(spacings)) > 1 else spacings[0]
     with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
         pooled = pool_target(target, valid, shape, logits.shape[1])
         tube = None if skeleton is None else pool_target(skeleton, valid, shape)[0]

@@ -23,7 +23,15 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 3e-4 as a string; this reads a number."""
+    """YAML 1.1 reads 3e-4 as a string; this reads a number. A key that comes twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        first = {}
+        for key, _ in node.value:
+            if first.setdefault(key.value, key) is not key:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"two entries of {key.value!r}, again in line {line}")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

@@ -10,9 +10,25 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from monitoring import picture
-from runtime import checkpoint, evaluator
+from runtime import build, checkpoint, evaluator
 
 CANDIDATE, BEST = "candidate.pt", "best.pt"
+
+
+def differences(before, now):
+    """What differs between two of `build.what_is_measured`, as clauses, in the keys of both."""
+    both = [key for key in before.keys() & now.keys() if before[key] != now[key]]
+    clauses = [f"{k} is {now[k]}, was {before[k]}" for k in sorted(both) if k != "cases"]
+    if "cases" in both:
+        old, new = before["cases"], now["cases"]
+        # None: a file that could not be read, of which nothing is known.
+        changed = [
+            case
+            for case in sorted(old.keys() | new.keys())
+            if old.get(case) != new.get(case) and None not in (old.get(case, 0), new.get(case, 0))
+        ]
+        clauses += [f"the cases or their voxels differ ({', '.join(changed)})"] * bool(changed)
+    return clauses
 
 
 @dataclass
@@ -40,6 +56,18 @@ class Evaluations:
 
     def load_state_dict(self, state):
         self.standing = Standing(**state)
+
+    def compare(self, saved):
+        """Forget the best of a saved state if scores mean something else by now: lines on that."""
+        asked = saved["config"]["validation"]
+        older = {"metric": asked["score"], "tolerance": asked["tolerance"]}
+        before = saved["data"].get("measured", older)  # not in states of older versions
+        changed = differences(before, build.what_is_measured(self.run.plan))
+        if not changed:
+            return []
+        self.standing.best_score = self.standing.best_step = self.standing.evaluated_step = None
+        self.standing.without_better = 0
+        return [f"resume: the best is looked for anew, for in validation {'; '.join(changed)}"]
 
     def begin(self, validator, network, resumed_from):
         """Use this `validation.Validator`; evaluate again what a killed run was evaluating.
@@ -127,7 +155,11 @@ class Evaluations:
     def best_is_lost(self, error):
         """The best state could not be kept: the one in best.pt, if any, is it again."""
         try:
-            best = checkpoint.load(self.run.saver.folder / BEST)["loop"]["evaluations"]
+            saved = checkpoint.load(self.run.saver.folder / BEST)
+            best = saved["loop"]["evaluations"]
+            before = (saved["data"] or {}).get("measured")
+            if before and differences(before, build.what_is_measured(self.run.plan)):
+                best = {}
         except checkpoint.CheckpointError:
             best = {}
         step = best.get("best_step")

@@ -102,6 +102,7 @@ class Run:
         self.step, self.seconds, self.lines = loop["step"], loop["seconds"], loop["lines"]
         for name, part in self.parts.items():
             self.notes += part.load_state_dict(loop[name]) or []
+        self.notes += self.evaluations.compare(saved)
         checkpoint.set_rng_state(saved["rng"])
 
     # ------------------------------------------------------------------------ beginning and end
@@ -176,6 +177,7 @@ class Run:
             iterations=self.iterations,
             log_every=self.settings.monitor.log_every,
             score=self.settings.validation.score,
+            measured=build.what_is_measured(self.plan),
             better=evaluator.directions(validator.spec),
             resumed=self.resumed_from is not None,
             versions=self.versions,
@@ -268,6 +270,10 @@ class Run:
         if step % self.iterations == 0 and (means := self.means.take_epoch())["loss"]:
             cache = self.patches.cache.counts()
             self.log.write("epoch", step=step, epoch=epoch, **means, cache=cache)
+            shares = means["patches"]
+            if shares["around_foreground"] and not shares["with_foreground"]:
+                text = f"no patch of epoch {epoch} shows foreground, though it is sampled around it"
+                self.report("no foreground", f"{text}; look at data.spacing and augment")
             self.show.print(f"epoch {epoch}: shares of patches: {_numbers(means['patches'])}")
 
     # ------------------------------------------------------------------------ records and saving

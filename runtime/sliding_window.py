@@ -23,6 +23,7 @@ from itertools import combinations, product
 import numpy as np
 import torch
 
+from patches.intensity import within_float32
 from runtime.microbatch import free_memory, memory_figures, nothing, out_of_memory
 from runtime.signals import CannotGoOn
 from volumes.processes import cores
@@ -169,8 +170,9 @@ def _read_patch(volume, spans, normalize, device):
     """One network input (C, *window) float32 from the box that its three spans read."""
     box = volume[(slice(None), *(span.read for span in spans))]
     dtype = box.dtype if box.dtype in SENT_AS_STORED else np.float32
-    box = torch.from_numpy(np.array(box, dtype=dtype, order="C")).to(device)
-    patch = _interpolate(box.float(), [span.to_network for span in spans])
+    with np.errstate(over="ignore"):  # `within_float32` cuts it
+        box = torch.from_numpy(np.array(box, dtype=dtype, order="C")).to(device)
+    patch = _interpolate(within_float32(box).float(), [span.to_network for span in spans])
     return patch if normalize is None else normalize(patch)
 
 

@@ -1,8 +1,9 @@
 """Which cases train, validate and test, and which classes are foreground."""
 
-import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
+
+from volumes.files import few, matching
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,11 @@ def choose_cases(dataset, *, train, validation, test, folds, fold):
     if train is None:
         elsewhere = chosen_validation | chosen_test
         chosen_train = {i: c for i, c in dataset.cases.items() if i not in elsewhere and c.labeled}
+        if bare := sorted(dataset.cases.keys() - elsewhere - chosen_train.keys()):
+            notes.append(f"train: without label, not trained on: {few(bare)}")
     if folds:
-        chosen_validation, notes = _fold(chosen_train, folds, fold)
+        chosen_validation, fold_notes = _fold(chosen_train, folds, fold)
+        notes += fold_notes
         chosen_train = {i: c for i, c in chosen_train.items() if i not in chosen_validation}
     split = Split(*(list(d.values()) for d in (chosen_train, chosen_validation, chosen_test)))
     faults += _split_faults(split)
@@ -41,9 +45,10 @@ def choose_cases(dataset, *, train, validation, test, folds, fold):
 
 def _matches(dataset, key, patterns, faults):
     """{id: case} whose id or group matches any pattern; one that matches none is a fault."""
-    matches = {}
+    matches, names = {}, {*dataset.cases, *(case.group for case in dataset.cases.values())}
     for pattern in patterns:
-        hits = {i: c for i, c in dataset.cases.items() if fnmatch.filter((i, c.group), pattern)}
+        named = set(matching(names, pattern))
+        hits = {i: c for i, c in dataset.cases.items() if named & {i, c.group}}
         if not hits:
             known = ", ".join(list(dataset.cases)[:8])
             faults.append(f"data.{key}: no case or group is named {pattern!r}; there are {known}")
@@ -70,7 +75,10 @@ def _fold(cases, folds, fold):
         groups.setdefault(case.group, []).append(case.id)
     notes = []
     if len(groups) < folds:
-        notes.append(f"data.folds: {folds} asked for, only {len(groups)} groups are there")
+        got = f"only {len(groups)} groups are there"
+        if len(groups) > 1:
+            got += f", so this is fold {fold % len(groups)} of {len(groups)}"
+        notes.append(f"data.folds: {folds} asked for, {got}")
     if len(groups) < 2:
         return {}, notes
     parts = [[] for _ in range(min(folds, len(groups)))]

@@ -19,6 +19,7 @@ from runtime import evaluator, sliding_window
 from scoring import parallel
 from volumes import casefile
 from volumes.processes import STOP_SIGNALS
+from volumes.statistics import clip_fill
 
 POLL_SECONDS = 1.0  # while waiting for the evaluator, from one look and call of poll to the next
 
@@ -134,6 +135,7 @@ def predict(network, case, spec, *, spacing, clip, window, with_slices=False, **
         if with_slices:
             truth = casefile.read_truth(file, spec.foreground, case.ignore_label)
             slices = middle_slices(file["image"], truth, case.ignore_label)
+            slices["image"] = clip_fill(slices["image"], case.intensity)
         scale = data.normalisation(case.intensity, clip)
         how["normalize"] = functools.partial(intensity.normalise, **scale)
         wanted = data.network_spacing(case.spacing, spacing)
@@ -156,5 +158,5 @@ def middle_slices(image, truth, ignore_label):
     labeled = truth != (-1 if ignore_label is None else ignore_label)
     truth = (truth > 0) & labeled
     z = int(np.argmax(truth.sum(axis=(1, 2))))
-    image = np.asarray(image[0, z], np.float32)
+    image = np.asarray(image[0, z], np.float64)
     return {"z": z, "image": image, "truth": truth[z], "labeled": labeled[z]}

@@ -7,7 +7,6 @@ What is wrong is collected as sentences in errors.
 """
 
 import dataclasses
-import fnmatch
 import itertools
 import os
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import numpy as np
 
 from scoring import metrics
 from volumes import casefile, files
+from volumes.statistics import clip_fill
+from volumes.volume import compare, with_unit
 
 FULL_SCALE = (254, 255)  # what imaging tools write where they mean 1
 OTSU = "otsu"  # the method of that name
@@ -52,19 +53,20 @@ class Masks:
     truth: np.ndarray | None  # the same, and ignore_label
     spacing: tuple  # z, y, x
     unit: str
-    spacing_in_file: bool  # whether any file has one
-    ones: dict  # {role: 254 or 255, where that meant 1}
+    spacing_of: str  # where the spacing comes from: truth, prediction, option or none
+    ones: dict  # {role: those of 254 and 255 that meant 1}
+    notes: list  # on their headers
 
 
-def find_sources(text, role, errors):
+def find_sources(text, role, errors, notes):
     """({case id: path} of the volumes that text names, the dataset if it is one or None).
 
     role is "prediction", "truth" or "image". Where a folder or pattern names labels and images
     together, each role uses its own; probability maps beside predictions are left out.
     """
-    dataset, sources = None, {}
+    dataset, there = None, []
     try:
-        if (Path(text) / casefile.DATASET_FILE).is_file():
+        if os.path.lexists(Path(text) / casefile.DATASET_FILE):
             dataset = casefile.read_dataset(text)
             cases = dataset.cases.values()
             if role == "image":
@@ -72,20 +74,29 @@ def find_sources(text, role, errors):
             else:
                 volumes = [files.Source(c.id, f"{c.path}:label") for c in cases if c.labeled]
         else:
-            volumes = _of_role(files.find_volumes(text), role)
-    except ValueError as error:
-        errors.append(str(error))
+            there = files.find_volumes(text, notes)
+            volumes = _of_role(there, role)
+            if role == "truth" and (left := [s.path for s in there if s not in volumes]):
+                notes.append(f"{text}: not named as labels, left out: {listed(left)}")
+    except (ValueError, FileNotFoundError) as error:
+        errors += str(error).split("\n")
         return {}, None
-    for source in volumes:
-        if source.id in sources:
-            errors.append(
-                f"{source.path}: expected one {role} of case {source.id}, got "
-                f"{sources[source.id]} too; move one away"
-            )
-        sources[source.id] = source.path
+    sources = _one_of_each_id([(source.id, source.path) for source in volumes], role, errors)
     if not sources:
-        errors.append(f"{text}: expected one {role} or more, got none; check the path")
+        got = f"only {listed(s.path for s in there)}" if there else "none"
+        errors.append(f"{text}: expected one {role} or more, got {got}; check the path")
     return sources, dataset
+
+
+def _one_of_each_id(items, role, errors):
+    """{id: path} of (id, path); a second path of one id is an error."""
+    paths = {}
+    for case, path in items:
+        if paths.setdefault(case, path) != path:
+            errors.append(
+                f"{path}: expected one {role} of case {case}, got {paths[case]} too; move one away"
+            )
+    return paths
 
 
 def _of_role(sources, role):
@@ -108,20 +119,28 @@ def match(predictions, truth, images, errors, notes, *, only=()):
     One prediction file and one truth file are a pair whatever their names. An id that is missing on
     one side is an error, but a note where a prepared dataset has more cases or no label.
     """
-    methods = {name: find_sources(path, "prediction", errors)[0] for name, path in predictions}
-    truths, dataset = find_sources(truth, "truth", errors)
-    shown = find_sources(images, "image", errors)[0] if images else None
+    said = []  # the same folder may be named twice
+    methods = {
+        name: find_sources(path, "prediction", errors, said)[0] for name, path in predictions
+    }
+    truths, dataset = find_sources(truth, "truth", errors, said)
+    shown = find_sources(images, "image", errors, said)[0] if images else None
+    known = {i: c.path for i, c in dataset.cases.items()} | truths if dataset else truths
+    # One file and one file are a pair whatever they are called.
+    alone = all(os.path.isfile(files.split_dataset(t)[0]) for _, t in [*predictions, ("", truth)])
+    methods = {m: _by_known_id(s, known, alone, errors, said) for m, s in methods.items()}
+    notes += dict.fromkeys(said)
     if errors:
         return [], dataset
-    known = set(dataset.cases) if dataset else set(truths)
-    methods = {m: {_known_id(i, p, known): p for i, p in s.items()} for m, s in methods.items()}
     predicted = set().union(*methods.values())
-    if dataset and (bare := predicted & known - set(truths)):
+    if dataset and (bare := predicted & set(known) - set(truths)):
         notes.append(f"no label, not scored: {listed(bare)}")
         methods = {m: {i: p for i, p in s.items() if i not in bare} for m, s in methods.items()}
         predicted -= bare
     if len(predicted) == 1:  # a single file is of that case, whatever it is called
         if os.path.isfile(files.split_dataset(truth)[0]):
+            if not alone and predicted != set(truths):
+                notes.append(f"the only prediction, {listed(predicted)}, is scored by {truth}")
             truths = dict(zip(predicted, truths.values(), strict=True))
         if images and os.path.isfile(files.split_dataset(images)[0]):
             shown = dict(zip(predicted, shown.values(), strict=True))
@@ -149,24 +168,33 @@ def match(predictions, truth, images, errors, notes, *, only=()):
 
 def _wanted(ids, only, errors):
     """Those of the ids that a pattern of `only` names; a pattern that names none is an error."""
-    matches = {pattern: fnmatch.filter(ids, pattern) for pattern in only}
+    matches = {pattern: files.matching(ids, pattern) for pattern in only}
     for pattern, cases in matches.items():
         if not cases:
             errors.append(f"--cases {pattern}: expected a case of it, got {listed(ids)}")
     return set().union(*matches.values()) if only else ids
 
 
-def _known_id(case, path, known):
-    """The id among known that a file means: its whole stem, its id, or the longest beginning."""
-    stem = files.stem_of(path)
-    begins = [i for i in known if stem.startswith((f"{i}_", f"{i}-", f"{i}."))]
-    return next((i for i in (stem, case) if i in known), max(begins, key=len, default=case))
+def _by_known_id(sources, known, alone, errors, notes):
+    """{id among known: path} of {id: path}, both by their own stem, their id, or as it begins.
+
+    What goes with an id by the beginning of its name is noted, unless the files are alone.
+    """
+    items, pairs = [], []
+    for case, path in sources.items():
+        stem = files.stem_of(path)
+        begins = [i for i in known if stem.startswith((f"{i}_", f"{i}-", f"{i}."))]
+        name = next((i for i in (stem, case) if i in known), max(begins, key=len, default=case))
+        items.append((name, path))
+        if name in known and not alone:
+            pairs.append((name if name in (stem, case) else stem, path, name, known[name]))
+    notes += files.notes_on_pairs(pairs)
+    return _one_of_each_id(items, "prediction", errors)
 
 
-def listed(ids, most=8):
+def listed(ids):
     """Ids for people, the first few of many."""
-    more = f" and {len(ids) - most} more" if len(ids) > most else ""
-    return ", ".join(sorted(ids)[:most]) + more
+    return files.few(sorted(ids))
 
 
 def read(pair, options, errors):
@@ -177,14 +205,22 @@ def read(pair, options, errors):
     image = _read(files.read_image, pair.image, errors) if options.otsu else None
     if len(errors) > before:
         return None
-    for prediction in predictions.values():
-        _check_same_grid(prediction, truth, options.check_spacing, errors)
-    if image is not None:
-        _check_same_grid(truth, image, options.check_spacing, errors)
-    if options.spacing is None and not all(s > 0 for s in truth.spacing or ()):
-        errors.append(
-            f"{truth.path}: expected a spacing above 0, got {_with_unit(truth)}; give --spacing"
-        )
+    how, notes = {"spacing": options.check_spacing, "axes": options.spacing is None}, []
+    stated = [v for v in (truth, *predictions.values()) if v.spacing is not None]
+    sides = [("prediction and truth", p, truth) for p in predictions.values()]
+    sides += [("truth and image", truth, image)] if image else []
+    if truth.spacing is None:  # else each prediction is compared with that of the truth
+        sides += [("predictions", p, stated[0]) for p in stated[1:]]
+    for what, volume, other in sides:
+        faults, odd = compare(volume, other, **how)
+        errors += faults
+        notes += [f"{what}: {note}" for note in odd]
+    for volume in (*predictions.values(), truth):
+        notes += volume.remarks() if options.spacing is None else volume.notes
+    for volume in stated if options.spacing is None else ():
+        if not all(s > 0 for s in volume.spacing):
+            got = f"got {with_unit(volume.spacing, volume.unit)}; give --spacing"
+            errors.append(f"{volume.path}: expected a spacing above 0, {got}")
     ones, ignored = {}, options.ignore_label
     masks = {m: _binary(p, None, "predictions", ones, errors) for m, p in predictions.items()}
     true_mask = _binary(_of_classes(truth, options), ignored, "truths", ones, errors)
@@ -197,10 +233,13 @@ def read(pair, options, errors):
         masks[OTSU] = _otsu_mask(image, options.invert, errors)
     if len(errors) > before:
         return None
-    source = next((v for v in (truth, *predictions.values()) if v.spacing is not None), None)
-    spacing = options.spacing or (source.spacing if source else metrics.VOXEL)
-    unit = source.unit if source and not options.spacing else ""
-    return Masks(masks, true_mask, tuple(spacing), unit, source is not None, ones)
+    spacing, unit, origin = metrics.VOXEL, "", "none"
+    if options.spacing:
+        spacing, origin = options.spacing, "option"
+    elif stated:
+        spacing, unit = stated[0].spacing, stated[0].unit
+        origin = "prediction" if truth.spacing is None else "truth"
+    return Masks(masks, true_mask, tuple(spacing), unit, origin, ones, notes)
 
 
 def _read(reader, path, errors):
@@ -225,7 +264,7 @@ def _binary(volume, ignored, role, ones, errors):
     array, most = volume.array, int(volume.array.max())
     others = [] if ignored is None else [ignored]
     if most in FULL_SCALE and most != ignored and np.isin(array, [0, most, *others]).all():
-        ones[role] = most
+        ones.setdefault(role, set()).add(most)
         return np.where(array == most, array.dtype.type(1), array)
     if not np.isin(array, [0, 1, *others]).all():
         advice = "give a mask of one class"
@@ -239,30 +278,6 @@ def _binary(volume, ignored, role, ones, errors):
     return array
 
 
-def _check_same_grid(volume, other, check_spacing, errors):
-    """Shape, axes as far as both files say, and spacing to 1 % if both have one."""
-    if volume.array.shape != other.array.shape[-3:]:
-        errors.append(
-            f"{volume.path}: expected the shape of {other.path}, {other.array.shape[-3:]}, got "
-            f"{volume.array.shape}; give volumes of the same voxels"
-        )
-    if check_spacing and not files.same_axes(volume, other):
-        errors.append(f"{volume.path}: expected the axes of {other.path}, got other ones")
-    if not check_spacing or volume.spacing is None or other.spacing is None:
-        return
-    known = volume.unit in files.METRES and other.unit in files.METRES
-    scale = files.METRES[volume.unit] / files.METRES[other.unit] if known else 1.0
-    if not np.allclose(np.multiply(volume.spacing, scale), other.spacing, rtol=0.01, atol=0.0):
-        errors.append(
-            f"{volume.path}: expected the spacing of {other.path}, {_with_unit(other)}, got "
-            f"{_with_unit(volume)}; correct the header that is wrong"
-        )
-
-
-def _with_unit(volume):
-    return f"{' '.join(f'{s:g}' for s in volume.spacing)} {volume.unit}".rstrip()
-
-
 def _otsu_mask(image, invert, errors):
     """What is brighter than Otsu's threshold (darker with invert) as a bool mask (D, H, W)."""
     if image.array.shape[0] != 1:
@@ -270,6 +285,7 @@ def _otsu_mask(image, invert, errors):
         errors.append(f"{image.path}: expected one channel for --otsu, {got}")
         return None
     try:
-        return (image.array[0] > metrics.otsu_threshold(image.array[0])) != invert
+        voxels = clip_fill(image.array[0])  # or all others would be one class
+        return (image.array[0] > metrics.otsu_threshold(voxels)) != invert
     except ValueError as error:
         errors.append(f"{image.path}: {error}; --otsu cannot use this image")

@@ -23,16 +23,13 @@ BYTES_PER_VOXEL = 48  # of one case: 37 were the most seen in metrics.score, and
 SMALL = 4_000_000  # voxels of all cases together
 
 
-class ScoringError(RuntimeError):
-    """A case whose process dies whenever it is scored; the message is one sentence."""
-
-
 class Result(NamedTuple):
     """Of one case: rows (scores and details per method), errors (sentences), and what was read."""
 
     rows: list
     errors: list
     masks: inputs.Masks | None  # without its voxels; None where there are errors
+    failure: str = ""  # a sentence on a case whose process dies although no other runs
 
 
 @dataclasses.dataclass
@@ -63,7 +60,6 @@ def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda: None):
 
     jobs: cases at one time, None: as many as there are cores, cases and budget for; budget: bytes
     of memory for all of them, but for a case on its own. progress() is called after each.
-    ScoringError names a case whose process dies although no other runs.
     """
     needs = [BYTES_PER_VOXEL * files.voxel_count(pair.truth) for pair in pairs]
     small = jobs is None and sum(needs) < SMALL * BYTES_PER_VOXEL
@@ -72,7 +68,10 @@ def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda: None):
     results = {}
     if wanted <= 1:
         for number, pair in enumerate(pairs):
-            results[number] = scorer(pair, any(result.errors for result in results.values()))
+            try:
+                results[number] = scorer(pair, any(result.errors for result in results.values()))
+            except MemoryError as error:
+                results[number] = _failure(pair, needs[number], error)
             progress()
     elif not _in_processes(pairs, needs, scorer, wanted, budget, progress, results):
         # A process died, perhaps for want of memory: the cases that are left run one at a time.
@@ -83,7 +82,7 @@ def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda: None):
 def _in_processes(pairs, needs, scorer, jobs, budget, progress, results):
     """Add the results that are missing, {number: Result}; False if one of several processes died.
 
-    ScoringError if there was one alone.
+    If there was one alone, its case has failed, and the next one gets another process.
     """
     # The largest first, so that the last one to end is a small one.
     waiting = deque(sorted(set(range(len(pairs))) - set(results), key=lambda i: -needs[i]))
@@ -107,14 +106,19 @@ def _in_processes(pairs, needs, scorer, jobs, budget, progress, results):
                 except (BrokenProcessPool, MemoryError) as error:
                     if jobs > 1:
                         return False
-                    cause = cause_of_death(error, worker[1])
-                    raise ScoringError(
-                        f"{pairs[number].id}: the process that scored it {cause}, although no "
-                        f"other ran; it needs about {needs[number] / 1e9:.1f} GB: score it where "
-                        "there is more memory, or fewer --scores"
-                    ) from error
+                    results[number] = _failure(pairs[number], needs[number], error, worker[1])
+                    idle = [stack.enter_context(worker_process({signal.SIGINT}))]
                 progress()
     return True
+
+
+def _failure(pair, need, error, process=None):
+    text = (
+        f"{pair.id}: the process that scored it {cause_of_death(error, process)}, although no "
+        f"other ran; it needs about {need / 1e9:.1f} GB: score it where there is more memory, or "
+        "fewer --scores"
+    )
+    return Result([], [], None, text)
 
 
 @contextlib.contextmanager

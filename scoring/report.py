@@ -218,7 +218,7 @@ def _overlay(one):
     from matplotlib.colors import to_rgb
 
     low, high = np.percentile(one.image, (1, 99))
-    gray = np.clip((one.image - low) / max(high - low, 1e-6), 0, 1)
+    gray = np.clip((one.image - low) / ((high - low) or 1.0), 0, 1)
     colored = np.repeat(gray[..., None], 3, axis=2)
     for in_truth, in_mask, color in ((1, 1, FOUND), (1, 0, MISSED), (0, 1, FALSE)):
         where = (one.truth == in_truth) & (one.mask == in_mask) & one.labeled

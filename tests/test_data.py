@@ -244,3 +244,54 @@ def test_writing_a_case_that_fails_leaves_nothing(tmp_path):
             group="a",
         )
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------- numbers and units
+
+
+def test_fill_values_are_clipped_unless_the_run_began_before_they_were_known():
+    image = np.arange(1, 1001, dtype=np.float32).reshape(1, 10, 10, 10)
+    image[0, :3] = -1e4
+    about, rest = casefile.intensity_statistics(image), image[0, 3:]
+    now, unclipped = data.normalisation(about, (0.5, 99.5)), data.normalisation(about, None)
+    assert now["mean"] == unclipped["mean"] == [rest.mean(dtype=np.float64)]
+    assert now["low"] == [pytest.approx(np.percentile(rest, 0.5))]
+    assert (unclipped["low"], unclipped["high"]) == ((301.0,), (1000.0,))
+    before = data.normalisation(about, (0.5, 99.5), typical=False)
+    assert before["mean"] == [image.mean(dtype=np.float64)] and before["low"] == [-1e4]
+    assert data.normalisation(about, None, typical=False)["low"] is None
+
+
+def test_the_largest_unsigned_integers_do_not_become_negative():
+    assert data.native(np.array([2**64 - 1], np.uint64)).tolist() == [2.0**64]
+
+
+SPACINGS = [
+    ((12, 20, 24), (8, 16, 16), (2, 1, 1), (50, 50, 50), "padding"),
+    ((512, 512, 512), (128, 128, 128), (1, 1, 1), (1000, 1000, 1000), "padding"),
+    ((40, 512, 512), (32, 128, 128), (5, 1, 1), (5000, 0, 0), "padding"),
+    ((12, 20, 24), (8, 16, 16), (2, 1, 1), (1e-3, 1e-3, 1e-3), "less than one voxel"),
+    ((40, 512, 512), (32, 128, 128), (5, 1, 1), (0, 1e-6, 1e-6), "less than one voxel"),
+]
+
+
+@pytest.mark.parametrize("shape, patch, stored, wanted, what", SPACINGS)
+def test_a_spacing_in_another_unit_is_named_with_both_sizes(shape, patch, stored, wanted, what):
+    (fault,) = data.spacing_faults("case a", shape, patch, stored, wanted, "mm")
+    spacing = data.network_spacing(stored, wanted)
+    assert fault.startswith("data.spacing: expected") and what in fault and "case a" in fault
+    assert f"{shape[0] * stored[0]:.4g} x " in fault and f"{patch[0] * spacing[0]:.4g} x " in fault
+
+
+FINE = [
+    ((12, 20, 24), (8, 16, 16), (2, 1, 1), (0, 0, 0)),
+    ((8, 8, 8), (128, 128, 128), (1, 1, 1), (0, 0, 0)),  # a small volume
+    ((1, 512, 512), (1, 64, 64), (5, 1, 1), (2, 1, 1)),  # one slice
+    ((512, 512, 512), (128, 128, 128), (1, 1, 1), (4, 4, 4)),
+    ((3, 512, 512), (32, 128, 128), (1, 1, 1), (5, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("shape, patch, stored, wanted", FINE)
+def test_a_patch_may_be_larger_than_a_volume_and_coarser(shape, patch, stored, wanted):
+    assert not list(data.spacing_faults("case a", shape, patch, stored, wanted, "mm"))

@@ -155,12 +155,30 @@ def test_white_masks_are_read_as_ones_and_it_is_said(tmp_path, capsys, white):
     assert f"truths of 0 and {white} read as 0 and 1: a" in printed
 
 
+def test_white_of_two_values_in_two_predictions_is_said_of_both(tmp_path, capsys):
+    for name, white in (("m", 254), ("n", 255)):
+        write(tmp_path / name / "a.tif", bar(2, value=white))
+    write(tmp_path / "t" / "a.tif", bar(2))
+    assert run("--pred", tmp_path / "m", tmp_path / "n", "--truth", tmp_path / "t") == 0
+    printed = capsys.readouterr().out
+    assert all(
+        f"predictions of 0 and {white} read as 0 and 1: a" in printed for white in (254, 255)
+    )
+
+
 def test_no_spacing_anywhere_is_said(tmp_path, capsys):
     import tifffile
 
     tifffile.imwrite(tmp_path / "a.tif", bar(2), photometric="minisblack")
     assert run("--pred", tmp_path / "a.tif", "--truth", tmp_path / "a.tif") == 0
     assert "no file has a spacing, 1 1 1 is used" in capsys.readouterr().out
+    command = ("--pred", tmp_path / "a.tif", "--truth", tmp_path / "a.tif", "--spacing", 5, 1, 1)
+    assert run(*command) == 0
+    assert "1 1 1" not in capsys.readouterr().out
+    write(tmp_path / "b.nii.gz", bar(2), (5.0, 1.0, 1.0))
+    assert run("--pred", tmp_path / "b.nii.gz", "--truth", tmp_path / "a.tif") == 0
+    said = capsys.readouterr().out
+    assert "the truth has no spacing, that of the prediction is used (--spacing): b" in said
 
 
 def test_an_ignore_label_of_255_is_not_taken_for_white(tmp_path):
@@ -492,6 +510,30 @@ def test_a_mirrored_prediction_is_a_fault(tmp_path, capsys):
         files.write_volume(tmp_path / f"{name}.nii.gz", bar(2), affine=affine, **about)
     assert run("--pred", tmp_path / "pred.nii.gz", "--truth", tmp_path / "truth.nii.gz") == 2
     assert "expected the axes of" in capsys.readouterr().err
+    assert run("--pred", tmp_path / "pred.nii.gz", "--truth", tmp_path / "truth.nii.gz",
+               "--spacing", 1, 1, 1) == 0  # fmt: skip
+    assert "note: prediction and truth: the headers differ (axes)" in capsys.readouterr().out
+
+
+def test_a_prediction_of_another_origin_is_noted_with_its_cases(tmp_path, capsys):
+    about, moved = {"spacing": (1.0, 1.0, 1.0), "unit": "mm"}, np.eye(4)
+    moved[1, 3] = 6
+    for case, affine in (("a", moved), ("b", moved), ("c", np.eye(4))):
+        files.write_volume(tmp_path / "t" / f"{case}.nii.gz", bar(2), affine=np.eye(4), **about)
+        files.write_volume(tmp_path / "p" / f"{case}.nii.gz", bar(2), affine=affine, **about)
+    assert run("--pred", tmp_path / "p", "--truth", tmp_path / "t", "--scores", "dice") == 0
+    note = "the headers differ (origin); they are matched voxel by voxel: a, b\n"
+    assert f"note: prediction and truth: {note}" in capsys.readouterr().out
+
+
+def test_sizes_in_other_units_are_compared_as_lengths(tmp_path, capsys):
+    truth = write(tmp_path / "t.nii.gz", bar(2), (1.0, 1.0, 1.0), "mm")
+    same = write(tmp_path / "p.nii.gz", bar(2), (1e3, 1e3, 1e3), "micron")
+    assert run("--pred", same, "--truth", truth, "--scores", "dice") == 0
+    assert "headers" not in capsys.readouterr().out
+    other = write(tmp_path / "q.nii.gz", bar(2), (1.0, 1.0, 1.0), "micron")
+    assert run("--pred", other, "--truth", truth, "--scores", "dice") == 2
+    assert f"expected the spacing of {truth}, 1 1 1 mm, got 1 1 1 mi" in capsys.readouterr().err
 
 
 def test_a_prepared_case_without_label_is_left_out_and_said(tmp_path, capsys):
@@ -508,3 +550,57 @@ def test_a_prepared_case_without_label_is_left_out_and_said(tmp_path, capsys):
     (tmp_path / "pred" / "a.nii.gz").unlink()
     assert run("--pred", tmp_path / "pred", "--truth", root) == 2
     assert "expected a label of a predicted case" in capsys.readouterr().err
+
+
+def test_a_case_that_cannot_be_scored_does_not_cost_the_others(tmp_path, capsys, monkeypatch):
+    for case in "abc":
+        write(tmp_path / "pred" / f"{case}.nii.gz", bar(2))
+        write(tmp_path / "truth" / f"{case}.nii.gz", bar(2))
+    score, calls = evaluate.metrics.score, []
+
+    def second_fails(*arguments, **how):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return score(*arguments, **how)
+
+    monkeypatch.setattr(evaluate.metrics, "score", second_fails)
+    where = ("--pred", tmp_path / "pred", "--truth", tmp_path / "truth", "--scores", "dice")
+    assert run(*where, "--out", tmp_path / "s.csv") == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("b: the process that scored it") and len(err.splitlines()) == 1
+    assert "note: 1 of 3 cases are not scored, and count in no mean" in out
+    rows = read_csv(tmp_path / "s.csv")
+    assert [case for case, _ in rows][:2] == ["a", "c"] and len(rows) == 5
+
+
+def test_where_no_case_can_be_scored_nothing_is_written(tmp_path, capsys, monkeypatch):
+    def fails(*arguments, **how):
+        raise MemoryError
+
+    monkeypatch.setattr(evaluate.metrics, "score", fails)
+    where = (
+        "--pred",
+        write(tmp_path / "a.tif", bar(2)),
+        "--truth",
+        write(tmp_path / "b.tif", bar(2)),
+    )
+    assert run(*where, "--spacing", 1, 1, 1, "--out", tmp_path / "s.csv") == 1
+    assert "the process that scored it" in capsys.readouterr().err
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_a_fill_value_does_not_move_the_threshold_of_otsu(tmp_path):
+    truth = np.zeros((6, 20, 20), np.uint8)
+    truth[:, 5:15, 5:15] = 1
+    y, x = np.indices((20, 20))
+    image = (100 + 80.0 * truth + 10 * np.sin(2.3 * y + 1.7 * x)).astype(np.float32)
+    image[:, :3] = -1e4
+    for scale, name in ((1, "a"), (2.0**-60, "b")):
+        write(tmp_path / "truth" / f"{name}.nii.gz", truth)
+        write(tmp_path / "pred" / f"{name}.nii.gz", truth)
+        write(tmp_path / "image" / f"{name}.nii.gz", image * np.float32(scale))
+    where = ("--pred", tmp_path / "pred", "--truth", tmp_path / "truth")
+    assert run(*where, "--otsu", tmp_path / "image", "--out", tmp_path / "s.csv") == 0
+    rows = read_csv(tmp_path / "s.csv")
+    assert [rows[name, "otsu"]["dice"] for name in "ab"] == ["1.0", "1.0"]

@@ -12,6 +12,7 @@ import tifffile
 import torch
 
 import data
+import evaluate
 import infer
 import model
 from patches import intensity
@@ -141,6 +142,31 @@ def test_nifti_prediction_lies_on_its_image(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "scan: 9x20x18" in out and f"{100 * mask.mean():.2f} % foreground" in out
     assert "averaged (EMA) weights" in out
+
+
+@pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 4), (1, 2)])  # of qform, sform
+def test_a_prediction_keeps_the_forms_of_its_image_and_scores_against_it(run, tmp_path, codes):
+    image = nibabel.Nifti1Image(image_of((8, 16, 16)).T, None)
+    image.header.set_qform(TURNED, codes[0])
+    sheared = TURNED @ [[1, 0, 0, 0], [0, 0.8, 0, 0], [0, 0.15, 1, 0], [0, 0, 0, 1]]
+    image.header.set_sform(sheared if codes == (0, 4) else TURNED, codes[1])
+    if codes == (0, 4):
+        image.header["pixdim"][1:4] = np.linalg.norm(sheared[:3, :3], axis=0)
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    infer_ok("--ckpt", run(), "--input", tmp_path / "a.nii.gz", "--output", tmp_path / "out")
+    ours, theirs = (
+        nibabel.load(f).header for f in (tmp_path / "out/a.nii.gz", tmp_path / "a.nii.gz")
+    )
+    for name in ("qform_code", "sform_code", "pixdim", "srow_x", "srow_y", "srow_z", "xyzt_units"):
+        np.testing.assert_array_equal(ours[name], theirs[name], name)
+    if codes[0]:
+        np.testing.assert_array_equal(ours.get_qform(), theirs.get_qform())
+    paths = [str(tmp_path / name) for name in ("out/a.nii.gz", "truth.nii.gz")]
+    nibabel.save(
+        nibabel.Nifti1Image(np.asarray(image.dataobj) // 150, None, image.header), paths[1]
+    )
+    assert evaluate.main(["--pred", paths[0], "--truth", paths[1], "--scores", "dice"]) == 0
 
 
 def test_weights_of_the_last_step_are_used_where_there_is_no_average(run, tmp_path, capsys):
@@ -445,3 +471,140 @@ def test_a_submission_that_cannot_be_opened_is_one_sentence(run, tmp_path, capsy
     assert infer.main([str(a) for a in arguments]) == 1
     (error,) = capsys.readouterr().err.splitlines()
     assert error == f"{target}: the submission cannot be written (no space left on device)"
+
+
+# ---------------------------------------------------------------------------- the others go on
+
+
+def three_scans(tmp_path):
+    for seed, name in enumerate("abc"):
+        write_nifti(tmp_path / "scans" / f"{name}.nii.gz", image_of((8, 16, 16), seed))
+    return ["--input", str(tmp_path / "scans"), "--output", str(tmp_path / "out")]
+
+
+def written(tmp_path):
+    return sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz"))
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (MemoryError("Unable to allocate 3 TiB"), "b: memory ran out (Unable to allocate 3 TiB)"),
+        (OSError("filter returned failure"), "b.nii.gz: expected a volume that can be read, got"),
+        (KeyError("image"), "b: KeyError, see above"),
+    ],
+)
+def test_a_volume_that_fails_is_named_and_the_others_are_predicted(
+    run, tmp_path, capsys, monkeypatch, error, said
+):
+    arguments, calls, slabs = three_scans(tmp_path), [], infer.predict_slabs
+
+    def second_fails(*arguments, **how):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return slabs(*arguments, **how)
+
+    monkeypatch.setattr(infer, "predict_slabs", second_fails)
+    target = tmp_path / "s.zip"
+    assert infer.main(["--ckpt", str(run()), *arguments, "--submission", str(target)]) == 1
+    out, err = capsys.readouterr()
+    assert written(tmp_path) == ["a.nii.gz", "c.nii.gz"] and not target.exists()
+    *_, failure, last = err.splitlines()
+    assert said in failure and "3/3 c: 8x16x16" in out
+    assert last == "--submission: not written, for masks are missing"
+
+
+def test_a_prediction_that_cannot_be_written_does_not_stop_the_others(
+    run, tmp_path, capsys, monkeypatch
+):
+    arguments, write = three_scans(tmp_path), infer.write_volume
+
+    def full_once(path, *arguments, **how):
+        if path.name == "a.nii.gz":
+            raise OSError(28, "No space left on device")
+        write(path, *arguments, **how)
+
+    monkeypatch.setattr(infer, "write_volume", full_once)
+    assert infer.main(["--ckpt", str(run()), *arguments]) == 1
+    (failure,) = capsys.readouterr().err.splitlines()
+    assert failure.startswith("a: the prediction cannot be written ([Errno 28] No space left")
+    assert written(tmp_path) == ["b.nii.gz", "c.nii.gz"]
+
+
+def test_what_cannot_be_written_or_shown_is_found_before_the_first_prediction(
+    run, tmp_path, capsys
+):
+    arguments = three_scans(tmp_path)
+    (tmp_path / "out" / "b.nii.gz").mkdir(parents=True)
+    (fault,) = faults_of(capsys, "--ckpt", run(), *arguments)
+    assert "b.nii.gz: expected a file to write, got a folder" in fault
+    (tmp_path / "out" / "b.nii.gz").rmdir()
+    faults = faults_of(capsys, "--ckpt", run(spacing=[2000.0, 500.0, 500.0]), *arguments)
+    assert len(faults) == 3 and all("data.spacing: expected" in fault for fault in faults)
+    assert written(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_a_case_with_an_affine_of_no_axes_is_found_before_the_first_prediction(
+    run, tmp_path, capsys, value
+):
+    make_cases(tmp_path / "data", a=image_of((8, 16, 16)), b=image_of((8, 16, 16)))
+    with h5py.File(tmp_path / "data" / "b.h5", "a") as file:
+        file.attrs["affine"] = np.full((4, 4), value)
+    arguments = ("--input", tmp_path / "data", "--output", tmp_path / "out")
+    (fault,) = faults_of(capsys, "--ckpt", run(), *arguments)
+    assert "b.h5: expected an affine that can be inverted, got" in fault
+
+
+# ---------------------------------------------------------------------------- numbers
+
+
+def probabilities(tmp_path, checkpoint, **images):
+    for name, image in images.items():
+        write_nifti(tmp_path / "scans" / f"{name}.nii.gz", image)
+    infer_ok("--ckpt", checkpoint, "--input", tmp_path / "scans", "--output", tmp_path / "out",
+             "inference.save_probabilities=true")  # fmt: skip
+    folder = tmp_path / "out" / "probabilities"
+    return [nibabel.load(folder / f"{name}.nii.gz").get_fdata() for name in images]
+
+
+def test_the_scale_of_an_image_does_not_change_its_prediction(run, tmp_path):
+    image = image_of((8, 16, 16), dtype=np.float32) + 1
+    scaled = {f"p{i}": image * np.float32(2.0**p) for i, p in enumerate((-100, -40, 30, 90))}
+    plain, *others = probabilities(tmp_path, run(), plain=image, **scaled)
+    assert np.ptp(plain) > 0.01 and all((other == plain).all() for other in others)
+
+
+@pytest.mark.parametrize("fill", [-3.4e38, -1e4, 65535])
+def test_a_fill_value_is_clipped_and_not_in_the_statistics(run, tmp_path, fill):
+    image = image_of((8, 16, 40), dtype=np.float32) + 1
+    image[:, :, 20:] = fill
+    rest = image[:, :, :20].astype(np.float64)
+    low, high = np.percentile(rest, (0.5, 99.5))
+    about = {"mean": [rest.mean()], "std": [rest.std()], "low": [low], "high": [high]}
+    normalize = functools.partial(intensity.normalise, **about)
+    expected = sliding_window.predict_volume(
+        network_of(1)[0], image[None], PATCH, normalize=normalize
+    )[0]
+    (probs,) = probabilities(tmp_path, run(typical=True), a=image)
+    assert np.ptp(expected) > 0.01 and np.abs(probs.T - expected).max() < 1e-5
+
+
+def test_a_run_that_knew_no_fill_values_predicts_as_it_was_trained(run, tmp_path):
+    image = image_of((8, 16, 40), dtype=np.float32) + 1
+    image[:, :, 20:] = -1e4
+    low, high = np.percentile(image, (0.5, 99.5))
+    about = {"mean": [image.mean(dtype=np.float64)], "std": [image.std(dtype=np.float64)]}
+    normalize = functools.partial(intensity.normalise, **about, low=[low], high=[high])
+    expected = sliding_window.predict_volume(
+        network_of(1)[0], image[None], PATCH, normalize=normalize
+    )[0]
+    (probs,) = probabilities(tmp_path, run(), a=image)
+    assert np.abs(probs.T - expected).max() < 1e-6
+
+
+def test_a_blank_image_is_said_to_be_one(run, tmp_path, capsys):
+    write_nifti(tmp_path / "a.nii.gz", np.zeros((8, 16, 16), np.uint8))
+    infer_ok("--ckpt", run(), "--input", tmp_path / "a.nii.gz", "--output", tmp_path / "out")
+    assert "a.nii.gz: channel 0 is 0 in all voxels" in capsys.readouterr().out

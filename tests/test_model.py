@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -119,3 +121,12 @@ def test_contrast_of_the_image_hardly_matters():
 def test_a_size_that_the_strides_do_not_divide_is_named():
     with pytest.raises(ValueError, match="H: expected a multiple of 4 voxels, got 18"):
         network()(torch.randn(1, 1, 8, 18, 16))
+
+
+def test_the_averaged_network_has_the_running_statistics_of_the_network():
+    net = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 1), torch.nn.BatchNorm3d(2))
+    averaged = copy.deepcopy(net).requires_grad_(False)
+    net(5 + 3 * torch.randn(2, 1, 4, 4, 4))
+    model.update_ema(averaged, net, 0.999, 0)
+    assert torch.equal(averaged[1].running_mean, net[1].running_mean)
+    assert averaged[1].running_mean.abs().max() > 0.01 and averaged[1].num_batches_tracked == 1

@@ -336,7 +336,7 @@ def test_all_faults_of_a_folder_are_named_at_once_and_nothing_is_written(raw, ou
     options = ("--images", raw / "i", "--labels", raw / "l", "--ignore-label", 2)
     *faults, last = refused(capsys, out, *options)
     expected = {
-        "case shape": "image and label of one shape",
+        "shape.nii.gz": "expected the shape of",
         "nan.nii.gz": "3 voxels of NaN or Inf",
         "cut.nii.gz": "cannot be read",
         "flat.tif": "which is no volume",
@@ -368,8 +368,9 @@ def test_headers_that_disagree_are_faults(raw, out, capsys):
     nifti(raw / "b_img.nii", voxels())
     nifti(raw / "b_lbl.nii", mask(), unit="micron")
     faults = refused(capsys, out, "--images", raw, "--labels", raw)
-    assert "a_lbl.nii: expected the spacing of its image, (2.0, 1.0, 0.5)" in faults[0]
-    assert "b_lbl.nii: expected the unit of its image, mm, got micron" in faults[1]
+    assert f"a_lbl.nii: expected the spacing of {raw}/a_img.nii, 2 1 0.5 mm" in faults[0]
+    assert f"b_lbl.nii: expected the spacing of {raw}/b_img.nii, 2 1 0.5 mm" in faults[1]
+    assert "got 2 1 0.5 micron" in faults[1]
 
 
 def test_mixed_units_are_a_fault(raw, out, capsys):
@@ -483,7 +484,7 @@ def test_a_mirrored_label_is_a_fault_and_spacing_by_hand_overrides_it(raw, out, 
     image.header.set_xyzt_units("mm")
     nibabel.save(image, raw / "a_lbl.nii.gz")
     (fault, _) = refused(capsys, out, "--images", raw, "--labels", raw)
-    assert "a_lbl.nii.gz: expected the axes of its image" in fault
+    assert f"a_lbl.nii.gz: expected the axes of {raw}/a_img.nii.gz" in fault
     assert run("--images", raw, "--labels", raw, "--spacing", 2, 1, 1, "--out", out) == 0
 
 
@@ -494,7 +495,7 @@ def test_channels_of_different_spacing_are_a_fault(raw, out, capsys):
     description = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "x": 1}}
     (raw / "dataset.json").write_text(json.dumps(description))
     (fault, _) = refused(capsys, out, "--images", raw)
-    assert fault.startswith("case a: expected channels of one spacing")
+    assert f"a_0001.nii.gz: expected the spacing of {raw}/imagesTr/a_0000.nii.gz" in fault
 
 
 def test_a_unit_that_the_header_does_not_state_converts_its_spacing(raw, out):
@@ -544,3 +545,115 @@ def test_a_spacing_of_zero_in_a_header_is_one_sentence_and_nothing_else(raw, out
     path.write_bytes(content)
     lines = refused(capfd, out, "--images", path)
     assert len(lines) == 2 and "a.nii: expected a spacing above 0" in lines[0]
+
+
+def placed(path, array, affine, unit="mm"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nibabel.Nifti1Image(array.T, affine)
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, path)
+
+
+def test_a_label_of_another_origin_is_noted_once_with_its_cases(raw, out, capsys):
+    for name in "ab":
+        nifti(raw / f"{name}_img.nii.gz", voxels())
+        placed(
+            raw / f"{name}_lbl.nii.gz",
+            mask(),
+            [[0.5, 0, 0, 0], [0, 1, 0, 6], [0, 0, 2, 0], [0, 0, 0, 1]],
+        )
+    assert run("--images", raw, "--labels", raw, "--out", out, "--no-skeletons") == 0
+    note = "note: image and label: the headers differ (origin); they are matched voxel by voxel"
+    assert capsys.readouterr().out.count(f"{note} (2 cases: a, b)") == 1
+
+
+def test_turned_axes_are_said_where_the_spacing_is_given(raw, out, capsys):
+    nifti(raw / "a_img.nii.gz", voxels())
+    placed(raw / "a_lbl.nii.gz", mask(), np.diag([-0.5, 1, 2, 1]))
+    arguments = ("--images", raw, "--labels", raw, "--spacing", 2, 1, 0.5, "--out", out)
+    assert run(*arguments, "--no-skeletons") == 0
+    assert "note: image and label: the headers differ (axes)" in capsys.readouterr().out
+
+
+def test_image_and_label_in_other_units_of_one_size_are_a_pair(raw, out):
+    nifti(raw / "a_img.nii.gz", voxels(), (0.5, 1, 2), "mm")
+    nifti(raw / "a_lbl.nii.gz", mask(), (500, 1000, 2000), "micron")
+    assert run("--images", raw, "--labels", raw, "--out", out, "--no-skeletons") == 0
+    with h5py.File(out / "a.h5") as file:
+        assert tuple(file.attrs["spacing"]) == (2, 1, 0.5) and file.attrs["unit"] == "mm"
+
+
+@pytest.mark.parametrize("diagonal", [(-1, 1, 2), (1, -1, 2), (1, 1, -2)])
+def test_a_mirrored_channel_is_a_fault_that_names_both(raw, out, capsys, diagonal):
+    nifti(raw / "imagesTr/a_0000.nii.gz", voxels(), (1, 1, 2))
+    placed(raw / "imagesTr/a_0001.nii.gz", voxels(), np.diag([*diagonal, 1]))
+    nifti(raw / "labelsTr/a.nii.gz", mask(), (1, 1, 2))
+    description = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "x": 1}}
+    (raw / "dataset.json").write_text(json.dumps(description))
+    (fault, _) = refused(capsys, out, "--images", raw)
+    assert f"a_0001.nii.gz: expected the axes of {raw}/imagesTr/a_0000.nii.gz" in fault
+
+
+def test_the_contradiction_of_a_label_or_channel_is_a_fault_too(raw, out, capsys):
+    nifti(raw / "a_img.nii.gz", voxels(), (1, 1, 2))
+    path = nifti(raw / "a_lbl.nii", mask(), (1, 1, 2))
+    content = bytearray(path.read_bytes())
+    content[80:84] = np.float32(3).tobytes()  # pixdim[1]: x
+    path.write_bytes(content)
+    (fault, _) = refused(capsys, out, "--images", raw, "--labels", raw)
+    assert "a_lbl.nii: expected one voxel size z, y, x, got 2 1 3 mm (pixdim) and 2 1 1" in fault
+
+
+# ---------------------------------------------------------------------------- images without use
+
+
+def prepared(tmp_path, image, label=True):
+    """(exit status of preparing one case, its case file)."""
+    nifti(tmp_path / "i" / "a.nii.gz", image)
+    arguments = ["--images", tmp_path / "i", "--out", tmp_path / "out"]
+    if label:
+        nifti(tmp_path / "l" / "a.nii.gz", mask())
+        arguments += ["--labels", tmp_path / "l"]
+    return run(*arguments), tmp_path / "out" / "a.h5"
+
+
+@pytest.mark.parametrize("value", [0, 7])
+def test_a_blank_image_with_a_label_is_a_fault_and_without_one_a_warning(tmp_path, capsys, value):
+    blank = np.full(SHAPE, value, np.uint8)
+    status, file = prepared(tmp_path, blank)
+    (fault, _) = capsys.readouterr().err.splitlines()
+    assert status == 2 and not file.exists()
+    assert fault.startswith(f"case a: expected an image with contrast, got {value} in all voxels")
+    status, file = prepared(tmp_path, blank, label=False)
+    assert status == 0 and file.exists()
+    said = capsys.readouterr().out
+    assert f"note: warning: the image is blank, {value} in all voxels (1 case: a)" in said
+
+
+def test_a_blank_channel_beside_others_is_a_warning(tmp_path, capsys):
+    (tmp_path / "i").mkdir()
+    with h5py.File(tmp_path / "i" / "a.h5", "w") as file:
+        file["image"] = np.stack([voxels(), np.zeros(SHAPE, np.uint8)])
+    nifti(tmp_path / "l" / "a.nii.gz", mask())
+    where = ("--images", tmp_path / "i", "--labels", tmp_path / "l", "--out", tmp_path / "out")
+    assert run(*where) == 0
+    assert "warning: channel 1 is blank, 0 in all voxels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fill", [-3.4e38, -1e4, 65535])
+def test_a_fill_value_is_noted_and_is_not_in_the_statistics_that_training_uses(
+    tmp_path, capsys, fill
+):
+    image = voxels().astype(np.float32)
+    image[0, :4] = fill
+    status, file = prepared(tmp_path, image)
+    assert status == 0 and f"note: values up to {fill:g} lie far" in capsys.readouterr().out
+    with h5py.File(file) as stored:
+        about = json.loads(stored.attrs["intensity"])["typical"]
+    assert about["std"] == [pytest.approx(image[image != np.float32(fill)].std(), rel=1e-6)]
+
+
+def test_an_image_beyond_float32_is_a_fault(tmp_path, capsys):
+    status, file = prepared(tmp_path, voxels() * 1e300)
+    assert status == 2 and not file.exists()
+    assert "case a: expected values that float32 can hold" in capsys.readouterr().err

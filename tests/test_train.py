@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -14,7 +15,7 @@ import data
 import model
 import train
 from patches import augment, transfer
-from runtime import checkpoint, config, evaluator, timer, validation
+from runtime import build, checkpoint, config, evaluator, timer, validation
 from volumes import casefile
 
 SHAPE = (12, 24, 24)
@@ -170,7 +171,7 @@ def test_skeleton_spacing_and_step_reach_the_sum(root, tmp_path, monkeypatch):
     assert train.main(settings(root, tmp_path, *changes)) == 0
     assert [options["step"] for options in seen] == [0, 1, 2]
     for options in seen:
-        assert options["spacing"] == (2.0, 1.0, 1.0)
+        assert options["spacing"] == [(2.0, 1.0, 1.0)] * len(options["target"])
         skeleton = options["skeleton"]
         assert skeleton.sum() > 0
         assert bool((skeleton <= options["target"]).all())
@@ -525,3 +526,107 @@ def test_elastic_points_closer_than_voxels_are_refused_before_anything_is_writte
     text = fault(capsys, settings(root, tmp_path, *changes))
     assert "augment.elastic_spacing: expected at least a voxel, 1" in text
     assert not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------------------------------- what a score means
+
+
+def resumed(root, tmp_path, capsys, *changes):
+    """(lines on the best of a run resumed with changes, its standing), after one of three steps."""
+    changes = [*changes, "training.max_epochs=2"]
+    assert train.main(settings(root, tmp_path, *changes), resume=True) == 0
+    lines = capsys.readouterr().out.splitlines()
+    best = [line for line in lines if "the best is looked for anew" in line]
+    return best, weights_of(tmp_path / "runs" / "r")["loop"]["evaluations"]
+
+
+@pytest.fixture
+def scored(root, tmp_path, capsys):
+    """The data of a run that has done one epoch, with a best that no other can reach."""
+    shutil.copytree(root, tmp_path / "data")
+    one = ["validation.untrained=false", "training.max_epochs=1"]
+    assert train.main(settings(tmp_path / "data", tmp_path, *one)) == 0
+    path = tmp_path / "runs" / "r" / "checkpoints" / "last.pt"
+    state = checkpoint.load(path)
+    state["loop"]["evaluations"] |= {"best_score": 2.0, "best_step": 3}
+    checkpoint.save(state, path)
+    capsys.readouterr()
+    return tmp_path / "data"
+
+
+def test_an_unchanged_run_keeps_its_best_also_where_its_data_were_copied(scored, tmp_path, capsys):
+    for case in scored.glob("*.h5"):
+        os.utime(case, (1, 1))
+    said, standing = resumed(scored, tmp_path, capsys)
+    assert said == [] and (standing["best_score"], standing["best_step"]) == (2.0, 3)
+
+
+CHANGED = {
+    "validation.score=dice": "metric is dice, was surface_dice",
+    "validation.tolerance=4": "tolerance is 4.0, was 2.0",
+    "data.validation=[a]": "the cases or their voxels differ (bar0, bar1, bar2)",
+    "inference.threshold=0.5": "thresholds is (0.5,), was (0.5, 0.4, ",
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_best_that_meant_something_else_does_not_count(scored, tmp_path, capsys, change):
+    (said,), standing = resumed(scored, tmp_path, capsys, change)
+    assert CHANGED[change] in said and standing["best_score"] <= 1
+    path = tmp_path / "runs" / "r" / "checkpoints" / "best.pt"
+    best = checkpoint.load(path)["loop"]["evaluations"]
+    assert best["best_score"] == standing["best_score"]
+    notes = events(tmp_path / "runs" / "r", "start")[-1]["notes"]
+    assert said in notes
+
+
+def test_a_best_of_other_labels_does_not_count(scored, tmp_path, capsys):
+    with h5py.File(scored / "bar2.h5") as file:
+        image, label = file["image"][:], file["label"][:]
+    label[4, 12, 12] ^= 1
+    about = {"spacing": (2, 1, 1), "unit": "micron", "affine": None, "group": "b"}
+    casefile.write_case(scored / "bar2.h5", image, label, ignore_label=2, **about)
+    (said,), standing = resumed(scored, tmp_path, capsys)
+    assert "the cases or their voxels differ (bar2)" in said and standing["best_score"] <= 1
+
+
+def test_a_best_of_a_version_that_kept_no_meaning_is_told_by_its_settings(scored, tmp_path, capsys):
+    path = tmp_path / "runs" / "r" / "checkpoints" / "last.pt"
+    state = checkpoint.load(path)
+    del state["data"]["measured"]
+    checkpoint.save(state, path)
+    shutil.copytree(tmp_path / "runs", tmp_path / "x" / "runs")
+    said, standing = resumed(scored, tmp_path, capsys)
+    assert said == [] and standing["best_score"] == 2
+    (said,), standing = resumed(scored, tmp_path / "x", capsys, "validation.score=dice")
+    assert "metric is dice, was surface_dice" in said and standing["best_score"] <= 1
+
+
+# ---------------------------------------------------------------------------- patches of nothing
+
+
+@pytest.mark.parametrize("spacing", ["[2000, 1000, 1000]", "[1e-3, 1e-3, 1e-3]", "[2, 1, 1000]"])
+def test_a_spacing_of_another_unit_names_all_cases_before_the_first_step(
+    root, tmp_path, capsys, spacing
+):
+    text = fault(capsys, settings(root, tmp_path, f"data.spacing={spacing}"))
+    assert [line.split(":")[0] for line in text.splitlines()] == ["data.spacing"] * 3
+    assert all(f"case {case}" in text for case in ("bar0", "bar1", "bar2"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_epoch_whose_patches_show_no_foreground_is_reported(root, tmp_path, capsys, monkeypatch):
+    real = build.augment_batch
+
+    def without(plan, samples):
+        image, target, valid, skeleton = real(plan, samples)
+        return image, 0 * target, valid, skeleton
+
+    monkeypatch.setattr(build, "augment_batch", without)
+    assert train.main(settings(root, tmp_path, "training.max_epochs=1")) == 0
+    said = (
+        "no patch of epoch 0 shows foreground, though it is sampled around it; look at data.spacing"
+    )
+    assert said in capsys.readouterr().out
+    (trouble,) = events(tmp_path / "runs" / "r", "trouble")
+    assert trouble["kind"] == "no foreground"

@@ -9,7 +9,8 @@ One HDF5 file per case:
     foreground/<class>  (N, 3) int32   voxel coordinates of that class, at most 20 000
     background          (N, 3) int32   the same of labeled background
     attributes          spacing (z, y, x), unit, affine, ignore_label (-1: none), intensity (JSON),
-                        source_image, source_label, group
+                        source_image, source_label, group, nifti_header (of the image, if any),
+                        planes (first and stop, of the z slices of source_image that are here)
 
 `dataset.json` beside them lists cases, groups and classes.
 """
@@ -17,6 +18,7 @@ One HDF5 file per case:
 import contextlib
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,7 @@ import numpy as np
 from volumes import atomic
 from volumes.skeletons import tubed_skeleton
 from volumes.statistics import intensity_statistics, sample_coordinates
-from volumes.volume import printable
+from volumes.volume import InputErrors, printable
 
 DATASET_FILE = "dataset.json"
 IGNORE_NONE = -1  # HDF5 attributes know no None
@@ -59,6 +61,8 @@ class Case:
     counts: dict  # {class id: number of stored coordinates, "background": the same}
     stamp: tuple[int, int]  # bytes and time (ns) of the file: its layout holds for these only
     skeleton: bool = False
+    source: str = ""  # the raw image
+    planes: tuple[int, ...] = ()  # first and stop, of its z slices; () where that is not known
 
 
 @dataclass(frozen=True)
@@ -84,18 +88,23 @@ def write_case(
     unit,
     affine,
     group,
+    header=None,
     ignore_label=None,
     source_image="",
     source_label="",
+    planes=(),
     seed=0,
     skeleton=True,
     compression=None,
+    intensity=None,
 ):
     """Write one case file whole: under a temporary name first, then renamed.
 
     image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x; affine
-    (4, 4) voxel x, y, z to world as NIfTI has it, or None; skeleton: whether a labeled case gets
-    one; compression: None, "lzf" or "gzip", of image and label.
+    (4, 4) voxel x, y, z to world as NIfTI has it, or None; header: of the `Volume`; planes: (first,
+    stop) of the z slices of source_image that image holds; skeleton: whether a labeled case gets
+    one; compression: None, "lzf" or "gzip", of image and label; intensity: the image's
+    `intensity_statistics`, if they are known.
     """
     with atomic.replacing(path) as partial, h5py.File(partial, "w") as file:
         # Uncompressed, a box is read from the page cache that all workers share, in 2 ms for
@@ -111,10 +120,13 @@ def write_case(
         file.attrs["unit"] = unit
         if affine is not None:
             file.attrs["affine"] = np.asarray(affine, np.float64)
+        if header is not None:
+            file.attrs["nifti_header"] = np.void(header)
         file.attrs["ignore_label"] = IGNORE_NONE if ignore_label is None else ignore_label
-        file.attrs["intensity"] = json.dumps(intensity_statistics(image))
+        file.attrs["intensity"] = json.dumps(intensity or intensity_statistics(image))
         file.attrs["source_image"] = printable(source_image)
         file.attrs["source_label"] = printable(source_label)
+        file.attrs["planes"] = np.asarray(planes, np.int64)
         file.attrs["group"] = group
 
 
@@ -173,6 +185,8 @@ def read_case(path):
                 counts={key: len(file[name]) for key, name in coordinates.items()},
                 stamp=(status.st_size, status.st_mtime_ns),
                 skeleton="skeleton" in file,
+                source=str(file.attrs.get("source_image", "")),
+                planes=tuple(int(z) for z in file.attrs.get("planes", ())),
             )
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(
@@ -225,6 +239,24 @@ def read_array(case, name, selection):
 def native(array):
     """A copy, C-contiguous, in this machine's byte order."""
     return np.array(array, array.dtype.newbyteorder("="), order="C")
+
+
+def fingerprint(case):
+    """A number that changes with the voxels of a case, not with the place or the time of its file.
+
+    Of what prepare.py has found out about them, so that it costs no more than that to read. None
+    if the file cannot be read.
+    """
+    try:
+        with opened(case) as file:
+            about = (case.shape, case.spacing, case.ignore_label, file.attrs["intensity"])
+            number = zlib.crc32(repr(about).encode())
+            for key in case.counts:
+                name = key if key == "background" else f"foreground/{key}"
+                number = zlib.crc32(file[name][:].tobytes(), number)
+            return number
+    except (Unreadable, KeyError):
+        return None
 
 
 def check_unchanged(case):
@@ -292,8 +324,10 @@ def read_dataset(root, source=""):
     root = Path(root)
     path = root / DATASET_FILE
     if not path.is_file():
+        got = f"{path}, a link to nothing" if path.is_symlink() else root
         raise FileNotFoundError(
-            f"data.root: expected a folder made by prepare.py with a {DATASET_FILE}, got {root}; "
+            f"data.root: expected a folder made by prepare.py with a {DATASET_FILE}, got {got}; "
+            + "if it was moved, give data.root=DIR; "
             + (f"the data: {source}; " if source else "")
             + "prepare files of your own with `python prepare.py --images PATH --labels PATH "
             "--out DIR`, synthetic ones with `python prepare.py --phantom scroll --out DIR`"
@@ -303,8 +337,16 @@ def read_dataset(root, source=""):
         if "lamina" not in str(content.get("format")):
             raise TypeError("another format, such as nnU-Net's: prepare that folder first")
         files = {entry["id"]: root / entry["file"] for entry in content["cases"]}
+        if sorted(file.stem for file in files.values()) != sorted(
+            e["id"] for e in content["cases"]
+        ):
+            raise TypeError("other entries than one of each id with the file <id>.h5")
         classes, ignore, unit = content["classes"], content["ignore_label"], content["unit"]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected what prepare.py writes, got {error}") from error
+    if gone := [file for file in files.values() if not file.is_file()]:
+        sentence = f"expected a case of {path}, got no such file; put it back, or remove its entry "
+        sentence += "there; if the data lie elsewhere, give that folder (data.root=DIR)"
+        raise InputErrors(*(f"{file}: {sentence}" for file in gone))
     cases = {case_id: read_case(file) for case_id, file in files.items()}
     return Dataset(str(root), classes, ignore, unit, cases)

@@ -7,21 +7,23 @@ A format is a module with three functions, and one line of FORMATS for each of i
 
     read(path, dataset, role) -> Volume      (D, H, W), or (C, D, H, W) with its channels
     count_voxels(path, dataset) -> int       from the header alone
-    write(path, array, spacing, unit, affine)   of as many dimensions as WRITES_DIMENSIONS names
+    write(path, array, spacing, unit, affine, header)   in one of WRITES_DIMENSIONS dimensions
 
 dataset and role ("image" or "label") say which volume is meant, in files that hold several.
 """
 
+import fnmatch
 import glob
 import os
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from volumes import atomic, hdf5, nifti, tiff
-from volumes.volume import VolumeError, printable
+from volumes.volume import InputErrors, VolumeError, check_affine, compare, printable, sizes
 
 FORMATS = {
     ".nii.gz": nifti,
@@ -31,8 +33,25 @@ FORMATS = {
     ".h5": hdf5,
     ".hdf5": hdf5,
 }
-METRES = {"m": 1.0, "mm": 1e-3, "micron": 1e-6, "nm": 1e-9}  # of a unit
+# What to do about an error of a library, by its words. For all others a file may be truncated.
+ADVICE = {
+    "lock file": "another program has it open for writing; close it there, or, for a network disk "
+    "that knows no locks, set HDF5_USE_FILE_LOCKING=FALSE",
+    "already open for write": "its writer has it open, or died before it closed it; close it, or "
+    "run h5clear -s on it",
+    "COMPRESSION|lib/plugin|filter|codec": "its compression is not known here; store it with "
+    "another, such as gzip in HDF5 or LZW in TIFF",
+    "not a TIFF file|signature not found|not a gzip|Cannot work out": "it is empty, or of another "
+    "format; check what it is",
+    "Permission denied": "give yourself the right to read it",
+    r"\[Errno": "see to that first, for the file may be whole",
+}
+# Files that lie beside volumes. Other files that are no volumes are mentioned as passed over.
+SIDECARS = {".json", ".csv", ".tsv", ".txt", ".xml", ".md", ".rst", ".yaml", ".yml", ".log", ".pdf",
+            ".html", ".py", ".sh", ".toml", ".ini", ".xlsx", ".bval", ".bvec"}  # fmt: skip
+SIDECAR_NAMES = {"readme", "license", "changes", "makefile", "probabilities"}
 _HDF5_NAME = re.compile(r"^(.*\.(?:h5|hdf5)):(.+)$", re.IGNORECASE)
+_WILDCARD = re.compile(r"([*?]|\[!?\]?[^\]]*\])")
 _CHANNEL = re.compile(r"_0000$")
 _IMAGE_ROLE = re.compile(r"[_-](?:img|image|raw|im|vol)$", re.IGNORECASE)
 # A label word may be followed by one more token, as in `_labels_v1` or `_seg-manual`, but by no
@@ -58,8 +77,13 @@ class Source:
 
 def split_dataset(path):
     """`file.h5:dataset` as (file, dataset); any other path as (path, None)."""
-    match = _HDF5_NAME.match(str(path))
-    return (match[1], match[2]) if match else (str(path), None)
+    text = str(path)
+    folder, name = os.path.split(text)
+    # The name of a file, or of its folder, may itself hold `.h5:`.
+    if not _HDF5_NAME.match(text) or os.path.exists(text):
+        return text, None
+    match = _HDF5_NAME.match(name if os.path.isdir(folder) else text)
+    return (text.removesuffix(f":{match[2]}"), match[2]) if match else (text, None)
 
 
 def suffix_of(path):
@@ -69,9 +93,13 @@ def suffix_of(path):
 
 
 def stem_of(path):
-    """The file name without folder, dataset and known suffix."""
+    """The file name without folder, dataset and known suffix, in Unicode's composed form (NFC)."""
     name = Path(split_dataset(path)[0]).name
-    return name[: len(name) - len(suffix_of(name))]
+    return nfc(name[: len(name) - len(suffix_of(name))])
+
+
+def nfc(text):
+    return unicodedata.normalize("NFC", text)
 
 
 def case_id(path):
@@ -93,27 +121,43 @@ def is_label_name(path):
     return _LABEL_ROLE.search(stem_of(path)) is not None
 
 
-def find_volumes(text):
+def find_volumes(text, notes=None):
     """The volumes that text names, as a list of `Source`, sorted by path.
 
     text is a file, `file.h5:dataset`, a folder, a glob, or a pattern with `{id}` where the id
-    stands, such as `folder/{id}_denoised.tif`. VolumeError if there are none.
+    stands, such as `folder/{id}_denoised.tif`. A folder that is there is taken as it is called,
+    whatever its name. What lies among the volumes and is passed over is added to notes.
+    VolumeError if there are none; InputErrors names each that cannot be opened.
     """
     text = str(text)
     location, dataset = split_dataset(text)
     if os.path.isfile(location):
         return _in_utf8([Source(case_id(location), text)])
     if os.path.isdir(location):
-        pattern = os.path.join(glob.escape(location), "*")
+        found = _walk(location, ("*",))
         expected = f"a folder with volumes ({', '.join(FORMATS)}), got one without any"
     elif "{id}" in location or glob.has_magic(location):
-        pattern, expected = location, "a pattern that matches volumes, got one that matches none"
+        root = Path(location).anchor
+        found = _walk(root, Path(location).parts[bool(root) :])
+        expected = "a pattern that matches volumes, got one that matches none"
     else:
-        pattern, expected = "", "a file, a folder or a pattern, got a path that does not exist"
-    tail = f":{dataset}" if dataset else ""
-    sources = [Source(name, file + tail) for name, file in _matches(pattern)]
+        found, expected = [], f"a file, a folder or a pattern, got {_what_is_at(location)}"
+    tail, sources, faults, others = f":{dataset}" if dataset else "", [], [], {}
+    for name, path in sorted(found, key=lambda item: item[1]):
+        if not suffix_of(path) or os.path.isdir(path):
+            others.setdefault(_other_kind(path), []).append(os.path.basename(path))
+        elif os.path.isfile(path):
+            sources.append(Source(name or case_id(path), path + tail))
+        else:
+            faults.append(f"{path}: expected a volume, got {_what_is_at(path)}")
+    if faults:
+        raise InputErrors(*faults)
+    passed = [_counted(kind, names) for kind, names in others.items() if kind]
     if not sources:
-        raise VolumeError(f"{text}: expected {expected}; check the path")
+        also = f" but {'; '.join(passed)}" if passed else ""
+        raise VolumeError(f"{text}: expected {expected}{also}; check the path")
+    if passed and notes is not None:
+        notes.append(f"{text}: passed over {'; '.join(passed)}")
     return _in_utf8(sources)
 
 
@@ -128,18 +172,105 @@ def _in_utf8(sources):
     return sources
 
 
-def _matches(pattern):
-    """(id, file) of every volume that a glob or an `{id}` pattern matches, sorted by file."""
-    files = [
-        file
-        for file in sorted(glob.glob(pattern.replace("{id}", "*")))
-        if suffix_of(file) and os.path.isfile(file) and not os.path.basename(file).startswith(".")
-    ]
-    if "{id}" not in pattern:
-        return [(case_id(file), file) for file in files]
-    regex = re.escape(pattern).replace(r"\*", "[^/]*")
-    regex = regex.replace(r"\{id\}", "(?P<id>[^/]+?)", 1).replace(r"\{id\}", "(?P=id)")
-    return [(match["id"], file) for file in files if (match := re.fullmatch(regex, file))]
+def _what_is_at(path):
+    if os.path.islink(path):
+        gone = f"a link to {os.readlink(path)}, where nothing can be opened"
+        return f"{gone}; fetch that (git annex get, dvc pull) or remove the link"
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return "a path that does not exist"
+    except OSError as error:
+        return error.strerror
+    return "what is no file"
+
+
+def _other_kind(path):
+    """What a thing beside the volumes is, for people; "" for what need not be mentioned."""
+    stem, suffix = os.path.splitext(os.path.basename(path).lower())
+    if os.path.islink(path) and not os.path.exists(path):
+        return "dangling link"
+    if suffix in SIDECARS or stem in SIDECAR_NAMES:
+        return ""
+    if not os.path.isdir(path):
+        return f"{suffix} file" if suffix else "suffixless file"
+    if suffix not in (".zarr", ".n5"):
+        files = (os.path.join(root, name) for root, _, names in os.walk(path) for name in names)
+        return "subfolder" if any(suffix_of(file) or _other_kind(file) for file in files) else ""
+    return f"{suffix} folder"
+
+
+def _counted(kind, names):
+    return f"{len(names)} {kind if len(names) == 1 else kind + 's'}, e.g. {names[0]}"
+
+
+def _walk(folder, parts, name=None):
+    """[(id or None, path)] of all below a folder that matches the parts of a pattern, one a level.
+
+    A part that is the name of something there means that alone.
+    """
+    if not parts:
+        return [(name, folder)]
+    part = parts[0] if name is None else parts[0].replace("{id}", name)
+    if "{id}" not in part and os.path.lexists(os.path.join(folder, part)):
+        return _walk(os.path.join(folder, part), parts[1:], name)
+    try:
+        entries = os.listdir(folder or ".")
+    except NotADirectoryError:
+        return []
+    except OSError as error:
+        got = error.strerror if os.path.exists(folder) else _what_is_at(folder)
+        raise VolumeError(f"{folder}: expected a folder that can be read, got {got}") from error
+    first, *rest = map(_regex, nfc(parts[0]).split("{id}"))
+    the_id = "(?P<id>.+?)" if name is None else f"(?P<id>{re.escape(name)})"
+    regex = re.compile(first + (the_id + "(?P=id)".join(rest) if rest else ""), re.DOTALL)
+    found = []
+    for entry in entries:
+        match = regex.fullmatch(nfc(entry))
+        if match and (part.startswith(".") or not entry.startswith(".")):
+            match_id = match["id"] if rest else name
+            found += _walk(os.path.join(folder, entry), parts[1:], match_id)
+    return found
+
+
+def _regex(pattern):
+    """The regular expression of a glob; a bracket stands for itself too."""
+    text, *others = _WILDCARD.split(pattern)
+    regex = re.escape(text)
+    for wildcard, text in zip(others[::2], others[1::2], strict=True):
+        # fnmatch writes (?s:...) and an anchor around what it translates.
+        one = fnmatch.translate(wildcard)[4:-3]
+        literal = f"|{re.escape(wildcard)}" if wildcard[0] == "[" else ""
+        regex += f"(?:{one}{literal}){re.escape(text)}"
+    return regex
+
+
+def matching(names, pattern):
+    """Those of names (ids) that a pattern means: the one of that very name, else all it matches."""
+    pattern = nfc(pattern)
+    exact = [name for name in names if nfc(name) == pattern]
+    regex = re.compile(_regex(pattern), re.DOTALL)
+    return exact or [name for name in names if regex.fullmatch(nfc(name))]
+
+
+def notes_on_pairs(pairs):
+    """What must be said of files that go together: [(id, path, id of the partner, its path)]."""
+    named = {"by the beginning of their names": [], "though their names differ in Unicode form": []}
+    begun, forms = named.values()
+    for own, path, other, partner in pairs:
+        if own != other:
+            begun.append(f"{path} with {partner}")
+        elif len({unicodedata.is_normalized("NFC", Path(p).name) for p in (path, partner)}) > 1:
+            forms.append(f"{path} with {partner}")
+    for how, some in named.items():
+        if some:
+            yield f"matched {how}: {few(some, 5, '; ')}"
+
+
+def few(names, most=8, between=", "):
+    """Names for people, the first few of many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 # ---------------------------------------------------------------------------- reading
@@ -164,6 +295,29 @@ def read_image(path):
             "replace them, by 0 for voxels without a measurement"
         )
     return volume
+
+
+def read_channels(paths, *, by_hand=False):
+    """The image in one file, or all channels of several, each as `read_image` gives it.
+
+    Its path names all of them. InputErrors where their voxels are not the same places; by_hand:
+    spacing and axes of the headers do not count.
+    """
+    channels, faults = list(map(read_image, paths)), []
+    if len(channels) == 1:
+        return channels[0]
+    image = next((c for c in channels if c.spacing is not None), channels[0])
+    notes = dict.fromkeys(note for channel in channels for note in channel.notes)
+    for other in (c for c in channels if c is not image):
+        odd, said = compare(other, image, spacing=not by_hand, axes=not by_hand)
+        faults += odd
+        notes |= dict.fromkeys(f"channels: {note}" for note in said)
+    if faults:
+        raise InputErrors(*faults)
+    voxels = np.concatenate([channel.array for channel in channels])
+    doubt = next((channel.doubt for channel in channels if channel.doubt), "")
+    path = ", ".join(map(str, paths))
+    return replace(image, array=voxels, path=path, notes=tuple(notes), doubt=doubt)
 
 
 def read_label(path):
@@ -213,31 +367,39 @@ def _read(path, role):
         raise
     # Truncated and foreign files surface as struct, zlib, OS, key and type errors, and more.
     except Exception as error:
-        reason = " ".join(str(error).split()) or "no reason given"
+        reason = " ".join(str(error).replace(file, "").split()) or "no reason given"
+        reason = f"{type(error).__name__}: {reason[:160]}"
+        advice = next((text for words, text in ADVICE.items() if re.search(words, reason)), "")
+        expected = f"a whole {suffix} file, got one that cannot be read ({reason})"
+        if advice:
+            expected = f"a {suffix} file that can be read, got {reason}"
         raise VolumeError(
-            f"{path}: expected a whole {suffix} file, got one that cannot be read "
-            f"({type(error).__name__}: {reason[:160]}); it may be truncated, fetch it again"
+            f"{path}: expected {expected}; {advice or 'it may be truncated, fetch it again'}"
         ) from error
-    array = volume.array
+    array, affine, spacing = volume.array, volume.affine, volume.spacing
+    if affine is not None:
+        affine = check_affine(affine, path)
+        spacing = spacing or sizes(affine)
     if 0 in array.shape:
         raise VolumeError(f"{path}: expected a volume, got an empty one of shape {array.shape}")
     if array.dtype == bool:
         array = array.astype(np.uint8)
     array = array[None] if array.ndim == 3 else array
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
-    return replace(volume, array=array, path=str(path))
+    return replace(volume, array=array, affine=affine, spacing=spacing, path=str(path))
 
 
 # ---------------------------------------------------------------------------- writing
 
 
-def write_volume(path, array, *, spacing=None, unit="", affine=None):
+def write_volume(path, array, *, spacing=None, unit="", affine=None, header=None):
     """Write a mask or a probability map; the suffix of path decides on the format.
 
     array (D, H, W), or (C, D, H, W) for NIfTI and HDF5; bool is written as uint8. spacing
-    z, y, x in unit. NIfTI gets affine, or one made of the spacing; TIFF gets one LZW page per
-    z and ImageJ's spacing; HDF5 gets the dataset `segmentation`. The file appears whole or not
-    at all. VolumeError for another suffix or number of dimensions.
+    z, y, x in unit. NIfTI gets affine, or one made of the spacing, in the way that header, of
+    the `Volume` it lies on, states it; TIFF gets one LZW page per z and ImageJ's spacing; HDF5
+    gets the dataset `segmentation`. The file appears whole or not at all. VolumeError for another
+    suffix or number of dimensions.
     """
     suffix, array = suffix_of(path), np.asarray(array)
     array = array.astype(np.uint8) if array.dtype == bool else array
@@ -246,19 +408,4 @@ def write_volume(path, array, *, spacing=None, unit="", affine=None):
     if array.ndim not in FORMATS[suffix].WRITES_DIMENSIONS:
         raise VolumeError(f"{path}: expected (D, H, W) to write, got shape {array.shape}")
     with atomic.replacing(path) as partial:
-        FORMATS[suffix].write(partial, array, spacing, unit, affine)
-
-
-def same_axes(a, b):
-    """Whether the axes of two volumes point the same way, as far as both files say (affine)."""
-    if a.affine is None or b.affine is None:
-        return True
-    directions = (v.affine[:3, :3] / np.linalg.norm(v.affine[:3, :3], axis=0) for v in (a, b))
-    return bool(np.allclose(*directions, atol=0.02))
-
-
-def crop_affine(affine, offset_zyx):
-    """The affine of a volume cut out at offset_zyx (voxels): same axes, moved origin."""
-    moved = np.array(affine, np.float64)
-    moved[:3, 3] += moved[:3, :3] @ np.asarray(offset_zyx, np.float64)[::-1]
-    return moved
+        FORMATS[suffix].write(partial, array, spacing, unit, affine, header)

@@ -4,8 +4,8 @@ A fault is one sentence that names the file or case, what was expected and what 
 sentence that reads the same for every case it holds for, so that notes can be counted.
 """
 
-import fnmatch
 import math
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,10 +13,24 @@ import numpy as np
 
 from volumes import phantoms
 from volumes.casefile import write_case
-from volumes.files import METRES, crop_affine, read_image, read_label, same_axes
-from volumes.volume import Volume, collect_errors, round_spacing
+from volumes.files import read_channels, read_label
+from volumes.statistics import (
+    blank_channels,
+    describe_fill,
+    faults_of_contrast,
+    intensity_statistics,
+)
+from volumes.volume import (
+    HEADER_TOLERANCE,
+    METRES,
+    Volume,
+    collect_errors,
+    compare,
+    crop_affine,
+    round_spacing,
+    scale_affine,
+)
 
-HEADER_TOLERANCE = 0.01  # relative; headers round, and affines hold float32
 WHITE = (254, 255)  # what imaging tools write where they mean 1
 
 
@@ -43,7 +57,7 @@ class Rules:
     ignore_label: int | None
     spacing: tuple[float, float, float] | None
     unit: str | None
-    spacing_rows: list
+    spacing_rows: dict | None  # {case: (spacing, unit)} of a table, which each case must be in
     crops: dict
     store: dict
     folder: str
@@ -66,17 +80,12 @@ def prepare_case(case, rules):
     written. Safe to run in another process.
     """
     outcome = Outcome(case.id)
-    image, label = _read(case, outcome.faults)
+    image, label = _read(case, rules, outcome)
     if outcome.faults:
         return outcome
     spacing, unit = _spacing_and_unit(case.id, image, label, rules, outcome)
     classes = None
     if label is not None:
-        if label.array.shape != image.array.shape[1:]:
-            outcome.faults.append(
-                f"case {case.id}: expected image and label of one shape, got "
-                f"{image.array.shape[1:]} ({image.path}) and {label.array.shape} ({label.path})"
-            )
         classes = _class_ids(case.id, label.array, rules, outcome)
     if outcome.faults:
         return outcome
@@ -84,13 +93,21 @@ def prepare_case(case, rules):
     if classes is not None:
         for piece_id, planes in pieces.items():
             _check_label(piece_id, classes[planes], rules.ignore_label, outcome)
+    intensity = {}
+    for piece_id, planes in pieces.items():
+        intensity[piece_id] = intensity_statistics(image.array[:, planes])
+        _check_contrast(piece_id, intensity[piece_id], classes is not None, outcome)
     if outcome.faults:
         return outcome
+    source, source_label = image.path, ""
+    if not isinstance(case, PhantomCase):
+        source = ", ".join(map(os.path.abspath, case.images))
+        source_label = "" if label is None else os.path.abspath(case.label)
     for piece_id, planes in pieces.items():
         voxels, part = image.array[:, planes], None if classes is None else classes[planes]
         affine = image.affine
         if affine is not None:
-            affine = crop_affine(affine, (planes.start, 0, 0))
+            affine = scale_affine(crop_affine(affine, (planes.start, 0, 0)), spacing)
         # A piece of a case without a group of its own is a group too: it may train or test apart.
         group = piece_id if case.group == case.id else case.group
         write_case(
@@ -100,60 +117,69 @@ def prepare_case(case, rules):
             spacing=spacing,
             unit=unit,
             affine=affine,
+            header=image.header,
             group=group,
             ignore_label=rules.ignore_label,
-            source_image=image.path,
-            source_label="" if label is None else label.path,
+            source_image=source,
+            source_label=source_label,
+            planes=(planes.start, planes.stop),
+            intensity=intensity[piece_id],
             **rules.store,
         )
-        row = {"case": piece_id, "group": group, "unit": unit}
+        row = {"case": piece_id, "group": group, "unit": unit, "source": source, "planes": planes}
         outcome.rows.append(row | _summary(voxels, part, spacing, unit, rules))
     return outcome
 
 
-def _read(case, faults):
-    """(image, label or None); both None where there is a fault. The path names every channel."""
+def _read(case, rules, outcome):
+    """(image, label or None) where there is no fault. The path names every channel."""
     if isinstance(case, PhantomCase):
         phantom = phantoms.PHANTOMS[case.kind](case.shape, case.seed, case.index)
         source = f"phantom {case.kind} seed {case.seed} index {case.index}"
         image = Volume(phantom.image[None], phantom.spacing, phantom.unit, None, source)
         return image, replace(image, array=phantom.label)
-    channels, label = [], None
-    with collect_errors(faults):
-        channels = [read_image(path) for path in case.images]
-    with collect_errors(faults):
+    # A spacing by hand says that headers are wrong.
+    by_hand = _by_hand(case.id, rules)[0] is not None
+    image = label = None
+    with collect_errors(outcome.faults):
+        image = read_channels(case.images, by_hand=by_hand)
+    with collect_errors(outcome.faults):
         label = read_label(case.label) if case.label else None
-    for what, values in (
-        ("shape", [channel.array.shape[1:] for channel in channels]),
-        ("spacing", [channel.spacing for channel in channels]),
-    ):
-        if len(set(values)) > 1:
-            named = ", ".join(f"{v} ({path})" for v, path in zip(values, case.images, strict=True))
-            faults.append(f"case {case.id}: expected channels of one {what}, got {named}")
-    if faults:
-        return None, None
-    voxels = channels[0].array
-    if len(channels) > 1:
-        voxels = np.concatenate([channel.array for channel in channels])
-    return replace(channels[0], array=voxels, path=", ".join(case.images)), label
+    for volume in (image, label):
+        if volume is None:
+            continue
+        outcome.notes += volume.notes
+        if volume.doubt and not by_hand:
+            outcome.faults.append(
+                f"{volume.path}: {volume.doubt}; correct the header or give --spacing Z Y X"
+            )
+    if image is not None and label is not None:
+        faults, notes = compare(label, image, spacing=not by_hand, axes=not by_hand)
+        outcome.faults += faults
+        outcome.notes += [f"image and label: {note}" for note in notes]
+    return image, label
+
+
+def _by_hand(name, rules):
+    """(spacing, the option that gave it, unit) of a case, None where the headers decide."""
+    if name in (rules.spacing_rows or {}):
+        spacing, unit = rules.spacing_rows[name]
+        return spacing, "--spacing-csv", unit or rules.unit
+    return rules.spacing, "--spacing", rules.unit
 
 
 def _spacing_and_unit(name, image, label, rules, outcome):
     """The spacing that holds for a case: the table's, else the option's, else the header's."""
     stated = label if image.spacing is None and label is not None else image
     header, unit = stated.spacing, stated.unit
-    spacing, option, wanted = rules.spacing, "--spacing", rules.unit
-    for pattern, row_spacing, row_unit in rules.spacing_rows:
-        if name == pattern or fnmatch.fnmatchcase(name, pattern):
-            spacing, option, wanted = row_spacing, "--spacing-csv", row_unit or rules.unit
-            break
+    spacing, option, wanted = _by_hand(name, rules)
     converted = bool(wanted and unit and wanted != unit)
     if converted:
         outcome.notes.append(f"unit {wanted} instead of the header's {unit}")
     if spacing is not None:
         if header is not None and not np.allclose(header, spacing, rtol=HEADER_TOLERANCE):
             outcome.notes.append(f"spacing from {option} replaces the header's")
-    elif header is None and rules.spacing_rows:
+    elif header is None and rules.spacing_rows is not None:
         outcome.faults.append(f"case {name}: expected a row in --spacing-csv, got none for this id")
     elif header is None:
         spacing = (1.0, 1.0, 1.0)
@@ -169,29 +195,7 @@ def _spacing_and_unit(name, image, label, rules, outcome):
         spacing = header
         if converted:
             spacing = round_spacing(s * METRES[unit] / METRES[wanted] for s in header)
-        _check_label_header(image, label, outcome.faults)
     return spacing, wanted or unit
-
-
-def _check_label_header(image, label, faults):
-    """Image and label that both state a spacing must state the same."""
-    if label is None or image.spacing is None or label.spacing is None:
-        return
-    if not np.allclose(image.spacing, label.spacing, rtol=HEADER_TOLERANCE, atol=0):
-        faults.append(
-            f"{label.path}: expected the spacing of its image, {image.spacing}, got "
-            f"{label.spacing}; correct the header or give --spacing Z Y X"
-        )
-    elif not same_axes(image, label):
-        faults.append(
-            f"{label.path}: expected the axes of its image, got an affine that turns or mirrors "
-            "them; bring both to one orientation, or give --spacing if only the header is wrong"
-        )
-    elif image.unit and label.unit and image.unit != label.unit:
-        faults.append(
-            f"{label.path}: expected the unit of its image, {image.unit}, got {label.unit}; "
-            "correct the header"
-        )
 
 
 def _class_ids(name, label, rules, outcome):
@@ -242,6 +246,21 @@ def _check_label(name, label, ignore_label, outcome):
         )
     elif not (labeled & (label != 0)).any():
         outcome.notes.append("warning: the label is empty, no voxel of it is foreground")
+
+
+def _check_contrast(name, intensity, labeled, outcome):
+    """Values beyond float32, channels without contrast, and values that are clipped as no image."""
+    if note := describe_fill(intensity):
+        outcome.notes.append(note)
+    outcome.faults += [f"case {name}: expected {fault}" for fault in faults_of_contrast(intensity)]
+    blank, channels = blank_channels(intensity), len(intensity["std"])
+    if labeled and len(blank) == channels:
+        values = ", ".join(f"{value:g}" for value in blank.values())
+        got = f"got {values} in all voxels; leave the case out"
+        outcome.faults.append(f"case {name}: expected an image with contrast, {got}")
+    for channel, value in blank.items():
+        where = "the image" if channels == 1 else f"channel {channel}"
+        outcome.notes.append(f"warning: {where} is blank, {value:g} in all voxels")
 
 
 def _summary(image, label, spacing, unit, rules):

@@ -8,8 +8,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from volumes import casefile, files
-from volumes.volume import InputErrors, VolumeError, collect_errors
+from volumes import casefile, files, layouts
+from volumes.statistics import blank_channels, faults_of_contrast
+from volumes.volume import InputErrors, VolumeError, check_affine, collect_errors
 
 PHANTOM_SUFFIX = ".nii.gz"  # of cases that were made from no file
 
@@ -21,14 +22,17 @@ class Input:
     id: str
     path: str
     is_case: bool
-    sources: tuple[str, ...]  # the raw files that a case file was made from
+    sources: tuple[str, ...]  # the file of each channel, or the raw files of a case file
     suffix: str  # of the prediction
     shape: tuple[int, int, int]
     channels: int
     spacing: tuple[float, float, float] | None
     unit: str
     affine: np.ndarray | None
+    header: bytes | None
     intensity: dict
+    doubt: str = ""  # as of `Volume`
+    remarks: tuple[str, ...] = ()
 
     @contextlib.contextmanager
     def voxels(self):
@@ -41,7 +45,7 @@ class Input:
                 with h5py.File(self.path, "r") as file:
                     yield file["image"]
             else:
-                yield files.read_image(self.path).array
+                yield files.read_channels(self.sources).array
 
     def prediction_path(self, output):
         """Where the mask of this input goes in the folder output."""
@@ -54,18 +58,25 @@ def check_inputs(texts, metadata, root, output):
     metadata: what the checkpoint says of the run's data; root: where its case files lie; output:
     the folder of the predictions. InputErrors with every fault, if there is one.
     """
-    faults, notes, paths, inputs = [], [], [], []
+    faults, notes, inputs = [], [], []
+    sources = {}  # {Source: whether its id is not given by a pattern}
     with collect_errors(faults):
         if not texts:
             texts, reason = default_inputs(metadata, root)
             notes.append(f"inputs     {reason}")
     for text in texts:
         with collect_errors(faults):
-            paths += _find(text, notes)
-    for case_id, path in dict.fromkeys(paths):
-        with collect_errors(faults), damage_named(path):
-            inputs.append(_inspect(case_id, path))
+            sources |= dict.fromkeys(_find(text, notes), "{id}" not in text)
+    bare = [s for s, is_bare in sources.items() if is_bare and _is_channel_or_volume(s)]
+    named = [(source.id, [source.path]) for source in sources if source not in bare]
+    for case_id, paths in named + layouts.stack_channels(bare, (), faults):
+        with collect_errors(faults), damage_named(", ".join(paths)):
+            inputs.append(_inspect(case_id, paths))
             faults.extend(_run_faults(inputs[-1], metadata))
+            notes += [f"note: {inputs[-1].path}: {remark}" for remark in inputs[-1].remarks]
+            for channel, value in blank_channels(inputs[-1].intensity).items():
+                blank = f"channel {channel} is {value:g} in all voxels"
+                notes.append(f"warning: {inputs[-1].path}: {blank}")
     faults.extend(_output_faults(inputs, output))
     if faults:
         raise InputErrors(*faults)
@@ -85,53 +96,79 @@ def default_inputs(metadata, root):
 
 
 def _find(text, notes):
-    """The volumes that one --input names, as [(id, path)]; a note says which are left out."""
+    """The volumes that one --input names, as [Source]; a note says which are left out."""
     index = Path(text) / casefile.DATASET_FILE
     if index.is_file() and "lamina-dataset" in index.read_text(encoding="utf-8", errors="replace"):
-        return [(case.id, case.path) for case in casefile.read_dataset(text).cases.values()]
-    sources = files.find_volumes(text)
+        return [files.Source(c.id, c.path) for c in casefile.read_dataset(text).cases.values()]
+    sources = files.find_volumes(text, notes)
     images = [source for source in sources if not files.is_label_name(source.path)]
     if images and len(images) < len(sources):
         notes.append(f"{text}: {len(sources) - len(images)} files named as labels left out")
-    return [(source.id, source.path) for source in images or sources]
+    return images or sources
 
 
-def _inspect(case_id, path):
+def _case_attributes(path):
+    """The attributes of a case file that prepare.py wrote; none of any other file."""
+    if not h5py.is_hdf5(path):  # which the name of one of its datasets is not
+        return {}
+    with h5py.File(path, "r") as file:
+        return dict(file.attrs) if "image" in file and "intensity" in file.attrs else {}
+
+
+def _is_channel_or_volume(source):
+    try:
+        return not _case_attributes(source.path)
+    except OSError:  # a damaged file, which is named when it is read
+        return True
+
+
+def _inspect(case_id, paths):
     """The `Input` of a case file, or of any other volume, which is read whole for this."""
-    attributes = {}
-    if h5py.is_hdf5(path):  # which the name of one of its datasets is not
-        with h5py.File(path, "r") as file:
-            attributes = dict(file.attrs) if "image" in file else {}
-    if "intensity" in attributes:  # prepare.py wrote it
+    path = paths[0]
+    if attributes := _case_attributes(path):
         case, source = casefile.read_case(path), str(attributes["source_image"])
-        sources = (*source.split(", "), str(attributes["source_label"]))
+        sources = (source, *source.split(", "), str(attributes["source_label"]))
         suffix = files.suffix_of(source) or PHANTOM_SUFFIX
-        grid = (case.shape, case.channels, case.spacing, case.unit, attributes.get("affine"))
+        affine, header = attributes.get("affine"), attributes.get("nifti_header")
+        affine = None if affine is None else check_affine(affine, path)
+        header = None if header is None else header.tobytes()
+        grid = (case.shape, case.channels, case.spacing, case.unit, affine, header)
         return Input(case.id, path, True, sources, suffix, *grid, case.intensity)
-    volume = files.read_image(path)
+    volume = files.read_channels(paths)
     channels, *shape = volume.array.shape
-    grid = (tuple(shape), channels, volume.spacing, volume.unit, volume.affine)
+    grid = (tuple(shape), channels, volume.spacing, volume.unit, volume.affine, volume.header)
     intensity = casefile.intensity_statistics(volume.array)
-    return Input(case_id, path, False, (), files.suffix_of(path), *grid, intensity)
+    about = (intensity, volume.doubt, tuple(volume.remarks()))
+    return Input(case_id, volume.path, False, tuple(paths), files.suffix_of(path), *grid, *about)
 
 
 def _run_faults(volume, metadata):
     """What keeps a network that was trained on such data from predicting an input."""
     spacing, unit = metadata["spacing"], metadata["unit"]
+    for fault in faults_of_contrast(volume.intensity):
+        yield f"{volume.path}: expected {fault}"
     if volume.channels != metadata["channels"]:
         yield (
             f"{volume.path}: expected {metadata['channels']} channels as in training, got "
-            f"{volume.channels}; store the same channels in one file"
+            f"{volume.channels}; store the same channels in one file, or in files called "
+            "ID_0000, ID_0001 and on (a pattern such as 'folder/{id}.tif' tells ids from channels)"
+        )
+    usable = volume.spacing is None or all(0 < s < np.inf for s in volume.spacing)
+    if not usable or (volume.spacing is None and any(spacing)):
+        got = "none" if volume.spacing is None else list(volume.spacing)
+        why = f", because the run works at {spacing} {unit}" if any(spacing) else " above 0"
+        yield (
+            f"{volume.path}: expected a spacing{why}, got {got}; prepare the volume with "
+            "prepare.py --spacing Z Y X"
         )
     if not any(spacing):
         return
-    if volume.spacing is None or not all(np.isfinite(s) and s > 0 for s in volume.spacing):
-        got = "none" if volume.spacing is None else list(volume.spacing)
+    if volume.doubt:
         yield (
-            f"{volume.path}: expected a spacing, because the run works at {spacing} {unit}, got "
-            f"{got}; prepare the volume with prepare.py --spacing Z Y X"
+            f"{volume.path}: {volume.doubt}; correct the header, or prepare the volume with "
+            "prepare.py --spacing Z Y X"
         )
-    elif volume.unit and unit and volume.unit != unit:
+    if volume.unit and unit and volume.unit != unit:
         yield (
             f"{volume.path}: expected a spacing in {unit} as in training, got {volume.unit}; "
             f"prepare the volume with prepare.py --spacing Z Y X --unit {unit}"
@@ -140,17 +177,20 @@ def _run_faults(volume, metadata):
 
 def _output_faults(inputs, output):
     """Predictions that cannot be written where they belong, as sentences."""
-    by_target, read = {}, set()
+    by_id, read = {}, set()
     for volume in inputs:
-        by_target.setdefault(volume.prediction_path(output), []).append(volume.path)
+        by_id.setdefault(volume.id, []).append(volume)
         for path in (volume.path, *volume.sources):
             read.add(Path(files.split_dataset(path)[0]).resolve())
-    for target, paths in by_target.items():
-        if len(paths) > 1:
+    for case_id, volumes in by_id.items():
+        target = volumes[0].prediction_path(output)
+        if len(volumes) > 1:
             yield (
-                f"{target}: expected one input for this prediction, got {', '.join(paths)}; "
-                "give one of them"
+                f"{target}: expected one input for this prediction, got several of id {case_id}, "
+                f"{', '.join(volume.path for volume in volumes)}; give one of them"
             )
+        if target.is_dir():
+            yield f"{target}: expected a file to write, got a folder; give another --output"
         if target.resolve() in read:
             yield f"{target}: the prediction would overwrite an input; give another --output"
     if files.suffix_of(output):

@@ -12,7 +12,17 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from volumes.files import find_volumes, is_label_name, split_dataset, stem_of
+from volumes.files import (
+    Source,
+    few,
+    find_volumes,
+    is_label_name,
+    matching,
+    nfc,
+    notes_on_pairs,
+    split_dataset,
+    stem_of,
+)
 from volumes.volume import UNITS, InputErrors, VolumeError, collect_errors
 
 VESUVIUS_IGNORE_LABEL = 2
@@ -36,6 +46,7 @@ class Layout:
     cases: list[RawCase] = field(default_factory=list)
     classes: dict[str, int] | None = None
     ignore_label: int | None = None
+    channels: int = 0  # of each case; 0: any number
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
@@ -59,19 +70,20 @@ def find_cases(images, labels=None, test_images=False):
             _find_nnunet(root, test_images, layout)
         else:
             _find_pairs(images, labels, layout)
-    layout.cases = _one_of_each_id(layout.cases, lambda case: case.images[0], layout)
+    layout.notes = list(dict.fromkeys(layout.notes))  # images and labels may be of one folder
+    layout.cases = _one_of_each_id(layout.cases, layout, lambda case: case.images[0])
     return layout
 
 
 def _find(option, text, layout):
     try:
-        return find_volumes(text)
-    except VolumeError as error:
-        layout.faults.append(f"{option} {error}")
+        return find_volumes(text, layout.notes)
+    except (VolumeError, InputErrors) as error:
+        layout.faults += [f"{option} {line}" for line in str(error).split("\n")]
         return []
 
 
-def _one_of_each_id(items, path_of, layout):
+def _one_of_each_id(items, layout, path_of=lambda source: source.path):
     """The first of the items of every id; each id that comes again is a fault."""
     by_id = {}
     for item in items:
@@ -131,14 +143,21 @@ def _find_pairs(images_text, labels_text, layout):
     images = [s for s in images if s.path not in label_paths]
     if not images:
         layout.faults.append(f"--images {images_text}: expected images, got labels only")
-    labels = _one_of_each_id(labels, lambda source: source.path, layout)
+    labels = _one_of_each_id(labels, layout)
+    stacked = [(s.id, [s.path]) for s in images]
+    if "{id}" not in str(images_text):  # which says what the ids are
+        stacked = stack_channels(images, {s.id for s in labels}, layout.faults)
+    images = [Source(name, paths[0]) for name, paths in stacked]
+    channels = {paths[0]: paths for _, paths in stacked}
 
     texts = [split_dataset(text)[0] for text in (images_text, labels_text)]
     if len(images) == len(labels) == 1 and all(map(os.path.isfile, texts)):
         pairs = [(images[0].id, images[0], labels[0])]
     else:
         pairs = match_pairs(images, labels)
-    entries = [(name, [i.path] if i else [], label and label.path) for name, i, label in pairs]
+        both = [(image, label) for _, image, label in pairs if image and label]
+        layout.notes += notes_on_pairs([(a.id, a.path, b.id, b.path) for a, b in both])
+    entries = [(n, channels[i.path] if i else [], label and label.path) for n, i, label in pairs]
     _add_cases(entries, layout, labels_expected=labels_text is not None)
 
 
@@ -150,25 +169,56 @@ def _find_nnunet(root, test_images, layout):
     try:
         declared = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
         layout.classes, layout.ignore_label = _declared_classes(declared["labels"])
-        channels = len(declared.get("channel_names") or declared.get("modality") or ())
+        layout.channels = len(declared.get("channel_names") or declared.get("modality") or ())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputErrors(
             f"{root / 'dataset.json'}: expected nnU-Net's or MSD's description with `labels` as "
             f"names and whole numbers, got {type(error).__name__}: {error}"
         ) from error
-    labels = _paths_by_stem(root / "labelsTr", layout) if (root / "labelsTr").is_dir() else {}
-    _add_channel_cases(root / "imagesTr", labels, channels, layout)
+    labels = None
+    if os.path.lexists(root / "labelsTr"):
+        sources = _one_of_each_id(_by_stem(root / "labelsTr", layout), layout)
+        labels = {source.id: source.path for source in sources}
+    else:
+        layout.notes.append(f"{root}: no labelsTr, so its cases are without label")
+    _add_channel_cases(root / "imagesTr", labels, layout)
+    if not layout.faults:
+        layout.notes += _declared_otherwise(declared, layout.cases, root / "dataset.json")
     if test_images:
-        _add_channel_cases(root / "imagesTs", {}, channels, layout)
+        _add_channel_cases(root / "imagesTs", None, layout)
+    elif (root / "imagesTs").is_dir():
+        layout.notes.append(f"{root / 'imagesTs'}: passed over, --test-images adds it")
 
 
-def _paths_by_stem(folder, layout):
-    return {stem_of(source.path): source.path for source in _find("--images", folder, layout)}
+def _by_stem(folder, layout):
+    return [Source(stem_of(s.path), s.path) for s in _find("--images", folder, layout)]
+
+
+def _declared_otherwise(declared, cases, path):
+    """Where the dataset.json of nnU-Net or MSD says another thing than the files, as notes."""
+    ids, number = [case.id for case in cases], declared.get("numTraining", len(cases))
+    if str(number) != str(len(cases)):
+        yield f"{path}: numTraining is {number}, but imagesTr holds {len(cases)} cases"
+    ending = str(declared.get("file_ending") or "")
+    paths = [path for case in cases for path in (*case.images, case.label) if path]
+    if others := [path for path in paths if not path.endswith(ending)]:
+        yield f"{path}: file_ending is {ending}, taken too: {few(others, 5)}"
+    entries = declared.get("training")
+    entries = entries if isinstance(entries, list) else []
+    images = [e.get("image") if isinstance(e, dict) else e for e in entries]
+    names = [stem_of(image) for image in images if isinstance(image, str)]
+    names = [name if name in ids else _CHANNEL.sub(r"\1", name) for name in names]
+    if missing := sorted(set(names) - set(ids)):
+        yield f"{path}: `training` lists {len(missing)} cases that have no file: {few(missing)}"
+    if names and (more := [i for i in ids if i not in names]):
+        yield f"{path}: `training` does not list, taken too: {few(more)}"
 
 
 def _declared_classes(labels):
     """(classes, ignore label) from {"name": id} of nnU-Net v2 or {"id": "name"} of MSD."""
     if all(str(key).isdigit() for key in labels):
+        if len(set(labels.values())) < len(labels):
+            raise ValueError(f"two classes of one name ({labels})")
         labels = {name: int(key) for key, name in labels.items()}
     if not all(isinstance(value, int) for value in labels.values()):
         raise ValueError("classes made of regions (lists of ids), which need one id per class")
@@ -176,23 +226,49 @@ def _declared_classes(labels):
     return {"background": 0, **{name: i for name, i in labels.items() if i != 0}}, ignore
 
 
-def _add_channel_cases(folder, labels, channels, layout):
-    """Add the cases of one folder. labels: {id: path}, empty if it has none; channels 0: any."""
-    files = _paths_by_stem(folder, layout)
-    # MSD's `la_0001` may be an id and not a channel: then a label of that very name exists.
-    split = all(_CHANNEL.match(stem) and stem not in labels for stem in files)
-    by_case = {}
-    for stem, path in sorted(files.items()):
-        by_case.setdefault(_CHANNEL.match(stem)[1] if split else stem, []).append(path)
-    for name, paths in by_case.items():
-        if split and channels not in (0, len(paths)):
+def stack_channels(sources, ids, faults):
+    """[(id, [path of each channel])] of image sources; a number that is missing is a fault.
+
+    `a_0000` and `a_0001` are the channels of `a`. `la_0001` is one of ids, or an id of its own,
+    where there is no `la_0000`.
+    """
+    matches = [_CHANNEL.match(stem_of(source.path)) for source in sources]
+    first = {
+        match[1]: source.id.removesuffix("_0000")
+        for match, source in zip(matches, sources, strict=True)
+        if match and match[2] == "0000" and match[0] not in ids
+    }
+    cases, several = {}, []
+    for match, source in zip(matches, sources, strict=True):
+        name, number, key = source.id, 0, source.path
+        if match and match[1] in first and match[0] not in ids:
+            name, number, key = first[match[1]], int(match[2]), match[1]
+        cases.setdefault(key, (name, []))[1].append((number, source.path))
+    for name, channels in cases.values():
+        channels.sort()
+        several.append((name, [path for _, path in channels]))
+        if [number for number, _ in channels] != list(range(len(channels))):
+            faults.append(
+                f"case {name}: expected channels numbered 0000, 0001 and on, each once and none "
+                f"missing, got {', '.join(several[-1][1])}; add, rename or remove files, or name "
+                "the ids by a pattern such as 'folder/{id}.tif'"
+            )
+    return several
+
+
+def _add_channel_cases(folder, labels, layout):
+    """Add the cases of one folder. labels: {id: path}, None if it has none."""
+    cases = stack_channels(_by_stem(folder, layout), labels or (), layout.faults)
+    for name, paths in cases:
+        if stem_of(paths[0]) != name and layout.channels not in (0, len(paths)):
             layout.faults.append(
-                f"case {name}: expected {channels} channels as in dataset.json, "
+                f"case {name}: expected {layout.channels} channels as in dataset.json, "
                 f"got {len(paths)} ({', '.join(paths)})"
             )
-    names = [*by_case, *sorted(labels.keys() - by_case.keys())]
-    entries = [(name, by_case.get(name, []), labels.get(name)) for name in names]
-    _add_cases(entries, layout, labels_expected=bool(labels))
+    labels_expected, labels = labels is not None, labels or {}
+    gone = sorted(labels.keys() - dict(cases).keys())
+    entries = [(name, paths, labels.get(name)) for name, paths in sorted(cases)]
+    _add_cases(entries + [(name, [], labels[name]) for name in gone], layout, labels_expected)
 
 
 # ---------------------------------------------------------------------------- Vesuvius
@@ -201,21 +277,26 @@ def _add_channel_cases(folder, labels, channels, layout):
 def _find_vesuvius(root, layout):
     """train_images, train_labels and train.csv (id, scroll_id); the scroll is the group."""
     layout.ignore_label = VESUVIUS_IGNORE_LABEL
-    rows = read_table(root / "train.csv", "scroll_id", "id")
-    scrolls = {row["id"]: row["scroll_id"] for row in rows}
-    images = {s.id: s.path for s in _find("--images", root / "train_images", layout)}
-    labels = {s.id: s.path for s in _find("--images", root / "train_labels", layout)}
+    scrolls = _column_by_id(root / "train.csv", "scroll_id", "id")
+    images, labels = (
+        {s.id: s.path for s in _one_of_each_id(sources, layout)}
+        for sources in (
+            _find("--images", root / "train_images", layout),
+            _find("--images", root / "train_labels", layout),
+        )
+    )
     gone = [name for name in scrolls if name not in images or name not in labels]
     if gone:
         layout.notes.append(
             f"{root / 'train.csv'} lists {len(gone)} ids that have no file any more; skipped: "
             + ", ".join(gone)
         )
-    names = [name for name in images if name not in gone]
+    names = [name for name in sorted({*images, *labels}) if name not in gone]
     for name in names:
         if name in labels and name not in scrolls:
             layout.faults.append(f"case {name}: expected its scroll_id in train.csv, got no row")
-    _add_cases([(name, [images[name]], labels.get(name)) for name in names], layout)
+    paths = {name: [path] for name, path in images.items()}
+    _add_cases([(name, paths.get(name, []), labels.get(name)) for name in names], layout)
     layout.cases = [replace(case, group=scrolls.get(case.id, "")) for case in layout.cases]
 
 
@@ -226,8 +307,9 @@ def read_table(path, *columns):
     """The rows of a CSV file as dicts. InputErrors if it cannot be read or lacks one of columns."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True, strict=True)
-            rows, names = list(reader), reader.fieldnames or []
+            reader = csv.DictReader(file, restval="", skipinitialspace=True, strict=True)
+            names = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputErrors(f"{path}: expected a readable CSV file, got {error}") from error
     missing = [column for column in columns if column not in names]
@@ -235,7 +317,29 @@ def read_table(path, *columns):
         raise InputErrors(
             f"{path}: expected the columns {', '.join(missing)}, got {', '.join(names) or 'none'}"
         )
-    return rows
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputErrors(f"{path}: expected columns of different names, got two of {twice[0]}")
+    if longer := [number for number, row in enumerate(rows, start=2) if None in row]:
+        raise InputErrors(
+            f"{path}, line {longer[0]}: expected {len(names)} fields as in the first line, got "
+            "more; quote a field that holds a comma"
+        )
+    return [{name: value.strip() for name, value in row.items()} for row in rows]
+
+
+def _column_by_id(path, column, key=None):
+    """{id: value of a column} of a CSV file; key: the column of ids, None: `id`, else the first."""
+    values, faults = {}, []
+    for number, row in enumerate(read_table(path, column, *([key] if key else [])), start=2):
+        name = nfc(row[key or ("id" if "id" in row else next(iter(row)))])
+        if values.setdefault(name, row[column]) != row[column]:
+            faults.append(
+                f"{path}, line {number}: expected one {column} of {name}, got {row[column]} after "
+                f"{values[name]}; correct one of the rows"
+            )
+    if faults:
+        raise InputErrors(*faults)
+    return values
 
 
 def assign_groups(cases, rule, images):
@@ -250,8 +354,7 @@ def assign_groups(cases, rule, images):
     kind, _, rest = rule.partition(":")
     if kind == "csv" and rest:
         file, _, column = rest.rpartition(":")
-        rows = read_table(file or _only_csv(images), column)
-        groups = {row.get("id", next(iter(row.values()))): row[column] for row in rows}
+        groups = _column_by_id(file or _only_csv(images), column)
     elif kind == "regex" and rest:
         try:
             matches = {case.id: re.search(rest, case.id) for case in cases}
@@ -284,20 +387,32 @@ def _only_csv(images):
     )
 
 
-def read_spacings(path):
-    """Rows (id pattern, (z, y, x), unit or "") of a CSV with columns id, z, y, x[, unit]."""
-    rows, faults = [], []
+def read_spacings(path, ids):
+    """({id: ((z, y, x), unit or "")}, notes) of a CSV with columns id, z, y, x[, unit].
+
+    Its ids may be patterns. A case takes the row of its very id, else the first that matches.
+    """
+    rows, faults, notes = {}, [], []
     for number, row in enumerate(read_table(path, "id", "z", "y", "x"), start=2):
-        unit = (row.get("unit") or "").strip()
+        unit = row.get("unit", "")
         try:
             spacing = tuple(float(row[axis]) for axis in "zyx")
-        except (TypeError, ValueError):
+        except ValueError:
             spacing = (math.nan,) * 3
         if not all(math.isfinite(s) and s > 0 for s in spacing):
             faults.append(f"{path}, line {number}: expected positive numbers for z, y and x")
         if unit and unit not in UNITS:
             faults.append(f"{path}, line {number}: expected a unit, one of mm, micron, nm, m")
-        rows.append((row["id"], spacing, UNITS.get(unit, "")))
+        value = spacing, UNITS.get(unit, "")
+        if not faults and rows.setdefault(nfc(row["id"]), value) != value:
+            faults.append(f"{path}, line {number}: expected one row of {row['id']}, got two")
     if faults:
         raise InputErrors(*faults)
-    return rows
+    of_case = {i: rows[i] for i in ids if i in rows}
+    for pattern, value in rows.items():
+        matches = matching(ids, pattern)
+        if not matches:
+            notes.append(f"{path}: no case is named by {pattern!r}")
+        for name in matches:
+            of_case.setdefault(name, value)
+    return of_case, notes

@@ -70,7 +70,7 @@ def _grid(shape):
 def _noise(shape, rng, white, correlated):
     """White noise plus noise of a grain of about two voxels; both given as standard deviations."""
     grain = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 1.0)
-    grain *= correlated / max(float(grain.std()), 1e-6)
+    grain *= correlated / (float(grain.std()) or 1.0)  # 0: of one voxel
     return grain + white * rng.standard_normal(shape, dtype=np.float32)
 
 

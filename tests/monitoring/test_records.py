@@ -204,3 +204,15 @@ def test_reading_writes_nothing(tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.iterdir()]}
     read(tmp_path)
     assert before == {p.name: p.stat().st_mtime_ns for p in [tmp_path, *tmp_path.iterdir()]}
+
+
+@pytest.mark.parametrize("change, best", [({"tolerance": 4.0}, (0.6, 20)), ({}, (0.8, 0))])
+def test_the_best_is_that_since_a_score_means_what_it_does_now(tmp_path, change, best):
+    scores = [
+        {"event": "evaluation", "step": s, "scores": {"dice": d}} for s, d in ((0, 0.8), (20, 0.6))
+    ]
+    measured = {"metric": "dice", "tolerance": 2.0}
+    first = start(better={"dice": "higher"}, measured=measured)
+    again = start(better={"dice": "higher"}, measured=measured | change)
+    write_lines(tmp_path / "log.jsonl", [first, scores[0], again, scores[1]])
+    assert read(tmp_path).best("dice") == best

@@ -248,7 +248,8 @@ def test_closing_leaves_nothing_open(made):
     check(batches, [next(batches)], first=1)
     batches.close()
     assert set(psutil.Process().children()) == processes
-    until(lambda: descriptors() == before and threading.active_count() == threads)
+    # Fewer, where what an earlier test left to the garbage collector has gone meanwhile.
+    until(lambda: descriptors() <= before and threading.active_count() <= threads)
 
 
 def test_without_files_in_memory_batches_are_sent_as_torch_sends_them(made, monkeypatch):

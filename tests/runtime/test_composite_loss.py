@@ -413,3 +413,22 @@ def test_scale_weights_must_match_the_outputs():
         composite_loss(
             logits, target, valid, {"soft_dice": {"weight": 1}}, scale_weights=[1.0, 0.5]
         )
+
+
+def test_patches_of_differing_spacing_have_the_loss_that_each_has_alone():
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 1, 8, 12, 12), (2, 1, 4, 6, 6)
+    outputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    target = (torch.rand(shapes[0], generator=generator) > 0.9).float()
+    terms = {"surface_distance": {"weight": 1.0, "scales": 2}}
+    spacings = [(3.0, 1.0, 1.0), (1.0, 0.5, 0.5)]
+    together, _ = composite_loss(outputs, target, None, terms, spacing=spacings)
+    alone = [
+        composite_loss([x[i : i + 1] for x in outputs], target[i : i + 1], None, terms, spacing=s)
+        for i, s in enumerate(spacings)
+    ]
+    alone = [total for total, _ in alone]
+    assert abs(alone[0] - alone[1]) > 0.02
+    torch.testing.assert_close(together, sum(alone) / 2)  # all voxels are valid
+    same, _ = composite_loss(outputs, target, None, terms, spacing=[spacings[0]] * 2)
+    assert torch.equal(same, composite_loss(outputs, target, None, terms, spacing=spacings[0])[0])

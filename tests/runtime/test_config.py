@@ -132,3 +132,13 @@ def test_configs_load_and_hold_at_most_thirty_lines_of_differences(path):
 def test_valid_keys_reach_the_numbers_of_each_loss_term():
     keys = config.valid_keys()
     assert {"loss.surface_distance.tolerance", "training.train_batch_size"} <= set(keys)
+
+
+@pytest.mark.parametrize(
+    "text", ["data:\n  root: a\ndata:\n  test: [b]", "data: {root: a, root: b}"]
+)
+def test_a_key_that_comes_twice_is_named_with_its_line(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(config.ConfigError, match=r"two entries of '(data|root)', again in line"):
+        config.load(path)

@@ -43,9 +43,28 @@ def test_fewer_groups_than_folds_is_said_and_one_group_trains_without(root):
     dataset = casefile.read_dataset(root)
     several = {"validation": (), "test": (), "folds": 5, "fold": 4}
     split, notes = splits.choose_cases(dataset, train=None, **several)
-    assert split.validation and "only 3 groups" in notes[0]
+    assert split.validation and "only 3 groups are there, so this is fold 1 of 3" in notes[0]
     split, notes = splits.choose_cases(dataset, train=("a",), **several)
     assert len(split.train) == 2 and not split.validation
+
+
+def test_cases_without_label_are_named_and_a_bracket_in_an_id_means_itself(tmp_path):
+    for number, name in enumerate(("s[1]", "s1", "s2", "t")):
+        about = {"spacing": (1, 1, 1), "unit": "", "affine": None, "group": name}
+        image = np.ones((1, 4, 4, 4), np.uint8)
+        label = None if number > 2 else image[0]
+        casefile.write_case(tmp_path / f"{name}.h5", image, label, **about, skeleton=False)
+    ids, classes = ["s[1]", "s1", "s2", "t"], {"background": 0, "bar": 1}
+    casefile.write_dataset(tmp_path, classes=classes, ignore_label=None, unit="", case_ids=ids)
+    dataset = casefile.read_dataset(tmp_path)
+    how = {"train": None, "validation": (), "folds": 0, "fold": 0}
+    split, notes = splits.choose_cases(dataset, test=("s[1]",), **how)
+    assert [case.id for case in split.test] == ["s[1]"]
+    assert [case.id for case in split.train] == ["s1", "s2"]
+    assert notes[0] == "train: without label, not trained on: t"
+    split, notes = splits.choose_cases(dataset, test=("s[12]", "t"), **how)
+    assert [case.id for case in split.test] == ["s1", "s2", "t"]
+    assert not any("without label" in note for note in notes)
 
 
 def test_several_classes_need_a_named_foreground():

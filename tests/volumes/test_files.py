@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from volumes import casefile, files
 from volumes.files import case_id, find_volumes, read_image, read_label, write_volume
-from volumes.volume import Volume, VolumeError
+from volumes.volume import Volume, VolumeError, crop_affine, scale_affine
 
 SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[3] / "shared"))
 REAL = SHARED / "data"
@@ -185,7 +185,7 @@ def test_nanometres_become_microns_in_nifti(tmp_path, voxels):
 
 def test_the_origin_of_a_crop_moves_along_its_axes():
     affine = np.array([[0, 2.0, 0, 10], [3.0, 0, 0, 20], [0, 0, 5.0, 30], [0, 0, 0, 1]])
-    moved = files.crop_affine(affine, (1, 2, 3))
+    moved = crop_affine(affine, (1, 2, 3))
     # Voxel x, y, z = 0 of the crop is voxel 3, 2, 1 of the whole.
     assert np.allclose(moved[:, 3], affine @ (3, 2, 1, 1))
     assert np.array_equal(moved[:, :3], affine[:, :3])
@@ -241,7 +241,7 @@ def test_another_format_is_a_module_and_a_line_of_the_table(tmp_path, voxels, mo
     npy = SimpleNamespace(
         WRITES_DIMENSIONS=(3,),
         read=lambda path, dataset, role: Volume(np.load(path), (3.0, 2.0, 1.0), "mm", None, path),
-        write=lambda path, array, spacing, unit, affine: np.save(path, array),
+        write=lambda path, array, *_: np.save(path, array),
         count_voxels=lambda path, dataset: np.load(path).size,
     )
     monkeypatch.setitem(files.FORMATS, ".npy", npy)
@@ -274,6 +274,33 @@ def test_a_file_of_another_kind_is_a_volume_error(tmp_path, name):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(VolumeError, match=name):
             read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (PermissionError(13, "Permission denied"), "give yourself the right to read it"),
+        (BlockingIOError(11, "unable to lock file"), "another program has it open for writing"),
+        (OSError(5, "Input/output error"), "the file may be whole"),
+        (ValueError("<COMPRESSION.JBIG: 34661> not supported"), "compression is not known"),
+        (EOFError(), "it may be truncated, fetch it again"),
+        (ValueError("buffer is smaller than requested size"), "it may be truncated"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a filter.tif", "a.nii", "a.h5"])
+def test_a_file_is_called_truncated_only_where_it_may_be(
+    tmp_path, monkeypatch, name, error, advice
+):
+    def fail(*_args, **_options):
+        raise error
+
+    for reader in files.FORMATS.values():
+        monkeypatch.setattr(reader, "read", fail)
+    (tmp_path / name).touch()
+    with pytest.raises(VolumeError) as caught:
+        read_image(tmp_path / name)
+    assert advice in str(caught.value) and name in str(caught.value)
+    assert ("truncated" in str(caught.value)) == ("truncated" in advice)
 
 
 @pytest.mark.parametrize(
@@ -346,11 +373,38 @@ def test_a_mask_of_one_slice_is_read_back(tmp_path):
     assert np.array_equal(files.read_label(tmp_path / "a.tif").array, mask)
 
 
-def test_nanometres_keep_the_affine_of_the_image(tmp_path):
+def test_an_affine_in_nanometres_is_written_in_microns(tmp_path):
     affine = np.diag([10.0, 10.0, 20.0, 1.0])
     mask = np.ones((2, 3, 4), np.uint8)
     files.write_volume(tmp_path / "a.nii.gz", mask, spacing=(20, 10, 10), unit="nm", affine=affine)
-    assert np.array_equal(nibabel.load(tmp_path / "a.nii.gz").affine, affine)
+    image = nibabel.load(tmp_path / "a.nii.gz")
+    assert np.allclose(image.affine, np.diag([0.01, 0.01, 0.02, 1.0]))
+    assert image.header.get_xyzt_units()[0] == "micron"
+
+
+@pytest.mark.parametrize("affine", [np.zeros((4, 4)), np.full((4, 4), np.nan), np.eye(3), "x"])
+def test_an_affine_in_hdf5_that_cannot_be_inverted_is_a_fault(tmp_path, voxels, affine):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["image"] = voxels
+        file.attrs["affine"] = affine
+    with pytest.raises(VolumeError, match=r"a\.h5: expected an affine that can be inverted"):
+        read_image(tmp_path / "a.h5")
+
+
+def test_an_affine_alone_states_the_spacing(tmp_path, voxels):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["image"] = voxels
+        file.attrs["affine"] = [[0, 2.0, 0, 1], [-0.5, 0, 0, 2], [0, 0, 3, 3]]
+    assert read_image(tmp_path / "a.h5").spacing == (3, 2, 0.5)
+
+
+def test_a_scaled_affine_keeps_its_axes_and_the_voxel_at_the_origin():
+    affine = np.array([[0, 2.0, 0, 10], [-3.0, 0, 0, 21], [0, 0, 5.0, 30], [0, 0, 0, 1]])
+    scaled = scale_affine(affine, (10, 2, 6))  # z, y, x were 5, 2, 3
+    assert np.allclose(scaled, [[0, 2, 0, 10], [-6, 0, 0, 42], [0, 0, 10, 60], [0, 0, 0, 1]])
+    origin = np.linalg.solve(affine, (0, 0, 0, 1))
+    assert np.allclose(scaled @ origin, (0, 0, 0, 1))
+    assert scale_affine(affine, (5, 2, 3)) is affine
 
 
 # ---------------------------------------------------------------------------- names of other bytes

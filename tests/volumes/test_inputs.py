@@ -1,0 +1,124 @@
+"""What infer.py predicts: channel files are one volume, ids are one each, and all is said."""
+
+import nibabel
+import numpy as np
+import pytest
+
+from volumes import casefile, files
+from volumes.inputs import check_inputs
+from volumes.volume import InputErrors
+
+SHAPE = (4, 6, 8)
+
+
+def scan(path, value=1, spacing=(1.0, 1.0, 2.0)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.full(SHAPE, value, np.uint8)
+    array[0] = 0
+    image = nibabel.Nifti1Image(array.T, np.diag([*spacing, 1.0]))
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, path)
+    return path
+
+
+def checked(tmp_path, *texts, channels=1):
+    metadata = {"spacing": [0.0] * 3, "unit": "mm", "channels": channels}
+    return check_inputs([str(text) for text in texts], metadata, tmp_path, tmp_path / "out")
+
+
+def faults(tmp_path, *texts, channels=1):
+    with pytest.raises(InputErrors) as caught:
+        checked(tmp_path, *texts, channels=channels)
+    return str(caught.value).split("\n")
+
+
+def test_channel_files_are_one_volume_of_so_many_channels(tmp_path):
+    for name in ("a", "b_img"):
+        for channel in range(3):
+            scan(tmp_path / "in" / f"{name}_{channel:04d}.nii.gz", 10 * channel + 1)
+    inputs, _ = checked(tmp_path, tmp_path / "in", channels=3)
+    assert [(volume.id, volume.channels) for volume in inputs] == [("a", 3), ("b", 3)]
+    with inputs[0].voxels() as image:
+        assert image.shape == (3, *SHAPE) and image[:, 1, 0, 0].tolist() == [1, 11, 21]
+    assert inputs[0].spacing == (2.0, 1.0, 1.0)
+    assert inputs[0].prediction_path(tmp_path).name == "a.nii.gz"
+    single = [tmp_path / "in" / f"a_{channel:04d}.nii.gz" for channel in (2, 0, 1)]
+    (volume,), _ = checked(tmp_path, *single, channels=3)
+    with volume.voxels() as image:  # in the order of their numbers
+        assert image[:, 1, 0, 0].tolist() == [1, 11, 21]
+
+
+def test_a_network_of_one_channel_takes_a_first_channel_and_ids_that_look_like_channels(tmp_path):
+    scan(tmp_path / "in" / "x_0000.nii.gz")
+    scan(tmp_path / "in" / "la_0001.nii.gz")
+    scan(tmp_path / "in" / "la_0002.nii.gz")
+    inputs, _ = checked(tmp_path, tmp_path / "in")
+    assert [volume.id for volume in inputs] == ["la_0001", "la_0002", "x"]
+
+
+def test_a_pattern_says_that_numbers_are_ids(tmp_path):
+    for number in range(2):
+        scan(tmp_path / "in" / f"t_{number:04d}.nii.gz")
+    (fault,) = faults(tmp_path, tmp_path / "in")
+    assert "t_0000.nii.gz, " in fault and "expected 1 channels as in training, got 2" in fault
+    inputs, _ = checked(tmp_path, f"{tmp_path}/in/{{id}}.nii.gz")
+    assert [volume.id for volume in inputs] == ["t_0000", "t_0001"]
+
+
+def test_prepared_cases_are_never_taken_for_channels(tmp_path):
+    for name in ("t_0000", "t_0001"):
+        about = {"spacing": (1.0, 1.0, 1.0), "unit": "mm", "affine": None, "group": name}
+        casefile.write_case(tmp_path / f"{name}.h5", np.ones((1, *SHAPE), np.uint8), **about)
+    inputs, _ = checked(tmp_path, tmp_path / "t_0000.h5", tmp_path / "t_0001.h5")
+    assert [(volume.id, volume.channels) for volume in inputs] == [("t_0000", 1), ("t_0001", 1)]
+
+
+def test_a_missing_or_doubled_channel_is_a_fault(tmp_path):
+    for number in (0, 2):
+        scan(tmp_path / "gap" / f"a_{number:04d}.nii.gz")
+    first = faults(tmp_path, tmp_path / "gap", channels=2)[0]
+    assert first.startswith("case a: expected channels numbered 0000, 0001 and on, each once")
+    assert "a_0002.nii.gz" in first
+    for name in ("a_0000.nii.gz", "a_0001.nii.gz", "a_0001.nii"):
+        scan(tmp_path / "twice" / name)
+    first = faults(tmp_path, tmp_path / "twice", channels=3)[0]
+    assert "a_0001.nii, " in first and "a_0001.nii.gz;" in first
+
+
+def test_channels_of_two_grids_are_a_fault(tmp_path):
+    scan(tmp_path / "in" / "a_0000.nii.gz")
+    scan(tmp_path / "in" / "a_0001.nii.gz", spacing=(1.0, 1.0, 3.0))
+    (fault,) = faults(tmp_path, tmp_path / "in", channels=2)
+    assert "a_0001.nii.gz: expected the spacing of" in fault and "a_0000.nii.gz" in fault
+
+
+def test_a_channel_without_a_spacing_takes_that_of_the_others(tmp_path):
+    array = np.ones(SHAPE, np.uint8)
+    files.write_volume(tmp_path / "in" / "a_0000.tif", array)
+    scan(tmp_path / "in" / "a_0001.nii.gz", 5)
+    (volume,), _ = checked(tmp_path, tmp_path / "in", channels=2)
+    assert (volume.spacing, volume.unit) == ((2.0, 1.0, 1.0), "mm")
+    with volume.voxels() as image:
+        assert image[:, 1, 0, 0].tolist() == [1, 5]
+
+
+def test_two_inputs_of_one_id_are_a_fault_whatever_their_format(tmp_path):
+    scan(tmp_path / "in" / "a.nii.gz")
+    scan(tmp_path / "in" / "a_img.nii")
+    (fault,) = faults(tmp_path, tmp_path / "in")
+    assert "got several of id a" in fault and "a.nii.gz" in fault and "a_img.nii;" in fault
+
+
+def test_one_file_that_is_named_twice_is_one_input(tmp_path):
+    path = scan(tmp_path / "in" / "a.nii.gz")
+    assert len(checked(tmp_path, tmp_path / "in", path)[0]) == 1
+
+
+def test_what_an_input_folder_holds_besides_is_said(tmp_path):
+    scan(tmp_path / "in" / "a.nii.gz")
+    scan(tmp_path / "in" / "day2" / "b.nii.gz")
+    (tmp_path / "in" / "c.nrrd").touch()
+    _, notes = checked(tmp_path, tmp_path / "in")
+    assert notes == [
+        f"{tmp_path}/in: passed over 1 .nrrd file, e.g. c.nrrd; 1 subfolder, e.g. day2"
+    ]
