@@ -333,7 +333,7 @@ def make(folder, kind, fault, is_label, chance):
     voxels = wavy() if is_label else noise + 60 * wavy()
     voxels, accept = voxels.astype(chance.choice((np.uint8, np.uint16))), READ
     if is_label and kind == "miniswhite":
-        voxels = np.iinfo(voxels.dtype).max * (1 - voxels)
+        voxels = (255 * (1 - voxels)).astype(np.uint8)  # 255 means 1
     if fault in VOXELS:
         voxels, accept = VOXELS[fault](voxels, chance)
     item = Input(folder / f"scan{SUFFIXES[kind]}", kind, voxels, accept=accept)
