@@ -71,7 +71,10 @@ def write_tiff(path, voxels, item):
         voxels, options, item.accept = np.stack([voxels] * 3, -1), {"photometric": "rgb"}, REFUSE
     more = {"tiled": {"tile": (16, 16)}, "deflate": {"compression": "zlib"}}
     options |= (more | {"bigtiff": {"bigtiff": True}}).get(kind, {})
-    for page in voxels.reshape(-1, *voxels.shape[-2:]) if kind == "pages" else [voxels]:
+    if kind == "pages":  # whatever they were: pages are z
+        item.voxels = voxels = voxels.reshape(-1, *voxels.shape[-2:])
+        item.accept = EITHER if len(voxels) > SHAPE[0] else item.accept
+    for page in voxels if kind == "pages" else [voxels]:
         tifffile.imwrite(path, page, append=kind == "pages", **options)
     if kind in ("imagej", "ome"):
         item.spacing, item.unit = SPACING, "micron"
@@ -330,7 +333,7 @@ def make(folder, kind, fault, is_label, chance):
     voxels = wavy() if is_label else noise + 60 * wavy()
     voxels, accept = voxels.astype(chance.choice((np.uint8, np.uint16))), READ
     if is_label and kind == "miniswhite":
-        voxels = np.iinfo(voxels.dtype).max * (1 - voxels)
+        voxels = (255 * (1 - voxels)).astype(np.uint8)  # 255 means 1
     if fault in VOXELS:
         voxels, accept = VOXELS[fault](voxels, chance)
     item = Input(folder / f"scan{SUFFIXES[kind]}", kind, voxels, accept=accept)
@@ -338,6 +341,8 @@ def make(folder, kind, fault, is_label, chance):
     try:
         WRITERS[kind](item.path, voxels, item)
     except Exception:  # of a library that refuses to write such voxels
+        return None
+    if not item.path.exists():  # pages of a stack without any
         return None
     if fault not in VOXELS:
         FAULTS[fault](item, chance)

@@ -194,10 +194,10 @@ def _other_kind(path):
         return ""
     if not os.path.isdir(path):
         return f"{suffix} file" if suffix else "suffixless file"
-    if suffix not in (".zarr", ".n5"):
+    if suffix not in (".zarr", ".n5") and not suffix_of(path):
         files = (os.path.join(root, name) for root, _, names in os.walk(path) for name in names)
         return "subfolder" if any(suffix_of(file) or _other_kind(file) for file in files) else ""
-    return f"{suffix} folder"
+    return f"{suffix_of(path) or suffix} folder"
 
 
 def _counted(kind, names):

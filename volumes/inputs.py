@@ -111,8 +111,10 @@ def _case_attributes(path):
     """The attributes of a case file that prepare.py wrote; none of any other file."""
     if not h5py.is_hdf5(path):  # which the name of one of its datasets is not
         return {}
-    with h5py.File(path, "r") as file:
+    # HDF5 raises it for damaged bytes, which are named when the file is read.
+    with contextlib.suppress(RuntimeError), h5py.File(path, "r") as file:
         return dict(file.attrs) if "image" in file and "intensity" in file.attrs else {}
+    return {}
 
 
 def _is_channel_or_volume(source):

@@ -445,3 +445,10 @@ def test_a_folder_whose_name_is_no_utf8_is_read(latin, voxels):
     with h5py.File(case) as file:
         assert file.attrs["source_image"].endswith("gr\\udcf6/ö.tif")
         assert np.array_equal(file["image"][0], voxels)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".tif", ".h5"])
+def test_an_empty_folder_that_is_called_like_a_volume_is_named(tmp_path, suffix):
+    (tmp_path / f"scan{suffix}").mkdir()
+    with pytest.raises(VolumeError, match=rf"but 1 \{suffix} folder, e.g. scan\{suffix}; check"):
+        find_volumes(tmp_path)
