@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -157,7 +158,9 @@ def broken(path, how):
     if how == "truncated":
         path.write_bytes(content[: len(content) // 2])
     elif how == "flipped":
-        middle = len(content) // 2  # in the tensors, which make up most of it
+        with zipfile.ZipFile(path) as file:  # not in what lies unused between its entries
+            largest = file.read(max(file.infolist(), key=lambda entry: entry.file_size))
+        middle = content.index(largest) + len(largest) // 2
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     elif how == "empty":
         path.write_bytes(b"")

@@ -206,7 +206,7 @@ def _with_json(path, role, spacing, unit):
     file = Path(path).with_name(f"{stem}.json")
     if not file.is_file():
         return spacing, unit
-    text = file.read_text("utf-8", errors="replace")
+    text = file.read_text(encoding="utf-8", errors="replace")
     if '"spacing"' not in text and not Path(path).stem.endswith("_0000"):  # of another program
         return spacing, unit
     try:
