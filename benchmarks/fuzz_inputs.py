@@ -26,6 +26,7 @@ SUFFIXES = dict.fromkeys(TIFF, ".tif") | dict.fromkeys(HDF5, ".h5")
 SUFFIXES |= {"ome": ".ome.tif", "nii": ".nii", "nii.gz": ".nii.gz"}
 NIFTI_UNITS = {0: "", 1: "m", 2: "mm", 3: "micron"}
 READ, REFUSE, EITHER = "read", "refuse", "either"  # what a script may do with an input
+NOTED = "noted"  # refuse it, or read it with a note
 
 
 @dataclass
@@ -193,11 +194,11 @@ def spoil_affine(item, chance):
     patch(item, 280, item.affine[:3].ravel(), "f")
 
 
-PIXDIM, SPACINGS = (80, 84, 88), (0.0, -1.0, float("nan"), float("inf"), 1e30)
+PIXDIM, SPACINGS = (80, 84, 88), (0.0, -1.0, float("nan"), float("inf"))
 DIMENSIONS = ((0,), (8,), (3, 0), (3, -5), (3, 24, 20, 7), (3, 24, 20, 32767))
 HEADERS = {
     "spacing": lambda i, chance: patch(i, chance.choice(PIXDIM), [chance.choice(SPACINGS)], "f"),
-    "pixdim alone": lambda i, chance: patch(i, 80, [s * 1.5 for s in SPACING[::-1]], "f"),
+    "pixdim alone": lambda i, chance: patch(i, 80, [s * 1.5 for s in SPACING[::-1]], "f", NOTED),
     "dimensions": lambda i, chance: patch(i, 40, chance.choice(DIMENSIONS), "h"),
     "unit code": set_unit,
     "affine": turn,

@@ -218,7 +218,7 @@ def read(pair, options, errors):
     for volume in (*predictions.values(), truth):
         notes += volume.remarks() if options.spacing is None else volume.notes
     for volume in stated if options.spacing is None else ():
-        if not all(s > 0 for s in volume.spacing):
+        if not all(0 < s < np.inf for s in volume.spacing):
             got = f"got {with_unit(volume.spacing, volume.unit)}; give --spacing"
             errors.append(f"{volume.path}: expected a spacing above 0, {got}")
     ones, ignored = {}, options.ignore_label

@@ -117,7 +117,7 @@ def prepare_case(case, rules):
             spacing=spacing,
             unit=unit,
             affine=affine,
-            header=image.header,
+            header=None if image.doubt else image.header,  # which --spacing has overruled
             group=group,
             ignore_label=rules.ignore_label,
             source_image=source,

@@ -172,5 +172,6 @@ def _keep_place(header, old, spacing, affine):
             header["qoffset_x"], header["qoffset_y"], header["qoffset_z"] = origin[:3]
         if old["sform_code"] > 0:
             header["srow_x"], header["srow_y"], header["srow_z"] = affine[:3]
-    if spacing is not None and not np.allclose(header["pixdim"][3:0:-1], spacing, rtol=1e-4):
+    stated = header["pixdim"][3:0:-1] if before is None else sizes(before)
+    if spacing is not None and not np.allclose(stated, spacing, rtol=1e-4, atol=0.0):
         header["pixdim"][1:4] = spacing[::-1]

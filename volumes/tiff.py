@@ -20,6 +20,7 @@ from volumes.volume import Volume, VolumeError, in_one_unit, order_axes, take_ax
 WRITES_DIMENSIONS = (3,)
 IMAGEJ_DTYPES = ("uint8", "uint16", "float32")
 CLASSIC_TIFF_BYTES = 2**32 - 2**25  # beyond this offsets need BigTIFF, which ImageJ has not
+WHITE_IS_ZERO = tifffile.PHOTOMETRIC.MINISWHITE
 TIFFFILE_IMAGEJ = "1.11a"  # the version of ImageJ that tifffile writes
 # What tifffile only logs, to go on with fewer pages or with zeros.
 _LOSS = re.compile(
@@ -142,8 +143,8 @@ def _check_pages(path, pages):
 
 def _as_shown(path, array, page, role):
     """The voxels of a page with 0 as black. VolumeError where WhiteIsZero may mean either."""
-    if page.photometric != tifffile.PHOTOMETRIC.MINISWHITE:
-        return array
+    if "PhotometricInterpretation" not in page.tags or page.photometric != WHITE_IS_ZERO:
+        return array  # without the tag tifffile says WhiteIsZero, and viewers show 0 as black
     doubt = ""
     if page.bitspersample == 1 and page.software.startswith("tifffile"):
         doubt = "as tifffile writes any bool array, so that viewers show 1 as black"
@@ -242,8 +243,11 @@ def write(path, array, spacing, unit, _affine, _header):
     """Write (D, H, W) as LZW pages, with ImageJ's spacing where ImageJ knows the dtype."""
     big = array.nbytes > CLASSIC_TIFF_BYTES
     options = {"compression": "lzw", "photometric": "minisblack", "bigtiff": big}
+    if array.shape[2] == 1:
+        array = array[..., None]  # or x would be taken for the samples of a voxel
+    options["metadata"] = {"axes": "ZYXS"[: array.ndim]}
     if not big and str(array.dtype) in IMAGEJ_DTYPES and len(array) > 1:  # one page has no z
         z, y, x = spacing or (1.0, 1.0, 1.0)
         options |= {"imagej": True, "resolution": (1 / x, 1 / y)}
-        options["metadata"] = {"axes": "ZYX", "spacing": z, "unit": unit or "voxel"}
+        options["metadata"] |= {"spacing": z, "unit": unit or "voxel"}
     tifffile.imwrite(path, array, **options)

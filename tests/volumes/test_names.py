@@ -117,13 +117,14 @@ def test_what_is_passed_over_is_one_note_and_sidecars_are_not_mentioned(tmp_path
     (note,) = notes
     assert note == (
         f"{tmp_path}: passed over 1 suffixless file, e.g. IM0001; 2 .nrrd files, e.g. b.nrrd; "
-        "1 .mha file, e.g. d.mha; 2 subfolders, e.g. more; 1 .zarr folder, e.g. v.zarr"
+        "1 .mha file, e.g. d.mha; 1 subfolder, e.g. more; 1 .zarr folder, e.g. v.zarr; "
+        "1 .tif folder, e.g. z.tif"
     )
     with pytest.raises(VolumeError, match=r"got one without any but 1 subfolder, e\.g\. deep"):
         find_volumes(tmp_path / "more")
     notes.clear()
     find_volumes(f"{tmp_path}/*.tif", notes)
-    assert notes == [f"{tmp_path}/*.tif: passed over 1 subfolder, e.g. z.tif"]
+    assert notes == [f"{tmp_path}/*.tif: passed over 1 .tif folder, e.g. z.tif"]
 
 
 def test_a_colon_in_a_folder_or_a_file_is_no_dataset(tmp_path):
