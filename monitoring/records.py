@@ -158,3 +158,11 @@ def parse(line):
         content = json.loads(line)
         if 0 <= content.get("time", 0) < LATEST:
             return content
+
+
+def peaks(readings):
+    """(bytes, bytes) of lines of system.jsonl: the most that all processes of the run had in
+    memory, and by which the memory in use of a GPU grew most (None without a GPU or a reading)."""
+    gpus = zip(*([gpu["used"] or 0 for gpu in r.get("gpus") or ()] for r in readings), strict=False)
+    grown = max((max(used) - used[0] for used in gpus), default=None)
+    return max((reading.get("tree") or 0 for reading in readings), default=None), grown

@@ -1,0 +1,277 @@
+"""A sweep: the runs that its file asks for, what they are checked for, and their ledger.
+
+config: configs/quickstart.yaml      # the settings that all runs begin with
+settings: {training.max_epochs: 1}   # changes of all runs
+variants: {bce: {}, cldice: {loss.cldice.weight: 0.2}}   # or grid: {optim.lr: [1e-3, 2e-3]}
+folds: 5                             # of a cross-validation; left out: the config's own split
+seeds: [0, 1]                        # left out: the config's
+"""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from monitoring.records import parse
+from runtime import build, config
+from runtime.folder import newest_run_folder
+from settings import Group, Settings, Whole
+
+FROM_THE_SWEEP = {  # keys that no change may set, and where they come from
+    "run.name": "the names under variants",
+    "run.seed": "seeds",
+    "data.folds": "folds",
+    "data.fold": "folds",
+}
+NAME = re.compile(r"\w[\w.+-]*")
+MAY_DIFFER = ("run", "monitor")  # groups that a run may be gone on with otherwise than it began
+
+
+class Sweep(Group):
+    """The keys of a sweep file."""
+
+    config: str = ""
+    settings: dict[str, Any] = Field(default={})
+    variants: dict[str, dict[str, Any] | None] = Field(default={})
+    grid: dict[str, list[Any]] = Field(default={})
+    folds: Whole = 0
+    seeds: tuple[Whole, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep. fold is None where the config's own split is used."""
+
+    index: int
+    variant: str
+    fold: int | None
+    seed: int
+    config: str  # path
+    changes: dict  # {group.key: value}
+    settings: Settings
+
+    @property
+    def name(self):
+        """Of its folder, in that of the sweep; it ends in no number that run folders count by."""
+        return self.settings.run.name
+
+    @property
+    def place(self):
+        """What a run of another variant shares with it, to be compared with it."""
+        return self.fold, self.seed
+
+    @property
+    def overrides(self):
+        """The changes as the command line has them."""
+        return _overrides(self.changes)
+
+    def folder(self):
+        """Where it has saved state, or None."""
+        return newest_run_folder(self.settings.run.folder, self.name)
+
+
+# ---------------------------------------------------------------------------- what is asked for
+
+
+def expand(path):
+    """(sweep folder, [`Job`]) of a sweep file; ConfigError names every fault, a line each."""
+    content, path = config.read(path), Path(path)
+    with config.faults_of(path):
+        sweep = config.build(content, Sweep)
+        if not sweep.config:
+            raise config.ConfigError("config: expected the config file of the runs, got none")
+        base = config.load(sweep.config)
+        variants = _variants(sweep, path)
+        folder = Path(sweep.settings.get("run.folder", base.run.folder), path.stem)
+        jobs, faults = [], Faults(variants)
+        places = itertools.product(
+            variants, range(sweep.folds) if sweep.folds else [None], sweep.seeds or [base.run.seed]
+        )
+        for index, (variant, fold, seed) in enumerate(places):
+            name = f"{variant}_seed{seed}" if fold is None else f"{variant}_fold{fold}_seed{seed}"
+            changes = {**sweep.settings, **(variants[variant] or {}), "run.folder": str(folder)}
+            changes |= {"run.name": name, "run.seed": seed}
+            changes |= {} if fold is None else {"data.folds": sweep.folds, "data.fold": fold}
+            with faults.of(variant):
+                content = config.apply_overrides(config.read(sweep.config), _overrides(changes))
+                settings = config.build(content)
+                jobs.append(Job(index, variant, fold, seed, sweep.config, changes, settings))
+        faults.raise_any()
+        if not jobs:
+            raise config.ConfigError("grid: expected one value or more of each key, got none")
+    return folder, jobs
+
+
+def _variants(sweep, path):
+    """{name: changes} of a `Sweep`; ConfigError with all that is wrong with names and keys."""
+    if sweep.variants and sweep.grid:
+        raise config.ConfigError("grid: expected either this or variants, got both")
+    variants, faults = dict(sweep.variants or {Path(sweep.config).stem: {}}), []
+    if sweep.grid:
+        rows = [
+            dict(zip(sweep.grid, values, strict=True))
+            for values in itertools.product(*sweep.grid.values())
+        ]
+        variants = {_name(row): row for row in rows}
+        if len(variants) < len(rows):
+            faults.append("grid: expected each value of a key once, got one of them again")
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        faults.append(f"seeds: expected each once, got {list(sweep.seeds)}")
+    for name in variants:
+        if not NAME.fullmatch(name):
+            faults.append(f"variants: expected names of letters, digits and _ . + -, got {name!r}")
+    if sweep.folds == 1:
+        faults.append("folds: expected 2 or more, or none, got 1")
+    places = {"settings": sweep.settings, "grid": sweep.grid}
+    for place, keys in {
+        **places,
+        **{f"variants.{n}": c for n, c in sweep.variants.items()},
+    }.items():
+        for key in keys or ():
+            source = FROM_THE_SWEEP.get(key)
+            if key == "run.folder" and place != "settings":
+                source = "settings, for all variants"
+            if source:
+                faults.append(f"{place}: {key} comes from {source}; leave it out here")
+    if faults:
+        raise config.ConfigError("\n".join(faults))
+    return variants
+
+
+def _name(changes):
+    """A name for some changes that a folder can have: lr-0.001_cldice.weight-0.2."""
+    parts = (f"{key.split('.', 1)[-1]}-{json.dumps(value)}" for key, value in changes.items())
+    return "_".join(re.sub(r"[^\w.+-]+", "-", part).strip("-") for part in parts)
+
+
+def _overrides(changes):
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in changes.items()]
+
+
+class Faults:
+    """Collects the faults of variants; what all of them share is said once, without their names."""
+
+    def __init__(self, variants):
+        self.variants, self.lines = set(variants), {}
+
+    @contextlib.contextmanager
+    def of(self, variant):
+        """In this context the sentences of an error are faults of a variant."""
+        try:
+            yield
+        except (ValueError, FileNotFoundError) as error:
+            for line in str(error).split("\n"):
+                self.lines.setdefault(line, set()).add(variant)
+
+    def raise_any(self):
+        sentences = []
+        for line, named in self.lines.items():
+            shared = named == self.variants
+            sentences += (
+                [line] if shared else [f"variants.{name}: {line}" for name in sorted(named)]
+            )
+        if sentences:
+            raise config.ConfigError("\n".join(sentences))
+
+
+# ---------------------------------------------------------------------------- checked with the data
+
+
+def check(jobs):
+    """{name of a job: its `build.Plan`}; ConfigError with every fault that the data show.
+
+    Each variant and fold is resolved once, as a run would, for seeds change nothing there.
+    """
+    plans, faults = {}, Faults({job.variant for job in jobs})
+    for job in jobs:
+        if (job.variant, job.fold) in plans:
+            continue
+        with faults.of(job.variant):
+            plan = plans[job.variant, job.fold] = build.resolve(job.settings)
+            if not held_out(plan):
+                raise ValueError(
+                    "folds: expected labeled cases that a run is not trained on, got none; give "
+                    "folds, or data.validation or data.test in settings"
+                )
+    faults.raise_any()
+    first = jobs[0].variant
+    ids = {place: [case.id for case in held_out(plan)] for place, plan in plans.items()}
+    of_first = [cases for (variant, _), cases in ids.items() if variant == first]
+    if len(different := {tuple(cases) for cases in of_first}) < len(of_first):
+        raise config.ConfigError(
+            f"folds: expected at most {len(different)}, one for each group of cases, got "
+            f"{len(of_first)}"
+        )
+    for (variant, fold), cases in ids.items():
+        with faults.of(variant):
+            if cases != ids[first, fold]:
+                raise ValueError(f"data: expected the held-out cases of {first}, got {cases}")
+    for job in jobs:
+        with faults.of(job.variant):
+            _check_begun(job)
+    faults.raise_any()
+    return {job.name: plans[job.variant, job.fold] for job in jobs}
+
+
+def held_out(plan):
+    """The labeled cases that a run is judged by: those of its fold, else test, else validation."""
+    split = plan.split
+    cases = split.validation if plan.settings.data.folds else split.test or split.validation
+    return [case for case in cases if case.labeled]
+
+
+def _check_begun(job):
+    """A run that has state must go on with the settings that it began with."""
+    run = job.folder()
+    if run is None or not (run / "config.yaml").exists():
+        return
+    before, after = config.load(run / "config.yaml").plain(), job.settings.plain()
+    for group in MAY_DIFFER:
+        before[group] = after[group]
+    if lines := config.changes(before, after):
+        what = f"{run}: expected the settings that it was begun with, got others"
+        raise ValueError("\n".join(f"{what} ({line}); rename the sweep file" for line in lines))
+
+
+# ---------------------------------------------------------------------------- ledger
+
+
+class Ledger:
+    """A file with a JSON object per line, to which several processes append; the last line of a
+    run counts.
+
+    run, index, variant, fold, seed; settings: {group.key: value} that differ from the config;
+    status: done, failed or stopped; reason; scores: means over the held-out cases; seconds: of
+    training steps; peak_memory, peak_gpu_memory: bytes; time: since 1970.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def entries(self):
+        """{name of a run: its last line}; {} without a file."""
+        if not self.path.exists():
+            return {}
+        lines = [parse(line) or {} for line in self.path.read_bytes().splitlines()]
+        return {line["run"]: line for line in lines if "run" in line and "status" in line}
+
+    def done(self, job):
+        return self.entries().get(job.name, {}).get("status") == "done"
+
+    def append(self, entry):
+        """Add a line, which is on disk when this returns."""
+        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
+        with open(self.path, "a+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            if file.read(1) not in (b"", b"\n"):
+                line = b"\n" + line  # after one that a kill or a full disk cut short
+            file.write(line)
+            os.fsync(file.fileno())
