@@ -20,9 +20,7 @@ fault, nothing written); 75 stopped early, run it again to go on.
 import argparse
 import contextlib
 import glob
-import json
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -50,35 +48,36 @@ console = Console(file=log.Output(), highlight=False, soft_wrap=True, markup=Fal
 
 @dataclass
 class Worker:
-    """Does the runs of a sweep, several at a time if wanted, and writes them into its ledger.
+    """Does the runs of a sweep and writes them into its ledger.
 
     plans: {name of a job: `build.Plan`}; judge: the settings that all are scored by; count: how
-    many are done at a time.
+    many are done at a time; stop: a `signals.Stop`, while they are done.
     """
 
     plans: dict
     ledger: jobs.Ledger
     judge: Validation
     count: int
-    stop: signals.Stop | None = None  # while they are done
+    stop: signals.Stop | None = None
 
     def do(self, job):
         """Do a run, unless it is done."""
         place = self.ledger.path.parent / "output"
         place.mkdir(parents=True, exist_ok=True)
-        # The processes of a run inherit this file and its lock with it: that is held until the
+        # The processes of a run inherit this file, and its lock with it: that is held until the
         # last of them has ended, even if this process is killed.
         with open(place / job.name, "ab") as out:
             self._lock(out, job)
-            if self.stop.reason() or self.ledger.done(job):
+            if self.stop.reason() or self.ledger.done([job]):
                 return
-            console.print(f"{job.name} {'goes on' if job.folder() else 'begins'}")
+            console.print(f"{job.name} {'goes on' if job.folder else 'begins'}")
             status, reason = self._run(job, out)
             entry = {"run": job.name, "index": job.index, "variant": job.variant, "fold": job.fold}
             entry |= {"seed": job.seed, "settings": job.changes, "status": status, "reason": reason}
-            entry |= {"scores": self._scores(job) if status == "done" else {}, **figures(job)}
-            self.ledger.append(entry | {"time": round(time.time(), 3)})
-        result = reason or f"{self.judge.score} {entry['scores'][self.judge.score]:.4f}"
+            means = comparison.means(job.cases(), score_names(self.judge)) if not reason else {}
+            entry |= {"scores": means, **figures(job), "time": round(time.time(), 3)}
+            self.ledger.append(entry)
+        result = reason or f"{self.judge.score} {means[self.judge.score]:.4f}"
         spent = f"{duration(entry['seconds'])} of training, {format_bytes(entry['peak_memory'])}"
         console.print(f"{job.name} {status}: {result} ({spent})")
 
@@ -88,7 +87,7 @@ class Worker:
             if not waiting:
                 console.print(f"{job.name}: another process does it; waiting for its end")
             waiting = True
-            time.sleep(1)
+            time.sleep(POLL_SECONDS)
 
     def _run(self, job, out):
         """(status, reason) of the processes of a run, one after another."""
@@ -96,9 +95,8 @@ class Worker:
             code, line = self._process(command, out)
             if code == DONE:
                 continue
-            reason = f"{command[0]} {describe_death(code)}" + (f": {line}" if line else "")
             if code != STOPPED and not self.stop.why:
-                return "failed", reason
+                return "failed", f"{command[0]} {describe_death(code)}" + (line and f": {line}")
             self.stop.why = self.stop.why or f"{job.name} stopped: {why_stopped(job)}"
             return "stopped", self.stop.why
         return "done", None
@@ -106,27 +104,26 @@ class Worker:
     def _commands(self, job):
         """The commands of a run, each made when those before it have ended well."""
         threads = job.settings.run.threads or max(1, cores() // self.count)
-        overrides = [*job.overrides, f"run.threads={threads}"]
-        yield ["train.py", job.config, "--resume", *overrides]
-        run, plan = job.folder(), self.plans[job.name]
-        predictions, checkpoint = run / "predictions", run / "checkpoints" / "last.pt"
-        paths = [case.path for case in jobs.held_out(plan)]
-        ids = [glob.escape(case.id) for case in jobs.held_out(plan)]
-        yield ["infer.py", "--ckpt", checkpoint, "--output", predictions, "--input", *paths]
+        yield ["train.py", job.config, "--resume", *job.overrides, f"run.threads={threads}"]
+        plan, judge, run = self.plans[job.name], self.judge, job.folder
+        predictions, cases = run / "predictions", jobs.held_out(plan)
+        yield [
+            *("infer.py", "--ckpt", run / "checkpoints" / "last.pt", "--output", predictions),
+            *("--input", *(case.path for case in cases)),
+        ]
         yield [
             *("evaluate.py", "--pred", f"{job.name}={predictions}", "--truth", plan.dataset.root),
-            *("--cases", *ids, "--foreground", *plan.foreground),
-            *("--scores", *score_names(self.judge), "--rank", self.judge.score),
-            *("--tolerance", self.judge.tolerance, "--out", run / "scores.json"),
-            *("--overlays", run, "--overlay-cases", OVERLAY_CASES),
+            *("--cases", *(glob.escape(case.id) for case in cases)),
+            *("--foreground", *plan.foreground, "--tolerance", judge.tolerance),
+            *("--scores", *score_names(judge), "--rank", judge.score),
+            *("--out", run / "scores.json", "--overlays", run, "--overlay-cases", OVERLAY_CASES),
         ]
 
     def _process(self, command, out):
-        """(exit status, its last line on stderr) of a script, which a reason to stop ends."""
-        words = [sys.executable, ROOT / command[0], *command[1:]]
+        """(exit status, last line of stderr) of a script, which a reason to stop ends."""
+        words = map(str, [sys.executable, ROOT / command[0], *command[1:]])
         with open(f"{out.name}.errors", "w+b") as errors:
-            process = subprocess.Popen(list(map(str, words)), stdout=out, stderr=errors)
-            asked = False
+            process, asked = subprocess.Popen([*words], stdout=out, stderr=errors), False
             while process.poll() is None:
                 if self.stop.reason() and not asked:
                     process.terminate()
@@ -136,23 +133,14 @@ class Worker:
             lines = errors.read().decode(errors="replace").strip().split("\n")
         return process.returncode, lines[-1]
 
-    def _scores(self, job):
-        rows = cases_of(job)
-        return {n: statistics.fmean(row[n] for row in rows) for n in score_names(self.judge)}
-
 
 def score_names(judge):
     return list(dict.fromkeys([judge.score, *judge.scores]))
 
 
-def cases_of(job):
-    """What evaluate.py says of each case of a run that is done."""
-    return json.loads((job.folder() / "scores.json").read_text())["cases"]
-
-
 def figures(job):
     """Seconds of training steps and peak memory, as far as the files of a run tell."""
-    run = job.folder() or Path(job.settings.run.folder, job.name)
+    run = job.folder or Path(job.settings.run.folder, job.name)
     seconds, step, readings = 0.0, 0, []
     with contextlib.suppress(FileNotFoundError):
         for event in log.read_log(run / "log.jsonl"):
@@ -161,74 +149,68 @@ def figures(job):
                 step = event["step"]
         readings = [*filter(None, map(parse, (run / "system.jsonl").read_bytes().splitlines()))]
     memory, gpu_memory = peaks(readings)
-    return {
-        "seconds": round(seconds, 2), "peak_memory": memory, "peak_gpu_memory": gpu_memory
-    }  # fmt: skip
+    spent = {"seconds": round(seconds, 2)}
+    return spent | {"peak_memory": memory, "peak_gpu_memory": gpu_memory}
 
 
 def why_stopped(job):
-    events = log.read_log(job.folder() / "log.jsonl")
-    return next((e["reason"] for e in reversed(events) if e["event"] == "stop"), "no reason given")
+    events = log.read_log(job.folder / "log.jsonl") if job.folder else []
+    return next((e["reason"] for e in reversed(events) if e["event"] == "stop"), "it was asked to")
 
 
 # ---------------------------------------------------------------------------- all runs
 
 
-def do_all(worker, chosen, count):
-    """Do the chosen runs, `count` at a time; the exit status."""
-    with signals.Stop() as worker.stop, ThreadPoolExecutor(count) as pool:
+def do_all(worker, chosen):
+    """Do the chosen runs; the exit status."""
+    with (
+        contextlib.suppress(KeyboardInterrupt),  # a second Ctrl-C, which the runs had too
+        signals.Stop() as worker.stop,
+        ThreadPoolExecutor(worker.count) as pool,
+    ):
         for _ in pool.map(worker.do, chosen):
             pass
     if worker.stop.why:
         return STOPPED
-    return DONE if all(worker.ledger.done(job) for job in chosen) else FAILED
+    return DONE if len(worker.ledger.done(chosen)) == len(chosen) else FAILED
 
 
-def write_report(all_jobs, ledger, sweep_file):
-    """Print the tables of the runs that are in the ledger; write table.csv and report.html."""
-    judge, entries = all_jobs[0].settings.validation, ledger.entries()
-    done = [job for job in all_jobs if entries.get(job.name, {}).get("status") == "done"]
-    runs = [comparison.Scored(job.variant, job.place, cases_of(job)) for job in done]
-    names, first = score_names(judge), all_jobs[0].variant
-    rows = [row for name in names for row in comparison.compare(runs, name, first)]
-    shown = [entries[job.name] for job in all_jobs if job.name in entries]
+def write_report(all_jobs, ledger, path):
+    """Print the tables of the runs that are done; write table.csv and report.html."""
+    judge, entries, place = all_jobs[0].settings.validation, ledger.entries(), ledger.path.parent
+    done, names, folders = ledger.done(all_jobs), score_names(judge), {}
+    runs = [comparison.Scored(job.variant, (job.fold, job.seed), job.cases()) for job in done]
+    rows = [row for n in names for row in comparison.compare(runs, n, all_jobs[0].variant)]
     if rows:
         wide = Console(width=None if console.is_terminal else 160, highlight=False, markup=False)
-        comparison.print_table(wide, rows, judge.score)
-        report.write_csv(ledger.path.parent / "table.csv", [row._asdict() for row in rows])
-    folders = {}
+        comparison.print_table(wide, rows, names)
+        report.write_csv(place / "table.csv", [row._asdict() for row in rows])
     for job in done:
-        folders.setdefault(job.variant, []).append(job.folder())
-    figures = [("Curves of all runs", picture.draw_runs(folders, judge.score))] if done else []
+        folders.setdefault(job.variant, []).append(job.folder)
+    pictures = [("Curves of all runs", picture.draw_runs(folders, judge.score))] if done else []
     page.write_page(
-        ledger.path.parent / "report.html",
-        f"Sweep {ledger.path.parent.name}: {len(done)} of {len(all_jobs)} runs done",
+        place / "report.html",
+        f"Sweep {place.name}: {len(done)} of {len(all_jobs)} runs done",
         rows,
-        shown,
-        score=judge.score,
+        [entries[job.name] for job in all_jobs if job.name in entries],
         names=names,
-        figures=figures + worst_pictures(done, judge.score),
-        about={str(sweep_file): Path(sweep_file).read_text()},
+        pictures=pictures + worst_pictures(done, judge.score),
+        about={str(path): Path(path).read_text()},
     )
-    for entry in shown:
-        if entry["status"] != "done":
-            console.print(f"{entry['run']} {entry['status']}: {entry['reason']}")
-    console.print(
-        f"wrote {ledger.path.parent / 'report.html'}; {len(done)} of {len(all_jobs)} done"
-    )
+    for job in all_jobs:
+        if (entry := entries.get(job.name, {})).get("reason"):
+            console.print(f"{job.name} {entry['status']}: {entry['reason']}")
+    console.print(f"{len(done)} of {len(all_jobs)} runs done; wrote {place / 'report.html'}")
 
 
 def worst_pictures(done, score):
     """[(title, PNG)]: of each variant, the picture of the run whose worst case is the worst."""
-    worst = {}
-    for job in done:
-        (row, *_) = report.worst_first(cases_of(job), job.name, score)
-        worst.setdefault(job.variant, []).append({**row, "method": job.variant, "run": job})
+    rows = [row | {"method": job.variant, "job": job} for job in done for row in job.cases()]
     pictures = []
-    for variant, rows in worst.items():
-        run = report.worst_first(rows, variant, score)[0]["run"]
-        png = (run.folder() / f"{run.name}.png").read_bytes()
-        pictures.append((f"{variant}: the worst cases of {run.name}", png))
+    for variant in report.methods_of(rows):
+        job = report.worst_first(rows, variant, score)[0]["job"]
+        title = f"{variant}: the worst cases of {job.name}"
+        pictures.append((title, (job.folder / f"{job.name}.png").read_bytes()))
     return pictures
 
 
@@ -258,23 +240,24 @@ def main(argv=None):
         place, all_jobs = jobs.expand(path)
         if index is not None and not 0 <= index < len(all_jobs):
             raise ValueError(f"--index: expected 0 to {len(all_jobs) - 1}, got {index}")
+        ledger = jobs.Ledger(place / "ledger.jsonl")
         chosen = all_jobs if index is None else [all_jobs[index]]
         if arguments.print:
-            script = [sys.executable, str(ROOT / "sweep.py"), path, "--index"]
-            print(*(shlex.join([*script, str(job.index)]) for job in chosen), sep="\n")
+            done, words = ledger.done(chosen), [sys.executable, ROOT / "sweep.py", path, "--index"]
+            for job in chosen:
+                if job not in done:
+                    print(shlex.join(map(str, [*words, job.index])))
             return DONE
-        ledger = jobs.Ledger(place / "ledger.jsonl")
-        plans = {} if arguments.report else jobs.check(all_jobs)
         if arguments.report and not ledger.path.exists():
             raise ValueError(f"{path}: expected runs of it in {place}, got none; run it first")
+        plans = {} if arguments.report else jobs.check(all_jobs)
     except ValueError as error:
         print(error, file=sys.stderr)
         return WRONG_INPUT
-    status = DONE
+    worker, status = Worker(plans, ledger, all_jobs[0].settings.validation, arguments.jobs), DONE
     try:
         if not arguments.report:
-            worker = Worker(plans, ledger, all_jobs[0].settings.validation, arguments.jobs)
-            status = do_all(worker, chosen, arguments.jobs)
+            status = do_all(worker, chosen)
         if status == STOPPED:
             console.print(f"stopped: {worker.stop.why}; go on with: python sweep.py {path}")
         elif index is None or len(ledger.entries()) == len(all_jobs):

@@ -60,10 +60,10 @@ def compare(runs, name, first=None):
     first = first or next(iter(by_variant), None)
     compared = []
     for variant, own in by_variant.items():
-        means = _means(own, name)
-        deviation = statistics.stdev(means.values()) if len(means) > 1 else None
+        values = _means(own, name).values()
+        deviation = statistics.stdev(values) if len(values) > 1 else None
         cases = _by_case(variant, own, own, name)
-        row = Compared(variant, name, len(own), statistics.fmean(means.values()), deviation)
+        row = Compared(variant, name, len(own), statistics.fmean(values), deviation)
         row = row._replace(cases=len(cases), case_mean=statistics.fmean(c[name] for c in cases))
         if variant != first and (pairs := own.keys() & by_variant.get(first, {}).keys()):
             row = _against(row, own, first, by_variant[first], pairs)
@@ -73,8 +73,9 @@ def compare(runs, name, first=None):
 
 def _against(row, own, first, others, pairs):
     """The row of a variant with its differences to another one in these pairs of runs."""
-    name, (means, others_means) = row.score, (_means(runs, row.score) for runs in (own, others))
-    differences = [means[place] - others_means[place] for place in sorted(pairs, key=str)]
+    name = row.score
+    mine, theirs = _means(own, name), _means(others, name)
+    differences = [mine[place] - theirs[place] for place in sorted(pairs, key=str)]
     low, high = report.student_interval(differences) or (None, None)
     rows = _by_case(first, others, pairs, name) + _by_case(row.variant, own, pairs, name)
     standings = {s.method: s for s in report.leaderboard(rows, name, against=first)}
@@ -93,9 +94,13 @@ def _against(row, own, first, others, pairs):
     )
 
 
+def means(rows, names):
+    """{score: mean over the rows of a run's cases}."""
+    return {name: statistics.fmean(row[name] for row in rows) for name in names}
+
+
 def _means(runs, name):
-    """{place: mean over the cases of its run}."""
-    return {place: statistics.fmean(row[name] for row in rows) for place, rows in runs.items()}
+    return {place: means(rows, [name])[name] for place, rows in runs.items()}
 
 
 def _by_case(variant, runs, places, name):
@@ -110,18 +115,26 @@ def _by_case(variant, runs, places, name):
     ]
 
 
-def headings(score):
-    """Of the cells of a `Compared`."""
-    return [
-        *("variant", "runs", score.replace("_", " "), "to the first", "95 % of runs"),
-        *("all cases", "to the first", "95 % of cases", "ahead", "behind"),
-    ]
+# ---------------------------------------------------------------------------- for people
 
 
-def cells(row):
-    """The texts of a `Compared`, for people."""
+def tables(rows, names):
+    """[(headings, rows of texts)] of all `Compared`: by the first of these scores, by others."""
+    main, *others = names
+    yield (
+        ["variant", "runs", main, "to the first", "95 % of runs", "all cases"]
+        + ["to the first", "95 % of cases", "ahead", "behind"],
+        [_cells(row) for row in rows if row.score == main],
+    )
+    if others:
+        by_score = {(row.variant, row.score): _plus_minus(row) for row in rows}
+        variants = dict.fromkeys(row.variant for row in rows)
+        yield ["variant", *others], [[v, *(by_score[v, n] for n in others)] for v in variants]
+
+
+def _cells(row):
     return [
-        *(row.variant, str(row.runs), plus_minus(row)),
+        *(row.variant, str(row.runs), _plus_minus(row)),
         *(_signed(row.difference), _interval(row.low, row.high)),
         f"{report.format_score(row.case_mean, row.score)} of {row.cases}",
         *(_signed(row.case_difference), _interval(row.case_low, row.case_high)),
@@ -129,8 +142,7 @@ def cells(row):
     ]
 
 
-def plus_minus(row):
-    """The mean of a `Compared`, with its deviation where there are several runs."""
+def _plus_minus(row):
     deviation = "" if row.deviation is None else f" ± {row.deviation:.3f}"
     return report.format_score(row.mean, row.score) + deviation
 
@@ -143,29 +155,18 @@ def _interval(low, high):
     return "" if low is None else report.interval_text((low, high), "+")
 
 
-def print_table(console, rows, score):
-    """The `Compared` rows of a score, then all other scores as mean and deviation."""
-    main = [row for row in rows if row.score == score]
-    others = list(dict.fromkeys(row.score for row in rows if row.score != score))
-    tables = [(headings(score), [cells(row) for row in main])]
-    tables += [(["variant", *others], other_scores(rows, others))] if others else []
-    for heads, texts in tables:
+def print_table(console, rows, names):
+    """All `tables`, and the notes on them."""
+    for heads, texts in tables(rows, names):
         table = Table()
         for head in heads:
-            left = head == "variant"
-            table.add_column(head.replace("_", " "), justify="left" if left else "right")
+            justify = "left" if head == "variant" else "right"
+            table.add_column(head.replace("_", " "), justify=justify)
         for row in texts:
             table.add_row(*row)
         console.print(table)
-    for note in notes(main):
+    for note in notes(rows):
         console.print(f"note: {note}")
-
-
-def other_scores(rows, names):
-    """[variant, mean and deviation of each score] of each variant."""
-    by_score = {(row.variant, row.score): plus_minus(row) for row in rows}
-    variants = dict.fromkeys(row.variant for row in rows)
-    return [[variant, *(by_score[variant, name] for name in names)] for variant in variants]
 
 
 def notes(rows):

@@ -29,6 +29,7 @@ FROM_THE_SWEEP = {  # keys that no change may set, and where they come from
     "run.seed": "seeds",
     "data.folds": "folds",
     "data.fold": "folds",
+    "run.folder": "settings",
 }
 NAME = re.compile(r"\w[\w.+-]*")
 MAY_DIFFER = ("run", "monitor")  # groups that a run may be gone on with otherwise than it began
@@ -63,18 +64,18 @@ class Job:
         return self.settings.run.name
 
     @property
-    def place(self):
-        """What a run of another variant shares with it, to be compared with it."""
-        return self.fold, self.seed
+    def overrides(self):
+        return overrides(self.changes)
 
     @property
-    def overrides(self):
-        """The changes as the command line has them."""
-        return _overrides(self.changes)
-
     def folder(self):
         """Where it has saved state, or None."""
         return newest_run_folder(self.settings.run.folder, self.name)
+
+    def cases(self):
+        """What evaluate.py says of each case, None if it has not scored them."""
+        path = self.folder and self.folder / "scores.json"
+        return json.loads(path.read_text())["cases"] if path and path.exists() else None
 
 
 # ---------------------------------------------------------------------------- what is asked for
@@ -87,59 +88,57 @@ def expand(path):
         sweep = config.build(content, Sweep)
         if not sweep.config:
             raise config.ConfigError("config: expected the config file of the runs, got none")
-        base = config.load(sweep.config)
-        variants = _variants(sweep, path)
+        base, content = config.load(sweep.config), config.read(sweep.config)
+        variants, folds = _variants(sweep), range(sweep.folds) if sweep.folds else [None]
         folder = Path(sweep.settings.get("run.folder", base.run.folder), path.stem)
         jobs, faults = [], Faults(variants)
-        places = itertools.product(
-            variants, range(sweep.folds) if sweep.folds else [None], sweep.seeds or [base.run.seed]
-        )
+        places = itertools.product(variants, folds, sweep.seeds or [base.run.seed])
         for index, (variant, fold, seed) in enumerate(places):
             name = f"{variant}_seed{seed}" if fold is None else f"{variant}_fold{fold}_seed{seed}"
             changes = {**sweep.settings, **(variants[variant] or {}), "run.folder": str(folder)}
             changes |= {"run.name": name, "run.seed": seed}
             changes |= {} if fold is None else {"data.folds": sweep.folds, "data.fold": fold}
             with faults.of(variant):
-                content = config.apply_overrides(config.read(sweep.config), _overrides(changes))
-                settings = config.build(content)
+                settings = config.build(config.apply_overrides(content, overrides(changes)))
                 jobs.append(Job(index, variant, fold, seed, sweep.config, changes, settings))
         faults.raise_any()
-        if not jobs:
-            raise config.ConfigError("grid: expected one value or more of each key, got none")
     return folder, jobs
 
 
-def _variants(sweep, path):
+def overrides(changes):
+    """Changes as the command line has them."""
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in changes.items()]
+
+
+def _variants(sweep):
     """{name: changes} of a `Sweep`; ConfigError with all that is wrong with names and keys."""
+    rows = [
+        dict(zip(sweep.grid, values, strict=True))
+        for values in itertools.product(*sweep.grid.values())
+    ]
+    gridded = {_name(row): row for row in rows} if sweep.grid else {}
+    variants = sweep.variants or gridded or {Path(sweep.config).stem: {}}
+    places = {f"variants.{name}": changes or {} for name, changes in sweep.variants.items()}
+    places |= {"grid": sweep.grid, "settings": sweep.settings}
+    faults = [
+        f"{place}: {key} comes from {FROM_THE_SWEEP[key]}; leave it out here"
+        for place, changes in places.items()
+        for key in changes.keys() & FROM_THE_SWEEP.keys()
+        if place != "settings" or key != "run.folder"
+    ]
+    faults += [
+        f"variants: expected names of letters, digits and _ . + -, got {name!r}"
+        for name in variants
+        if not NAME.fullmatch(name)
+    ]
     if sweep.variants and sweep.grid:
-        raise config.ConfigError("grid: expected either this or variants, got both")
-    variants, faults = dict(sweep.variants or {Path(sweep.config).stem: {}}), []
-    if sweep.grid:
-        rows = [
-            dict(zip(sweep.grid, values, strict=True))
-            for values in itertools.product(*sweep.grid.values())
-        ]
-        variants = {_name(row): row for row in rows}
-        if len(variants) < len(rows):
-            faults.append("grid: expected each value of a key once, got one of them again")
+        faults.append("grid: expected either this or variants, got both")
+    if sweep.grid and len(gridded) < max(1, len(rows)):
+        faults.append("grid: expected one value or more of each key, each once")
     if len(set(sweep.seeds)) < len(sweep.seeds):
         faults.append(f"seeds: expected each once, got {list(sweep.seeds)}")
-    for name in variants:
-        if not NAME.fullmatch(name):
-            faults.append(f"variants: expected names of letters, digits and _ . + -, got {name!r}")
     if sweep.folds == 1:
         faults.append("folds: expected 2 or more, or none, got 1")
-    places = {"settings": sweep.settings, "grid": sweep.grid}
-    for place, keys in {
-        **places,
-        **{f"variants.{n}": c for n, c in sweep.variants.items()},
-    }.items():
-        for key in keys or ():
-            source = FROM_THE_SWEEP.get(key)
-            if key == "run.folder" and place != "settings":
-                source = "settings, for all variants"
-            if source:
-                faults.append(f"{place}: {key} comes from {source}; leave it out here")
     if faults:
         raise config.ConfigError("\n".join(faults))
     return variants
@@ -147,12 +146,9 @@ def _variants(sweep, path):
 
 def _name(changes):
     """A name for some changes that a folder can have: lr-0.001_cldice.weight-0.2."""
-    parts = (f"{key.split('.', 1)[-1]}-{json.dumps(value)}" for key, value in changes.items())
-    return "_".join(re.sub(r"[^\w.+-]+", "-", part).strip("-") for part in parts)
-
-
-def _overrides(changes):
-    return [f"{key}={json.dumps(value, default=str)}" for key, value in changes.items()]
+    texts = {key.split(".", 1)[-1]: json.dumps(v).strip('"') for key, v in changes.items()}
+    parts = (re.sub(r"[^\w.+-]+", "-", f"{key}-{text}") for key, text in texts.items())
+    return "_".join(part.strip("-") for part in parts)
 
 
 class Faults:
@@ -173,10 +169,8 @@ class Faults:
     def raise_any(self):
         sentences = []
         for line, named in self.lines.items():
-            shared = named == self.variants
-            sentences += (
-                [line] if shared else [f"variants.{name}: {line}" for name in sorted(named)]
-            )
+            whose = [""] if named == self.variants else [f"variants.{n}: " for n in sorted(named)]
+            sentences += [name + line for name in whose]
         if sentences:
             raise config.ConfigError("\n".join(sentences))
 
@@ -189,32 +183,26 @@ def check(jobs):
 
     Each variant and fold is resolved once, as a run would, for seeds change nothing there.
     """
-    plans, faults = {}, Faults({job.variant for job in jobs})
+    plans, faults, first = {}, Faults({job.variant for job in jobs}), jobs[0].variant
     for job in jobs:
-        if (job.variant, job.fold) in plans:
-            continue
-        with faults.of(job.variant):
-            plan = plans[job.variant, job.fold] = build.resolve(job.settings)
-            if not held_out(plan):
-                raise ValueError(
-                    "folds: expected labeled cases that a run is not trained on, got none; give "
-                    "folds, or data.validation or data.test in settings"
-                )
+        if (job.variant, job.fold) not in plans:
+            with faults.of(job.variant):
+                plans[job.variant, job.fold] = build.resolve(job.settings)
     faults.raise_any()
-    first = jobs[0].variant
-    ids = {place: [case.id for case in held_out(plan)] for place, plan in plans.items()}
-    of_first = [cases for (variant, _), cases in ids.items() if variant == first]
-    if len(different := {tuple(cases) for cases in of_first}) < len(of_first):
+    ids = {place: tuple(case.id for case in held_out(plan)) for place, plan in plans.items()}
+    if not all(ids.values()):
         raise config.ConfigError(
-            f"folds: expected at most {len(different)}, one for each group of cases, got "
-            f"{len(of_first)}"
+            "folds: expected labeled cases that a run is not trained on, got none; give folds, or "
+            "data.validation or data.test in settings"
         )
-    for (variant, fold), cases in ids.items():
-        with faults.of(variant):
-            if cases != ids[first, fold]:
-                raise ValueError(f"data: expected the held-out cases of {first}, got {cases}")
+    of_first = [cases for (variant, _), cases in ids.items() if variant == first]
+    if (most := len(set(of_first))) < len(of_first):
+        raise config.ConfigError(f"folds: expected at most {most}, one for each group of cases")
     for job in jobs:
         with faults.of(job.variant):
+            cases = ids[job.variant, job.fold]
+            if cases != ids[first, job.fold]:
+                raise ValueError(f"data: expected the held-out cases of {first}, got {cases}")
             _check_begun(job)
     faults.raise_any()
     return {job.name: plans[job.variant, job.fold] for job in jobs}
@@ -229,14 +217,12 @@ def held_out(plan):
 
 def _check_begun(job):
     """A run that has state must go on with the settings that it began with."""
-    run = job.folder()
-    if run is None or not (run / "config.yaml").exists():
+    if job.folder is None:
         return
-    before, after = config.load(run / "config.yaml").plain(), job.settings.plain()
-    for group in MAY_DIFFER:
-        before[group] = after[group]
+    before = config.load(job.folder / "config.yaml").plain()
+    after = job.settings.plain() | {group: before[group] for group in MAY_DIFFER}
     if lines := config.changes(before, after):
-        what = f"{run}: expected the settings that it was begun with, got others"
+        what = f"{job.folder}: expected the settings that it began with, got others"
         raise ValueError("\n".join(f"{what} ({line}); rename the sweep file" for line in lines))
 
 
@@ -257,13 +243,15 @@ class Ledger:
 
     def entries(self):
         """{name of a run: its last line}; {} without a file."""
-        if not self.path.exists():
-            return {}
-        lines = [parse(line) or {} for line in self.path.read_bytes().splitlines()]
+        content = self.path.read_bytes() if self.path.exists() else b""
+        lines = [parse(line) or {} for line in content.splitlines()]
         return {line["run"]: line for line in lines if "run" in line and "status" in line}
 
-    def done(self, job):
-        return self.entries().get(job.name, {}).get("status") == "done"
+    def done(self, jobs):
+        """Those of some jobs that are done, and whose folder nobody has removed."""
+        entries = self.entries()
+        done = [job for job in jobs if entries.get(job.name, {}).get("status") == "done"]
+        return [job for job in done if job.cases()]
 
     def append(self, entry):
         """Add a line, which is on disk when this returns."""

@@ -19,6 +19,7 @@ th, td { padding: .3em .8em; text-align: right; border-bottom: 1px solid #ddd; w
 th:first-child, td:first-child { text-align: left }
 th { cursor: pointer; background: #f3f3f3 } th:hover { background: #e4e4e4 }
 th[data-order="1"]::after { content: " \\25b2" } th[data-order="-1"]::after { content: " \\25bc" }
+div.wide + div.wide { margin-top: 1.2em }
 tr.failed td, tr.stopped td { color: #b00020 }
 img { max-width: 100%; height: auto } p.note { color: #555; max-width: 60em }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
@@ -42,22 +43,18 @@ for (const head of document.querySelectorAll("th")) head.onclick = () => {
 """
 
 
-def write_page(path, title, rows, entries, *, score, names, figures, about):
+def write_page(path, title, rows, entries, *, names, pictures, about):
     """Write the page of a sweep.
 
-    rows: [`comparison.Compared`] of all scores; entries: lines of the ledger; score: that by which
-    variants are ranked; names: of all scores; figures: [(title, a matplotlib figure or the bytes of
-    a PNG)]; about: {title: text} shown as it is.
+    rows: [`comparison.Compared`] of all scores; entries: lines of the ledger; names: of the scores,
+    the main one first; pictures: [(title, a matplotlib figure or the bytes of a PNG)]; about:
+    {title: text} shown as it is.
     """
-    main = [row for row in rows if row.score == score]
-    others = [name for name in names if name != score]
     parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Variants</h2>"]
-    parts += [_table(comparison.headings(score), [comparison.cells(row) for row in main])]
-    parts += [f'<p class="note">{html.escape(note)}</p>' for note in comparison.notes(main)]
-    if others:
-        parts += [_table(["variant", *others], comparison.other_scores(rows, others))]
+    parts += [_table(heads, texts) for heads, texts in comparison.tables(rows, names)]
+    parts += [f'<p class="note">{html.escape(note)}</p>' for note in comparison.notes(rows)]
     parts += ["<h2>Runs</h2>", _runs(entries, names)]
-    for heading, figure in figures:
+    for heading, figure in pictures:
         parts += [f"<h2>{html.escape(heading)}</h2>", _image(heading, figure)]
     for heading, text in about.items():
         parts += [f"<h2>{html.escape(heading)}</h2>", f"<pre>{html.escape(text)}</pre>"]
@@ -70,6 +67,7 @@ def write_page(path, title, rows, entries, *, score, names, figures, about):
 
 
 def _runs(entries, names):
+    """The table of the runs."""
     heads = ["run", "status", *names, "training", "memory", "GPU memory", "reason"]
     texts = []
     for entry in entries:
@@ -80,18 +78,15 @@ def _runs(entries, names):
     return _table(heads, texts, [entry["status"] for entry in entries])
 
 
-def _table(heads, texts, classes=()):
+def _table(heads, texts, classes=None):
     """A table of texts that sorts by click; classes: of its rows."""
     head = "".join(f"<th>{html.escape(text.replace('_', ' '))}</th>" for text in heads)
-    rows = []
-    for i, row in enumerate(texts):
-        kind = f' class="{classes[i]}"' if classes else ""
-        rows.append(f"<tr{kind}>{''.join(f'<td>{html.escape(t)}</td>' for t in row)}</tr>")
-    body = "\n".join(rows)
-    return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
-        "</div>"
+    body = "\n".join(
+        f'<tr class="{kind}">{"".join(f"<td>{html.escape(text)}</td>" for text in row)}</tr>'
+        for kind, row in zip(classes or [""] * len(texts), texts, strict=True)
     )
+    table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
 
 
 def _image(heading, figure):

@@ -113,10 +113,10 @@ def student_interval(values):
     """(low, high) of the mean of a few values, 95 %, by Student's t; None of fewer than 2."""
     if len(values) < 2:
         return None
-    from scipy.stats import t  # late: half a second
+    from scipy.special import stdtrit
 
-    mean, spread = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
-    reach = float(t.ppf(0.975, len(values) - 1)) * spread
+    mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
+    reach = float(stdtrit(len(values) - 1, 0.975)) * error
     return mean - reach, mean + reach
 
 
