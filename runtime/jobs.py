@@ -88,7 +88,9 @@ def expand(path):
         sweep = config.build(content, Sweep)
         if not sweep.config:
             raise config.ConfigError("config: expected the config file of the runs, got none")
-        base, content = config.load(sweep.config), config.read(sweep.config)
+        content = config.read(sweep.config)
+        with config.faults_of(sweep.config):
+            base = config.build(content)
         variants, folds = _variants(sweep), range(sweep.folds) if sweep.folds else [None]
         folder = Path(sweep.settings.get("run.folder", base.run.folder), path.stem)
         jobs, faults = [], Faults(variants)

@@ -17,9 +17,18 @@ import sweep
 from runtime import build, comparison, config, jobs
 from runtime.comparison import Scored
 from scoring import report
-from tests.test_training_step import make_root, make_settings
+from tests.test_training_step import make_root
 
 ROOT, FORK = Path(__file__).parents[1], multiprocessing.get_context("fork")
+TINY = {  # as few settings as a run of the real scripts needs
+    "run": {"device": "cpu", "threads": 1},
+    "sampling": {"patch": [8, 16, 16]},
+    "model": {"base": 4, "multipliers": [1, 2]},
+    "optim": {"lr": 1e-2, "warmup_steps": 0},
+    "training": {"max_epochs": 1, "train_iterations_per_epoch": 2, "workers": 0},
+    "validation": {"untrained": False},
+    "monitor": {"tensorboard": False, "picture": False, "log_every": 1},
+}
 
 
 def write(path, content):
@@ -32,7 +41,7 @@ def base(tmp_path):
     """The config of tiny runs on four cases."""
     root = tmp_path / "data"
     root.mkdir()
-    return write(tmp_path / "base.yaml", make_settings(make_root(root)).plain())
+    return write(tmp_path / "base.yaml", TINY | {"data": {"root": str(make_root(root))}})
 
 
 def write_sweep(base, **content):
@@ -472,8 +481,7 @@ def test_a_report_before_any_run_is_one_sentence(two_by_two, capsys):
 
 def test_each_case_is_predicted_by_the_real_run_that_did_not_see_it(base, capsys):
     """train.py, infer.py and evaluate.py as they are, for one of two folds."""
-    settings = {"run.folder": str(Path(base).parent / "runs"), "training.max_steps": 2}
-    path = write_sweep(base, folds=2, settings=settings | {"monitor.log_every": 1})
+    path = write_sweep(base, folds=2)
     assert sweep.main([path, "--index", "1"]) == 0, capsys.readouterr()
     folder, (_, job) = jobs.expand(path)
     run, plan = folder / "base_fold1_seed0", build.resolve(job.settings)
