@@ -97,7 +97,7 @@ class Worker:
                 continue
             if code != STOPPED and not self.stop.why:
                 return "failed", f"{command[0]} {describe_death(code)}" + (line and f": {line}")
-            self.stop.why = self.stop.why or f"{job.name} stopped: {why_stopped(job)}"
+            self.stop.why = self.stop.why or f"{job.name} stopped: {line}"
             return "stopped", self.stop.why
         return "done", None
 
@@ -120,7 +120,7 @@ class Worker:
         ]
 
     def _process(self, command, out):
-        """(exit status, last line of stderr) of a script, which a reason to stop ends."""
+        """(exit status, last line that tells why) of a script, which a reason to stop ends."""
         words = map(str, [sys.executable, ROOT / command[0], *command[1:]])
         with open(f"{out.name}.errors", "w+b") as errors:
             process, asked = subprocess.Popen([*words], stdout=out, stderr=errors), False
@@ -130,8 +130,10 @@ class Worker:
                     asked = True
                 time.sleep(POLL_SECONDS)
             errors.seek(0)
-            lines = errors.read().decode(errors="replace").strip().split("\n")
-        return process.returncode, lines[-1]
+            text = errors.read()
+        if process.returncode > 0 and not text:
+            text = Path(out.name).read_bytes()
+        return process.returncode, text.decode(errors="replace").strip().split("\n")[-1]
 
 
 def score_names(judge):
@@ -151,11 +153,6 @@ def figures(job):
     memory, gpu_memory = peaks(readings)
     spent = {"seconds": round(seconds, 2)}
     return spent | {"peak_memory": memory, "peak_gpu_memory": gpu_memory}
-
-
-def why_stopped(job):
-    events = log.read_log(job.folder / "log.jsonl") if job.folder else []
-    return next((e["reason"] for e in reversed(events) if e["event"] == "stop"), "it was asked to")
 
 
 # ---------------------------------------------------------------------------- all runs
@@ -179,7 +176,7 @@ def write_report(all_jobs, ledger, path):
     """Print the tables of the runs that are done; write table.csv and report.html."""
     judge, entries, place = all_jobs[0].settings.validation, ledger.entries(), ledger.path.parent
     done, names, folders = ledger.done(all_jobs), score_names(judge), {}
-    runs = [comparison.Scored(job.variant, (job.fold, job.seed), job.cases()) for job in done]
+    runs = [(job.variant, (job.fold, job.seed), job.cases()) for job in done]
     rows = [row for n in names for row in comparison.compare(runs, n, all_jobs[0].variant)]
     if rows:
         wide = Console(width=None if console.is_terminal else 160, highlight=False, markup=False)

@@ -1,7 +1,7 @@
 """Variants compared by their runs: over folds and seeds, and case by case.
 
-runs = [Scored("bce", (0, 0), [{"case": "a", "dice": 0.8}]), Scored("cldice", (0, 0), ...)]
-compare(runs, "dice")       # a `Compared` for each variant, the first one first
+runs = [("bce", (0, 0), [{"case": "a", "dice": 0.8}]), ("cldice", (0, 0), ...)]
+compare(runs, "dice")       # a `Compared` for each variant
 """
 
 import statistics
@@ -12,14 +12,6 @@ from rich.table import Table
 from scoring import report
 
 FEW = 5  # pairs of runs below which an interval says little
-
-
-class Scored(NamedTuple):
-    """A run: its variant, what it shares with a run of another (fold, seed), rows of its cases."""
-
-    variant: str
-    place: tuple
-    rows: list
 
 
 class Compared(NamedTuple):
@@ -50,13 +42,14 @@ class Compared(NamedTuple):
 
 
 def compare(runs, name, first=None):
-    """[`Compared`] of all variants by a score; first: the variant that the others are compared
-    with, None: that of the first run. [] of no runs. Only pairs of runs are compared: what one
-    variant lacks is left out of the other.
+    """[`Compared`] of all variants by a score; [] of no runs.
+
+    runs: [(variant, place, rows of cases)]; runs of one place (fold, seed) are pairs, and only
+    pairs are compared. first: what the others are compared with, None: the variant of the first.
     """
     by_variant = {}
-    for run in runs:
-        by_variant.setdefault(run.variant, {})[run.place] = run.rows
+    for variant, place, rows in runs:
+        by_variant.setdefault(variant, {})[place] = rows
     first = first or next(iter(by_variant), None)
     compared = []
     for variant, own in by_variant.items():

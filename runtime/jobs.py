@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import Field
 
-from monitoring.records import parse
+from monitoring.records import append_line, parse
 from runtime import build, config
 from runtime.folder import newest_run_folder
 from settings import Group, Settings, Whole
@@ -257,11 +257,7 @@ class Ledger:
 
     def append(self, entry):
         """Add a line, which is on disk when this returns."""
-        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
         with open(self.path, "a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            if file.read(1) not in (b"", b"\n"):
-                line = b"\n" + line  # after one that a kill or a full disk cut short
-            file.write(line)
+            append_line(file, entry)
             os.fsync(file.fileno())

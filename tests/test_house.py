@@ -20,7 +20,8 @@ ROOMS = {
     "scoring": "metrics surface dilation partitions homology postprocess inputs parallel report",
     "patches": "cache resample intensity augment contact_sheet feed transfer",
     "runtime": "config build composite_loss run evaluations checkpoint folder log signals "
-    "microbatch nonfinite timer memory_guard sliding_window splits evaluator validation",
+    "microbatch nonfinite timer memory_guard sliding_window splits evaluator validation jobs "
+    "comparison page",
 }
 TOP = "settings data model losses"
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()

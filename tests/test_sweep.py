@@ -15,7 +15,6 @@ import yaml
 
 import sweep
 from runtime import build, comparison, config, jobs
-from runtime.comparison import Scored
 from scoring import report
 from tests.test_training_step import make_root
 
@@ -149,7 +148,7 @@ def test_the_sweeps_that_come_with_lamina_are_valid():
 
 
 def scored(variant, place, **cases):
-    return Scored(variant, place, [{"case": c, "dice": v, "hd95": 1 - v} for c, v in cases.items()])
+    return variant, place, [{"case": c, "dice": v, "hd95": 1 - v} for c, v in cases.items()]
 
 
 RUNS = [
@@ -269,8 +268,7 @@ with open(here / "begun", "a") as file:
 (run / "checkpoints" / "last.pt").touch()
 (run / "config.yaml").write_text(yaml.safe_dump(settings))
 steps = [dict(event="step", step=n, step_seconds=0.5) for n in (2, 3)]
-text = "".join(json.dumps(e) + "\\n" for e in [*steps, dict(event="stop", reason="time is up")])
-(run / "log.jsonl").write_text(text)
+(run / "log.jsonl").write_text("".join(json.dumps(event) + "\\n" for event in steps))
 (run / "system.jsonl").write_text('{"tree": 5}\\n{"tree": 8}\\n{"tree": 6}\\n')
 do = here / name
 if do.exists():
@@ -352,7 +350,7 @@ def test_a_line_of_the_ledger_says_what_a_run_was_and_came_to(scripts, two_by_tw
 
 
 def test_a_run_that_stops_stops_the_sweep_which_then_goes_on(scripts, two_by_two, capsys):
-    (scripts / NAMES[1]).write_text("sys.exit(75)")
+    (scripts / NAMES[1]).write_text("print('time is up'); sys.exit(75)")
     assert sweep.main([two_by_two]) == 75
     last = capsys.readouterr().out.strip().split("\n")[-1]
     assert last == (
