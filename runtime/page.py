@@ -10,13 +10,14 @@ from scoring import report
 from volumes import atomic
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 82em; padding: 0 1.5em;
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 90em; padding: 0 1.5em;
   color: #222; background: #fff }
 h1 { font-size: 1.6em } h2 { font-size: 1.15em; margin-top: 2em }
 div.wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3em .8em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
+tr.failed td:last-child, tr.stopped td:last-child { white-space: normal; min-width: 16em }
 th { cursor: pointer; background: #f3f3f3 } th:hover { background: #e4e4e4 }
 th[data-order="1"]::after { content: " \\25b2" } th[data-order="-1"]::after { content: " \\25bc" }
 div.wide + div.wide { margin-top: 1.2em }
@@ -68,13 +69,15 @@ def write_page(path, title, rows, entries, *, names, pictures, about):
 
 def _runs(entries, names):
     """The table of the runs."""
-    heads = ["run", "status", *names, "training", "memory", "GPU memory", "reason"]
+    on_gpu = any(entry["peak_gpu_memory"] is not None for entry in entries)
     texts = []
     for entry in entries:
         scores = [report.format_score(entry["scores"].get(name), name) for name in names]
-        memory = [entry["peak_memory"], entry["peak_gpu_memory"]]
-        spent = [f"{entry['seconds']:.0f} s", *(format_bytes(m) if m else "" for m in memory)]
-        texts.append([entry["run"], entry["status"], *scores, *spent, entry["reason"] or ""])
+        kinds = ["peak_memory", "peak_gpu_memory"][: 1 + on_gpu]
+        spent = [f"{entry['seconds']:.0f} s", *(format_bytes(entry[kind]) for kind in kinds)]
+        status = f"{entry['status']}: {entry['reason']}" if entry["reason"] else entry["status"]
+        texts.append([entry["run"], *scores, *spent, status])
+    heads = ["run", *names, "training", *["memory", "GPU memory"][: 1 + on_gpu], "status"]
     return _table(heads, texts, [entry["status"] for entry in entries])
 
 
