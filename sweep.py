@@ -120,7 +120,7 @@ class Worker:
         ]
 
     def _process(self, command, out):
-        """(exit status, last line that tells why) of a script, which a reason to stop ends."""
+        """(exit status, what it says of why) of a script, which a reason to stop ends."""
         words = map(str, [sys.executable, ROOT / command[0], *command[1:]])
         with open(f"{out.name}.errors", "w+b") as errors:
             process, asked = subprocess.Popen([*words], stdout=out, stderr=errors), False
@@ -130,10 +130,11 @@ class Worker:
                     asked = True
                 time.sleep(POLL_SECONDS)
             errors.seek(0)
-            text = errors.read()
-        if process.returncode > 0 and not text:
+            text, code = errors.read(), process.returncode
+        if code > 0 and not text:
             text = Path(out.name).read_bytes()
-        return process.returncode, text.decode(errors="replace").strip().split("\n")[-1]
+        lines = text.decode(errors="replace").strip().split("\n")
+        return code, "; ".join(lines) if code == WRONG_INPUT else lines[-1]
 
 
 def score_names(judge):

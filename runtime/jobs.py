@@ -125,8 +125,8 @@ def _variants(sweep):
     faults = [
         f"{place}: {key} comes from {FROM_THE_SWEEP[key]}; leave it out here"
         for place, changes in places.items()
-        for key in changes.keys() & FROM_THE_SWEEP.keys()
-        if place != "settings" or key != "run.folder"
+        for key in changes
+        if key in FROM_THE_SWEEP and (place, key) != ("settings", "run.folder")
     ]
     faults += [
         f"variants: expected names of letters, digits and _ . + -, got {name!r}"

@@ -322,17 +322,20 @@ NAMES = ["a_fold0_seed0", "a_fold1_seed0", "b_fold0_seed0", "b_fold1_seed0"]
 def test_a_failed_run_is_recorded_and_tried_again_the_others_are_not(scripts, two_by_two, capsys):
     (scripts / NAMES[1]).write_text("print('first'); sys.exit('no room')")
     (scripts / NAMES[2]).write_text("os.kill(os.getpid(), 9)")
+    two_faults = r"print('a: wrong\nb: wrong', file=sys.stderr); sys.exit(2)"
+    (scripts / NAMES[3]).write_text(two_faults)
     assert sweep.main([two_by_two]) == 1
     entries = ledger_of(two_by_two)
-    assert [entries[name]["status"] for name in NAMES] == ["done", "failed", "failed", "done"]
+    assert [entries[name]["status"] for name in NAMES] == ["done", "failed", "failed", "failed"]
+    assert entries[NAMES[3]]["reason"] == ("train.py ended with exit status 2: a: wrong; b: wrong")
     assert entries[NAMES[1]]["reason"] == "train.py ended with exit status 1: no room"
     assert entries[NAMES[2]]["reason"] == "train.py was killed by SIGKILL"
-    assert "2 of 4 runs done" in capsys.readouterr().out
-    (scripts / NAMES[1]).unlink()
-    (scripts / NAMES[2]).unlink()
+    assert "1 of 4 runs done" in capsys.readouterr().out
+    for name in NAMES[1:]:
+        (scripts / name).unlink()
     assert sweep.main([two_by_two]) == 0
-    assert begun(scripts) == [*NAMES, NAMES[1], NAMES[2]]
-    assert sweep.main([two_by_two, "--jobs", "2"]) == 0 and len(begun(scripts)) == 6
+    assert begun(scripts) == [*NAMES, *NAMES[1:]]
+    assert sweep.main([two_by_two, "--jobs", "2"]) == 0 and len(begun(scripts)) == 7
 
 
 def test_a_line_of_the_ledger_says_what_a_run_was_and_came_to(scripts, two_by_two):
