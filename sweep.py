@@ -82,12 +82,10 @@ class Worker:
         console.print(f"{job.name} {status}: {result} ({spent})")
 
     def _lock(self, out, job):
-        waiting = False
-        while not folder.try_lock(out) and not self.stop.reason():
-            if not waiting:
-                console.print(f"{job.name}: another process does it; waiting for its end")
-            waiting = True
-            time.sleep(POLL_SECONDS)
+        if not folder.try_lock(out):
+            console.print(f"{job.name}: another process does it; waiting for its end")
+            while not folder.try_lock(out) and not self.stop.reason():
+                time.sleep(POLL_SECONDS)
 
     def _run(self, job, out):
         """(status, reason) of the processes of a run, one after another."""
@@ -104,7 +102,13 @@ class Worker:
     def _commands(self, job):
         """The commands of a run, each made when those before it have ended well."""
         threads = job.settings.run.threads or max(1, cores() // self.count)
-        yield ["train.py", job.config, "--resume", *job.overrides, f"run.threads={threads}"]
+        yield [
+            "train.py",
+            job.config,
+            "--resume",
+            *jobs.overrides(job.changes),
+            f"run.threads={threads}",
+        ]
         plan, judge, run = self.plans[job.name], self.judge, job.folder
         predictions, cases = run / "predictions", jobs.held_out(plan)
         yield [

@@ -64,10 +64,6 @@ class Job:
         return self.settings.run.name
 
     @property
-    def overrides(self):
-        return overrides(self.changes)
-
-    @property
     def folder(self):
         """Where it has saved state, or None."""
         return newest_run_folder(self.settings.run.folder, self.name)

@@ -67,7 +67,7 @@ def test_variants_times_folds_times_seeds_in_this_order(base):
     assert (job.settings.data.folds, job.settings.data.fold) == (2, 1)
     assert listed[3].settings.loss.cldice.weight == 0
     # What train.py is given on its command line means the same.
-    assert config.load(base, job.overrides).plain() == job.settings.plain()
+    assert config.load(base, jobs.overrides(job.changes)).plain() == job.settings.plain()
 
 
 def test_a_grid_is_every_combination_each_with_a_name_for_a_folder(base):
