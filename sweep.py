@@ -19,6 +19,7 @@ fault, nothing written); 75 stopped early, run it again to go on.
 
 import argparse
 import contextlib
+import functools
 import glob
 import shlex
 import subprocess
@@ -60,16 +61,17 @@ class Worker:
     count: int
     stop: signals.Stop | None = None
 
-    def do(self, job):
-        """Do a run, unless it is done."""
+    def do(self, job, *, wait=True):
+        """Do a run, unless it is done; False if another process does it and we shall not wait."""
         place = self.ledger.path.parent / "output"
         place.mkdir(parents=True, exist_ok=True)
         # The processes of a run inherit this file, and its lock with it: that is held until the
         # last of them has ended, even if this process is killed.
         with open(place / job.name, "ab") as out:
-            self._lock(out, job)
+            if not self._lock(out, job, wait):
+                return False
             if self.stop.reason() or self.ledger.done([job]):
-                return
+                return True
             console.print(f"{job.name} {'goes on' if job.folder else 'begins'}")
             status, reason = self._run(job, out)
             entry = {"run": job.name, "index": job.index, "variant": job.variant, "fold": job.fold}
@@ -80,12 +82,16 @@ class Worker:
         result = reason or f"{self.judge.score} {means[self.judge.score]:.4f}"
         spent = f"{duration(entry['seconds'])} of training, {format_bytes(entry['peak_memory'])}"
         console.print(f"{job.name} {status}: {result} ({spent})")
+        return True
 
-    def _lock(self, out, job):
-        if not folder.try_lock(out):
+    def _lock(self, out, job, wait):
+        if folder.try_lock(out):
+            return True
+        if wait:
             console.print(f"{job.name}: another process does it; waiting for its end")
             while not folder.try_lock(out) and not self.stop.reason():
                 time.sleep(POLL_SECONDS)
+        return wait
 
     def _run(self, job, out):
         """(status, reason) of the processes of a run, one after another."""
@@ -170,8 +176,9 @@ def do_all(worker, chosen):
         signals.Stop() as worker.stop,
         ThreadPoolExecutor(worker.count) as pool,
     ):
-        for _ in pool.map(worker.do, chosen):
-            pass
+        # What other processes do, such as a sweep of the same file on another GPU, comes last.
+        free = [*pool.map(functools.partial(worker.do, wait=False), chosen)]
+        list(pool.map(worker.do, [job for job, ours in zip(chosen, free, strict=True) if not ours]))
     if worker.stop.why:
         return STOPPED
     return DONE if len(worker.ledger.done(chosen)) == len(chosen) else FAILED
@@ -232,6 +239,8 @@ def parse_arguments(argv):
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
         parser.error(f"--jobs: expected 1 or more, got {arguments.jobs}")
+    if arguments.report and arguments.index is not None:
+        parser.error("--index: expected either this or --report, which is of all runs")
     return arguments
 
 

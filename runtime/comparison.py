@@ -44,8 +44,9 @@ class Compared(NamedTuple):
 def compare(runs, name, first=None):
     """[`Compared`] of all variants by a score; [] of no runs.
 
-    runs: [(variant, place, rows of cases)]; runs of one place (fold, seed) are pairs, and only
-    pairs are compared. first: what the others are compared with, None: the variant of the first.
+    runs: [(variant, place, rows of cases)]. Runs of one place (fold, seed) and of the same cases
+    are pairs, and only pairs are compared. first: the variant that the others are compared with,
+    None: that of the first run.
     """
     by_variant = {}
     for variant, place, rows in runs:
@@ -58,8 +59,10 @@ def compare(runs, name, first=None):
         cases = _by_case(variant, own, own, name)
         row = Compared(variant, name, len(own), statistics.fmean(values), deviation)
         row = row._replace(cases=len(cases), case_mean=statistics.fmean(c[name] for c in cases))
-        if variant != first and (pairs := own.keys() & by_variant.get(first, {}).keys()):
-            row = _against(row, own, first, by_variant[first], pairs)
+        others = by_variant.get(first, {})
+        pairs = [p for p in own if p in others and _cases(own[p]) == _cases(others[p])]
+        if variant != first and pairs:
+            row = _against(row, own, first, others, pairs)
         compared.append(row)
     return compared
 
@@ -68,7 +71,7 @@ def _against(row, own, first, others, pairs):
     """The row of a variant with its differences to another one in these pairs of runs."""
     name = row.score
     mine, theirs = _means(own, name), _means(others, name)
-    differences = [mine[place] - theirs[place] for place in sorted(pairs, key=str)]
+    differences = [mine[place] - theirs[place] for place in pairs]
     low, high = report.student_interval(differences) or (None, None)
     rows = _by_case(first, others, pairs, name) + _by_case(row.variant, own, pairs, name)
     standings = {s.method: s for s in report.leaderboard(rows, name, against=first)}
@@ -94,6 +97,10 @@ def means(rows, names):
 
 def _means(runs, name):
     return {place: means(rows, [name])[name] for place, rows in runs.items()}
+
+
+def _cases(rows):
+    return {row["case"] for row in rows}
 
 
 def _by_case(variant, runs, places, name):

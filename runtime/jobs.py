@@ -201,7 +201,7 @@ def check(jobs):
             cases = ids[job.variant, job.fold]
             if cases != ids[first, job.fold]:
                 raise ValueError(f"data: expected the held-out cases of {first}, got {cases}")
-            _check_begun(job)
+            _check_begun(job, cases)
     faults.raise_any()
     return {job.name: plans[job.variant, job.fold] for job in jobs}
 
@@ -213,15 +213,20 @@ def held_out(plan):
     return [case for case in cases if case.labeled]
 
 
-def _check_begun(job):
-    """A run that has state must go on with the settings that it began with."""
+def _check_begun(job, cases):
+    """A run that has state must go on with the settings and held-out cases that it began with."""
     if job.folder is None:
         return
     before = config.load(job.folder / "config.yaml").plain()
     after = job.settings.plain() | {group: before[group] for group in MAY_DIFFER}
-    if lines := config.changes(before, after):
-        what = f"{job.folder}: expected the settings that it began with, got others"
-        raise ValueError("\n".join(f"{what} ({line}); rename the sweep file" for line in lines))
+    faults = [
+        f"{job.folder}: expected the settings that it began with, got others ({line})"
+        for line in config.changes(before, after)
+    ]
+    if (scored := job.cases()) and sorted(row["case"] for row in scored) != sorted(cases):
+        faults.append(f"{job.folder}: expected the held-out cases that it began with, got {cases}")
+    if faults:
+        raise ValueError("\n".join(f"{fault}; rename the sweep file" for fault in faults))
 
 
 # ---------------------------------------------------------------------------- ledger

@@ -193,6 +193,11 @@ def test_a_run_without_its_pair_counts_for_its_own_variant_only():
     assert new.case_difference == pytest.approx((0.1 + 0.1 + 0.2) / 3)
 
 
+def test_runs_of_other_cases_are_no_pair():
+    _, new = comparison.compare([*RUNS[:2], RUNS[4], scored("new", (1, 0), d=0.9)], "dice")
+    assert (new.runs, new.pairs, new.difference) == (2, 1, pytest.approx(0.1))
+
+
 def test_one_run_has_no_deviation_and_one_pair_no_interval():
     old, new = comparison.compare([RUNS[0], RUNS[4]], "dice")
     assert old.deviation is None and new.difference == pytest.approx(0.1)
@@ -389,26 +394,32 @@ def test_a_killed_sweep_leaves_no_run_to_be_done_twice(scripts, two_by_two):
     assert process.exitcode == -signal.SIGKILL and ledger_of(two_by_two) == {}
     threading.Timer(0.5, (scripts / "free").touch).start()
     assert sweep.main([two_by_two]) == 0
-    assert begun(scripts) == [NAMES[0], *NAMES]
+    assert begun(scripts) == [*NAMES, NAMES[0]]
     assert [e["status"] for e in ledger_of(two_by_two).values()] == ["done"] * 4
 
 
-def test_a_run_that_another_process_does_is_waited_for_and_not_done_again(scripts, two_by_two):
+def test_what_another_process_does_comes_last_and_is_not_done_again(scripts, two_by_two):
     place, (job, *_) = jobs.expand(two_by_two)
     (place / "output").mkdir(parents=True)
     with open(place / "output" / job.name, "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        thread = threading.Thread(target=sweep.main, args=([two_by_two, "--index", "0"],))
+        thread = threading.Thread(target=sweep.main, args=([two_by_two],))
         thread.start()
-        time.sleep(0.3)
-        assert thread.is_alive() and begun(scripts) == []
-        job_folder = place / job.name
-        (job_folder / "checkpoints").mkdir(parents=True)
-        (job_folder / "checkpoints" / "last.pt").touch()
-        (job_folder / "scores.json").write_text('{"cases": [{}]}')
-        jobs.Ledger(place / "ledger.jsonl").append({"run": job.name, "status": "done"})
+        deadline = time.monotonic() + 60
+        while len(ledger_of(two_by_two)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert thread.is_alive() and begun(scripts) == NAMES[1:]
+        (place / job.name / "checkpoints").mkdir(parents=True)
+        (place / job.name / "checkpoints" / "last.pt").touch()
+        cases = (place / NAMES[2] / "scores.json").read_text().replace(NAMES[2], job.name)
+        (place / job.name / "scores.json").write_text(cases)
+        (place / job.name / f"{job.name}.png").touch()
+        entry = ledger_of(two_by_two)[NAMES[2]] | {"run": job.name}
+        jobs.Ledger(place / "ledger.jsonl").append(entry)
     thread.join()
-    assert begun(scripts) == []
+    assert begun(scripts) == NAMES[1:]
+    assert "4 of 4 runs done" in (place / "report.html").read_text()
 
 
 def test_the_printed_commands_give_the_same_ledger(scripts, two_by_two, capsys):
@@ -434,7 +445,9 @@ def test_the_printed_commands_give_the_same_ledger(scripts, two_by_two, capsys):
     assert "--index: expected 0 to 3, got 4" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_only_with_the_settings_that_it_began_with(scripts, two_by_two, capsys):
+def test_a_run_goes_on_only_with_the_settings_and_cases_that_it_began_with(
+    scripts, two_by_two, capsys
+):
     assert sweep.main([two_by_two, "--index", "2"]) == 0
     text = Path(two_by_two).read_text()
     Path(two_by_two).write_text(text.replace("0.1", "0.2"))
@@ -442,6 +455,12 @@ def test_a_run_goes_on_only_with_the_settings_that_it_began_with(scripts, two_by
     (line,) = capsys.readouterr().err.strip().split("\n")
     assert "variants.b" in line and "changed: optim.lr is 0.2, was 0.1" in line
     assert begun(scripts) == [NAMES[2]]
+    Path(two_by_two).write_text(text)
+    scores = jobs.expand(two_by_two)[0] / NAMES[2] / "scores.json"
+    scores.write_text(scores.read_text().replace("slab0", "slab9"))
+    assert sweep.main([two_by_two]) == 2
+    assert "held-out cases that it began with" in capsys.readouterr().err
+    scores.write_text(scores.read_text().replace("slab9", "slab0"))
     Path(two_by_two).write_text(text.replace("settings:", "settings:\n  run.threads: 2"))
     assert sweep.main([two_by_two]) == 0 and len(begun(scripts)) == 4
 
