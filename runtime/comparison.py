@@ -143,8 +143,8 @@ def _cells(row):
 
 
 def _plus_minus(row):
-    deviation = "" if row.deviation is None else f" ± {row.deviation:.3f}"
-    return report.format_score(row.mean, row.score) + deviation
+    values = [row.mean] if row.deviation is None else [row.mean, row.deviation]
+    return " ± ".join(f"{value:.3f}" if value < 10 else f"{value:.1f}" for value in values)
 
 
 def _signed(value):
