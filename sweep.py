@@ -271,7 +271,7 @@ def main(argv=None):
             status = do_all(worker, chosen)
         if status == STOPPED:
             console.print(f"stopped: {worker.stop.why}; go on with: python sweep.py {path}")
-        elif index is None or len(ledger.entries()) == len(all_jobs):
+        elif index is None or {job.name for job in all_jobs} <= ledger.entries().keys():
             write_report(all_jobs, ledger, path)
     except OSError as error:
         print(f"{place}: the sweep cannot go on ({error})", file=sys.stderr)

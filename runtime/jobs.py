@@ -88,7 +88,7 @@ def expand(path):
         with config.faults_of(sweep.config):
             base = config.build(content)
         variants, folds = _variants(sweep), range(sweep.folds) if sweep.folds else [None]
-        folder = Path(sweep.settings.get("run.folder", base.run.folder), path.stem)
+        folder = Path(str(sweep.settings.get("run.folder", base.run.folder)), path.stem)
         jobs, faults = [], Faults(variants)
         places = itertools.product(variants, folds, sweep.seeds or [base.run.seed])
         for index, (variant, fold, seed) in enumerate(places):
