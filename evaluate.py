@@ -20,7 +20,6 @@ not be scored (it is named, the others are there), or a file not be written.
 
 import argparse
 import contextlib
-import csv
 import functools
 import json
 import math
@@ -56,16 +55,6 @@ def with_summaries(rows, names):
         for kind in ("mean", "median", "worst")
         for method, scores in summaries.items()
     ]
-
-
-def write_csv(path, rows):
-    how = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
-    with atomic.replacing(path) as partial, open(partial, "w", **how) as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), restval="")
-        writer.writeheader()
-        for row in rows:
-            rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow(rounded)
 
 
 def write_json(path, rows, names, notes):
@@ -310,7 +299,7 @@ def write_report(rows, pairs, options, args, notes):
             if path.lower().endswith(".json"):
                 write_json(path, rows, args.scores, notes)
             else:
-                write_csv(path, all_rows)
+                report.write_csv(path, all_rows)
             print(f"wrote {path}")
         if args.overlays:
             path = args.overlays

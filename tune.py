@@ -36,6 +36,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 import data
+from monitoring.records import peaks
 from patches import contact_sheet, intensity
 from runtime import build, config, folder, sliding_window
 from runtime.signals import CannotGoOn
@@ -180,9 +181,7 @@ def run_training(plan, steps):
         paths = [Path(root, "trial", name) for name in ("log.jsonl", "system.jsonl")]
         files = [path.read_text(encoding="utf-8") for path in paths]
     log, readings = ([json.loads(line) for line in text.splitlines()] for text in files)
-    ram = max(reading["tree"] or 0 for reading in readings)
-    gpus = zip(*([gpu["used"] or 0 for gpu in r["gpus"]] for r in readings), strict=True)
-    return log, ram, max((max(used) - used[0] for used in gpus), default=None)
+    return log, *peaks(readings)
 
 
 def measure_training(plan, steps):

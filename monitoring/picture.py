@@ -55,6 +55,33 @@ def draw_progress(folder, title, slices=None, threshold=0.5):
     os.replace(partial, Path(folder) / "progress.png")
 
 
+def draw_runs(folders, score):
+    """A matplotlib figure with the loss and a validation score of several runs, each variant in a
+    color of its own: {variant: [run folder]}."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 5), dpi=80, layout="constrained")
+    axes = figure.subplots(1, 2)
+    for number, (variant, places) in enumerate(folders.items()):
+        for i, folder in enumerate(places):
+            run = RunRecords(folder)
+            run.refresh(time.time())
+            # A label that begins so is not in the legend.
+            label, color = f"{'_' if i else ''}{variant}", f"C{number % 10}"
+            losses = [(e["step"], (e.get("loss") or {}).get("total")) for e in run.steps]
+            _curve(axes[0], losses, label, color=color)
+            scores = [(step, scores.get(score)) for step, scores in run.evaluations]
+            _curve(axes[1], scores, label, color=color, marker="o", ms=4)
+    titles = ("loss, total", f"{score.replace('_', ' ')} of the validation cases")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=11, loc="left")
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=9)
+    return figure
+
+
 def _summary(run):
     """How far the run is, as a line, and what the marks mean."""
     pace, main = health.pace(run, time.time()), run.start.get("score")
@@ -171,7 +198,7 @@ def _curve(axis, points, label, *, main=False, **style):
     if len(y) > SMOOTH_FROM:
         from scipy.ndimage import uniform_filter1d
 
-        (faint,) = axis.plot(x, y, lw=0.6, alpha=0.3)
+        (faint,) = axis.plot(x, y, lw=0.6, alpha=0.3, color=style.get("color"))
         known, style["color"] = np.isfinite(y), faint.get_color()
         y = y.copy()
         y[known] = uniform_filter1d(y[known], len(y) // 40)

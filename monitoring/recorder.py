@@ -1,6 +1,5 @@
 """The thread by which a run records what its machine does, in <folder>/system.jsonl."""
 
-import json
 import os
 import socket
 import threading
@@ -8,6 +7,7 @@ import time
 from pathlib import Path
 
 from monitoring.machine import Machine, attempt
+from monitoring.records import append_line
 
 LONGEST_CLOSE = 10.0  # seconds that leaving waits for a file system that does not answer
 
@@ -55,10 +55,6 @@ class SystemMonitor:
         }
 
     def _write(self, content):
-        line = json.dumps(content).encode() + b"\n"
         # Opened anew: a disk that was full, or a server that was away, may be back.
         with open(self.path, "a+b", buffering=0) as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            if file.read(1) not in (b"", b"\n"):
-                line = b"\n" + line  # after one that a crash or a full disk cut short
-            file.write(line)
+            append_line(file, content)

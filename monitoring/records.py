@@ -164,3 +164,20 @@ def parse(line):
         content = json.loads(line)
         if 0 <= content.get("time", 0) < LATEST:
             return content
+
+
+def append_line(file, content):
+    """Append an object as a line to a file that is open for "a+b" without a buffer."""
+    line = json.dumps(content).encode() + b"\n"
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+    if file.read(1) not in (b"", b"\n"):
+        line = b"\n" + line  # after one that a kill or a full disk cut short
+    file.write(line)
+
+
+def peaks(readings):
+    """(bytes, bytes) of lines of system.jsonl: the most that all processes of the run had in
+    memory, and by which the memory in use of a GPU grew most (None without a GPU or a reading)."""
+    gpus = zip(*([gpu["used"] or 0 for gpu in r.get("gpus") or ()] for r in readings), strict=False)
+    grown = max((max(used) - used[0] for used in gpus), default=None)
+    return max((reading.get("tree") or 0 for reading in readings), default=None), grown

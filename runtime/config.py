@@ -7,6 +7,7 @@ on the command line as `group.key=value`; the later one wins.
     settings.training.max_steps, settings.model.base
 """
 
+import contextlib
 import difflib
 import re
 from pathlib import Path
@@ -49,16 +50,18 @@ def valid_keys(model=Settings, prefix=""):
     return keys
 
 
-def _nearest(key):
+def _nearest(key, model=Settings):
     """The valid key most like `key`: its own last part counts more than its group."""
-    keys = valid_keys()
+    keys = valid_keys(model)
     groups = sorted({k.rsplit(".", i)[0] for k in keys for i in (1, 2) if k.count(".") >= i})
     by_last = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
     close = by_last or difflib.get_close_matches(key, keys + groups, n=1, cutoff=0.5)
     if not close:
         by_part = {k.split(".")[-1]: k for k in keys}
         close = [by_part[k] for k in difflib.get_close_matches(key.split(".")[-1], by_part, n=1)]
-    return f"; the nearest valid key is {close[0]}" if close else f"; groups: {', '.join(groups)}"
+    if close:
+        return f"; the nearest valid key is {close[0]}"
+    return f"; groups: {', '.join(groups)}" if groups else f"; there are {', '.join(keys)}"
 
 
 def _example(key):
@@ -69,12 +72,12 @@ def _example(key):
     return node or "[a, b]"
 
 
-def _sentence(error):
+def _sentence(error, model):
     """One pydantic error as: key: expected, got, what to do."""
     key = ".".join(str(p) for p in error["loc"] if not str(p).startswith(("tuple", "none")))
     got = repr(error["input"])
     if error["type"] == "extra_forbidden":
-        return f"{key}: no such setting{_nearest(key)}"
+        return f"{key}: no such setting{_nearest(key, model)}"
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{key}: expected a group of settings (key: value), got {got}"
     text = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -86,13 +89,14 @@ def _sentence(error):
     return f"{key}: expected {text}" + ("" if ", got " in text else f", got {got}")
 
 
-def build(content):
+def build(content, model=Settings):
     """Settings from nested plain dicts; ConfigError with every fault in them."""
     try:
-        return Settings.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
         # One fault per key is enough: a union reports every type that it might have been.
-        sentences = {_sentence(e).split(": ")[0]: _sentence(e) for e in error.errors()}
+        sentences = [_sentence(e, model) for e in error.errors()]
+        sentences = {sentence.split(": ")[0]: sentence for sentence in sentences}
         raise ConfigError("\n".join(sentences.values())) from None
 
 
@@ -117,11 +121,10 @@ def apply_overrides(content, overrides):
     return content
 
 
-def load(path, overrides=()):
-    """Settings of a YAML file with overrides; ConfigError names the file and every fault."""
-    path = Path(path)
+def read(path):
+    """The nested dicts of a YAML file; ConfigError names the file and what is wrong."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: expected a config file in YAML, got: {reason}") from None
@@ -129,11 +132,24 @@ def load(path, overrides=()):
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected groups of settings, got {type(content).__name__}")
+    return content
+
+
+@contextlib.contextmanager
+def faults_of(path):
+    """In this context each fault of a ConfigError begins with the path."""
     try:
-        settings = build(apply_overrides(content, overrides))
+        yield
     except ConfigError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
-    settings.run.name = settings.run.name or printable(path.stem)
+
+
+def load(path, overrides=()):
+    """Settings of a YAML file with overrides; ConfigError names the file and every fault."""
+    content = read(path)
+    with faults_of(path):
+        settings = build(apply_overrides(content, overrides))
+    settings.run.name = settings.run.name or printable(Path(path).stem)
     return settings
 
 

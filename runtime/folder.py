@@ -91,7 +91,7 @@ def claim(folder, resumed_from):
     for path in _free_names(folder):
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         with open(path / "lock", "a+", encoding="utf-8") as lock:
-            if not _try_lock(lock):
+            if not try_lock(lock):
                 if resumed_from is None:
                     continue
                 lock.seek(0)
@@ -113,7 +113,7 @@ def claim(folder, resumed_from):
             return
 
 
-def _try_lock(file):
+def try_lock(file):
     """Whether this process now holds the lock of a file; True where there are no locks."""
     try:
         if fcntl is not None:

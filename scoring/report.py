@@ -7,6 +7,7 @@
 Methods are compared case by case; intervals are of the bootstrap over cases (Efron 1979).
 """
 
+import csv
 import statistics
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from scoring import metrics
 from scoring.dilation import dilate
+from volumes import atomic
 
 FEW = 10  # cases below which such an interval is known to be too narrow
 COLUMNS = 3  # slices of a case in a picture
@@ -22,7 +24,8 @@ FOUND, MISSED, FALSE = "#009e73", "#e0520e", "#56b4e9"  # distinct for color-bli
 
 
 class Standing(NamedTuple):
-    """A method and its mean score; then its difference to the best method, None of that itself."""
+    """A method and its mean score; then its difference to the best method, or to the one that all
+    are compared with, None of that itself."""
 
     method: str
     mean: float
@@ -68,21 +71,27 @@ def _sign(name):
     return -1 if metrics.entry(name)[0].better == "lower" else 1
 
 
-def leaderboard(rows, name):
-    """[`Standing`] of all methods by the mean of a score, the best first."""
+def leaderboard(rows, name, *, against=None):
+    """[`Standing`] of all methods by the mean of a score, the best first.
+
+    against: the method that the others are compared with; None: the best.
+    """
     scores = {
         method: np.array([row[name] for row in rows if row["method"] == method], float)
         for method in methods_of(rows)
     }
-    best, *others = sorted(scores, key=lambda method: -_sign(name) * scores[method].mean())
-    standings = [Standing(best, float(scores[best].mean()), bootstrap_interval(scores[best]))]
-    for method in others:
+    ranked = sorted(scores, key=lambda method: -_sign(name) * scores[method].mean())
+    base, standings = ranked[0] if against is None else against, []
+    for method in ranked:
         mean, interval = float(scores[method].mean()), bootstrap_interval(scores[method])
-        difference = scores[method] - scores[best]
-        to_best = float(difference.mean()), bootstrap_interval(difference)
+        if method == base:
+            standings.append(Standing(method, mean, interval))
+            continue
+        difference = scores[method] - scores[base]
+        to_base = float(difference.mean()), bootstrap_interval(difference)
         gain = _sign(name) * difference
         ahead, behind = int(np.count_nonzero(gain > 0)), int(np.count_nonzero(gain < 0))
-        standings.append(Standing(method, mean, interval, *to_best, ahead, behind))
+        standings.append(Standing(method, mean, interval, *to_base, ahead, behind))
     return standings
 
 
@@ -98,6 +107,28 @@ def bootstrap_interval(values):
     )
     low, high = sampled.confidence_interval
     return float(low), float(high)
+
+
+def student_interval(values):
+    """(low, high) of the mean of a few values, 95 %, by Student's t; None of fewer than 2."""
+    if len(values) < 2:
+        return None
+    from scipy.special import stdtrit
+
+    mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
+    reach = float(stdtrit(len(values) - 1, 0.975)) * error
+    return mean - reach, mean + reach
+
+
+def write_csv(path, rows):
+    """A line for each dict of rows, with the keys of the first as columns."""
+    how = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with atomic.replacing(path) as partial, open(partial, "w", **how) as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), restval="")
+        writer.writeheader()
+        for row in rows:
+            rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow(rounded)
 
 
 def print_scores(console, rows, names, unit, cases):
@@ -122,9 +153,9 @@ def print_leaderboard(console, standings, rank, cases):
     for head in ("mean", "95 %", "to the best", "95 %", "ahead", "behind"):
         table.add_column(head, justify="right")
     for one in standings:
-        row = [one.method, format_score(one.mean, rank), _interval(one.interval)]
+        row = [one.method, format_score(one.mean, rank), interval_text(one.interval)]
         if one.difference is not None:
-            row += [f"{one.difference:+.3f}", _interval(one.difference_interval, "+")]
+            row += [f"{one.difference:+.3f}", interval_text(one.difference_interval, "+")]
             row += [str(one.ahead), str(one.behind)]
         table.add_row(*row)
     console.print(table)
@@ -132,7 +163,8 @@ def print_leaderboard(console, standings, rank, cases):
         console.print(f"note: intervals of {cases} cases are too narrow; {FEW} or more are needed")
 
 
-def _interval(interval, sign=""):
+def interval_text(interval, sign=""):
+    """(low, high) for people; "" for None."""
     return "" if interval is None else f"{interval[0]:{sign}.3f} to {interval[1]:{sign}.3f}"
 
 

@@ -20,7 +20,8 @@ ROOMS = {
     "scoring": "metrics surface dilation partitions homology postprocess inputs parallel report",
     "patches": "cache resample intensity augment contact_sheet feed transfer",
     "runtime": "config build composite_loss run evaluations checkpoint folder log signals "
-    "microbatch nonfinite timer memory_guard sliding_window splits evaluator validation",
+    "microbatch nonfinite timer memory_guard sliding_window splits evaluator validation jobs "
+    "comparison page",
 }
 TOP = "settings data model losses"
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()
@@ -41,7 +42,7 @@ MAY_IMPORT = {
     "runtime": LOWER,
     **dict.fromkeys(SCRIPTS, LOWER | {"runtime"}),
 }
-MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_LINES = 420, 60, 13_400
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_LINES = 420, 60, 15_750
 TRAINING_FUNCTIONS = {("train", "main"), ("train", "train")}  # the story is one function
 
 

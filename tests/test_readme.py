@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from losses import LOSSES
-from runtime import config, run
+from runtime import config, jobs, run
 from scoring.metrics import SCORES
 from settings import Settings
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = sorted(ROOT.glob("docs/*.md"))
 PAGES = [README, ROOT / "AGENTS.md", *DOCS]
-SCRIPTS = "prepare train infer evaluate monitor tune".split()
+SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()
 ROOMS = "volumes topology monitoring scoring patches runtime".split()
 FOLDERS = "tests benchmarks docs configs".split()
 FOR_THE_READER_TO_MAKE, PLACEHOLDER = "configs/mine.yaml", "group.key=value"
@@ -178,10 +178,12 @@ def test_every_setting_that_is_named_exists_and_accepts_its_value(page):
         check_settings(page, whole or settings_in(span.split()))
     for words in commands(page):
         base = ROOT / words[1] if len(words) > 1 and words[1].startswith("configs/") else None
+        base = None if words[0] == "sweep.py" else base  # that is no config
         check_settings(page, settings_in(words[1:]), base)
     for language, text in blocks(page):
         if language == "yaml":
-            config.build(yaml.safe_load(text))
+            content = yaml.safe_load(text)
+            config.build(content, jobs.Sweep if "config" in content else Settings)
 
 
 def check_settings(page, settings, base=None):

@@ -1,0 +1,265 @@
+"""A sweep: the runs that its file asks for, what they are checked for, and their ledger.
+
+config: configs/quickstart.yaml      # the settings that all runs begin with
+settings: {training.max_epochs: 1}   # changes of all runs
+variants: {bce: {}, cldice: {loss.cldice.weight: 0.2}}   # or grid: {optim.lr: [1e-3, 2e-3]}
+folds: 5                             # of a cross-validation; left out: the config's own split
+seeds: [0, 1]                        # left out: the config's
+"""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from monitoring.records import append_line, parse
+from runtime import build, config
+from runtime.folder import newest_run_folder
+from settings import Group, Settings, Whole
+
+FROM_THE_SWEEP = {  # keys that no change may set, and where they come from
+    "run.name": "the names under variants",
+    "run.seed": "seeds",
+    "data.folds": "folds",
+    "data.fold": "folds",
+    "run.folder": "settings",
+}
+NAME = re.compile(r"\w[\w.+-]*")
+MAY_DIFFER = ("run", "monitor")  # groups that a run may be gone on with otherwise than it began
+
+
+class Sweep(Group):
+    """The keys of a sweep file."""
+
+    config: str = ""
+    settings: dict[str, Any] = Field(default={})
+    variants: dict[str, dict[str, Any] | None] = Field(default={})
+    grid: dict[str, list[Any]] = Field(default={})
+    folds: Whole = 0
+    seeds: tuple[Whole, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep. fold is None where the config's own split is used."""
+
+    index: int
+    variant: str
+    fold: int | None
+    seed: int
+    config: str  # path
+    changes: dict  # {group.key: value}
+    settings: Settings
+
+    @property
+    def name(self):
+        """Of its folder, in that of the sweep; it ends in no number that run folders count by."""
+        return self.settings.run.name
+
+    @property
+    def folder(self):
+        """Where it has saved state, or None."""
+        return newest_run_folder(self.settings.run.folder, self.name)
+
+    def cases(self):
+        """What evaluate.py says of each case, None if it has not scored them."""
+        path = self.folder and self.folder / "scores.json"
+        there = path is not None and path.exists()
+        return json.loads(path.read_text(encoding="utf-8"))["cases"] if there else None
+
+
+# ---------------------------------------------------------------------------- what is asked for
+
+
+def expand(path):
+    """(sweep folder, [`Job`]) of a sweep file; ConfigError names every fault, a line each."""
+    content, path = config.read(path), Path(path)
+    with config.faults_of(path):
+        sweep = config.build(content, Sweep)
+        if not sweep.config:
+            raise config.ConfigError("config: expected the config file of the runs, got none")
+        content = config.read(sweep.config)
+        with config.faults_of(sweep.config):
+            base = config.build(content)
+        variants, folds = _variants(sweep), range(sweep.folds) if sweep.folds else [None]
+        folder = Path(str(sweep.settings.get("run.folder", base.run.folder)), path.stem)
+        jobs, faults = [], Faults(variants)
+        places = itertools.product(variants, folds, sweep.seeds or [base.run.seed])
+        for index, (variant, fold, seed) in enumerate(places):
+            name = f"{variant}_seed{seed}" if fold is None else f"{variant}_fold{fold}_seed{seed}"
+            changes = {**sweep.settings, **(variants[variant] or {}), "run.folder": str(folder)}
+            changes |= {"run.name": name, "run.seed": seed}
+            changes |= {} if fold is None else {"data.folds": sweep.folds, "data.fold": fold}
+            with faults.of(variant):
+                settings = config.build(config.apply_overrides(content, overrides(changes)))
+                jobs.append(Job(index, variant, fold, seed, sweep.config, changes, settings))
+        faults.raise_any()
+    return folder, jobs
+
+
+def overrides(changes):
+    """Changes as the command line has them."""
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in changes.items()]
+
+
+def _variants(sweep):
+    """{name: changes} of a `Sweep`; ConfigError with all that is wrong with names and keys."""
+    rows = [
+        dict(zip(sweep.grid, values, strict=True))
+        for values in itertools.product(*sweep.grid.values())
+    ]
+    gridded = {_name(row): row for row in rows} if sweep.grid else {}
+    variants = sweep.variants or gridded or {Path(sweep.config).stem: {}}
+    places = {f"variants.{name}": changes or {} for name, changes in sweep.variants.items()}
+    places |= {"grid": sweep.grid, "settings": sweep.settings}
+    faults = [
+        f"{place}: {key} comes from {FROM_THE_SWEEP[key]}; leave it out here"
+        for place, changes in places.items()
+        for key in changes
+        if key in FROM_THE_SWEEP and (place, key) != ("settings", "run.folder")
+    ]
+    faults += [
+        f"variants: expected names of letters, digits and _ . + -, got {name!r}"
+        for name in variants
+        if not NAME.fullmatch(name)
+    ]
+    if sweep.variants and sweep.grid:
+        faults.append("grid: expected either this or variants, got both")
+    if sweep.grid and len(gridded) < max(1, len(rows)):
+        faults.append("grid: expected one value or more of each key, each once")
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        faults.append(f"seeds: expected each once, got {list(sweep.seeds)}")
+    if sweep.folds == 1:
+        faults.append("folds: expected 2 or more, or none, got 1")
+    if faults:
+        raise config.ConfigError("\n".join(faults))
+    return variants
+
+
+def _name(changes):
+    """A name for some changes that a folder can have: lr-0.001_cldice.weight-0.2."""
+    texts = {key.split(".", 1)[-1]: json.dumps(v).strip('"') for key, v in changes.items()}
+    parts = (re.sub(r"[^\w.+-]+", "-", f"{key}-{text}") for key, text in texts.items())
+    return "_".join(part.strip("-") for part in parts)
+
+
+class Faults:
+    """Collects the faults of variants; what all of them share is said once, without their names."""
+
+    def __init__(self, variants):
+        self.variants, self.lines = set(variants), {}
+
+    @contextlib.contextmanager
+    def of(self, variant):
+        """In this context the sentences of an error are faults of a variant."""
+        try:
+            yield
+        except (ValueError, FileNotFoundError) as error:
+            for line in str(error).split("\n"):
+                self.lines.setdefault(line, set()).add(variant)
+
+    def raise_any(self):
+        sentences = []
+        for line, named in self.lines.items():
+            whose = [""] if named == self.variants else [f"variants.{n}: " for n in sorted(named)]
+            sentences += [name + line for name in whose]
+        if sentences:
+            raise config.ConfigError("\n".join(sentences))
+
+
+# ---------------------------------------------------------------------------- checked with the data
+
+
+def check(jobs):
+    """{name of a job: its `build.Plan`}; ConfigError with every fault that the data show.
+
+    Each variant and fold is resolved once, as a run would, for seeds change nothing there.
+    """
+    plans, faults, first = {}, Faults({job.variant for job in jobs}), jobs[0].variant
+    for job in jobs:
+        if (job.variant, job.fold) not in plans:
+            with faults.of(job.variant):
+                plans[job.variant, job.fold] = build.resolve(job.settings)
+    faults.raise_any()
+    ids = {place: tuple(case.id for case in held_out(plan)) for place, plan in plans.items()}
+    if not all(ids.values()):
+        raise config.ConfigError(
+            "folds: expected labeled cases that a run is not trained on, got none; give folds, or "
+            "data.validation or data.test in settings"
+        )
+    of_first = [cases for (variant, _), cases in ids.items() if variant == first]
+    if (most := len(set(of_first))) < len(of_first):
+        raise config.ConfigError(f"folds: expected at most {most}, one for each group of cases")
+    for job in jobs:
+        with faults.of(job.variant):
+            cases = ids[job.variant, job.fold]
+            if cases != ids[first, job.fold]:
+                raise ValueError(f"data: expected the held-out cases of {first}, got {cases}")
+            _check_begun(job, cases)
+    faults.raise_any()
+    return {job.name: plans[job.variant, job.fold] for job in jobs}
+
+
+def held_out(plan):
+    """The labeled cases that a run is judged by: those of its fold, else test, else validation."""
+    split = plan.split
+    cases = split.validation if plan.settings.data.folds else split.test or split.validation
+    return [case for case in cases if case.labeled]
+
+
+def _check_begun(job, cases):
+    """A run that has state must go on with the settings and held-out cases that it began with."""
+    if job.folder is None:
+        return
+    before = config.load(job.folder / "config.yaml").plain()
+    after = job.settings.plain() | {group: before[group] for group in MAY_DIFFER}
+    faults = [
+        f"{job.folder}: expected the settings that it began with, got others ({line})"
+        for line in config.changes(before, after)
+    ]
+    if (scored := job.cases()) and sorted(row["case"] for row in scored) != sorted(cases):
+        faults.append(f"{job.folder}: expected the held-out cases that it began with, got {cases}")
+    if faults:
+        raise ValueError("\n".join(f"{fault}; rename the sweep file" for fault in faults))
+
+
+# ---------------------------------------------------------------------------- ledger
+
+
+class Ledger:
+    """A file with a JSON object per line, to which several processes append; the last line of a
+    run counts.
+
+    run, index, variant, fold, seed; settings: {group.key: value} that differ from the config;
+    status: done, failed or stopped; reason; scores: means over the held-out cases; seconds: of
+    training steps; peak_memory, peak_gpu_memory: bytes; time: since 1970.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def entries(self):
+        """{name of a run: its last line}; {} without a file."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        lines = [parse(line) or {} for line in content.splitlines()]
+        return {line["run"]: line for line in lines if "run" in line and "status" in line}
+
+    def done(self, jobs):
+        """Those of some jobs that are done, and whose folder nobody has removed."""
+        entries = self.entries()
+        done = [job for job in jobs if entries.get(job.name, {}).get("status") == "done"]
+        return [job for job in done if job.cases()]
+
+    def append(self, entry):
+        """Add a line, which is on disk when this returns."""
+        with open(self.path, "a+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            append_line(file, entry)
+            os.fsync(file.fileno())

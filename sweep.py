@@ -1,0 +1,284 @@
+"""Many runs from one file: variants of a config x folds x seeds, and one table of them all.
+
+    python sweep.py configs/sweeps/losses.yaml              # one after another
+    python sweep.py configs/sweeps/losses.yaml --jobs 2     # two at a time
+    python sweep.py configs/sweeps/folds.yaml --print | xargs -P2 -I{} sh -c {}
+    sbatch --array=0-11 ... python sweep.py SWEEP.yaml --index $SLURM_ARRAY_TASK_ID
+    python sweep.py configs/sweeps/losses.yaml --report     # the table of what is done so far
+
+Each run is train.py, then infer.py and evaluate.py on the cases that it was not trained on, each in
+a process of its own. Started again after a stop or a kill, it goes on where it was; a run that
+failed is tried again. What a sweep file holds is explained in runtime/jobs.py.
+
+Leaves runs/<name of the file>/: a folder per run, ledger.jsonl (a line per run), output/ (what the
+processes printed), table.csv, and report.html, one page to send to a colleague.
+
+Exit status: 0 done; 1 a run failed, the others went on; 2 the input is wrong (one sentence per
+fault, nothing written); 75 stopped early, run it again to go on.
+"""
+
+import argparse
+import contextlib
+import functools
+import glob
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from monitoring import picture
+from monitoring.formatting import duration, format_bytes
+from monitoring.records import parse, peaks
+from runtime import comparison, folder, jobs, log, page, signals
+from runtime.run import DONE, FAILED, STOPPED, WRONG_INPUT
+from scoring import report
+from settings import Validation
+from volumes.processes import cores, describe_death, run_script
+
+ROOT, POLL_SECONDS, OVERLAY_CASES = Path(__file__).resolve().parent, 0.2, 2
+console = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+# ---------------------------------------------------------------------------- one run
+
+
+@dataclass
+class Worker:
+    """Does the runs of a sweep and writes them into its ledger.
+
+    plans: {name of a job: `build.Plan`}; judge: the settings that all are scored by; count: how
+    many are done at a time; stop: a `signals.Stop`, while they are done.
+    """
+
+    plans: dict
+    ledger: jobs.Ledger
+    judge: Validation
+    count: int
+    stop: signals.Stop | None = None
+
+    def do(self, job, *, wait=True):
+        """Do a run, unless it is done; False if another process does it and we shall not wait."""
+        place = self.ledger.path.parent / "output"
+        place.mkdir(parents=True, exist_ok=True)
+        # The processes of a run inherit this file, and its lock with it: that is held until the
+        # last of them has ended, even if this process is killed.
+        with open(place / job.name, "ab") as out:
+            if not self._lock(out, job, wait):
+                return False
+            if self.stop.reason() or self.ledger.done([job]):
+                return True
+            console.print(f"{job.name} {'goes on' if job.folder else 'begins'}")
+            status, reason = self._run(job, out)
+            entry = {"run": job.name, "index": job.index, "variant": job.variant, "fold": job.fold}
+            entry |= {"seed": job.seed, "settings": job.changes, "status": status, "reason": reason}
+            means = comparison.means(job.cases(), score_names(self.judge)) if not reason else {}
+            entry |= {"scores": means, **figures(job), "time": round(time.time(), 3)}
+            self.ledger.append(entry)
+        result = reason or f"{self.judge.score} {means[self.judge.score]:.4f}"
+        spent = f"{duration(entry['seconds'])} of training, {format_bytes(entry['peak_memory'])}"
+        console.print(f"{job.name} {status}: {result} ({spent})")
+        return True
+
+    def _lock(self, out, job, wait):
+        if folder.try_lock(out):
+            return True
+        if wait:
+            console.print(f"{job.name}: another process does it; waiting for its end")
+            while not folder.try_lock(out) and not self.stop.reason():
+                time.sleep(POLL_SECONDS)
+        return wait
+
+    def _run(self, job, out):
+        """(status, reason) of the processes of a run, one after another."""
+        for command in self._commands(job):
+            code, line = self._process(command, out)
+            if code == DONE:
+                continue
+            if code != STOPPED and not self.stop.why:
+                return "failed", f"{command[0]} {describe_death(code)}" + (line and f": {line}")
+            self.stop.why = self.stop.why or f"{job.name} stopped: {line}"
+            return "stopped", self.stop.why
+        return "done", None
+
+    def _commands(self, job):
+        """The commands of a run, each made when those before it have ended well."""
+        threads = job.settings.run.threads or max(1, cores() // self.count)
+        yield [
+            "train.py",
+            job.config,
+            "--resume",
+            *jobs.overrides(job.changes),
+            f"run.threads={threads}",
+        ]
+        plan, judge, run = self.plans[job.name], self.judge, job.folder
+        predictions, cases = run / "predictions", jobs.held_out(plan)
+        yield [
+            *("infer.py", "--ckpt", run / "checkpoints" / "last.pt", "--output", predictions),
+            *("--input", *(case.path for case in cases)),
+        ]
+        yield [
+            *("evaluate.py", "--pred", f"{job.name}={predictions}", "--truth", plan.dataset.root),
+            *("--cases", *(glob.escape(case.id) for case in cases)),
+            *("--foreground", *plan.foreground, "--tolerance", judge.tolerance),
+            *("--scores", *score_names(judge), "--rank", judge.score),
+            *("--out", run / "scores.json", "--overlays", run, "--overlay-cases", OVERLAY_CASES),
+        ]
+
+    def _process(self, command, out):
+        """(exit status, what it says of why) of a script, which a reason to stop ends."""
+        words = map(str, [sys.executable, ROOT / command[0], *command[1:]])
+        with open(f"{out.name}.errors", "w+b") as errors:
+            process, asked = subprocess.Popen([*words], stdout=out, stderr=errors), False
+            while process.poll() is None:
+                if self.stop.reason() and not asked:
+                    process.terminate()
+                    asked = True
+                time.sleep(POLL_SECONDS)
+            errors.seek(0)
+            text, code = errors.read(), process.returncode
+        if code > 0 and not text:
+            text = Path(out.name).read_bytes()
+        lines = text.decode(errors="replace").strip().split("\n")
+        return code, "; ".join(lines) if code == WRONG_INPUT else lines[-1]
+
+
+def score_names(judge):
+    return list(dict.fromkeys([judge.score, *judge.scores]))
+
+
+def figures(job):
+    """Seconds of training steps and peak memory, as far as the files of a run tell."""
+    run = job.folder or Path(job.settings.run.folder, job.name)
+    seconds, step, readings = 0.0, 0, []
+    with contextlib.suppress(FileNotFoundError):
+        for event in log.read_log(run / "log.jsonl"):
+            if event["event"] == "step":
+                seconds += (event["step"] - step) * event["step_seconds"]
+                step = event["step"]
+        readings = [*filter(None, map(parse, (run / "system.jsonl").read_bytes().splitlines()))]
+    memory, gpu_memory = peaks(readings)
+    spent = {"seconds": round(seconds, 2)}
+    return spent | {"peak_memory": memory, "peak_gpu_memory": gpu_memory}
+
+
+# ---------------------------------------------------------------------------- all runs
+
+
+def do_all(worker, chosen):
+    """Do the chosen runs; the exit status."""
+    with (
+        contextlib.suppress(KeyboardInterrupt),  # a second Ctrl-C, which the runs had too
+        signals.Stop() as worker.stop,
+        ThreadPoolExecutor(worker.count) as pool,
+    ):
+        # What other processes do, such as a sweep of the same file on another GPU, comes last.
+        free = [*pool.map(functools.partial(worker.do, wait=False), chosen)]
+        list(pool.map(worker.do, [job for job, ours in zip(chosen, free, strict=True) if not ours]))
+    if worker.stop.why:
+        return STOPPED
+    return DONE if len(worker.ledger.done(chosen)) == len(chosen) else FAILED
+
+
+def write_report(all_jobs, ledger, path):
+    """Print the tables of the runs that are done; write table.csv and report.html."""
+    judge, entries, place = all_jobs[0].settings.validation, ledger.entries(), ledger.path.parent
+    done, names, folders = ledger.done(all_jobs), score_names(judge), {}
+    runs = [(job.variant, (job.fold, job.seed), job.cases()) for job in done]
+    rows = [row for n in names for row in comparison.compare(runs, n, all_jobs[0].variant)]
+    if rows:
+        wide = Console(width=None if console.is_terminal else 160, highlight=False, markup=False)
+        comparison.print_table(wide, rows, names)
+        report.write_csv(place / "table.csv", [row._asdict() for row in rows])
+    for job in done:
+        folders.setdefault(job.variant, []).append(job.folder)
+    pictures = [("Curves of all runs", picture.draw_runs(folders, judge.score))] if done else []
+    page.write_page(
+        place / "report.html",
+        f"Sweep {place.name}: {len(done)} of {len(all_jobs)} runs done",
+        rows,
+        [entries[job.name] for job in all_jobs if job.name in entries],
+        names=names,
+        pictures=pictures + worst_pictures(done, judge.score),
+        about={str(path): Path(path).read_text(encoding="utf-8")},
+    )
+    for job in all_jobs:
+        if (entry := entries.get(job.name, {})).get("reason"):
+            console.print(f"{job.name} {entry['status']}: {entry['reason']}")
+    console.print(f"{len(done)} of {len(all_jobs)} runs done; wrote {place / 'report.html'}")
+
+
+def worst_pictures(done, score):
+    """[(title, PNG)]: of each variant, the picture of the run whose worst case is the worst."""
+    rows = [row | {"method": job.variant, "job": job} for job in done for row in job.cases()]
+    pictures = []
+    for variant in report.methods_of(rows):
+        job = report.worst_first(rows, variant, score)[0]["job"]
+        title = f"{variant}: the worst cases of {job.name}"
+        pictures.append((title, (job.folder / f"{job.name}.png").read_bytes()))
+    return pictures
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, task = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("sweep", metavar="SWEEP.yaml", help="a config, what to change in it, folds and seeds")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at one time; default 1")
+    add("--index", type=int, metavar="I", help="do run I alone, counted from 0")
+    task.add_argument("--print", action="store_true", help="print the command of each run")
+    task.add_argument("--report", action="store_true", help="only the tables of what is done")
+    arguments = parser.parse_args(argv)
+    if arguments.jobs < 1:
+        parser.error(f"--jobs: expected 1 or more, got {arguments.jobs}")
+    if arguments.report and arguments.index is not None:
+        parser.error("--index: expected either this or --report, which is of all runs")
+    return arguments
+
+
+def main(argv=None):
+    arguments = parse_arguments(argv)
+    path, index = arguments.sweep, arguments.index
+    try:
+        place, all_jobs = jobs.expand(path)
+        if index is not None and not 0 <= index < len(all_jobs):
+            raise ValueError(f"--index: expected 0 to {len(all_jobs) - 1}, got {index}")
+        ledger = jobs.Ledger(place / "ledger.jsonl")
+        chosen = all_jobs if index is None else [all_jobs[index]]
+        if arguments.print:
+            done, words = ledger.done(chosen), [sys.executable, ROOT / "sweep.py", path, "--index"]
+            for job in chosen:
+                if job not in done:
+                    print(shlex.join(map(str, [*words, job.index])))
+            return DONE
+        if arguments.report and not ledger.path.exists():
+            raise ValueError(f"{path}: expected runs of it in {place}, got none; run it first")
+        plans = {} if arguments.report else jobs.check(all_jobs)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return WRONG_INPUT
+    worker, status = Worker(plans, ledger, all_jobs[0].settings.validation, arguments.jobs), DONE
+    try:
+        if not arguments.report:
+            status = do_all(worker, chosen)
+        if status == STOPPED:
+            console.print(f"stopped: {worker.stop.why}; go on with: python sweep.py {path}")
+        elif index is None or {job.name for job in all_jobs} <= ledger.entries().keys():
+            write_report(all_jobs, ledger, path)
+    except OSError as error:
+        print(f"{place}: the sweep cannot go on ({error})", file=sys.stderr)
+        return FAILED
+    return status
+
+
+if __name__ == "__main__":
+    with signals.listening():
+        run_script(main)

@@ -1,0 +1,516 @@
+"""Sweeps: what a file asks for, the ledger, runs that fail or are killed, and the comparison."""
+
+import contextlib
+import fcntl
+import multiprocessing
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import sweep
+from runtime import build, comparison, config, jobs
+from scoring import report
+from tests.test_training_step import make_root
+
+ROOT, FORK = Path(__file__).parents[1], multiprocessing.get_context("fork")
+TINY = {  # as few settings as a run of the real scripts needs
+    "run": {"device": "cpu", "threads": 1},
+    "sampling": {"patch": [8, 16, 16]},
+    "model": {"base": 4, "multipliers": [1, 2]},
+    "optim": {"lr": 1e-2, "warmup_steps": 0},
+    "training": {"max_epochs": 1, "train_iterations_per_epoch": 2, "workers": 0},
+    "validation": {"untrained": False},
+    "monitor": {"tensorboard": False, "picture": False, "log_every": 1},
+}
+
+
+def write(path, content):
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return str(path)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """The config of tiny runs on four cases."""
+    root = tmp_path / "data"
+    root.mkdir()
+    return write(tmp_path / "base.yaml", TINY | {"data": {"root": str(make_root(root))}})
+
+
+def write_sweep(base, **content):
+    folder = str(Path(base).parent / "runs")
+    content = {"config": base, "settings": {"run.folder": folder}, **content}
+    return write(Path(base).parent / "small.yaml", content)
+
+
+# ---------------------------------------------------------------------------- what is asked for
+
+
+def test_variants_times_folds_times_seeds_in_this_order(base):
+    variants = {"bce": None, "cldice": {"loss.cldice.weight": 0.2}}
+    folder, listed = jobs.expand(write_sweep(base, variants=variants, folds=2, seeds=[0, 7]))
+    assert folder == Path(base).parent / "runs" / "small"
+    assert [job.name for job in listed] == [
+        f"{variant}_fold{fold}_seed{seed}"
+        for variant in ("bce", "cldice")
+        for fold in (0, 1)
+        for seed in (0, 7)
+    ]
+    job = listed[7]
+    assert (job.index, job.settings.run.seed, job.settings.loss.cldice.weight) == (7, 7, 0.2)
+    assert (job.settings.data.folds, job.settings.data.fold) == (2, 1)
+    assert listed[3].settings.loss.cldice.weight == 0
+    # What train.py is given on its command line means the same.
+    assert config.load(base, jobs.overrides(job.changes)).plain() == job.settings.plain()
+
+
+def test_a_grid_is_every_combination_each_with_a_name_for_a_folder(base):
+    grid = {"optim.lr": [1e-3, 0.01], "optim.schedule": ["cosine", "constant"]}
+    _, listed = jobs.expand(write_sweep(base, grid=grid))
+    assert [job.name for job in listed] == [
+        f"lr-{lr}_schedule-{schedule}_seed0"
+        for lr in ("0.001", "0.01")
+        for schedule in ("cosine", "constant")
+    ]
+    assert [job.settings.optim.lr for job in listed] == [1e-3, 1e-3, 0.01, 0.01]
+
+
+def test_without_variants_folds_and_seeds_it_is_one_run_of_the_config(base):
+    _, (job,) = jobs.expand(write_sweep(base))
+    assert (job.name, job.fold, job.settings.data.folds) == ("base_seed0", None, 0)
+
+
+FAULTS = {
+    "key": ({"variant": {}}, ["variant: no such setting; the nearest valid key is variants"]),
+    "settings": (
+        {"settings": {"optim.rl": 1}, "variants": {"a": None, "b": None}},
+        ["optim.rl: no such setting; the nearest valid key is optim.lr"],
+    ),
+    "variants": (
+        {"variants": {"a": None, "b": {"optim.lr": -1}, "c": {"model.bse": 4}}},
+        [
+            "variants.b: optim.lr: expected a number greater than 0, got -1",
+            "variants.c: model.bse: no such setting; the nearest valid key is model.base",
+        ],
+    ),
+    "group": ({"variants": {"a": {"optim": {}}}}, ["optim={}: expected group.key=value"]),
+    "seed": ({"settings": {"run.seed": 3}}, ["settings: run.seed comes from seeds"]),
+    "folder": ({"grid": {"run.folder": ["a"]}}, ["grid: run.folder comes from settings"]),
+    "both": ({"variants": {"a": None}, "grid": {"optim.lr": [1]}}, ["grid: expected either this"]),
+    "name": ({"variants": {"a b": None}}, ["variants: expected names of letters"]),
+    "empty": ({"grid": {"optim.lr": []}}, ["grid: expected one value or more"]),
+    "twice": ({"grid": {"optim.lr": [1.0, 1.0]}}, ["grid: expected one value or more"]),
+    "seeds": ({"seeds": [1, 1], "folds": 1}, ["seeds: expected each once", "folds: expected 2"]),
+    "type": ({"folds": "two"}, ["folds: expected a valid integer, got 'two'"]),
+    "config": ({"config": "nowhere.yaml"}, ["nowhere.yaml: expected a config file in YAML"]),
+    "no config": ({"config": ""}, ["config: expected the config file of the runs, got none"]),
+    "groups": ({"folds": 5}, ["folds: expected at most 4, one for each group of cases"]),
+    "held out": ({}, ["folds: expected labeled cases that a run is not trained on, got none"]),
+    "cases": (
+        {"folds": 2, "variants": {"a": None, "b": {"data.train": ["slab[0-2]"]}}},
+        ["variants.b: data: expected the held-out cases of a, got"],
+    ),
+    "data": (
+        {"folds": 2, "variants": {"a": None, "b": {"data.root": "none"}}},
+        ["variants.b: data.root: expected a folder made by prepare.py"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_each_fault_is_a_sentence_and_nothing_is_written(base, capsys, case):
+    content, sentences = FAULTS[case]
+    path = write_sweep(base, **content)
+    before = set(Path(base).parent.rglob("*"))
+    assert sweep.main([path]) == 2
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert len(lines) == len(sentences)
+    for line, sentence in zip(lines, sentences, strict=True):
+        assert sentence in line
+    assert set(Path(base).parent.rglob("*")) == before
+
+
+def test_the_sweeps_that_come_with_lamina_are_valid():
+    counts = {}
+    for path in (ROOT / "configs/sweeps").glob("*.yaml"):
+        with contextlib.chdir(ROOT):
+            counts[path.stem] = len(jobs.expand(path)[1])
+    assert counts == {"folds": 4, "losses": 12}
+
+
+# ---------------------------------------------------------------------------- comparison
+
+
+def scored(variant, place, **cases):
+    return variant, place, [{"case": c, "dice": v, "hd95": 1 - v} for c, v in cases.items()]
+
+
+RUNS = [
+    scored("old", (0, 0), a=0.4, b=0.6),  # mean 0.5
+    scored("old", (1, 0), c=0.7),
+    scored("old", (0, 1), a=0.5, b=0.7),  # 0.6
+    scored("old", (1, 1), c=0.8),
+    scored("new", (0, 0), a=0.5, b=0.7),  # 0.6: + 0.1
+    scored("new", (1, 0), c=0.9),  # + 0.2
+    scored("new", (0, 1), a=0.8, b=1.0),  # 0.9: + 0.3
+    scored("new", (1, 1), c=0.4),  # - 0.4
+]
+
+
+def test_means_deviations_and_paired_differences_are_those_of_hand():
+    old, new = comparison.compare(RUNS, "dice")
+    assert (old.variant, old.runs, old.cases, old.difference) == ("old", 4, 3, None)
+    assert old.mean == pytest.approx((0.5 + 0.7 + 0.6 + 0.8) / 4)
+    assert old.deviation == pytest.approx((0.05 / 3) ** 0.5)  # squares 0.0225 and 0.0025, twice
+    assert (new.pairs, new.difference) == (4, pytest.approx(0.05))
+    # Deviations from 0.05: 0.05, 0.15, 0.25, -0.45; t of 3 degrees of freedom is 3.182446.
+    reach = 3.182446 * (0.29 / 3) ** 0.5 / 2
+    assert (new.low, new.high) == pytest.approx((0.05 - reach, 0.05 + reach), abs=1e-6)
+
+
+def test_all_cases_together_are_compared_by_their_means_over_seeds():
+    old, new = comparison.compare(RUNS, "dice")
+    assert old.case_mean == pytest.approx((0.45 + 0.65 + 0.75) / 3)
+    assert new.case_difference == pytest.approx((0.2 + 0.2 - 0.1) / 3)
+    assert (new.ahead, new.behind) == (2, 1)
+    assert -0.101 < new.case_low < new.case_difference < new.case_high < 0.201
+
+
+def test_lower_is_ahead_where_lower_is_better():
+    new = comparison.compare(RUNS, "hd95")[1]
+    assert new.difference == pytest.approx(-0.05) and (new.ahead, new.behind) == (2, 1)
+
+
+def test_a_run_without_its_pair_counts_for_its_own_variant_only():
+    _, new = comparison.compare([*RUNS[:2], *RUNS[4:]], "dice")
+    assert (new.runs, new.pairs, new.difference) == (4, 2, pytest.approx(0.15))
+    assert new.case_difference == pytest.approx((0.1 + 0.1 + 0.2) / 3)
+
+
+def test_runs_of_other_cases_are_no_pair():
+    _, new = comparison.compare([*RUNS[:2], RUNS[4], scored("new", (1, 0), d=0.9)], "dice")
+    assert (new.runs, new.pairs, new.difference) == (2, 1, pytest.approx(0.1))
+
+
+def test_one_run_has_no_deviation_and_one_pair_no_interval():
+    old, new = comparison.compare([RUNS[0], RUNS[4]], "dice")
+    assert old.deviation is None and new.difference == pytest.approx(0.1)
+    assert (new.low, new.high) == (None, None)
+
+
+def test_without_the_first_variant_there_is_nothing_to_compare_with():
+    (new,) = comparison.compare(RUNS[4:], "dice", "old")
+    assert new.difference is None and new.pairs == 0
+    assert comparison.compare([], "dice", "old") == []
+
+
+def test_a_leaderboard_against_a_method_keeps_its_order():
+    rows = [
+        {"case": case, "method": method, "dice": value}
+        for method, values in {"a": (0.2, 0.4), "b": (0.6, 0.6), "c": (0.1, 0.3)}.items()
+        for case, value in zip("xy", values, strict=True)
+    ]
+    standings = report.leaderboard(rows, "dice", against="a")
+    assert [one.method for one in standings] == ["b", "a", "c"]
+    assert [one.difference for one in standings] == [pytest.approx(0.3), None, pytest.approx(-0.1)]
+
+
+# ---------------------------------------------------------------------------- ledger
+
+
+def append_many(path, name):
+    for number in range(40):
+        jobs.Ledger(path).append({"run": f"{name}{number}", "status": "done", "pad": "x" * 5000})
+
+
+def test_processes_append_whole_lines_side_by_side(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(b'{"run": "cut sh')  # by a kill
+    writers = [FORK.Process(target=append_many, args=(path, name)) for name in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert jobs.Ledger(path).entries().keys() == {f"{n}{i}" for n in "ab" for i in range(40)}
+    assert len(path.read_bytes().splitlines()) == 81
+
+
+def test_the_last_line_of_a_run_counts(tmp_path):
+    ledger = jobs.Ledger(tmp_path / "ledger.jsonl")
+    assert ledger.entries() == {}
+    ledger.append({"run": "a", "status": "failed"})
+    ledger.append({"run": "b", "status": "done"})
+    ledger.append({"run": "a", "status": "done"})
+    assert {name: line["status"] for name, line in ledger.entries().items()} == {
+        "b": "done",
+        "a": "done",
+    }
+
+
+# ---------------------------------------------------------------------------- runs
+
+
+# It writes what train.py leaves, and does what a file beside it says: exit, die, or wait.
+TRAIN = """
+import json, os, sys, time, yaml
+from pathlib import Path
+settings = yaml.safe_load(open(sys.argv[1]))
+for text in sys.argv[3:]:
+    key, _, value = text.partition("=")
+    group, name = key.split(".")
+    settings[group][name] = json.loads(value)
+here, name = Path(__file__).parent, settings["run"]["name"]
+run = Path(settings["run"]["folder"], name)
+with open(here / "begun", "a") as file:
+    print(name, file=file)
+(run / "checkpoints").mkdir(parents=True, exist_ok=True)
+(run / "checkpoints" / "last.pt").touch()
+(run / "config.yaml").write_text(yaml.safe_dump(settings))
+steps = [dict(event="step", step=n, step_seconds=0.5) for n in (2, 3)]
+(run / "log.jsonl").write_text("".join(json.dumps(event) + "\\n" for event in steps))
+(run / "system.jsonl").write_text('{"tree": 5}\\n{"tree": 8}\\n{"tree": 6}\\n')
+do = here / name
+if do.exists():
+    exec(do.read_text())
+"""
+INFER = "import sys; assert sys.argv[1] == '--ckpt'"
+EVALUATE = """
+import json, sys
+from pathlib import Path
+words = sys.argv
+name, out = words[2].split("=")[0], Path(words[words.index("--out") + 1])
+cases = words[words.index("--cases") + 1 : words.index("--foreground")]
+first = words[words.index("--scores") + 1 : words.index("--rank")]
+value = 0.75 if name.startswith("b") else 0.5
+rows = [dict(case=case, method=name) | dict.fromkeys(first, value) for case in cases]
+out.write_text(json.dumps(dict(cases=rows)))
+out.with_name(name + ".png").write_bytes(b"a picture")
+"""
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """A folder with scripts that do next to nothing in place of the real ones."""
+    place = tmp_path / "scripts"
+    place.mkdir()
+    texts = {"train": TRAIN, "infer": INFER, "evaluate": EVALUATE}
+    for name, text in texts.items():
+        (place / f"{name}.py").write_text(text)
+    monkeypatch.setattr(sweep, "ROOT", place)
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.02)
+    return place
+
+
+@pytest.fixture
+def two_by_two(base):
+    return write_sweep(base, variants={"a": None, "b": {"optim.lr": 0.1}}, folds=2)
+
+
+def begun(scripts):
+    path = scripts / "begun"
+    return path.read_text().split() if path.exists() else []
+
+
+def ledger_of(path):
+    return jobs.Ledger(jobs.expand(path)[0] / "ledger.jsonl").entries()
+
+
+NAMES = ["a_fold0_seed0", "a_fold1_seed0", "b_fold0_seed0", "b_fold1_seed0"]
+
+
+def test_a_failed_run_is_recorded_and_tried_again_the_others_are_not(scripts, two_by_two, capsys):
+    (scripts / NAMES[1]).write_text("print('first'); sys.exit('no room')")
+    (scripts / NAMES[2]).write_text("os.kill(os.getpid(), 9)")
+    two_faults = r"print('a: wrong\nb: wrong', file=sys.stderr); sys.exit(2)"
+    (scripts / NAMES[3]).write_text(two_faults)
+    assert sweep.main([two_by_two]) == 1
+    entries = ledger_of(two_by_two)
+    assert [entries[name]["status"] for name in NAMES] == ["done", "failed", "failed", "failed"]
+    assert entries[NAMES[3]]["reason"] == ("train.py ended with exit status 2: a: wrong; b: wrong")
+    assert entries[NAMES[1]]["reason"] == "train.py ended with exit status 1: no room"
+    assert entries[NAMES[2]]["reason"] == "train.py was killed by SIGKILL"
+    assert "1 of 4 runs done" in capsys.readouterr().out
+    for name in NAMES[1:]:
+        (scripts / name).unlink()
+    assert sweep.main([two_by_two]) == 0
+    assert begun(scripts) == [*NAMES, *NAMES[1:]]
+    assert sweep.main([two_by_two, "--jobs", "2"]) == 0 and len(begun(scripts)) == 7
+
+
+def test_a_line_of_the_ledger_says_what_a_run_was_and_came_to(scripts, two_by_two):
+    assert sweep.main([two_by_two, "--index", "3"]) == 0
+    (entry,) = ledger_of(two_by_two).values()
+    assert entry.pop("time") == pytest.approx(time.time(), abs=60)
+    scores = ["surface_dice", "dice", "precision", "recall", "components", "components_truth"]
+    changes = {"optim.lr": 0.1, "data.folds": 2, "data.fold": 1, "run.seed": 0}
+    assert changes.items() <= entry.pop("settings").items()
+    assert entry == {
+        "run": NAMES[3], "index": 3, "variant": "b", "fold": 1, "seed": 0, "status": "done",
+        "reason": None, "scores": dict.fromkeys(scores, 0.75), "seconds": 1.5, "peak_memory": 8,
+        "peak_gpu_memory": None,
+    }  # fmt: skip
+
+
+def test_a_run_that_stops_stops_the_sweep_which_then_goes_on(scripts, two_by_two, capsys):
+    (scripts / NAMES[1]).write_text("print('time is up'); sys.exit(75)")
+    assert sweep.main([two_by_two]) == 75
+    last = capsys.readouterr().out.strip().split("\n")[-1]
+    assert last == (
+        f"stopped: {NAMES[1]} stopped: time is up; go on with: python sweep.py {two_by_two}"
+    )
+    assert begun(scripts) == NAMES[:2]
+    assert [e["status"] for e in ledger_of(two_by_two).values()] == ["done", "stopped"]
+    (scripts / NAMES[1]).unlink()
+    assert sweep.main([two_by_two]) == 0
+    assert begun(scripts) == [*NAMES[:2], *NAMES[1:]]
+
+
+def test_a_signal_to_the_sweep_is_handed_on_to_the_run(scripts, two_by_two):
+    code = "import signal; signal.signal(15, lambda *_: sys.exit(75)); os.kill(os.getppid(), 15)"
+    (scripts / NAMES[0]).write_text(f"{code}; time.sleep(30)")
+    began = time.monotonic()
+    assert sweep.main([two_by_two]) == 75 and time.monotonic() - began < 20
+    (entry,) = ledger_of(two_by_two).values()
+    assert (entry["status"], entry["reason"]) == ("stopped", "signal SIGTERM")
+
+
+def test_a_killed_sweep_leaves_no_run_to_be_done_twice(scripts, two_by_two):
+    """Its run goes on alone; the next sweep waits for that, and then goes on with it."""
+    wait = "while not (here / 'free').exists():\n    time.sleep(0.01)"
+    (scripts / NAMES[0]).write_text(f"(here / 'alone').touch()\n{wait}")
+    process = FORK.Process(target=sweep.main, args=([two_by_two],))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (scripts / "alone").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and ledger_of(two_by_two) == {}
+    threading.Timer(0.5, (scripts / "free").touch).start()
+    assert sweep.main([two_by_two]) == 0
+    assert begun(scripts) == [*NAMES, NAMES[0]]
+    assert [e["status"] for e in ledger_of(two_by_two).values()] == ["done"] * 4
+
+
+def test_what_another_process_does_comes_last_and_is_not_done_again(scripts, two_by_two):
+    place, (job, *_) = jobs.expand(two_by_two)
+    (place / "output").mkdir(parents=True)
+    with open(place / "output" / job.name, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        thread = threading.Thread(target=sweep.main, args=([two_by_two],))
+        thread.start()
+        deadline = time.monotonic() + 60
+        while len(ledger_of(two_by_two)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert thread.is_alive() and begun(scripts) == NAMES[1:]
+        (place / job.name / "checkpoints").mkdir(parents=True)
+        (place / job.name / "checkpoints" / "last.pt").touch()
+        cases = (place / NAMES[2] / "scores.json").read_text().replace(NAMES[2], job.name)
+        (place / job.name / "scores.json").write_text(cases)
+        (place / job.name / f"{job.name}.png").touch()
+        entry = ledger_of(two_by_two)[NAMES[2]] | {"run": job.name}
+        jobs.Ledger(place / "ledger.jsonl").append(entry)
+    thread.join()
+    assert begun(scripts) == NAMES[1:]
+    assert "4 of 4 runs done" in (place / "report.html").read_text()
+
+
+def test_the_printed_commands_give_the_same_ledger(scripts, two_by_two, capsys):
+    assert sweep.main([two_by_two, "--print"]) == 0
+    commands = [line.split() for line in capsys.readouterr().out.strip().split("\n")]
+    expected = [sys.executable, str(scripts / "sweep.py"), two_by_two, "--index"]
+    assert commands == [[*expected, str(index)] for index in range(4)]
+    for command in reversed(commands):
+        assert sweep.main(command[2:]) == 0
+    by_index = ledger_of(two_by_two)
+    folder = jobs.expand(two_by_two)[0]
+    table = (folder / "table.csv").read_text()  # the last of them wrote it
+    folder.rename(folder.with_name("by_index"))
+    assert sweep.main([two_by_two, "--jobs", "2"]) == 0
+    whole = ledger_of(two_by_two)
+    for entries in (by_index, whole):
+        for entry in entries.values():
+            entry.pop("time")
+    assert whole == by_index and (folder / "table.csv").read_text() == table
+    capsys.readouterr()
+    assert sweep.main([two_by_two, "--print"]) == 0 and capsys.readouterr().out == ""
+    assert sweep.main([two_by_two, "--index", "4"]) == 2
+    assert "--index: expected 0 to 3, got 4" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_only_with_the_settings_and_cases_that_it_began_with(
+    scripts, two_by_two, capsys
+):
+    assert sweep.main([two_by_two, "--index", "2"]) == 0
+    text = Path(two_by_two).read_text()
+    Path(two_by_two).write_text(text.replace("0.1", "0.2"))
+    assert sweep.main([two_by_two]) == 2
+    (line,) = capsys.readouterr().err.strip().split("\n")
+    assert "variants.b" in line and "changed: optim.lr is 0.2, was 0.1" in line
+    assert begun(scripts) == [NAMES[2]]
+    Path(two_by_two).write_text(text)
+    scores = jobs.expand(two_by_two)[0] / NAMES[2] / "scores.json"
+    scores.write_text(scores.read_text().replace("slab0", "slab9"))
+    assert sweep.main([two_by_two]) == 2
+    assert "held-out cases that it began with" in capsys.readouterr().err
+    scores.write_text(scores.read_text().replace("slab9", "slab0"))
+    Path(two_by_two).write_text(text.replace("settings:", "settings:\n  run.threads: 2"))
+    assert sweep.main([two_by_two]) == 0 and len(begun(scripts)) == 4
+
+
+def test_a_run_whose_folder_was_removed_is_done_again(scripts, two_by_two):
+    assert sweep.main([two_by_two, "--index", "0"]) == 0
+    (jobs.expand(two_by_two)[0] / NAMES[0] / "scores.json").unlink()
+    assert sweep.main([two_by_two, "--index", "0"]) == 0
+    assert begun(scripts) == [NAMES[0]] * 2
+
+
+# ---------------------------------------------------------------------------- report
+
+
+def test_the_page_has_all_tables_and_pictures_and_needs_nothing_else(scripts, two_by_two, capsys):
+    (scripts / NAMES[3]).write_text("sys.exit('<no> room')")
+    assert sweep.main([two_by_two]) == 1
+    folder = jobs.expand(two_by_two)[0]
+    text = (folder / "report.html").read_text()
+    assert text.count("<table>") == 3 and text.count('src="data:image/png;base64,') == 3
+    assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text
+    assert "+0.250" in text and "train.py ended with exit status 1: &lt;no&gt; room" in text
+    assert all(f"<td>{name}</td>" in text for name in NAMES)
+    header, first, second, *_ = (folder / "table.csv").read_text().splitlines()
+    assert header.startswith("variant,score,runs,mean,deviation,pairs,difference,low,high")
+    assert first.startswith("a,surface_dice,2,0.5,0.0,0,")
+    assert second.startswith("b,surface_dice,1,0.75,,1,0.25,,,2,0.75,0.25,0.25,0.25,2,0")
+    capsys.readouterr()
+    (folder / "report.html").unlink()
+    assert sweep.main([two_by_two, "--report"]) == 0
+    assert (folder / "report.html").read_text() == text and len(begun(scripts)) == 4
+
+
+def test_a_report_before_any_run_is_one_sentence(two_by_two, capsys):
+    assert sweep.main([two_by_two, "--report"]) == 2
+    assert "expected runs of it in" in capsys.readouterr().err
+
+
+def test_each_case_is_predicted_by_the_real_run_that_did_not_see_it(base, capsys):
+    """train.py, infer.py and evaluate.py as they are, for one of two folds."""
+    path = write_sweep(base, folds=2)
+    assert sweep.main([path, "--index", "1"]) == 0, capsys.readouterr()
+    folder, (_, job) = jobs.expand(path)
+    run, plan = folder / "base_fold1_seed0", build.resolve(job.settings)
+    ids = [case.id for case in plan.split.validation]
+    assert sorted(p.name for p in (run / "predictions").iterdir()) == [f"{i}.nii.gz" for i in ids]
+    assert [row["case"] for row in job.cases()] == ids and len(ids) == 2
+    (entry,) = ledger_of(path).values()
+    mean = sum(row["surface_dice"] for row in job.cases()) / 2
+    assert entry["scores"]["surface_dice"] == pytest.approx(mean)
+    assert entry["seconds"] > 0 and 1e8 < entry["peak_memory"] < 3e9
+    assert sweep.main([path, "--report"]) == 0
+    assert (folder / "report.html").read_text().count("data:image/png;base64,") == 2
