@@ -228,6 +228,20 @@ def what_is_measured(plan):
     return about | {"cases": {case.id: casefile.fingerprint(case) for case in cases}}
 
 
+def trained_cases(plan):
+    """{training case: a number that changes with its voxels}."""
+    return {case.id: casefile.fingerprint(case) for case in plan.split.train}
+
+
+def changes_of_data(plan, before):
+    """A line on the training cases that are not as the metadata of a saved state have them."""
+    old, new = before.get("trained", {}), trained_cases(plan)
+    changed = [case for case in sorted(old.keys() | new.keys()) if old.get(case) != new.get(case)]
+    listed = ", ".join(changed[:5]) + ", ..." * (len(changed) > 5)
+    what = "training cases are others, or hold other voxels, than in the saved state"
+    return [f"changed: {len(changed)} {what}: {listed}"] if old and changed else []
+
+
 def make_validator(plan, run):
     """The `validation.Validator` of a plan and a `run.Run`."""
     settings = plan.settings
@@ -273,6 +287,8 @@ def metadata(plan):
         "spacing": list(plan.settings.data.spacing),  # 0 or None: an axis as it is stored
         "measured": what_is_measured(plan),
         "typical": True,  # see data.normalisation
+        "trained": trained_cases(plan),
+        "trained_spacing": list(plan.spacing),
         "strides": [list(stride) for stride in plan.strides],
         "kernels": [list(kernel) for kernel in plan.kernels],
     }

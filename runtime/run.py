@@ -88,6 +88,7 @@ class Run:
         if saved is None:
             return
         self.notes += config.changes(saved["config"], self.settings.plain())
+        self.notes += build.changes_of_data(self.plan, saved["data"])
         try:
             for key, part in self.state.items():
                 if saved[key] or key != "scaler":
@@ -95,8 +96,8 @@ class Run:
         except (RuntimeError, ValueError, KeyError) as error:
             *_, reason = str(error).split("\n\t")[:2]
             raise WrongInput(
-                f"{self.resumed_from}: its network does not fit these settings ({reason}); resume "
-                f"with the settings in {self.folder / 'config.yaml'}"
+                f"{self.resumed_from}: its network does not fit these settings and data "
+                f"({reason}); resume with the same data and {self.folder / 'config.yaml'}"
             ) from error
         loop = saved["loop"]
         self.step, self.seconds, self.lines = loop["step"], loop["seconds"], loop["lines"]

@@ -215,6 +215,9 @@ def read(pair, options, errors):
         faults, odd = compare(volume, other, **how)
         errors += faults
         notes += [f"{what}: {note}" for note in odd]
+    for value in options.foreground or ():
+        if not (truth.array == value).any():
+            notes.append(f"truth: no voxel of class {value}")
     for volume in (*predictions.values(), truth):
         notes += volume.remarks() if options.spacing is None else volume.notes
     for volume in stated if options.spacing is None else ():

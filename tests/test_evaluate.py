@@ -468,7 +468,7 @@ def test_the_spacing_of_a_prepared_dataset_wins_over_the_predictions_header(tmp_
     assert read_csv(out)["a", "prediction"]["spacing"] == "5 1 1"
 
 
-def test_classes_of_the_truth_can_be_named(tmp_path):
+def test_classes_of_the_truth_can_be_named(tmp_path, capsys):
     truth = np.maximum(bar(2), bar(7, value=2))
     truth[2] = 9
     write(tmp_path / "truth" / "a.nii.gz", truth)
@@ -479,6 +479,9 @@ def test_classes_of_the_truth_can_be_named(tmp_path):
     assert run(*arguments, "--foreground", 2) == 0
     assert float(read_csv(out)["a", "prediction"]["dice"]) == 1.0
     assert run(*arguments, "--foreground", 2, "--ignore-label", -1) == 0  # no voxel can have it
+    assert "no voxel of class" not in capsys.readouterr().out
+    assert run(*arguments, "--foreground", 2, 4) == 0
+    assert "truth: no voxel of class 4: a" in capsys.readouterr().out
 
 
 def test_ids_that_end_in_a_role_word_or_begin_the_file_name_are_found(tmp_path):

@@ -482,6 +482,16 @@ def three_scans(tmp_path):
     return ["--input", str(tmp_path / "scans"), "--output", str(tmp_path / "out")]
 
 
+def test_voxels_far_from_those_of_training_are_noted(run, tmp_path, capsys):
+    write_nifti(tmp_path / "a.nii.gz", image_of((8, 16, 16)))
+    volume = files.read_image(tmp_path / "a.nii.gz")
+    for times, said in ((1.9, False), (2.1, True)):
+        trained = [times * size for size in volume.spacing]
+        ckpt = run(trained_spacing=trained, unit=volume.unit)
+        infer_ok("--ckpt", ckpt, "--input", tmp_path / "a.nii.gz", "--output", tmp_path / "o")
+        assert ("a.nii.gz: voxels of" in capsys.readouterr().out) == said
+
+
 def written(tmp_path):
     return sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz"))
 

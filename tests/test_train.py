@@ -590,6 +590,17 @@ def test_a_best_of_other_labels_does_not_count(scored, tmp_path, capsys):
     assert "the cases or their voxels differ (bar2)" in said and standing["best_score"] <= 1
 
 
+def test_a_training_case_that_has_other_voxels_by_now_is_said(scored, tmp_path, capsys):
+    path = scored / "bar0.h5"
+    with h5py.File(path) as file:
+        image, label = 2 * file["image"][:] + 1, file["label"][:]
+    about = {"spacing": (2, 1, 1), "unit": "micron", "affine": None, "group": "b"}
+    casefile.write_case(path, image, label, ignore_label=2, **about)
+    assert train.main(settings(scored, tmp_path, "training.max_epochs=2"), resume=True) == 0
+    said = "changed: 1 training cases are others, or hold other voxels, than in the saved state"
+    assert f"{said}: bar0" in capsys.readouterr().out
+
+
 def test_a_best_of_a_version_that_kept_no_meaning_is_told_by_its_settings(scored, tmp_path, capsys):
     path = tmp_path / "runs" / "r" / "checkpoints" / "last.pt"
     state = checkpoint.load(path)

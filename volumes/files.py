@@ -93,9 +93,10 @@ def suffix_of(path):
 
 
 def stem_of(path):
-    """The file name without folder, dataset and known suffix, in Unicode's composed form (NFC)."""
+    """The file name without folder, dataset, known suffix and OME's `.ome`, in Unicode's NFC."""
     name = Path(split_dataset(path)[0]).name
-    return nfc(name[: len(name) - len(suffix_of(name))])
+    stem = name[: len(name) - len(suffix_of(name))]
+    return nfc(re.sub(r"\.ome$", "", stem, flags=re.IGNORECASE))
 
 
 def nfc(text):

@@ -1,14 +1,25 @@
 """HDF5: a dataset that is named, or found by its name, with spacing in its attributes."""
 
 import contextlib
+import itertools
 import json
+import math
 import os
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from volumes.volume import Volume, VolumeError, in_one_unit, order_axes, take_axes
+from volumes.volume import (
+    HEADER_TOLERANCE,
+    METRES,
+    Volume,
+    VolumeError,
+    in_one_unit,
+    order_axes,
+    take_axes,
+    with_unit,
+)
 
 WRITES_DIMENSIONS = (3, 4)
 USUAL_NAMES = {"image": ("image",), "label": ("label", "segmentation")}  # by role
@@ -46,15 +57,19 @@ def read(path, dataset, role):
                 f"{path}:{dataset}: expected all voxels, got a dataset of which {gap}; put "
                 "it back, or write the dataset again"
             )
-        spacing, unit = _spacing_and_unit(path, {**file.attrs, **item.attrs}, item, order)
-        array = take_axes(item[()], order)
-        return Volume(array, spacing, unit, file.attrs.get("affine"), path)
+        notes, attributes = [], {**file.attrs, **item.attrs}
+        spacing, unit = _spacing_and_unit(path, attributes, item, order, notes)
+        array, affine = take_axes(item[()], order), file.attrs.get("affine")
+        return Volume(array, spacing, unit, affine, path, notes=tuple(notes))
 
 
 def _items(group, prefix="", above=()):
     """(name, dataset) of all below a group, through links too; None where a link leads nowhere."""
     for key in group:
-        item = group.get(key)
+        try:
+            item = group.get(key)
+        except (OSError, RuntimeError):  # a link to itself, or to a file that cannot be opened
+            item = None
         if not isinstance(item, h5py.Group):
             yield prefix + key, item
         elif item not in above:  # links can go in a circle
@@ -99,7 +114,10 @@ def _gap(item):
     """What is not there of a dataset, and would be read as fill values; "" if all is there."""
     folder, gaps = Path(item.file.filename).parent, []
     if item.is_virtual:
-        gaps = [_gap_of_source(item, folder, *source[:3]) for source in item.virtual_sources()]
+        sources = item.virtual_sources()
+        gaps = [_gap_of_source(item, folder, *source[:3]) for source in sources]
+        if sum(source.vspace.get_select_npoints() for source in sources) < item.size:
+            gaps.append("a part comes from no source")
     elif item.external:
         prefix = os.environ.get("HDF5_EXTFILE_PREFIX", "").replace("${ORIGIN}", str(folder))
         needed = item.nbytes
@@ -110,7 +128,14 @@ def _gap(item):
                 gaps.append(f"{size} bytes in {file} are missing")
     elif item.size and not item.id.get_storage_size():
         gaps = ["no voxel was ever written"]
+    elif item.chunks and (missing := _chunks(item) - item.id.get_num_chunks()):
+        gaps = [f"{missing} of {_chunks(item)} chunks were never written, not even with zeros"]
     return next(filter(None, gaps), "")
+
+
+def _chunks(item):
+    """How many chunks a dataset has, written or not."""
+    return math.prod(-(-n // c) for n, c in zip(item.shape, item.chunks, strict=True))
 
 
 def _gap_of_source(item, folder, part, name, dataset):
@@ -125,17 +150,36 @@ def _gap_of_source(item, folder, part, name, dataset):
         return f"{place}:{dataset} is missing, or cannot be read"
 
 
-def _spacing_and_unit(path, attributes, item, order):
-    """(spacing, unit) from the attributes in use: ours, ilastik's, CREMI's, `spacing_<unit>`."""
+def _spacing_and_unit(path, attributes, item, order, notes):
+    """(spacing, unit) from the attributes in use: ours, ilastik's, CREMI's, `spacing_<unit>`.
+
+    VolumeError where two of them differ; one that holds something else is noted.
+    """
     units = _texts(attributes.get("unit", attributes.get("units", "")))
     known = {"spacing": units, "element_size_um": ["um"], "resolution": units,
              "spacing_mm": ["mm"], "spacing_um": ["um"], "spacing_nm": ["nm"]}  # fmt: skip
+    found = {}
     for name, names in known.items():
-        value = np.asarray(attributes.get(name, ()))
+        if name not in attributes:
+            continue
+        value = np.asarray(attributes[name])
         sizes = _of_zyx(value.reshape(-1).tolist(), order, item.ndim)
-        if sizes and value.dtype.kind in "uif":
-            names = _of_zyx(names, order, item.ndim) or names[:1] * 3
-            return in_one_unit(path, sizes, names)
+        if value.dtype.kind not in "uif":  # words, of another meaning
+            continue
+        if not sizes:
+            notes.append(f"the attribute {name}, {value.tolist()}, is no size of z, y and x")
+            continue
+        names = _of_zyx(names, order, item.ndim) or names[:1] * 3
+        found[name] = in_one_unit(path, sizes, names)
+    for (name, (sizes, unit)), (other, (others, its_unit)) in itertools.pairwise(found.items()):
+        scale = METRES[unit] / METRES[its_unit] if unit and its_unit else 1.0
+        if not np.allclose(np.multiply(sizes, scale), others, rtol=HEADER_TOLERANCE, atol=0.0):
+            raise VolumeError(
+                f"{path}: expected one voxel size, got {with_unit(sizes, unit)} ({name}) and "
+                f"{with_unit(others, its_unit)} ({other}); correct or remove one"
+            )
+    if found:
+        return next(iter(found.values()))
     if "axistags" in item.attrs:
         tags, units = _tags(item), json.loads(_texts(attributes.get("axis_units", "{}"))[0])
         tags = [tags[axis] for axis in order[-3:]]

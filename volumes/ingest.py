@@ -212,8 +212,12 @@ def _class_ids(name, label, rules, outcome):
         advice = "name every class with --classes NAME ..., or correct the label"
         if len(unknown) > 20:
             advice = "these look like numbered objects; store a mask of classes"
-        elif unknown == [2] and rules.ignore_label is None:
-            advice = "give --ignore-label 2 if 2 means unlabeled, or --classes A B for two classes"
+        elif unknown[0] < 0:
+            advice = "store ids of 0 to 255, unlabeled voxels as one of their own (--ignore-label)"
+        elif rules.ignore_label is None and len(unknown) == 1:
+            value = unknown[0]
+            advice = f"give --ignore-label {value} if {value} means unlabeled, or name every class "
+            advice += "with --classes NAME ..."
         outcome.faults.append(
             f"case {name}: expected label values {sorted(declared)}, got also {shown}; {advice}"
         )

@@ -10,8 +10,16 @@ import numpy as np
 
 from volumes import casefile, files, layouts
 from volumes.statistics import blank_channels, faults_of_contrast
-from volumes.volume import InputErrors, VolumeError, check_affine, collect_errors
+from volumes.volume import (
+    METRES,
+    InputErrors,
+    VolumeError,
+    check_affine,
+    collect_errors,
+    with_unit,
+)
 
+UNLIKE = 2.0  # times the voxel size of training, from which on it is said
 PHANTOM_SUFFIX = ".nii.gz"  # of cases that were made from no file
 
 
@@ -73,7 +81,8 @@ def check_inputs(texts, metadata, root, output):
         with collect_errors(faults), damage_named(", ".join(paths)):
             inputs.append(_inspect(case_id, paths))
             faults.extend(_run_faults(inputs[-1], metadata))
-            notes += [f"note: {inputs[-1].path}: {remark}" for remark in inputs[-1].remarks]
+            remarks = [*inputs[-1].remarks, *_unlike_training(inputs[-1], metadata)]
+            notes += [f"note: {inputs[-1].path}: {remark}" for remark in remarks]
             for channel, value in blank_channels(inputs[-1].intensity).items():
                 blank = f"channel {channel} is {value:g} in all voxels"
                 notes.append(f"warning: {inputs[-1].path}: {blank}")
@@ -174,6 +183,22 @@ def _run_faults(volume, metadata):
         yield (
             f"{volume.path}: expected a spacing in {unit} as in training, got {volume.unit}; "
             f"prepare the volume with prepare.py --spacing Z Y X --unit {unit}"
+        )
+
+
+def _unlike_training(volume, metadata):
+    """A clause where voxels are far smaller or larger than those of training, and stay so."""
+    trained, unit = metadata.get("trained_spacing"), metadata["unit"]  # none in older versions
+    if volume.spacing is None or trained is None:
+        return
+    known = volume.unit in METRES and unit in METRES
+    scale = METRES[volume.unit] / METRES[unit] if known else 1.0
+    ratios = np.multiply(volume.spacing, scale) / trained
+    kept = [r for r, wanted in zip(ratios, metadata["spacing"], strict=True) if not wanted]
+    if kept and (max(kept) > UNLIKE or min(kept) < 1 / UNLIKE):
+        yield (
+            f"voxels of {with_unit(volume.spacing, volume.unit)}, where training had "
+            f"{with_unit(trained, unit)}"
         )
 
 

@@ -222,6 +222,8 @@ def _declared_classes(labels):
         labels = {name: int(key) for key, name in labels.items()}
     if not all(isinstance(value, int) for value in labels.values()):
         raise ValueError("classes made of regions (lists of ids), which need one id per class")
+    if len(set(labels.values())) < len(labels):
+        raise ValueError(f"two classes of one id ({labels})")
     ignore = labels.pop("ignore", None)
     return {"background": 0, **{name: i for name, i in labels.items() if i != 0}}, ignore
 

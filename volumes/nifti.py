@@ -29,6 +29,7 @@ UNIT_CODES = {"": 0, "m": 1, "mm": 2, "micron": 3}  # the lowest 3 bits of xyzt_
 SECONDS = (8, 16, 24)  # s, ms, µs: the next 3 bits
 PLACE = ("xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
          "qoffset_y", "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")  # fmt: skip
+GZIP = b"\x1f\x8b"  # the first bytes of such a file
 MOST_VOXELS = 2**15 - 1  # on an axis of NIfTI-1
 MOST_PACKED = 1032  # bytes in one of gzip
 CHUNK = 2**20
@@ -37,7 +38,9 @@ CHUNK = 2**20
 def read(path, _dataset, _role):
     """The `Volume` in a NIfTI file, (D, H, W) or (C, D, H, W); float32 if its header scales it."""
     nibabel.imageglobals.logger.disabled = True  # its warnings do not name the file
-    packed, notes, doubt = path.lower().endswith(".gz"), [], ""
+    notes, doubt = [], ""
+    with open(path, "rb") as stream:
+        packed = stream.read(2) == GZIP  # whatever the file is called
     try:
         with (gzip.open if packed else open)(path, "rb") as stream:
             kind = _kind(stream.read(4))

@@ -49,8 +49,15 @@ def read(path, _dataset, role):
                 _check_pages(path, pages)
             array = pages.asarray() if series else np.stack([page.asarray() for page in pages])
             array = take_axes(array.reshape(shape), order)
-            array = _as_shown(path, array, pages[0].keyframe, role)
-            return Volume(array, *_spacing_and_unit(path, tif, ome, role), None, path)
+            array, notes = _as_shown(path, array, pages[0].keyframe, role), []
+            if axes[order[-3]] in "TC":
+                notes.append(f"its axis {axes[order[-3]]} of {len(array)} is taken for z")
+            if (turned := tif.pages[0].tags.get("Orientation")) and turned.value != 1:
+                notes.append(
+                    f"its Orientation, {int(turned.value)}, is not applied: rows as stored"
+                )
+            spacing, unit = _spacing_and_unit(path, tif, ome, role)
+            return Volume(array, spacing, unit, None, path, notes=tuple(notes))
     raise VolumeError(
         f"{path}: expected a TIFF with one gray page per z, got {got}, which is no volume; store "
         "one volume as a multi-page TIFF (tifffile: metadata={'axes': 'ZYX'}, or 'CZYX')"
@@ -134,7 +141,7 @@ def _check_pages(path, pages):
     for number, page in enumerate(pages, start=1):
         stored = zip(page.dataoffsets, page.databytecounts, strict=True) if page else [(0, 0)]
         size = page and page.parent.filehandle.size
-        if any(not count or offset + count > size for offset, count in stored):
+        if any(not (offset and count) or offset + count > size for offset, count in stored):
             raise VolumeError(
                 f"{path}: expected the voxels of every page, got none, or not all, of page "
                 f"{number} of {len(pages)}; fetch or write it again"

@@ -281,3 +281,42 @@ def test_an_unknown_filter_is_named_as_one(file):
     with pytest.raises(VolumeError, match=r"a\.h5: .*compression is not known") as caught:
         read_image(path)
     assert "truncated" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------- parts, contradictions
+
+
+def test_chunks_that_were_never_written_are_a_fault(file):
+    def half(opened):
+        item = opened.create_dataset("raw", ZYX.shape, "i2", chunks=(2, 20, 24))
+        item[:4] = ZYX[:4]
+
+    with pytest.raises(VolumeError, match="1 of 3 chunks were never written"):
+        read_image(file(half))
+
+
+def test_a_part_of_a_virtual_dataset_without_a_source_is_a_fault(file, tmp_path):
+    file(lambda f: f.create_dataset("raw", data=ZYX), "source.h5")
+    layout = h5py.VirtualLayout(ZYX.shape, ZYX.dtype)
+    layout[:4] = h5py.VirtualSource(tmp_path / "source.h5", "raw", ZYX.shape)[:4]
+    with pytest.raises(VolumeError, match="a part comes from no source"):
+        read_image(file(lambda f: f.create_virtual_dataset("raw", layout)))
+
+
+def test_a_link_to_itself_harms_no_dataset_that_is_named(file):
+    def fill(opened):
+        opened["raw"], opened["circle"] = ZYX, h5py.SoftLink("/circle")
+
+    assert np.array_equal(read_image(f"{file(fill)}:raw").array[0], ZYX)
+
+
+def test_an_attribute_of_another_length_is_noted(volume):
+    (note,) = volume(ZYX, element_size_um=5.0).notes
+    assert note == "the attribute element_size_um, 5.0, is no size of z, y and x"
+
+
+def test_two_attributes_of_different_sizes_are_a_fault(volume):
+    with pytest.raises(VolumeError, match=r"got 2 2 2 mm \(spacing\) and 5 1 1 micron \(element"):
+        volume(ZYX, spacing=[2, 2, 2], unit="mm", element_size_um=[5, 1, 1])
+    same = volume(ZYX, spacing=[0.005, 0.001, 0.001], unit="mm", element_size_um=[5, 1, 1])
+    assert same.spacing == (0.005, 0.001, 0.001)

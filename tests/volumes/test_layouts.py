@@ -148,12 +148,16 @@ def test_test_images_that_are_left_out_are_noted(tmp_path):
     assert ids == ["c", "t"]
 
 
-def test_two_classes_of_one_name_are_a_fault(tmp_path):
+@pytest.mark.parametrize(
+    ("labels", "what"),
+    [({"0": "none", "1": "a", "2": "a"}, "name"), ({"background": 0, "a": 1, "b": 1}, "id")],
+)
+def test_two_classes_of_one_name_or_id_are_a_fault(tmp_path, labels, what):
     nnunet(tmp_path, two("c"))
-    about = {"modality": {"0": "CT", "1": "PT"}, "labels": {"0": "none", "1": "a", "2": "a"}}
+    about = {"modality": {"0": "CT", "1": "PT"}, "labels": labels}
     (tmp_path / "dataset.json").write_text(json.dumps(about))
     (fault,) = layouts.find_cases(tmp_path).faults
-    assert "two classes of one name" in fault
+    assert f"two classes of one {what}" in fault
 
 
 # ---------------------------------------------------------------------------- Vesuvius and tables

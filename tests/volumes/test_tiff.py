@@ -427,3 +427,46 @@ def test_a_cut_file_is_refused_unless_its_voxels_are_whole(tmp_path, options, ca
         except VolumeError as error:
             assert str(error).startswith(str(path))
     assert capfd.readouterr().err == ""  # nothing of tifffile's own
+
+
+# ---------------------------------------------------------------------------- what is odd
+
+
+def test_a_page_without_a_strip_is_a_fault(tmp_path):
+    path = of_pages(tmp_path / "a.tif", lambda w, _, page: w.write(page, metadata=None))
+    with tifffile.TiffFile(path) as tif:
+        tags = [tif.pages[3].tags[name] for name in ("StripOffsets", "StripByteCounts")]
+        places = [tag.valueoffset for tag in tags]
+    content = bytearray(path.read_bytes())
+    for place in places:
+        content[place : place + 4] = bytes(4)
+    path.write_bytes(content)
+    with pytest.raises(VolumeError, match="page 4 of 6"):
+        read_image(path)
+
+
+def test_time_that_is_taken_for_z_and_an_orientation_are_noted(tmp_path):
+    series = write(tmp_path / "t.tif", imagej=True, metadata={"axes": "TYX"})
+    assert read_image(series).notes == ("its axis T of 6 is taken for z",)
+    turned = write(tmp_path / "o.tif", extratags=[(274, 3, 1, 3, True)], metadata=None)
+    assert read_image(turned).notes == ("its Orientation, 3, is not applied: rows as stored",)
+    assert read_image(write(tmp_path / "z.tif")).notes == ()
+
+
+def test_without_the_tag_of_polarity_0_is_black(tmp_path):
+    path = write(tmp_path / "a.tif", metadata=None)
+    with tifffile.TiffFile(path) as tif:
+        places = [page.tags["PhotometricInterpretation"].offset for page in tif.pages]
+    content = bytearray(path.read_bytes())
+    for place in places:
+        content[place : place + 2] = (65000).to_bytes(2, "little")  # a private tag
+    path.write_bytes(content)
+    assert np.array_equal(read_image(path).array[0], ZYX)
+
+
+@pytest.mark.parametrize("shape", [(6, 20, 1), (1, 1, 1), (6, 1, 24), (1, 20, 24)])
+def test_a_mask_of_any_shape_can_be_read_back(tmp_path, shape):
+    for dtype in ("u1", "f4", "i4"):
+        mask = np.arange(np.prod(shape)).reshape(shape).astype(dtype) % 2
+        write_volume(tmp_path / "a.tif", mask, spacing=(3, 1, 1), unit="mm")
+        assert np.array_equal(read_image(tmp_path / "a.tif").array[0], mask)
