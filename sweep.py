@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import functools
 import glob
+import os
 import shlex
 import subprocess
 import sys
@@ -33,8 +34,9 @@ from rich.console import Console
 
 from monitoring import picture
 from monitoring.formatting import duration, format_bytes
-from monitoring.records import parse, peaks
-from runtime import comparison, folder, jobs, log, page, signals
+from monitoring.records import peaks, read_lines
+from runtime import comparison, folder, jobs, page, signals
+from runtime.log import read_log
 from runtime.run import DONE, FAILED, STOPPED, WRONG_INPUT
 from scoring import report
 from settings import Validation
@@ -70,16 +72,17 @@ class Worker:
         with open(place / job.name, "ab") as out:
             if not self._lock(out, job, wait):
                 return False
-            if self.stop.reason() or self.ledger.done([job]):
+            if self.stop.why or self.ledger.done([job]):
                 return True
             console.print(f"{job.name} {'goes on' if job.folder else 'begins'}")
             status, reason = self._run(job, out)
             entry = {"run": job.name, "index": job.index, "variant": job.variant, "fold": job.fold}
             entry |= {"seed": job.seed, "settings": job.changes, "status": status, "reason": reason}
-            means = comparison.means(job.cases(), score_names(self.judge)) if not reason else {}
-            entry |= {"scores": means, **figures(job), "time": round(time.time(), 3)}
+            scored = score_names(self.judge) if status == "done" else ()
+            scores = {name: comparison.mean(job.cases(), name) for name in scored}
+            entry |= {"scores": scores, **figures(job), "time": round(time.time(), 3)}
             self.ledger.append(entry)
-        result = reason or f"{self.judge.score} {means[self.judge.score]:.4f}"
+        result = reason or f"{self.judge.score} {scores[self.judge.score]:.4f}"
         spent = f"{duration(entry['seconds'])} of training, {format_bytes(entry['peak_memory'])}"
         console.print(f"{job.name} {status}: {result} ({spent})")
         return True
@@ -89,7 +92,7 @@ class Worker:
             return True
         if wait:
             console.print(f"{job.name}: another process does it; waiting for its end")
-            while not folder.try_lock(out) and not self.stop.reason():
+            while not folder.try_lock(out) and not self.stop.why:
                 time.sleep(POLL_SECONDS)
         return wait
 
@@ -108,13 +111,8 @@ class Worker:
     def _commands(self, job):
         """The commands of a run, each made when those before it have ended well."""
         threads = job.settings.run.threads or max(1, cores() // self.count)
-        yield [
-            "train.py",
-            job.config,
-            "--resume",
-            *jobs.overrides(job.changes),
-            f"run.threads={threads}",
-        ]
+        changes = job.changes | {"run.threads": threads}
+        yield ["train.py", job.config, "--resume", *jobs.overrides(changes)]
         plan, judge, run = self.plans[job.name], self.judge, job.folder
         predictions, cases = run / "predictions", jobs.held_out(plan)
         yield [
@@ -131,19 +129,18 @@ class Worker:
 
     def _process(self, command, out):
         """(exit status, what it says of why) of a script, which a reason to stop ends."""
-        words = map(str, [sys.executable, ROOT / command[0], *command[1:]])
-        with open(f"{out.name}.errors", "w+b") as errors:
-            process, asked = subprocess.Popen([*words], stdout=out, stderr=errors), False
-            while process.poll() is None:
-                if self.stop.reason() and not asked:
-                    process.terminate()
-                    asked = True
-                time.sleep(POLL_SECONDS)
-            errors.seek(0)
-            text, code = errors.read(), process.returncode
-        if code > 0 and not text:
-            text = Path(out.name).read_bytes()
+        # Unbuffered, so that the last line is the one that was said last.
+        words = map(str, [sys.executable, "-u", ROOT / command[0], *command[1:]])
+        start, asked = out.seek(0, os.SEEK_END), False
+        process = subprocess.Popen([*words], stdout=out, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            if self.stop.why and not asked:
+                process.terminate()
+                asked = True
+            time.sleep(POLL_SECONDS)
+        text = Path(out.name).read_bytes()[start:]
         lines = text.decode(errors="replace").strip().split("\n")
+        code = process.returncode
         return code, "; ".join(lines) if code == WRONG_INPUT else lines[-1]
 
 
@@ -154,16 +151,17 @@ def score_names(judge):
 def figures(job):
     """Seconds of training steps and peak memory, as far as the files of a run tell."""
     run = job.folder or Path(job.settings.run.folder, job.name)
-    seconds, step, readings = 0.0, 0, []
-    with contextlib.suppress(FileNotFoundError):
-        for event in log.read_log(run / "log.jsonl"):
-            if event["event"] == "step":
-                seconds += (event["step"] - step) * event["step_seconds"]
-                step = event["step"]
-        readings = [*filter(None, map(parse, (run / "system.jsonl").read_bytes().splitlines()))]
-    memory, gpu_memory = peaks(readings)
-    spent = {"seconds": round(seconds, 2)}
-    return spent | {"peak_memory": memory, "peak_gpu_memory": gpu_memory}
+    seconds, step = 0.0, 0
+    for event in read_log(run / "log.jsonl"):
+        if event["event"] == "step":
+            seconds += (event["step"] - step) * event["step_seconds"]
+            step = event["step"]
+    memory, gpu_memory = peaks(read_lines(run / "system.jsonl"))
+    return {
+        "seconds": round(seconds, 2),
+        "peak_memory": memory,
+        "peak_gpu_memory": gpu_memory,
+    }
 
 
 # ---------------------------------------------------------------------------- all runs

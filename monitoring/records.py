@@ -166,6 +166,13 @@ def parse(line):
             return content
 
 
+def read_lines(path):
+    """The objects of all lines of a file; broken ones are left out, and no file is an empty one."""
+    path = Path(path)
+    lines = path.read_bytes().splitlines() if path.exists() else ()
+    return [content for content in map(parse, lines) if content is not None]
+
+
 def append_line(file, content):
     """Append an object as a line to a file that is open for "a+b" without a buffer."""
     line = json.dumps(content).encode() + b"\n"

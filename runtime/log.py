@@ -35,6 +35,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from monitoring.records import read_lines
 from volumes import atomic
 
 TRAINING = ("step", "epoch", "evaluation")
@@ -139,15 +140,7 @@ def _cut(path, keep):
 
 def read_log(path):
     """The events of a log.jsonl; lines that a crash cut short or damaged are left out."""
-    events = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            events.append(event)
-    return events
+    return [event for event in read_lines(path) if "event" in event]
 
 
 def _finite(value):
