@@ -202,7 +202,7 @@ def write_report(all_jobs, ledger, path):
         [entries[job.name] for job in all_jobs if job.name in entries],
         names=names,
         pictures=pictures + worst_pictures(done, judge.score),
-        about={str(path): Path(path).read_text(encoding="utf-8")},
+        sweep_file=path,
     )
     for job in all_jobs:
         if (entry := entries.get(job.name, {})).get("reason"):

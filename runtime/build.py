@@ -79,9 +79,9 @@ def resolve(settings):
         strides=settings.model.strides,
         window=settings.inference.window,
     )
-    free, wanted = machine.available(), settings.data.cache_gb
+    available, wanted = machine.available(), settings.data.cache_gb
     if wanted is None:
-        cache_bytes = cache.default_budget(split.train, free.bytes, names=volume_names(terms))
+        cache_bytes = cache.default_budget(split.train, available.free, volume_names(terms))
     else:
         cache_bytes = int(wanted * 1e9)
     if (workers := settings.training.workers) and not feed.HAS_WORKERS:
@@ -101,7 +101,7 @@ def resolve(settings):
         strides=strides,
         kernels=kernels,
         cache_bytes=cache_bytes,
-        cache_reason=free.reason,
+        cache_reason=str(available),
         notes=notes,
     )
 
@@ -125,11 +125,8 @@ def check_spacing(settings, split):
 
 def volume_names(terms):
     """What training reads of a case file."""
-    return (
-        ("image", "label", "skeleton")
-        if composite_loss.takes_skeleton(terms)
-        else ("image", "label")
-    )
+    skeleton = ("skeleton",) if composite_loss.takes_skeleton(terms) else ()
+    return "image", "label", *skeleton
 
 
 def make_patches(plan, **changes):

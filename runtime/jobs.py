@@ -7,11 +7,11 @@ folds: 5                             # of a cross-validation; left out: the conf
 seeds: [0, 1]                        # left out: the config's
 """
 
-import fcntl
 import itertools
 import json
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pydantic import Field
 
 from monitoring.records import append_line, read_lines
 from runtime import build, config
-from runtime.folder import newest_run_folder
+from runtime.folder import newest_run_folder, try_lock
 from settings import Group, Settings, Whole
 from volumes.volume import collect_errors
 
@@ -245,6 +245,7 @@ class Ledger:
     def append(self, entry):
         """Add a line, which is on disk when this returns."""
         with open(self.path, "a+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not try_lock(file):
+                time.sleep(0.01)
             append_line(file, entry)
             os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 import base64
 import html
+from pathlib import Path
 
 from monitoring.formatting import format_bytes
 from runtime import comparison
@@ -43,11 +44,11 @@ for (const head of document.querySelectorAll("th")) head.onclick = () => {
 """
 
 
-def write_page(path, title, rows, entries, *, names, pictures, about):
+def write_page(path, title, rows, entries, *, names, pictures, sweep_file):
     """Write the page of a sweep.
 
     rows: [`comparison.Compared`] of all scores; entries: lines of the ledger; names: of the scores,
-    the main one first; pictures: [(title, bytes of a PNG)]; about: {title: text} shown as it is.
+    the main one first; pictures: [(title, bytes of a PNG)].
     """
     parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Variants</h2>"]
     parts += [_table(heads, texts) for heads, texts in comparison.tables(rows, names)]
@@ -57,8 +58,8 @@ def write_page(path, title, rows, entries, *, names, pictures, about):
         source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         heading = html.escape(heading)
         parts.append(f'<h2>{heading}</h2><img alt="{heading}" src="{source}">')
-    for heading, text in about.items():
-        parts += [f"<h2>{html.escape(heading)}</h2>", f"<pre>{html.escape(text)}</pre>"]
+    text = html.escape(Path(sweep_file).read_text(encoding="utf-8"))
+    parts.append(f"<h2>{html.escape(str(sweep_file))}</h2><pre>{text}</pre>")
     content = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style>\n" + "\n".join(parts) + f"\n<script>{SCRIPT}</script></html>\n"
