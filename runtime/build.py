@@ -70,7 +70,8 @@ def resolve(settings):
         casefile.check_skeletons(split.validation)
     check_spacing(settings, split)
     spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
-    augment.check(settings.augment.model_dump(), spacings)
+    for case_spacing in spacings:
+        augment.elastic_range(case_spacing, settings.augment.model_dump())  # or a ValueError
     spacing = tuple(map(statistics.median, zip(*spacings, strict=True)))
     strides, kernels = model.fit(
         settings.sampling.patch,
