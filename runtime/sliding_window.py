@@ -25,7 +25,7 @@ import torch
 
 import data
 from patches.intensity import normalise, within_float32
-from runtime.microbatch import free_memory, memory_figures, nothing, out_of_memory
+from runtime.microbatch import free_memory, listed, memory_figures, nothing, out_of_memory
 from runtime.signals import CannotGoOn
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -175,8 +175,7 @@ def _call(network, patches, precision):
     """Logits (B, 1, *window) of a batch; the one place where the network runs."""
     dtype = PRECISIONS[precision]
     with torch.autocast(patches.device.type, dtype=dtype, enabled=dtype is not None):
-        logits = network(patches)
-    logits = logits[0] if isinstance(logits, (list, tuple)) else logits
+        logits = listed(network(patches))[0]
     expected = (patches.shape[0], 1, *patches.shape[2:])
     if tuple(logits.shape) != expected:
         raise ValueError(
