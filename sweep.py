@@ -19,7 +19,6 @@ fault, nothing written); 75 stopped early, run it again to go on.
 
 import argparse
 import contextlib
-import functools
 import glob
 import os
 import shlex
@@ -63,14 +62,14 @@ class Worker:
     count: int
     stop: signals.Stop | None = None
 
-    def do(self, job, *, wait=True):
-        """Do a run, unless it is done; False if another process does it and we shall not wait."""
+    def do(self, job):
+        """Do a run, unless it is done; False if another process does it at this moment."""
         place = self.ledger.path.parent / "output"
         place.mkdir(parents=True, exist_ok=True)
         # The processes of a run inherit this file, and its lock with it: that is held until the
         # last of them has ended, even if this process is killed.
         with open(place / job.name, "ab") as out:
-            if not self._lock(out, job, wait):
+            if not folder.try_lock(out):
                 return False
             if self.stop.why or self.ledger.done([job]):
                 return True
@@ -86,15 +85,6 @@ class Worker:
         spent = f"{duration(entry['seconds'])} of training, {format_bytes(entry['peak_memory'])}"
         console.print(f"{job.name} {status}: {result} ({spent})")
         return True
-
-    def _lock(self, out, job, wait):
-        if folder.try_lock(out):
-            return True
-        if wait:
-            console.print(f"{job.name}: another process does it; waiting for its end")
-            while not folder.try_lock(out) and not self.stop.why:
-                time.sleep(POLL_SECONDS)
-        return wait
 
     def _run(self, job, out):
         """(status, reason) of the processes of a run, one after another."""
@@ -174,9 +164,16 @@ def do_all(worker, chosen):
         signals.Stop() as worker.stop,
         ThreadPoolExecutor(worker.count) as pool,
     ):
-        # What other processes do, such as a sweep of the same file on another GPU, comes last.
-        free = [*pool.map(functools.partial(worker.do, wait=False), chosen)]
-        list(pool.map(worker.do, [job for job, ours in zip(chosen, free, strict=True) if not ours]))
+        pending = chosen
+        while pending and not worker.stop.why:
+            ours = [*pool.map(worker.do, pending)]
+            # What other processes do, such as a sweep of the same file on another GPU, comes last.
+            busy = [job for job, done in zip(pending, ours, strict=True) if not done]
+            if busy and pending is chosen:
+                names = ", ".join(job.name for job in busy)
+                console.print(f"another process does {names}; waiting for its end")
+            pending = busy
+            time.sleep(POLL_SECONDS if busy else 0)
     if worker.stop.why:
         return STOPPED
     return DONE if len(worker.ledger.done(chosen)) == len(chosen) else FAILED
