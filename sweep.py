@@ -147,11 +147,7 @@ def figures(job):
             seconds += (event["step"] - step) * event["step_seconds"]
             step = event["step"]
     memory, gpu_memory = peaks(read_lines(run / "system.jsonl"))
-    return {
-        "seconds": round(seconds, 2),
-        "peak_memory": memory,
-        "peak_gpu_memory": gpu_memory,
-    }
+    return {"seconds": round(seconds, 2), "peak_memory": memory, "peak_gpu_memory": gpu_memory}
 
 
 # ---------------------------------------------------------------------------- all runs
@@ -228,14 +224,12 @@ def parse_arguments(argv):
     add, task = parser.add_argument, parser.add_mutually_exclusive_group()
     add("sweep", metavar="SWEEP.yaml", help="a config, what to change in it, folds and seeds")
     add("--jobs", type=int, default=1, metavar="N", help="runs at one time; default 1")
-    add("--index", type=int, metavar="I", help="do run I alone, counted from 0")
+    task.add_argument("--index", type=int, metavar="I", help="do run I alone, counted from 0")
     task.add_argument("--print", action="store_true", help="print the command of each run")
     task.add_argument("--report", action="store_true", help="only the tables of what is done")
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
         parser.error(f"--jobs: expected 1 or more, got {arguments.jobs}")
-    if arguments.report and arguments.index is not None:
-        parser.error("--index: expected either this or --report, which is of all runs")
     return arguments
 
 
@@ -247,12 +241,11 @@ def main(argv=None):
         if index is not None and not 0 <= index < len(all_jobs):
             raise ValueError(f"--index: expected 0 to {len(all_jobs) - 1}, got {index}")
         ledger = jobs.Ledger(place / "ledger.jsonl")
-        chosen = all_jobs if index is None else [all_jobs[index]]
         if arguments.print:
-            done, words = ledger.done(chosen), [sys.executable, ROOT / "sweep.py", path, "--index"]
-            for job in chosen:
+            done, words = ledger.done(all_jobs), (sys.executable, ROOT / "sweep.py", path)
+            for job in all_jobs:
                 if job not in done:
-                    print(shlex.join(map(str, [*words, job.index])))
+                    print(shlex.join(map(str, [*words, "--index", job.index])))
             return DONE
         if arguments.report and not ledger.path.exists():
             raise ValueError(f"{path}: expected runs of it in {place}, got none; run it first")
@@ -263,7 +256,7 @@ def main(argv=None):
     worker, status = Worker(plans, ledger, all_jobs[0].settings.validation, arguments.jobs), DONE
     try:
         if not arguments.report:
-            status = do_all(worker, chosen)
+            status = do_all(worker, all_jobs if index is None else [all_jobs[index]])
         if status == STOPPED:
             console.print(f"stopped: {worker.stop.why}; go on with: python sweep.py {path}")
         elif index is None or {job.name for job in all_jobs} <= ledger.entries().keys():
