@@ -236,7 +236,7 @@ def notes_on(pairs, results):
 def score(pairs, options, args):
     """[parallel.Result] of the pairs, with a bar on a terminal."""
     scorer = parallel.Scorer(options, args.scores, args.tolerance)
-    budget = args.memory_gb * machine.GB if args.memory_gb else machine.available().bytes
+    budget = args.memory_gb * machine.GB if args.memory_gb else machine.available().free
     with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("scoring", total=len(pairs))
         advance = functools.partial(bar.advance, task)

@@ -30,19 +30,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import data
 import model
-from patches.intensity import normalise
 from runtime import checkpoint, config
 from runtime.signals import CannotGoOn
-from runtime.sliding_window import (
-    predict_slabs,
-    resolve_device,
-    resolve_precision,
-    resolve_threads,
-)
+from runtime.sliding_window import predict_case, resolve_device, resolve_precision
 from scoring import postprocess
 from volumes.files import write_volume
 from volumes.inputs import check_inputs
-from volumes.processes import run_script
+from volumes.processes import cores, run_script
 from volumes.submission import SubmissionError, open_submission, submission_faults
 from volumes.volume import InputErrors, VolumeError, collect_errors
 
@@ -120,7 +114,7 @@ def prepare_to_predict(arguments):
             faults += data.spacing_faults(volume.path, volume.shape, window, *grid)
     if faults:
         raise InputErrors(*faults)
-    torch.set_num_threads(resolve_threads(settings.run.threads))
+    torch.set_num_threads(settings.run.threads or cores())
     # remembered: what memory the volumes before have needed, for all that follow.
     how = {"device": device, "precision": precision, "remembered": {}}
     predictor = functools.partial(predict, network.to(device), settings, state["data"], **how)
@@ -143,23 +137,18 @@ def predict(network, settings, metadata, volume, **how):
     """(mask, probs) of an `Input`: mask (D, H, W) uint8 of 0 and 1; probs float32 or None.
 
     metadata: what the checkpoint says of the run's data; how: device, precision and more for
-    predict_slabs. Memory: a byte per voxel beside the slab, four more if
+    predict_case. Memory: a byte per voxel beside the slab, four more if
     inference.save_probabilities asks for probs.
     """
     inference, post = settings.inference, settings.postprocess
     high = np.empty(volume.shape, bool)
     low = None if post.hysteresis is None else np.empty(volume.shape, bool)
     probs = np.empty(volume.shape, np.float32) if inference.save_probabilities else None
-    if volume.spacing is not None:
-        wanted = data.network_spacing(volume.spacing, metadata["spacing"])
-        how["ratio"] = [
-            w / s if w != s else 1.0 for w, s in zip(wanted, volume.spacing, strict=True)
-        ]
-    typical = metadata.get("typical", False)  # not in checkpoints of older versions
-    scale = data.normalisation(volume.intensity, settings.data.percentiles, typical=typical)
-    how |= settings.window_arguments() | {"normalize": functools.partial(normalise, **scale)}
+    how |= settings.window_arguments()
+    how |= {"wanted": metadata["spacing"], "clip": settings.data.percentiles}
+    how["typical"] = metadata.get("typical", False)  # not in checkpoints of older versions
     with volume.voxels() as image:
-        for z0, planes in predict_slabs(network, image, **how):
+        for z0, planes in predict_case(network, image, volume.spacing, volume.intensity, **how):
             part = slice(z0, z0 + planes.shape[1])
             high[part] = planes[0] >= inference.threshold
             if low is not None:

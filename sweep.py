@@ -19,8 +19,8 @@ fault, nothing written); 75 stopped early, run it again to go on.
 
 import argparse
 import contextlib
-import functools
 import glob
+import os
 import shlex
 import subprocess
 import sys
@@ -33,8 +33,9 @@ from rich.console import Console
 
 from monitoring import picture
 from monitoring.formatting import duration, format_bytes
-from monitoring.records import parse, peaks
-from runtime import comparison, folder, jobs, log, page, signals
+from monitoring.records import peaks, read_lines
+from runtime import comparison, folder, jobs, page, signals
+from runtime.log import read_log
 from runtime.run import DONE, FAILED, STOPPED, WRONG_INPUT
 from scoring import report
 from settings import Validation
@@ -61,37 +62,29 @@ class Worker:
     count: int
     stop: signals.Stop | None = None
 
-    def do(self, job, *, wait=True):
-        """Do a run, unless it is done; False if another process does it and we shall not wait."""
+    def do(self, job):
+        """Do a run, unless it is done; False if another process does it at this moment."""
         place = self.ledger.path.parent / "output"
         place.mkdir(parents=True, exist_ok=True)
         # The processes of a run inherit this file, and its lock with it: that is held until the
         # last of them has ended, even if this process is killed.
         with open(place / job.name, "ab") as out:
-            if not self._lock(out, job, wait):
+            if not folder.try_lock(out):
                 return False
-            if self.stop.reason() or self.ledger.done([job]):
+            if self.stop.why or self.ledger.done([job]):
                 return True
             console.print(f"{job.name} {'goes on' if job.folder else 'begins'}")
             status, reason = self._run(job, out)
             entry = {"run": job.name, "index": job.index, "variant": job.variant, "fold": job.fold}
             entry |= {"seed": job.seed, "settings": job.changes, "status": status, "reason": reason}
-            means = comparison.means(job.cases(), score_names(self.judge)) if not reason else {}
-            entry |= {"scores": means, **figures(job), "time": round(time.time(), 3)}
+            scored = score_names(self.judge) if status == "done" else ()
+            scores = {name: comparison.mean(job.cases(), name) for name in scored}
+            entry |= {"scores": scores, **figures(job), "time": round(time.time(), 3)}
             self.ledger.append(entry)
-        result = reason or f"{self.judge.score} {means[self.judge.score]:.4f}"
+        result = reason or f"{self.judge.score} {scores[self.judge.score]:.4f}"
         spent = f"{duration(entry['seconds'])} of training, {format_bytes(entry['peak_memory'])}"
         console.print(f"{job.name} {status}: {result} ({spent})")
         return True
-
-    def _lock(self, out, job, wait):
-        if folder.try_lock(out):
-            return True
-        if wait:
-            console.print(f"{job.name}: another process does it; waiting for its end")
-            while not folder.try_lock(out) and not self.stop.reason():
-                time.sleep(POLL_SECONDS)
-        return wait
 
     def _run(self, job, out):
         """(status, reason) of the processes of a run, one after another."""
@@ -108,13 +101,8 @@ class Worker:
     def _commands(self, job):
         """The commands of a run, each made when those before it have ended well."""
         threads = job.settings.run.threads or max(1, cores() // self.count)
-        yield [
-            "train.py",
-            job.config,
-            "--resume",
-            *jobs.overrides(job.changes),
-            f"run.threads={threads}",
-        ]
+        changes = job.changes | {"run.threads": threads}
+        yield ["train.py", job.config, "--resume", *jobs.overrides(changes)]
         plan, judge, run = self.plans[job.name], self.judge, job.folder
         predictions, cases = run / "predictions", jobs.held_out(plan)
         yield [
@@ -131,19 +119,18 @@ class Worker:
 
     def _process(self, command, out):
         """(exit status, what it says of why) of a script, which a reason to stop ends."""
-        words = map(str, [sys.executable, ROOT / command[0], *command[1:]])
-        with open(f"{out.name}.errors", "w+b") as errors:
-            process, asked = subprocess.Popen([*words], stdout=out, stderr=errors), False
-            while process.poll() is None:
-                if self.stop.reason() and not asked:
-                    process.terminate()
-                    asked = True
-                time.sleep(POLL_SECONDS)
-            errors.seek(0)
-            text, code = errors.read(), process.returncode
-        if code > 0 and not text:
-            text = Path(out.name).read_bytes()
+        # Unbuffered, so that the last line is the one that was said last.
+        words = map(str, [sys.executable, "-u", ROOT / command[0], *command[1:]])
+        start, asked = out.seek(0, os.SEEK_END), False
+        process = subprocess.Popen([*words], stdout=out, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            if self.stop.why and not asked:
+                process.terminate()
+                asked = True
+            time.sleep(POLL_SECONDS)
+        text = Path(out.name).read_bytes()[start:]
         lines = text.decode(errors="replace").strip().split("\n")
+        code = process.returncode
         return code, "; ".join(lines) if code == WRONG_INPUT else lines[-1]
 
 
@@ -154,16 +141,13 @@ def score_names(judge):
 def figures(job):
     """Seconds of training steps and peak memory, as far as the files of a run tell."""
     run = job.folder or Path(job.settings.run.folder, job.name)
-    seconds, step, readings = 0.0, 0, []
-    with contextlib.suppress(FileNotFoundError):
-        for event in log.read_log(run / "log.jsonl"):
-            if event["event"] == "step":
-                seconds += (event["step"] - step) * event["step_seconds"]
-                step = event["step"]
-        readings = [*filter(None, map(parse, (run / "system.jsonl").read_bytes().splitlines()))]
-    memory, gpu_memory = peaks(readings)
-    spent = {"seconds": round(seconds, 2)}
-    return spent | {"peak_memory": memory, "peak_gpu_memory": gpu_memory}
+    seconds, step = 0.0, 0
+    for event in read_log(run / "log.jsonl"):
+        if event["event"] == "step":
+            seconds += (event["step"] - step) * event["step_seconds"]
+            step = event["step"]
+    memory, gpu_memory = peaks(read_lines(run / "system.jsonl"))
+    return {"seconds": round(seconds, 2), "peak_memory": memory, "peak_gpu_memory": gpu_memory}
 
 
 # ---------------------------------------------------------------------------- all runs
@@ -176,9 +160,16 @@ def do_all(worker, chosen):
         signals.Stop() as worker.stop,
         ThreadPoolExecutor(worker.count) as pool,
     ):
-        # What other processes do, such as a sweep of the same file on another GPU, comes last.
-        free = [*pool.map(functools.partial(worker.do, wait=False), chosen)]
-        list(pool.map(worker.do, [job for job, ours in zip(chosen, free, strict=True) if not ours]))
+        pending = chosen
+        while pending and not worker.stop.why:
+            ours = [*pool.map(worker.do, pending)]
+            # What other processes do, such as a sweep of the same file on another GPU, comes last.
+            busy = [job for job, done in zip(pending, ours, strict=True) if not done]
+            if busy and pending is chosen:
+                names = ", ".join(job.name for job in busy)
+                console.print(f"another process does {names}; waiting for its end")
+            pending = busy
+            time.sleep(POLL_SECONDS if busy else 0)
     if worker.stop.why:
         return STOPPED
     return DONE if len(worker.ledger.done(chosen)) == len(chosen) else FAILED
@@ -204,7 +195,7 @@ def write_report(all_jobs, ledger, path):
         [entries[job.name] for job in all_jobs if job.name in entries],
         names=names,
         pictures=pictures + worst_pictures(done, judge.score),
-        about={str(path): Path(path).read_text(encoding="utf-8")},
+        sweep_file=path,
     )
     for job in all_jobs:
         if (entry := entries.get(job.name, {})).get("reason"):
@@ -233,14 +224,12 @@ def parse_arguments(argv):
     add, task = parser.add_argument, parser.add_mutually_exclusive_group()
     add("sweep", metavar="SWEEP.yaml", help="a config, what to change in it, folds and seeds")
     add("--jobs", type=int, default=1, metavar="N", help="runs at one time; default 1")
-    add("--index", type=int, metavar="I", help="do run I alone, counted from 0")
+    task.add_argument("--index", type=int, metavar="I", help="do run I alone, counted from 0")
     task.add_argument("--print", action="store_true", help="print the command of each run")
     task.add_argument("--report", action="store_true", help="only the tables of what is done")
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
         parser.error(f"--jobs: expected 1 or more, got {arguments.jobs}")
-    if arguments.report and arguments.index is not None:
-        parser.error("--index: expected either this or --report, which is of all runs")
     return arguments
 
 
@@ -252,12 +241,11 @@ def main(argv=None):
         if index is not None and not 0 <= index < len(all_jobs):
             raise ValueError(f"--index: expected 0 to {len(all_jobs) - 1}, got {index}")
         ledger = jobs.Ledger(place / "ledger.jsonl")
-        chosen = all_jobs if index is None else [all_jobs[index]]
         if arguments.print:
-            done, words = ledger.done(chosen), [sys.executable, ROOT / "sweep.py", path, "--index"]
-            for job in chosen:
+            done, words = ledger.done(all_jobs), (sys.executable, ROOT / "sweep.py", path)
+            for job in all_jobs:
                 if job not in done:
-                    print(shlex.join(map(str, [*words, job.index])))
+                    print(shlex.join(map(str, [*words, "--index", job.index])))
             return DONE
         if arguments.report and not ledger.path.exists():
             raise ValueError(f"{path}: expected runs of it in {place}, got none; run it first")
@@ -268,7 +256,7 @@ def main(argv=None):
     worker, status = Worker(plans, ledger, all_jobs[0].settings.validation, arguments.jobs), DONE
     try:
         if not arguments.report:
-            status = do_all(worker, chosen)
+            status = do_all(worker, all_jobs if index is None else [all_jobs[index]])
         if status == STOPPED:
             console.print(f"stopped: {worker.stop.why}; go on with: python sweep.py {path}")
         elif index is None or {job.name for job in all_jobs} <= ledger.entries().keys():

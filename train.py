@@ -25,12 +25,12 @@ import torch
 import data
 import model
 from patches import transfer
-from runtime import build, checkpoint, config, folder, nonfinite, signals, sliding_window
+from runtime import build, checkpoint, config, folder, nonfinite, signals
 from runtime.composite_loss import composite_loss
 from runtime.microbatch import MicroBatch
 from runtime.run import STOPPED, WRONG_INPUT, Run, WrongInput, checked
 from runtime.timer import StepTimer
-from volumes.processes import run_script
+from volumes.processes import cores, run_script
 
 
 def learning_rate(step, total, *, lr, schedule, max_lr, warmup_steps, final_lr_share):
@@ -70,7 +70,7 @@ def train(settings, resume):
     iterations, accumulate = training.train_iterations_per_epoch, training.accumulate
     total_steps = training.max_epochs * iterations
     stop_step = total_steps if training.max_steps is None else min(training.max_steps, total_steps)
-    torch.set_num_threads(sliding_window.resolve_threads(settings.run.threads))
+    torch.set_num_threads(settings.run.threads or cores())
     torch.backends.cudnn.deterministic = settings.run.deterministic
     # Without it, cuDNN may choose convolutions that are 10 times slower (bf16 on an H100).
     torch.backends.cudnn.benchmark = not settings.run.deterministic

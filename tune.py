@@ -14,7 +14,6 @@ over, 2 the input is wrong (one sentence per fault, nothing written).
 """
 
 import argparse
-import functools
 import glob
 import itertools
 import json
@@ -36,11 +35,12 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 import data
-from monitoring.records import peaks
-from patches import contact_sheet, intensity
+from monitoring.records import peaks, read_lines
+from patches import contact_sheet
 from runtime import build, config, folder, sliding_window
+from runtime.log import read_log
 from runtime.signals import CannotGoOn
-from volumes.processes import run_script
+from volumes.processes import cores, run_script
 
 STEPS, WARM_UP, FOLDS, FOLD_STEPS = 30, 5, 3, 2  # WARM_UP: steps before those that are measured
 SLABS = 2  # of the prediction: with the second the slab has moved on, and memory is at its most
@@ -137,14 +137,14 @@ def measure_inference(plan):
 def _predict_slabs(plan, report):
     settings, cases = plan.settings, itertools.chain(*vars(plan.split).values())
     case = max(cases, key=lambda case: math.prod(case.shape))
-    spacing = data.network_spacing(case.spacing, settings.data.spacing)
-    scale = data.normalisation(case.intensity, settings.data.percentiles)
     with h5py.File(case.path, "r") as file:
-        slabs = sliding_window.predict_slabs(
+        slabs = sliding_window.predict_case(
             build.make_network(plan).eval(),
             file["image"],
-            ratio=[wanted / stored for wanted, stored in zip(spacing, case.spacing, strict=True)],
-            normalize=functools.partial(intensity.normalise, **scale),
+            case.spacing,
+            case.intensity,
+            wanted=settings.data.spacing,
+            clip=settings.data.percentiles,
             device=plan.device,
             precision=plan.precision,
             report=report,
@@ -178,10 +178,8 @@ def run_training(plan, steps):
         if run.returncode != 0:
             reason = (run.stderr.strip() or run.stdout.strip() or "no output").split("\n")[-1]
             raise ValueError(f"train.py ended with exit status {run.returncode}: {reason}")
-        paths = [Path(root, "trial", name) for name in ("log.jsonl", "system.jsonl")]
-        files = [path.read_text(encoding="utf-8") for path in paths]
-    log, readings = ([json.loads(line) for line in text.splitlines()] for text in files)
-    return log, *peaks(readings)
+        trial = Path(root, "trial")
+        return read_log(trial / "log.jsonl"), *peaks(read_lines(trial / "system.jsonl"))
 
 
 def measure_training(plan, steps):
@@ -266,7 +264,7 @@ def show(figures, verdicts):
 
 def benchmark(plan, *, steps=STEPS, json_file=None):
     """Measure what a plan will cost, over this many steps. Returns the exit status."""
-    torch.set_num_threads(sliding_window.resolve_threads(plan.settings.run.threads))
+    torch.set_num_threads(plan.settings.run.threads or cores())
     device = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else "cpu"
     console.print(f"device     {device}, {torch.get_num_threads()} CPU threads, {plan.precision}")
     console.print(f"data       {len(plan.split.train)} training cases of {plan.dataset.root}")

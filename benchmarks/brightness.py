@@ -21,6 +21,7 @@ from patches import intensity
 from runtime import checkpoint, config, sliding_window
 from scoring import metrics
 from volumes import casefile
+from volumes.processes import cores
 
 CHANGES = {
     "as it is": lambda x: x,
@@ -39,7 +40,7 @@ def main():
     parser.add_argument("case")
     parser.add_argument("--spacing", type=float, nargs=3, default=(5.0, 1.0, 1.0))
     arguments = parser.parse_args()
-    torch.set_num_threads(sliding_window.resolve_threads(0))
+    torch.set_num_threads(cores())
     state = checkpoint.load(arguments.ckpt)
     settings, (network, _) = config.build(state["config"]), infer.build_network(state)
     case = casefile.read_dataset(arguments.root).cases[arguments.case]

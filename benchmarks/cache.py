@@ -343,7 +343,7 @@ def count_rows(full):
 def measure_all(options):
     """Print the tables; exit status."""
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {machine.available().reason}; torch "
+        f"{platform.machine()}, {os.cpu_count()} cores, {machine.available()}; torch "
         f"{torch.__version__}, numpy {np.__version__}; {options.cases} cases of side "
         f"{options.side}, compression {options.compression}, {WORKERS} workers, batch {BATCH}, "
         f"{options.batches} batches\n",

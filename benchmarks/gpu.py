@@ -40,6 +40,7 @@ from runtime import build as planning
 from runtime import config, sliding_window
 from runtime import folder as runs
 from volumes import casefile, phantoms
+from volumes.processes import cores
 
 FULL_RUN = Path(__file__).resolve().parents[1] / "configs" / "exp001_full.yaml"
 SIDE, SMALL_SIDE = 320, 40
@@ -264,7 +265,7 @@ def beside_rows(batch, plan, measured):
 def show_machine(arguments):
     gpu = arguments.device.type == "cuda"
     name = torch.cuda.get_device_name(arguments.device) if gpu else platform.processor() or "CPU"
-    print(f"device: {name}, {sliding_window.resolve_threads(0)} CPU cores")
+    print(f"device: {name}, {cores()} CPU cores")
     versions = dict(runs.versions())
     for package in ("monai", "nnunetv2"):
         versions[package] = "not installed"
@@ -292,7 +293,7 @@ def main(argv=None):
 def run(arguments, root, batch, judge):
     """Print the tables of one batch size; whether every bar holds."""
     plan, size = settle(arguments, root, batch), str(batch)
-    torch.set_num_threads(sliding_window.resolve_threads(plan.settings.run.threads))
+    torch.set_num_threads(plan.settings.run.threads or cores())
     try:
         real, synthetic, figures = measure(plan, arguments.steps, load_reader(plan.device))
         head = ("batch", "what", "measured", "bar", "verdict")

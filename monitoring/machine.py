@@ -27,13 +27,6 @@ class MemoryLimit(NamedTuple):
         return f"{format_bytes(self.free)} free of {format_bytes(self.total)}, {self.what}"
 
 
-class Available(NamedTuple):
-    """bytes: what may still be used; reason: what sets that limit, for people."""
-
-    bytes: int
-    reason: str
-
-
 # Names of files of a memory cgroup: of its limits, usage, and events; of its cache in memory.stat.
 # Above memory.high a process is not killed, but slowed until it nearly stands still.
 V2 = "memory.max memory.high", "memory.current", "memory.events", "inactive_file active_file"
@@ -47,9 +40,8 @@ UNLIMITED = 2**62  # from here on a number of version 1 means "no limit"
 
 
 def available(proc="/proc", cgroup="/sys/fs/cgroup"):
-    """The `Available` of this process tree: the least of what the host and its cgroups leave."""
-    least = min(rooms(proc, cgroup))
-    return Available(least.free, str(least))
+    """The `MemoryLimit` of this process tree that leaves least, of the host and its cgroups."""
+    return min(rooms(proc, cgroup))
 
 
 def rooms(proc="/proc", cgroup="/sys/fs/cgroup"):

@@ -4,6 +4,7 @@ Drawn from the files of the run folder alone, of a long log from a sample. It is
 trains, at each evaluation, so it takes well under a second.
 """
 
+import io
 import os
 import time
 from pathlib import Path
@@ -56,8 +57,8 @@ def draw_progress(folder, title, slices=None, threshold=0.5):
 
 
 def draw_runs(folders, score):
-    """A matplotlib figure with the loss and a validation score of several runs, each variant in a
-    color of its own: {variant: [run folder]}."""
+    """The bytes of a PNG: loss and a validation score of several runs, each variant in a color of
+    its own: {variant: [run folder]}."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 5), dpi=80, layout="constrained")
@@ -79,7 +80,9 @@ def draw_runs(folders, score):
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=9)
-    return figure
+    png = io.BytesIO()
+    figure.savefig(png)
+    return png.getvalue()
 
 
 def _summary(run):

@@ -166,13 +166,29 @@ def parse(line):
             return content
 
 
+def read_lines(path):
+    """The objects of all lines of a file; broken ones are left out, and no file is an empty one."""
+    path = Path(path)
+    lines = path.read_bytes().splitlines() if path.exists() else ()
+    return [content for content in map(parse, lines) if content is not None]
+
+
 def append_line(file, content):
-    """Append an object as a line to a file that is open for "a+b" without a buffer."""
+    """Append an object as a line to a file that is open for "a+b" without a buffer.
+
+    OSError if the disk does not take it; the file then ends as before.
+    """
     line = json.dumps(content).encode() + b"\n"
-    file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - 1))
     if file.read(1) not in (b"", b"\n"):
-        line = b"\n" + line  # after one that a kill or a full disk cut short
-    file.write(line)
+        line = b"\n" + line  # after one that a kill cut short
+    try:
+        while line:
+            line = line[file.write(line) :]
+    except OSError:
+        file.truncate(end)  # a full disk takes a part of a line
+        raise
 
 
 def peaks(readings):

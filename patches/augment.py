@@ -123,12 +123,6 @@ def _elastic(rng, spacing, patch, settings):
     return control / spacing[:, None, None, None], step
 
 
-def check(settings, spacings):
-    """ValueError if the settings cannot be used for patches of one of these spacings."""
-    for spacing in spacings:
-        elastic_range(spacing, settings)
-
-
 def functions(settings):
     """The augmentation arguments of data.PatchDataset; settings: as in `sample_spatial_params`."""
     partial = functools.partial

@@ -289,7 +289,7 @@ class Batches:
             advice = f"the kernel killed it for memory; lower {settings}"
         text = (
             f"{text}; it held {format_bytes(figures.get('resident'))}, all processes of the run "
-            f"hold {format_bytes(machine.resident_memory())}; {machine.available().reason}, "
+            f"hold {format_bytes(machine.resident_memory())}; {machine.available()}, "
             f"{format_bytes(shared)} of /dev/shm free, OOM counter "
             f"{'unknown' if kills is None else kills}; {advice}; workers left: "
             f"{self.worker_count}, reading goes on from batch {self.number}, nothing is lost"

@@ -70,7 +70,8 @@ def resolve(settings):
         casefile.check_skeletons(split.validation)
     check_spacing(settings, split)
     spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
-    augment.check(settings.augment.model_dump(), spacings)
+    for case_spacing in spacings:
+        augment.elastic_range(case_spacing, settings.augment.model_dump())  # or a ValueError
     spacing = tuple(map(statistics.median, zip(*spacings, strict=True)))
     strides, kernels = model.fit(
         settings.sampling.patch,
@@ -79,9 +80,9 @@ def resolve(settings):
         strides=settings.model.strides,
         window=settings.inference.window,
     )
-    free, wanted = machine.available(), settings.data.cache_gb
+    available, wanted = machine.available(), settings.data.cache_gb
     if wanted is None:
-        cache_bytes = cache.default_budget(split.train, free.bytes, names=volume_names(terms))
+        cache_bytes = cache.default_budget(split.train, available.free, volume_names(terms))
     else:
         cache_bytes = int(wanted * 1e9)
     if (workers := settings.training.workers) and not feed.HAS_WORKERS:
@@ -101,7 +102,7 @@ def resolve(settings):
         strides=strides,
         kernels=kernels,
         cache_bytes=cache_bytes,
-        cache_reason=free.reason,
+        cache_reason=str(available),
         notes=notes,
     )
 
@@ -125,11 +126,8 @@ def check_spacing(settings, split):
 
 def volume_names(terms):
     """What training reads of a case file."""
-    return (
-        ("image", "label", "skeleton")
-        if composite_loss.takes_skeleton(terms)
-        else ("image", "label")
-    )
+    skeleton = ("skeleton",) if composite_loss.takes_skeleton(terms) else ()
+    return "image", "label", *skeleton
 
 
 def make_patches(plan, **changes):

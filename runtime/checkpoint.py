@@ -167,14 +167,13 @@ class Saver:
         state = snapshot({key: part.state_dict() for key, part in self.stateful.items()})
         state |= {**self.constant, "loop": snapshot(loop), "rng": rng_state()}
         self.step = loop["step"]
-        self._submit(self._write, state, self.folder / "last.pt", also and self.folder / also)
+        paths = self.folder / "last.pt", also and self.folder / also
+        self.pending.append(self.thread.submit(self._write, state, *paths))
 
     def promote(self, name, to, *, step, changes):
         """Write the state of a step, in file `name`, as `to`, with changes to its loop."""
-        self._submit(self._promote, self.folder / name, self.folder / to, step, changes)
-
-    def _submit(self, function, *arguments):
-        self.pending.append(self.thread.submit(function, *arguments))
+        paths = self.folder / name, self.folder / to
+        self.pending.append(self.thread.submit(self._promote, *paths, step, changes))
 
     @property
     def busy(self):

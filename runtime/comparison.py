@@ -1,7 +1,7 @@
 """Variants compared by their runs: over folds and seeds, and case by case.
 
 runs = [("bce", (0, 0), [{"case": "a", "dice": 0.8}]), ("cldice", (0, 0), ...)]
-compare(runs, "dice")       # a `Compared` for each variant
+compare(runs, "dice", "bce")     # a `Compared` for each variant
 """
 
 import statistics
@@ -41,41 +41,33 @@ class Compared(NamedTuple):
     behind: int | None = None
 
 
-def compare(runs, name, first=None):
+def compare(runs, name, first):
     """[`Compared`] of all variants by a score; [] of no runs.
 
     runs: [(variant, place, rows of cases)]. Runs of one place (fold, seed) and of the same cases
-    are pairs, and only pairs are compared. first: the variant that the others are compared with,
-    None: that of the first run.
+    are pairs, and only pairs are compared. first: the variant that the others are compared with.
     """
     by_variant = {}
     for variant, place, rows in runs:
         by_variant.setdefault(variant, {})[place] = rows
-    first = first or next(iter(by_variant), None)
-    compared = []
-    for variant, own in by_variant.items():
-        values = _means(own, name).values()
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        cases = _by_case(variant, own, own, name)
-        row = Compared(variant, name, len(own), statistics.fmean(values), deviation)
-        row = row._replace(cases=len(cases), case_mean=statistics.fmean(c[name] for c in cases))
-        others = by_variant.get(first, {})
-        pairs = [p for p in own if p in others and _cases(own[p]) == _cases(others[p])]
-        if variant != first and pairs:
-            row = _against(row, own, first, others, pairs)
-        compared.append(row)
-    return compared
+    return [_compare(variant, by_variant, name, first) for variant in by_variant]
 
 
-def _against(row, own, first, others, pairs):
-    """The row of a variant with its differences to another one in these pairs of runs."""
-    name = row.score
-    mine, theirs = _means(own, name), _means(others, name)
-    differences = [mine[place] - theirs[place] for place in pairs]
+def _compare(variant, by_variant, name, first):
+    own, others = by_variant[variant], by_variant.get(first, {})
+    values = [mean(rows, name) for rows in own.values()]
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    cases = _by_case(variant, own, own, name)
+    row = Compared(variant, name, len(own), statistics.fmean(values), deviation)
+    row = row._replace(cases=len(cases), case_mean=mean(cases, name))
+    pairs = [p for p in own if p in others and _cases(own[p]) == _cases(others[p])]
+    if variant == first or not pairs:
+        return row
+    differences = [mean(own[place], name) - mean(others[place], name) for place in pairs]
     low, high = report.student_interval(differences) or (None, None)
-    rows = _by_case(first, others, pairs, name) + _by_case(row.variant, own, pairs, name)
+    rows = _by_case(first, others, pairs, name) + _by_case(variant, own, pairs, name)
     standings = {s.method: s for s in report.leaderboard(rows, name, against=first)}
-    one = standings[row.variant]
+    one = standings[variant]
     case_low, case_high = one.difference_interval or (None, None)
     return row._replace(
         pairs=len(pairs),
@@ -90,13 +82,9 @@ def _against(row, own, first, others, pairs):
     )
 
 
-def means(rows, names):
-    """{score: mean over the rows of a run's cases}."""
-    return {name: statistics.fmean(row[name] for row in rows) for name in names}
-
-
-def _means(runs, name):
-    return {place: means(rows, [name])[name] for place, rows in runs.items()}
+def mean(rows, name):
+    """The mean of a score over the rows of a run's cases."""
+    return statistics.fmean(row[name] for row in rows)
 
 
 def _cases(rows):
@@ -158,10 +146,9 @@ def _interval(low, high):
 def print_table(console, rows, names):
     """All `tables`, and the notes on them."""
     for heads, texts in tables(rows, names):
-        table = Table()
-        for head in heads:
-            justify = "left" if head == "variant" else "right"
-            table.add_column(head.replace("_", " "), justify=justify)
+        table = Table(*(head.replace("_", " ") for head in heads))
+        for column in table.columns[1:]:
+            column.justify = "right"
         for row in texts:
             table.add_row(*row)
         console.print(table)

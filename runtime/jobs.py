@@ -7,22 +7,22 @@ folds: 5                             # of a cross-validation; left out: the conf
 seeds: [0, 1]                        # left out: the config's
 """
 
-import contextlib
-import fcntl
 import itertools
 import json
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from monitoring.records import append_line, parse
+from monitoring.records import append_line, read_lines
 from runtime import build, config
-from runtime.folder import newest_run_folder
+from runtime.folder import newest_run_folder, try_lock
 from settings import Group, Settings, Whole
+from volumes.volume import collect_errors
 
 FROM_THE_SWEEP = {  # keys that no change may set, and where they come from
     "run.name": "the names under variants",
@@ -90,17 +90,17 @@ def expand(path):
             base = config.build(content)
         variants, folds = _variants(sweep), range(sweep.folds) if sweep.folds else [None]
         folder = Path(str(sweep.settings.get("run.folder", base.run.folder)), path.stem)
-        jobs, faults = [], Faults(variants)
+        jobs, faults = [], {variant: [] for variant in variants}
         places = itertools.product(variants, folds, sweep.seeds or [base.run.seed])
         for index, (variant, fold, seed) in enumerate(places):
             name = f"{variant}_seed{seed}" if fold is None else f"{variant}_fold{fold}_seed{seed}"
             changes = {**sweep.settings, **(variants[variant] or {}), "run.folder": str(folder)}
             changes |= {"run.name": name, "run.seed": seed}
             changes |= {} if fold is None else {"data.folds": sweep.folds, "data.fold": fold}
-            with faults.of(variant):
+            with collect_errors(faults[variant]):
                 settings = config.build(config.apply_overrides(content, overrides(changes)))
                 jobs.append(Job(index, variant, fold, seed, sweep.config, changes, settings))
-        faults.raise_any()
+        _raise_any(faults)
     return folder, jobs
 
 
@@ -150,28 +150,15 @@ def _name(changes):
     return "_".join(part.strip("-") for part in parts)
 
 
-class Faults:
-    """Collects the faults of variants; what all of them share is said once, without their names."""
-
-    def __init__(self, variants):
-        self.variants, self.lines = set(variants), {}
-
-    @contextlib.contextmanager
-    def of(self, variant):
-        """In this context the sentences of an error are faults of a variant."""
-        try:
-            yield
-        except (ValueError, FileNotFoundError) as error:
-            for line in str(error).split("\n"):
-                self.lines.setdefault(line, set()).add(variant)
-
-    def raise_any(self):
-        sentences = []
-        for line, named in self.lines.items():
-            whose = [""] if named == self.variants else [f"variants.{n}: " for n in sorted(named)]
-            sentences += [name + line for name in whose]
-        if sentences:
-            raise config.ConfigError("\n".join(sentences))
+def _raise_any(faults):
+    """ConfigError if {variant: its faults} has any; what all share is said once, without names."""
+    sentences = {}
+    for variant, lines in faults.items():
+        for line in lines:
+            shared = all(line in others for others in faults.values())
+            sentences[line if shared else f"variants.{variant}: {line}"] = None
+    if sentences:
+        raise config.ConfigError("\n".join(sentences))
 
 
 # ---------------------------------------------------------------------------- checked with the data
@@ -182,12 +169,12 @@ def check(jobs):
 
     Each variant and fold is resolved once, as a run would, for seeds change nothing there.
     """
-    plans, faults, first = {}, Faults({job.variant for job in jobs}), jobs[0].variant
+    plans, faults, first = {}, {job.variant: [] for job in jobs}, jobs[0].variant
     for job in jobs:
         if (job.variant, job.fold) not in plans:
-            with faults.of(job.variant):
+            with collect_errors(faults[job.variant]):
                 plans[job.variant, job.fold] = build.resolve(job.settings)
-    faults.raise_any()
+    _raise_any(faults)
     ids = {place: tuple(case.id for case in held_out(plan)) for place, plan in plans.items()}
     if not all(ids.values()):
         raise config.ConfigError(
@@ -198,12 +185,12 @@ def check(jobs):
     if (most := len(set(of_first))) < len(of_first):
         raise config.ConfigError(f"folds: expected at most {most}, one for each group of cases")
     for job in jobs:
-        with faults.of(job.variant):
-            cases = ids[job.variant, job.fold]
-            if cases != ids[first, job.fold]:
-                raise ValueError(f"data: expected the held-out cases of {first}, got {cases}")
-            _check_begun(job, cases)
-    faults.raise_any()
+        cases = ids[job.variant, job.fold]
+        if cases != ids[first, job.fold]:
+            fault = f"data: expected the held-out cases of {first}, got {cases}"
+            faults[job.variant].append(fault)
+        faults[job.variant] += _changed(job, cases)
+    _raise_any(faults)
     return {job.name: plans[job.variant, job.fold] for job in jobs}
 
 
@@ -214,10 +201,10 @@ def held_out(plan):
     return [case for case in cases if case.labeled]
 
 
-def _check_begun(job, cases):
-    """A run that has state must go on with the settings and held-out cases that it began with."""
+def _changed(job, cases):
+    """Faults of a run that has state, but began with other settings or held-out cases."""
     if job.folder is None:
-        return
+        return []
     before = config.load(job.folder / "config.yaml").plain()
     after = job.settings.plain() | {group: before[group] for group in MAY_DIFFER}
     faults = [
@@ -226,8 +213,7 @@ def _check_begun(job, cases):
     ]
     if (scored := job.cases()) and sorted(row["case"] for row in scored) != sorted(cases):
         faults.append(f"{job.folder}: expected the held-out cases that it began with, got {cases}")
-    if faults:
-        raise ValueError("\n".join(f"{fault}; rename the sweep file" for fault in faults))
+    return [f"{fault}; rename the sweep file" for fault in faults]
 
 
 # ---------------------------------------------------------------------------- ledger
@@ -247,8 +233,7 @@ class Ledger:
 
     def entries(self):
         """{name of a run: its last line}; {} without a file."""
-        content = self.path.read_bytes() if self.path.exists() else b""
-        lines = [parse(line) or {} for line in content.splitlines()]
+        lines = read_lines(self.path)
         return {line["run"]: line for line in lines if "run" in line and "status" in line}
 
     def done(self, jobs):
@@ -260,6 +245,7 @@ class Ledger:
     def append(self, entry):
         """Add a line, which is on disk when this returns."""
         with open(self.path, "a+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not try_lock(file):
+                time.sleep(0.01)
             append_line(file, entry)
             os.fsync(file.fileno())

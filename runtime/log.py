@@ -35,6 +35,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from monitoring.records import append_line, read_lines
 from volumes import atomic
 
 TRAINING = ("step", "epoch", "evaluation")
@@ -57,28 +58,18 @@ class RunLog:
             shutil.rmtree(Path(folder) / "tensorboard", ignore_errors=True)
         elif self.path.exists():
             self.lines = _cut(self.path, keep)
-        self.file = self.path.open("ab", buffering=0)
+        self.file = self.path.open("a+b", buffering=0)
         purge = None if keep is None else step + 1
         self.scalars = Scalars(Path(folder) / "tensorboard", purge) if tensorboard else None
 
     def write(self, event, *, step, epoch, **fields):
         """One line, with the system when this returns. NaN and infinity are written as null."""
         content = {"event": event, "time": round(time.time(), 3), "step": step, "epoch": epoch}
-        line = json.dumps(_finite({**content, **fields}), allow_nan=False) + "\n"
-        end = self.file.seek(0, os.SEEK_END)
-        try:
-            self._append(line.encode())
-        except OSError:
-            self.file.truncate(end)  # a full disk takes a part of a line
-            raise
+        append_line(self.file, _finite({**content, **fields}))
         if event in TRAINING:
             self.lines += 1
             if self.scalars is not None:
                 self.scalars.write(event, fields, step)
-
-    def _append(self, line):
-        while line:
-            line = line[self.file.write(line) :]
 
     def sync(self):
         """All lines are on disk when this returns, as those must be that a saved state counts."""
@@ -139,15 +130,7 @@ def _cut(path, keep):
 
 def read_log(path):
     """The events of a log.jsonl; lines that a crash cut short or damaged are left out."""
-    events = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            events.append(event)
-    return events
+    return [event for event in read_lines(path) if "event" in event]
 
 
 def _finite(value):

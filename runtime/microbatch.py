@@ -73,7 +73,7 @@ class MicroBatch:
         for part in image.split(self.size):
             self._parts.append((part, _generators(part.device)))
             with torch.no_grad(), self.autocast():
-                outputs.append(_listed(self.network(part)))
+                outputs.append(listed(self.network(part)))
         self._logits = [torch.cat(scale).requires_grad_() for scale in zip(*outputs, strict=True)]
         return self._logits if len(self._logits) > 1 else self._logits[0]
 
@@ -88,7 +88,7 @@ class MicroBatch:
         for part, generators in self._parts:
             _set_generators(device, generators)  # the same dropout as the first time
             with self.autocast():
-                logits = _listed(self.network(part))
+                logits = listed(self.network(part))
             stop = start + len(part)
             pairs = [
                 (scale, gradient[start:stop])
@@ -156,7 +156,8 @@ def nothing(*arguments, **named):
     """A report that goes nowhere."""
 
 
-def _listed(logits):
+def listed(logits):
+    """The logits of a network as a list of all scales, the finest first."""
     return list(logits) if isinstance(logits, list | tuple) else [logits]
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from runtime.microbatch import listed
 from runtime.signals import CannotGoOn
 
 SMALLEST_SCALE = 1.0  # of the loss in fp16: below it, it is not the scale that overflows
@@ -103,15 +104,9 @@ class SkippedSteps:
 
 def _wrong(sample, network, augment):
     """What is not finite of a sample on its way through the network, or None."""
-    image = augment([sample])[0]
+    image, voxel = augment([sample])[0], "x".join(str(int(n)) for n in sample["voxel"])
     if not bool(image.isfinite().all()):
-        return f"the image is not (patch around voxel {_voxel(sample)})"
-    logits = network(image)
-    logits = logits if isinstance(logits, list | tuple) else [logits]
-    if not all(bool(scale.isfinite().all()) for scale in logits):
-        return f"the network's output is not (patch around voxel {_voxel(sample)})"
+        return f"the image is not (patch around voxel {voxel})"
+    if not all(bool(scale.isfinite().all()) for scale in listed(network(image))):
+        return f"the network's output is not (patch around voxel {voxel})"
     return None
-
-
-def _voxel(sample):
-    return "x".join(str(int(n)) for n in sample["voxel"])

@@ -2,7 +2,7 @@
 
 import base64
 import html
-import io
+from pathlib import Path
 
 from monitoring.formatting import format_bytes
 from runtime import comparison
@@ -44,21 +44,22 @@ for (const head of document.querySelectorAll("th")) head.onclick = () => {
 """
 
 
-def write_page(path, title, rows, entries, *, names, pictures, about):
+def write_page(path, title, rows, entries, *, names, pictures, sweep_file):
     """Write the page of a sweep.
 
     rows: [`comparison.Compared`] of all scores; entries: lines of the ledger; names: of the scores,
-    the main one first; pictures: [(title, a matplotlib figure or the bytes of a PNG)]; about:
-    {title: text} shown as it is.
+    the main one first; pictures: [(title, bytes of a PNG)].
     """
     parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Variants</h2>"]
     parts += [_table(heads, texts) for heads, texts in comparison.tables(rows, names)]
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in comparison.notes(rows)]
     parts += ["<h2>Runs</h2>", _runs(entries, names)]
-    for heading, figure in pictures:
-        parts += [f"<h2>{html.escape(heading)}</h2>", _image(heading, figure)]
-    for heading, text in about.items():
-        parts += [f"<h2>{html.escape(heading)}</h2>", f"<pre>{html.escape(text)}</pre>"]
+    for heading, png in pictures:
+        source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        heading = html.escape(heading)
+        parts.append(f'<h2>{heading}</h2><img alt="{heading}" src="{source}">')
+    text = html.escape(Path(sweep_file).read_text(encoding="utf-8"))
+    parts.append(f"<h2>{html.escape(str(sweep_file))}</h2><pre>{text}</pre>")
     content = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style>\n" + "\n".join(parts) + f"\n<script>{SCRIPT}</script></html>\n"
@@ -69,15 +70,13 @@ def write_page(path, title, rows, entries, *, names, pictures, about):
 
 def _runs(entries, names):
     """The table of the runs."""
-    on_gpu = any(entry["peak_gpu_memory"] is not None for entry in entries)
     texts = []
     for entry in entries:
         scores = [report.format_score(entry["scores"].get(name), name) for name in names]
-        kinds = ["peak_memory", "peak_gpu_memory"][: 1 + on_gpu]
-        spent = [f"{entry['seconds']:.0f} s", *(format_bytes(entry[kind]) for kind in kinds)]
+        memory = [format_bytes(entry[key]) for key in ("peak_memory", "peak_gpu_memory")]
         status = f"{entry['status']}: {entry['reason']}" if entry["reason"] else entry["status"]
-        texts.append([entry["run"], *scores, *spent, status])
-    heads = ["run", *names, "training", *["memory", "GPU memory"][: 1 + on_gpu], "status"]
+        texts.append([entry["run"], *scores, f"{entry['seconds']:.0f} s", *memory, status])
+    heads = ["run", *names, "training", "memory", "GPU memory", "status"]
     return _table(heads, texts, [entry["status"] for entry in entries])
 
 
@@ -90,13 +89,3 @@ def _table(heads, texts, classes=None):
     )
     table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
     return f'<div class="wide">{table}</div>'
-
-
-def _image(heading, figure):
-    """A picture as text within the page."""
-    if not isinstance(figure, bytes):
-        png = io.BytesIO()
-        figure.savefig(png, format="png")
-        figure = png.getvalue()
-    content = base64.b64encode(figure).decode()
-    return f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{content}">'

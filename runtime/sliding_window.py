@@ -23,10 +23,10 @@ from itertools import combinations, product
 import numpy as np
 import torch
 
-from patches.intensity import within_float32
-from runtime.microbatch import free_memory, memory_figures, nothing, out_of_memory
+import data
+from patches.intensity import normalise, within_float32
+from runtime.microbatch import free_memory, listed, memory_figures, nothing, out_of_memory
 from runtime.signals import CannotGoOn
-from volumes.processes import cores
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLIPS = [axes for n in range(4) for axes in combinations((-3, -2, -1), n)]  # all 8 of z, y, x
@@ -66,11 +66,6 @@ def resolve_precision(name, device):
         able = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "the GPU supports it") if able else ("fp16", "the GPU has no bf16")
     return name, "as set"
-
-
-def resolve_threads(wanted):
-    """CPU threads for run.threads; 0: one per core that this process may use."""
-    return wanted or cores()
 
 
 # ---------------------------------------------------------------------------- geometry of one axis
@@ -180,8 +175,7 @@ def _call(network, patches, precision):
     """Logits (B, 1, *window) of a batch; the one place where the network runs."""
     dtype = PRECISIONS[precision]
     with torch.autocast(patches.device.type, dtype=dtype, enabled=dtype is not None):
-        logits = network(patches)
-    logits = logits[0] if isinstance(logits, (list, tuple)) else logits
+        logits = listed(network(patches))[0]
     expected = (patches.shape[0], 1, *patches.shape[2:])
     if tuple(logits.shape) != expected:
         raise ValueError(
@@ -364,6 +358,19 @@ def _slabs(volume, axes, predict, normalize, fit, progress):
         for plane in range(kept):
             slab[:, plane] = slab[:, plane + finished]
         slab[:, kept:] = 0
+
+
+def predict_case(network, image, spacing, intensity, *, wanted, clip, typical=True, **how):
+    """`predict_slabs` of an image as it is stored, which is seen as in training.
+
+    spacing: of its voxels, None: the network's; intensity: its statistics. wanted, clip, typical:
+    as in `data.network_spacing` and `data.normalisation`; how: arguments of `predict_slabs`.
+    """
+    scale = data.normalisation(intensity, clip, typical=typical)
+    if spacing is not None:
+        sizes = zip(data.network_spacing(spacing, wanted), spacing, strict=True)
+        how["ratio"] = [seen / stored for seen, stored in sizes]
+    return predict_slabs(network, image, normalize=functools.partial(normalise, **scale), **how)
 
 
 def predict_volume(network, volume, window, overlap=0.5, **settings):

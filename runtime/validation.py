@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 import data
-from patches import intensity
 from runtime import evaluator, sliding_window
 from scoring import parallel
 from volumes import casefile
@@ -136,11 +135,9 @@ def predict(network, case, spec, *, spacing, clip, window, with_slices=False, **
             truth = casefile.read_truth(file, spec.foreground, case.ignore_label)
             slices = middle_slices(file["image"], truth, case.ignore_label)
             slices["image"] = clip_fill(slices["image"], case.intensity)
-        scale = data.normalisation(case.intensity, clip)
-        how["normalize"] = functools.partial(intensity.normalise, **scale)
-        wanted = data.network_spacing(case.spacing, spacing)
-        how["ratio"] = [w / s for w, s in zip(wanted, case.spacing, strict=True)]
-        for z0, planes in sliding_window.predict_slabs(network, file["image"], **window, **how):
+        arguments = network, file["image"], case.spacing, case.intensity
+        how |= {"wanted": spacing, "clip": clip}
+        for z0, planes in sliding_window.predict_case(*arguments, **window, **how):
             part = slice(z0, z0 + planes.shape[1])
             counts[part] = evaluator.threshold_counts(planes[0], spec.all_thresholds)
             if probs is not None:

@@ -373,7 +373,7 @@ def test_a_crash_in_validation_loses_no_step(root, tmp_path, monkeypatch):
     def broken(*arguments, **settings):
         raise ArithmeticError
 
-    monkeypatch.setattr(train.sliding_window, "predict_slabs", broken)
+    monkeypatch.setattr(validation.sliding_window, "predict_slabs", broken)
     changes = ["validation.untrained=false", "training.max_epochs=1"]
     with pytest.raises(ArithmeticError):
         train.main(settings(root, tmp_path, *changes))
