@@ -17,7 +17,7 @@ from volumes.volume import (
     Volume,
     VolumeError,
     apart,
-    check_affine,
+    is_spacing,
     round_spacing,
     scale_affine,
     sizes,
@@ -60,14 +60,13 @@ def read(path, _dataset, _role):
         array = array.astype(np.float32)
     array = _of_four_axes(path, array, header, notes)
     spacing, unit = round_spacing(header["pixdim"][3:0:-1]), _unit(header)
-    usable = all(0 < s < np.inf for s in spacing)
+    usable = is_spacing(spacing)
     if not usable:
         header["pixdim"][1:4] = 1  # the spacing is refused, or given by hand
     if header["pixdim"][0] not in (-1, 1):
         header["pixdim"][0] = 1
     affine = _affine(header)
     if usable and affine is not None:
-        affine = check_affine(affine, path)
         if not np.allclose(spacing, sizes(affine), rtol=HEADER_TOLERANCE, atol=0.0):
             both = with_unit(spacing, unit), with_unit(sizes(affine), unit)
             doubt = "expected one voxel size z, y, x, got {} (pixdim) and {} (sform)".format(*both)
