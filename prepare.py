@@ -115,11 +115,11 @@ def merge_overlaps(rows, kept, faults, notes):
     for source, *piece in pieces:
         by_source.setdefault(os.path.realpath(source), []).append(piece)
     for source, some in by_source.items():
-        for (planes, name, group), (other, *same) in itertools.combinations(some, 2):
-            first, stop = max(planes.start, other.start), min(planes.stop, other.stop)
+        for (a, name, group), (b, other, other_group) in itertools.combinations(some, 2):
+            first, stop = max(a.start, b.start), min(a.stop, b.stop)
             if first < stop:
-                named = f"{name} and {same[0]} (z {first}:{stop} of {source})"
-                (together if group == same[1] else apart).append(named)
+                named = f"{name} and {other} (z {first}:{stop} of {source})"
+                (together if group == other_group else apart).append(named)
     if apart:
         faults.append(
             f"dataset: expected no slice of an image in two cases, got {few(apart)}; a network "

@@ -336,8 +336,7 @@ def read_dataset(root, source=""):
         if "lamina" not in str(content.get("format")):
             raise TypeError("another format, such as nnU-Net's: prepare that folder first")
         files = {entry["id"]: root / entry["file"] for entry in content["cases"]}
-        ids = [entry["id"] for entry in content["cases"]]
-        if sorted(file.stem for file in files.values()) != sorted(ids):
+        if [file.stem for file in files.values()] != [e["id"] for e in content["cases"]]:
             raise TypeError("other entries than one of each id with the file <id>.h5")
         classes, ignore, unit = content["classes"], content["ignore_label"], content["unit"]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -76,13 +76,14 @@ def check_inputs(texts, metadata, root, output):
     named = [(source.id, [source.path]) for source in sources if source not in bare]
     for case_id, paths in named + layouts.stack_channels(bare, (), faults):
         with collect_errors(faults):
-            inputs.append(_inspect(case_id, paths))
-            faults.extend(_run_faults(inputs[-1], metadata))
-            notes += [f"note: {inputs[-1].path}: {remark}" for remark in inputs[-1].remarks]
-            for channel, value in blank_channels(inputs[-1].intensity).items():
+            volume = _inspect(case_id, paths)
+            inputs.append(volume)
+            faults += _run_faults(volume, metadata)
+            notes += [f"note: {volume.path}: {remark}" for remark in volume.remarks]
+            for channel, value in blank_channels(volume.intensity).items():
                 blank = f"channel {channel} is {value:g} in all voxels"
-                notes.append(f"warning: {inputs[-1].path}: {blank}")
-    faults.extend(_output_faults(inputs, output))
+                notes.append(f"warning: {volume.path}: {blank}")
+    faults += _output_faults(inputs, output)
     if faults:
         raise InputErrors(*faults)
     return inputs, notes

@@ -74,8 +74,7 @@ def read(path, _dataset, _role):
         elif min(header["qform_code"], header["sform_code"]) > 0:
             if difference := apart(_qform(header), affine, array.shape):
                 notes.append(f"qform and sform differ ({difference}); sform is used")
-    block = header.binaryblock
-    return Volume(array.T, spacing, unit, affine, path, block, doubt, tuple(notes))
+    return Volume(array.T, spacing, unit, affine, path, header.binaryblock, doubt, tuple(notes))
 
 
 def _kind(start):

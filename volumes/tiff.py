@@ -50,7 +50,8 @@ def read(path, _dataset, role):
             array = pages.asarray() if series else np.stack([page.asarray() for page in pages])
             array = take_axes(array.reshape(shape), order)
             array = _as_shown(path, array, pages[0].keyframe, role)
-            return Volume(array, *_spacing_and_unit(path, tif, ome, role), None, path)
+            stated = _with_json(path, role, *_spacing_and_unit(path, tif, ome))
+            return Volume(array, *stated, None, path)
     raise VolumeError(
         f"{path}: expected a TIFF with one gray page per z, got {got}, which is no volume; store "
         "one volume as a multi-page TIFF (tifffile: metadata={'axes': 'ZYX'}, or 'CZYX')"
@@ -163,8 +164,8 @@ def _as_shown(path, array, page, role):
 # ---------------------------------------------------------------------------- spacing
 
 
-def _spacing_and_unit(path, tif, ome, role):
-    """(spacing, unit), or (None, "") if the file and the .json beside it do not say all of it."""
+def _spacing_and_unit(path, tif, ome):
+    """(spacing, unit) that the file states, or (None, "") if it does not state all of it."""
     pixels = None if ome is None else ome.find("{*}Image/{*}Pixels")
     if pixels is not None:
         sizes = [pixels.get(f"PhysicalSize{axis}") for axis in "ZYX"]
@@ -177,11 +178,11 @@ def _spacing_and_unit(path, tif, ome, role):
     try:
         sizes = [float(size) for size in sizes]
     except (TypeError, ValueError):  # not all three are stated
-        return _with_json(path, role, None, "")
+        return None, ""
     spacing, unit = in_one_unit(path, sizes, names)
     if not unit and spacing == (1, 1, 1):  # pixels: a default
-        spacing = None
-    return _with_json(path, role, spacing, unit)
+        return None, ""
+    return spacing, unit
 
 
 def _imagej_sizes(tif):
