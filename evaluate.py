@@ -40,10 +40,6 @@ from volumes.volume import printable
 
 SCORES = ("dice", "surface_dice", "precision", "recall", "voi_score", "components",
           "components_truth")  # fmt: skip
-SPACING_NOTES = {
-    "none": "no file has a spacing, 1 1 1 is used (--spacing)",
-    "prediction": "the truth has no spacing, that of the prediction is used (--spacing)",
-}
 WRONG_INPUT, FAILED = 2, 1
 
 
@@ -219,11 +215,6 @@ def notes_on(pairs, results):
     """What a reader of the results must know, as sentences."""
     cases = {}
     for pair, result in zip(pairs, results, strict=True):
-        for role, values in result.masks.ones.items():
-            for value in sorted(values):
-                cases.setdefault(f"{role} of 0 and {value} read as 0 and 1", []).append(pair.id)
-        if note := SPACING_NOTES.get(result.masks.spacing_of):
-            cases.setdefault(note, []).append(pair.id)
         for note in dict.fromkeys(result.masks.notes):
             cases.setdefault(note, []).append(pair.id)
     notes = [f"{note}: {inputs.listed(ids)}" for note, ids in cases.items()]
@@ -264,8 +255,8 @@ def main(argv=None):
     results = score(pairs, options, args)
     errors += [error for result in results for error in result.errors]
     if errors:
-        total = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
-        print(*errors, f"{total}; nothing was written", sep="\n", file=sys.stderr)
+        total = f"{files.counted(len(errors), 'error')}; nothing was written"
+        print(*errors, total, sep="\n", file=sys.stderr)
         return WRONG_INPUT
     failures = [result.failure for result in results if result.failure]
     scored = [(p, r) for p, r in zip(pairs, results, strict=True) if not r.failure]

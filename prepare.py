@@ -35,10 +35,10 @@ from rich.table import Table
 
 from volumes import layouts, phantoms
 from volumes.casefile import DATASET_FILE, read_dataset, write_dataset
-from volumes.files import few, split_dataset
+from volumes.files import counted, few, split_dataset
 from volumes.ingest import PhantomCase, Rules, prepare_case
 from volumes.processes import cores, run_script
-from volumes.volume import UNITS, collect_errors
+from volumes.volume import UNITS, collect_errors, is_spacing
 
 MAX_ROWS = 40  # of the summary
 
@@ -79,8 +79,8 @@ def prepare_all(cases, rules, workers):
     return outcomes
 
 
-def merge_faults(rows, existing, declared=0):
-    """What is wrong with the new cases together, and with those of the dataset they join.
+def merge_faults(rows, kept, declared):
+    """What is wrong with the new cases together, and with those kept in the dataset they join.
 
     declared: how many channels each must have, 0 for any number.
     """
@@ -96,7 +96,6 @@ def merge_faults(rows, existing, declared=0):
                 f"case {row['case']}: expected {declared} channels as in dataset.json, got "
                 f"{row['channels']} in {row['source']}"
             )
-    kept = [case for case in existing.values() if case.id not in new]
     units = {row["unit"]: row["case"] for row in rows} | {case.unit: case.id for case in kept}
     channels = {row["channels"]: row["case"] for row in rows} | {c.channels: c.id for c in kept}
     for what, examples, advice in (
@@ -108,22 +107,19 @@ def merge_faults(rows, existing, declared=0):
             yield f"dataset: expected one {what} in all cases, got {named}; {advice}"
 
 
-def merge_overlaps(rows, existing, faults, notes):
+def merge_overlaps(rows, kept, faults, notes):
     """What several cases hold of one raw image: a fault where they may be split, else a note."""
     pieces = [(r["source"], r["planes"], r["case"], r["group"]) for r in rows]
-    new, apart, together = {row["case"] for row in rows}, [], []
-    for case in existing.values():
-        if case.id not in new and case.planes:
-            pieces.append((case.source, slice(*case.planes), case.id, case.group))
-    by_source = {}
+    pieces += [(c.source, slice(*c.planes), c.id, c.group) for c in kept if c.planes]
+    apart, together, by_source = [], [], {}
     for source, *piece in pieces:
         by_source.setdefault(os.path.realpath(source), []).append(piece)
     for source, some in by_source.items():
-        for (planes, name, group), (other, *same) in itertools.combinations(some, 2):
-            first, stop = max(planes.start, other.start), min(planes.stop, other.stop)
+        for (a, name, group), (b, other, other_group) in itertools.combinations(some, 2):
+            first, stop = max(a.start, b.start), min(a.stop, b.stop)
             if first < stop:
-                named = f"{name} and {same[0]} (z {first}:{stop} of {source})"
-                (together if group == same[1] else apart).append(named)
+                named = f"{name} and {other} (z {first}:{stop} of {source})"
+                (together if group == other_group else apart).append(named)
     if apart:
         faults.append(
             f"dataset: expected no slice of an image in two cases, got {few(apart)}; a network "
@@ -134,10 +130,9 @@ def merge_overlaps(rows, existing, faults, notes):
         notes.append(f"the same slices are in two cases of one group: {few(together)}")
 
 
-def notes_on_existing(out, rows, existing):
+def notes_on_existing(out, rows, existing, kept):
     """What became of the cases that were in out before, as sentences."""
     new = {row["case"]: row["source"] for row in rows}
-    kept = [case for case in existing.values() if case.id not in new]
     replaced = sorted(new.keys() & existing.keys())
     for number, case in enumerate(map(existing.get, replaced)):
         if os.path.isabs(case.source) and case.source != new[case.id]:
@@ -272,7 +267,7 @@ def _phantom_layout(options):
 
 def _option_faults(options, classes, ignore):
     """What is wrong with the plain options, as sentences."""
-    if options.spacing and not all(math.isfinite(s) and s > 0 for s in options.spacing):
+    if options.spacing and not is_spacing(options.spacing):
         yield f"--spacing: expected three numbers above 0, got {tuple(options.spacing)}"
     if options.workers < 1:
         yield f"--workers: expected at least 1, got {options.workers}"
@@ -314,7 +309,7 @@ def report(outcomes, notes):
     for note in notes:
         print(f"note: {note}")
     for note, names in cases_of.items():
-        print(f"note: {note} ({_count(len(names), 'case')}: {few(names)})")
+        print(f"note: {note} ({counted(len(names), 'case')}: {few(names)})")
     rows = [row for outcome in outcomes for row in outcome.rows]
     columns = ("case", "shape", "spacing", "dtype", "fg %", "unlabeled %", "group")
     table = Table(*columns)
@@ -329,14 +324,10 @@ def refuse(faults, cases, notes=()):
     """Print every fault to stderr, and the notes that may explain it; returns the exit status."""
     for note in notes:
         print(f"note: {note}")
-    among = f" in {_count(len(cases), 'case')}" if cases else ""
-    last = f"{_count(len(faults), 'fault')}{among}; nothing was written"
+    among = f" in {counted(len(cases), 'case')}" if cases else ""
+    last = f"{counted(len(faults), 'fault')}{among}; nothing was written"
     print(*faults, last, sep="\n", file=sys.stderr)
     return 2
-
-
-def _count(number, noun):
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def main(argv=None):
@@ -367,9 +358,11 @@ def main(argv=None):
             outcomes = prepare_all(cases, replace(rules, folder=folder), options.workers)
             rows = [row for outcome in outcomes for row in outcome.rows]
             faults += [fault for outcome in outcomes for fault in outcome.faults]
+            new = {row["case"] for row in rows}
+            kept = [case for case in existing.values() if case.id not in new]
             # Channel files that are missing were named already, by the folder alone.
-            faults += merge_faults(rows, existing, 0 if faults else layout.channels)
-            merge_overlaps(rows, existing, faults, notes)
+            faults += merge_faults(rows, kept, 0 if faults else layout.channels)
+            merge_overlaps(rows, kept, faults, notes)
             if faults:
                 return refuse(faults, cases, notes)
             publish(Path(folder), out, rows, rules, existing)
@@ -378,10 +371,9 @@ def main(argv=None):
         return 1
     except OSError as error:
         return refuse([f"--out {out}: expected a folder to write to, got {error}"], cases)
-    written = {row["case"] for row in rows}
-    notes += notes_on_existing(out, rows, existing)
+    notes += notes_on_existing(out, rows, existing, kept)
     report(outcomes, notes)
-    print(f"{_count(len(written), 'case')} written to {out}")
+    print(f"{counted(len(new), 'case')} written to {out}")
     return 0
 
 

@@ -17,9 +17,8 @@ import numpy as np
 from scoring import metrics
 from volumes import casefile, files
 from volumes.statistics import clip_fill
-from volumes.volume import compare, with_unit
+from volumes.volume import WHITE, compare, is_spacing, with_unit
 
-FULL_SCALE = (254, 255)  # what imaging tools write where they mean 1
 OTSU = "otsu"  # the method of that name
 
 
@@ -53,9 +52,7 @@ class Masks:
     truth: np.ndarray | None  # the same, and ignore_label
     spacing: tuple  # z, y, x
     unit: str
-    spacing_of: str  # where the spacing comes from: truth, prediction, option or none
-    ones: dict  # {role: those of 254 and 255 that meant 1}
-    notes: list  # on their headers
+    notes: list  # on their headers and values
 
 
 def find_sources(text, role, errors, notes):
@@ -221,12 +218,12 @@ def read(pair, options, errors):
     for volume in (*predictions.values(), truth):
         notes += volume.remarks() if options.spacing is None else volume.notes
     for volume in stated if options.spacing is None else ():
-        if not all(0 < s < np.inf for s in volume.spacing):
-            got = f"got {with_unit(volume.spacing, volume.unit)}; give --spacing"
-            errors.append(f"{volume.path}: expected a spacing above 0, {got}")
-    ones, ignored = {}, options.ignore_label
-    masks = {m: _binary(p, None, "predictions", ones, errors) for m, p in predictions.items()}
-    true_mask = _binary(_of_classes(truth, options), ignored, "truths", ones, errors)
+        if not is_spacing(volume.spacing):
+            got = with_unit(volume.spacing, volume.unit)
+            errors.append(f"{volume.path}: expected a spacing above 0, got {got}; give --spacing")
+    ignored = options.ignore_label
+    masks = {m: _binary(p, None, "predictions", notes, errors) for m, p in predictions.items()}
+    true_mask = _binary(_of_classes(truth, options), ignored, "truths", notes, errors)
     if ignored is not None and (true_mask == ignored).all():
         errors.append(
             f"{truth.path}: expected labeled voxels, got {ignored} (ignored) in all of them; "
@@ -236,13 +233,14 @@ def read(pair, options, errors):
         masks[OTSU] = _otsu_mask(image, options.invert, errors)
     if len(errors) > before:
         return None
-    spacing, unit, origin = metrics.VOXEL, "", "none"
-    if options.spacing:
-        spacing, origin = options.spacing, "option"
-    elif stated:
+    spacing, unit = options.spacing or metrics.VOXEL, ""
+    if stated and not options.spacing:
         spacing, unit = stated[0].spacing, stated[0].unit
-        origin = "prediction" if truth.spacing is None else "truth"
-    return Masks(masks, true_mask, tuple(spacing), unit, origin, ones, notes)
+        if truth.spacing is None:
+            notes.append("the truth has no spacing, that of the prediction is used (--spacing)")
+    elif not options.spacing:
+        notes.append("no file has a spacing, 1 1 1 is used (--spacing)")
+    return Masks(masks, true_mask, tuple(spacing), unit, notes)
 
 
 def _read(reader, path, errors):
@@ -262,12 +260,12 @@ def _of_classes(truth, options):
     return dataclasses.replace(truth, array=classes)
 
 
-def _binary(volume, ignored, role, ones, errors):
-    """The array of a volume with 1 for 255 (or 254), which is noted in ones."""
+def _binary(volume, ignored, role, notes, errors):
+    """The array of a volume with 1 for 255 (or 254), which is noted."""
     array, most = volume.array, int(volume.array.max())
     others = [] if ignored is None else [ignored]
-    if most in FULL_SCALE and most != ignored and np.isin(array, [0, most, *others]).all():
-        ones.setdefault(role, set()).add(most)
+    if most in WHITE and most != ignored and np.isin(array, [0, most, *others]).all():
+        notes.append(f"{role} of 0 and {most} read as 0 and 1")
         return np.where(array == most, array.dtype.type(1), array)
     if not np.isin(array, [0, 1, *others]).all():
         advice = "give a mask of one class"

@@ -423,7 +423,7 @@ def test_a_case_that_is_cut_off_is_named_before_anything_is_predicted(run, tmp_p
     os.truncate(tmp_path / "data" / "b.h5", 3000)
     inputs = [tmp_path / "data" / f"{name}.h5" for name in "ab"]
     (fault,) = faults_of(capsys, "--ckpt", run(), "--input", *inputs)
-    assert fault.startswith(f"{inputs[1]}: expected a volume that can be read, got ")
+    assert fault.startswith(f"{inputs[1]}: expected a whole .h5 file, got one that cannot be read")
     assert not (tmp_path / "runs/tiny/predictions").exists()
 
 

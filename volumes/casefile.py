@@ -93,7 +93,6 @@ def write_case(
     source_image="",
     source_label="",
     planes=(),
-    seed=0,
     skeleton=True,
     compression=None,
     intensity=None,
@@ -112,8 +111,7 @@ def write_case(
         file.create_dataset("image", data=image, **_storage(image.shape, compression))
         if label is not None:
             label = np.ascontiguousarray(label, dtype=np.uint8)
-            storage = _storage(label.shape, compression)
-            _write_label(file, label, ignore_label, np.random.default_rng(seed), storage)
+            _write_label(file, label, ignore_label, _storage(label.shape, compression))
             if skeleton:
                 _write_skeleton(file, label, ignore_label, spacing)
         file.attrs["spacing"] = np.asarray(spacing, np.float64)
@@ -139,7 +137,8 @@ def _storage(shape, compression):
     return {"chunks": chunks, "compression": compression, "fletcher32": True}
 
 
-def _write_label(file, label, ignore_label, rng, storage):
+def _write_label(file, label, ignore_label, storage):
+    rng = np.random.default_rng(0)
     file.create_dataset("label", data=label, **storage)
     present = np.flatnonzero(np.bincount(label.reshape(-1), minlength=256))
     for class_id in (c for c in present if c not in (0, ignore_label)):
@@ -337,9 +336,7 @@ def read_dataset(root, source=""):
         if "lamina" not in str(content.get("format")):
             raise TypeError("another format, such as nnU-Net's: prepare that folder first")
         files = {entry["id"]: root / entry["file"] for entry in content["cases"]}
-        if sorted(file.stem for file in files.values()) != sorted(
-            e["id"] for e in content["cases"]
-        ):
+        if [file.stem for file in files.values()] != [e["id"] for e in content["cases"]]:
             raise TypeError("other entries than one of each id with the file <id>.h5")
         classes, ignore, unit = content["classes"], content["ignore_label"], content["unit"]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

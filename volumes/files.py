@@ -153,7 +153,7 @@ def find_volumes(text, notes=None):
             faults.append(f"{path}: expected a volume, got {_what_is_at(path)}")
     if faults:
         raise InputErrors(*faults)
-    passed = [_counted(kind, names) for kind, names in others.items() if kind]
+    passed = [f"{counted(len(n), kind)}, e.g. {n[0]}" for kind, n in others.items() if kind]
     if not sources:
         also = f" but {'; '.join(passed)}" if passed else ""
         raise VolumeError(f"{text}: expected {expected}{also}; check the path")
@@ -199,10 +199,6 @@ def _other_kind(path):
         files = (os.path.join(root, name) for root, _, names in os.walk(path) for name in names)
         return "subfolder" if any(suffix_of(file) or _other_kind(file) for file in files) else ""
     return f"{suffix_of(path) or suffix} folder"
-
-
-def _counted(kind, names):
-    return f"{len(names)} {kind if len(names) == 1 else kind + 's'}, e.g. {names[0]}"
 
 
 def _walk(folder, parts, name=None):
@@ -272,6 +268,11 @@ def few(names, most=8, between=", "):
     """Names for people, the first few of many."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + more
+
+
+def counted(number, noun):
+    """A number of things for people."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 # ---------------------------------------------------------------------------- reading

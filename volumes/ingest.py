@@ -4,7 +4,6 @@ A fault is one sentence that names the file or case, what was expected and what 
 sentence that reads the same for every case it holds for, so that notes can be counted.
 """
 
-import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 from volumes import phantoms
 from volumes.casefile import write_case
-from volumes.files import read_channels, read_label
+from volumes.files import few, read_channels, read_label
 from volumes.statistics import (
     blank_channels,
     describe_fill,
@@ -23,15 +22,16 @@ from volumes.statistics import (
 from volumes.volume import (
     HEADER_TOLERANCE,
     METRES,
+    WHITE,
     Volume,
     collect_errors,
     compare,
     crop_affine,
+    is_spacing,
     round_spacing,
     scale_affine,
+    with_unit,
 )
-
-WHITE = (254, 255)  # what imaging tools write where they mean 1
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,14 @@ def prepare_case(case, rules):
     if outcome.faults:
         return outcome
     spacing, unit = _spacing_and_unit(case.id, image, label, rules, outcome)
-    classes = None
-    if label is not None:
-        classes = _class_ids(case.id, label.array, rules, outcome)
+    classes = None if label is None else _class_ids(case.id, label.array, rules, outcome)
     if outcome.faults:
         return outcome
     pieces = _pieces(case.id, image.array.shape[1], rules.crops, outcome.faults)
-    if classes is not None:
-        for piece_id, planes in pieces.items():
-            _check_label(piece_id, classes[planes], rules.ignore_label, outcome)
     intensity = {}
     for piece_id, planes in pieces.items():
+        if classes is not None:
+            _check_label(piece_id, classes[planes], rules.ignore_label, outcome)
         intensity[piece_id] = intensity_statistics(image.array[:, planes])
         _check_contrast(piece_id, intensity[piece_id], classes is not None, outcome)
     if outcome.faults:
@@ -186,10 +183,10 @@ def _spacing_and_unit(name, image, label, rules, outcome):
         outcome.notes.append(
             "warning: no spacing in the file; 1 1 1 is used, give --spacing Z Y X if that is wrong"
         )
-    elif not all(math.isfinite(s) and s > 0 for s in header):
+    elif not is_spacing(header):
         outcome.faults.append(
-            f"{stated.path}: expected a spacing above 0 in the header, got z, y, x = {header}; "
-            "correct the header or give --spacing Z Y X"
+            f"{stated.path}: expected a spacing above 0 in the header, got "
+            f"{with_unit(header, unit)}; correct the header or give --spacing Z Y X"
         )
     else:
         spacing = header
@@ -208,7 +205,6 @@ def _class_ids(name, label, rules, outcome):
         outcome.notes.append(f"label values {{0, {unknown[0]}}} read as classes {{0, 1}}")
         label = np.where(label == unknown[0], 1, label)
     elif unknown:
-        shown = ", ".join(str(v) for v in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
         advice = "name every class with --classes NAME ..., or correct the label"
         if len(unknown) > 20:
             advice = "these look like numbered objects; store a mask of classes"
@@ -219,7 +215,8 @@ def _class_ids(name, label, rules, outcome):
             advice = f"give --ignore-label {value} if {value} means unlabeled, or name every class "
             advice += "with --classes NAME ..."
         outcome.faults.append(
-            f"case {name}: expected label values {sorted(declared)}, got also {shown}; {advice}"
+            f"case {name}: expected label values {sorted(declared)}, got also "
+            f"{few([str(value) for value in unknown])}; {advice}"
         )
     return label.astype(np.uint8)
 
@@ -277,7 +274,7 @@ def _summary(image, label, spacing, unit, rules):
         unlabeled = f"{0 if rules.ignore_label is None else percent[rules.ignore_label]:.1f}"
     return {
         "shape": "x".join(str(n) for n in (image.shape if channels > 1 else shape)),
-        "spacing": " ".join(f"{s:g}" for s in spacing) + f" {unit}".rstrip(),
+        "spacing": with_unit(spacing, unit),
         "channels": channels,
         "dtype": str(image.dtype),
         "fg %": foreground,

@@ -16,6 +16,7 @@ from volumes.volume import (
     VolumeError,
     check_affine,
     collect_errors,
+    is_spacing,
     with_unit,
 )
 
@@ -48,12 +49,17 @@ class Input:
 
         VolumeError, a sentence, where the file turns out to be damaged while it is read.
         """
-        with damage_named(self.path):
+        try:
             if self.is_case:
                 with h5py.File(self.path, "r") as file:
                     yield file["image"]
             else:
                 yield files.read_channels(self.sources).array
+        except OSError as error:
+            raise VolumeError(
+                f"{self.path}: expected a volume that can be read, got {error}; "
+                "copy or prepare it again"
+            ) from error
 
     def prediction_path(self, output):
         """Where the mask of this input goes in the folder output."""
@@ -75,18 +81,19 @@ def check_inputs(texts, metadata, root, output):
     for text in texts:
         with collect_errors(faults):
             sources |= dict.fromkeys(_find(text, notes), "{id}" not in text)
-    bare = [s for s, is_bare in sources.items() if is_bare and _is_channel_or_volume(s)]
+    bare = [s for s, is_bare in sources.items() if is_bare and not _case_attributes(s.path)]
     named = [(source.id, [source.path]) for source in sources if source not in bare]
     for case_id, paths in named + layouts.stack_channels(bare, (), faults):
-        with collect_errors(faults), damage_named(", ".join(paths)):
-            inputs.append(_inspect(case_id, paths))
-            faults.extend(_run_faults(inputs[-1], metadata))
-            remarks = [*inputs[-1].remarks, *_unlike_training(inputs[-1], metadata)]
-            notes += [f"note: {inputs[-1].path}: {remark}" for remark in remarks]
-            for channel, value in blank_channels(inputs[-1].intensity).items():
+        with collect_errors(faults):
+            volume = _inspect(case_id, paths)
+            inputs.append(volume)
+            faults += _run_faults(volume, metadata)
+            remarks = [*volume.remarks, *_unlike_training(volume, metadata)]
+            notes += [f"note: {volume.path}: {remark}" for remark in remarks]
+            for channel, value in blank_channels(volume.intensity).items():
                 blank = f"channel {channel} is {value:g} in all voxels"
-                notes.append(f"warning: {inputs[-1].path}: {blank}")
-    faults.extend(_output_faults(inputs, output))
+                notes.append(f"warning: {volume.path}: {blank}")
+    faults += _output_faults(inputs, output)
     if faults:
         raise InputErrors(*faults)
     return inputs, notes
@@ -118,19 +125,10 @@ def _find(text, notes):
 
 def _case_attributes(path):
     """The attributes of a case file that prepare.py wrote; none of any other file."""
-    if not h5py.is_hdf5(path):  # which the name of one of its datasets is not
-        return {}
-    # HDF5 raises it for damaged bytes, which are named when the file is read.
-    with contextlib.suppress(RuntimeError), h5py.File(path, "r") as file:
+    # HDF5 raises these for what is no HDF5, and for damaged bytes, which are named on reading.
+    with contextlib.suppress(OSError, RuntimeError), h5py.File(path, "r") as file:
         return dict(file.attrs) if "image" in file and "intensity" in file.attrs else {}
     return {}
-
-
-def _is_channel_or_volume(source):
-    try:
-        return not _case_attributes(source.path)
-    except OSError:  # a damaged file, which is named when it is read
-        return True
 
 
 def _inspect(case_id, paths):
@@ -164,7 +162,7 @@ def _run_faults(volume, metadata):
             f"{volume.channels}; store the same channels in one file, or in files called "
             "ID_0000, ID_0001 and on (a pattern such as 'folder/{id}.tif' tells ids from channels)"
         )
-    usable = volume.spacing is None or all(0 < s < np.inf for s in volume.spacing)
+    usable = volume.spacing is None or is_spacing(volume.spacing)
     if not usable or (volume.spacing is None and any(spacing)):
         got = "none" if volume.spacing is None else list(volume.spacing)
         why = f", because the run works at {spacing} {unit}" if any(spacing) else " above 0"
@@ -225,14 +223,3 @@ def _output_faults(inputs, output):
     existing = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         yield f"--output {output}: expected a folder that may be written; {existing} is none"
-
-
-@contextlib.contextmanager
-def damage_named(path):
-    """VolumeError, a sentence, for a file that is there and cannot be read."""
-    try:
-        yield
-    except OSError as error:
-        raise VolumeError(
-            f"{path}: expected a volume that can be read, got {error}; copy or prepare it again"
-        ) from error

@@ -6,7 +6,6 @@ sentences, so that all of it is shown at once.
 
 import csv
 import json
-import math
 import os
 import re
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from volumes.files import (
     split_dataset,
     stem_of,
 )
-from volumes.volume import UNITS, InputErrors, VolumeError, collect_errors
+from volumes.volume import UNITS, InputErrors, VolumeError, collect_errors, is_spacing
 
 VESUVIUS_IGNORE_LABEL = 2
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
@@ -98,13 +97,20 @@ def _one_of_each_id(items, layout, path_of=lambda source: source.path):
     return [same[0] for same in by_id.values()]
 
 
-def _add_cases(entries, layout, labels_expected=True):
-    """Add a case for each (id, image paths, label path or None); what has no partner is a fault."""
-    for name, images, label in entries:
-        if images and (label or not labels_expected):
-            layout.cases.append(RawCase(name, tuple(images), label, name))
-            continue
-        what, path = ("a label", images[0]) if images else ("an image", label)
+def _add_cases(images, labels, layout):
+    """Add a case for each (id, image paths); what has no partner of its id is a fault.
+
+    labels: {id: path}, None where none are expected.
+    """
+    alone = []
+    for name, paths in images:
+        if labels is None or name in labels:
+            layout.cases.append(RawCase(name, tuple(paths), labels and labels[name], name))
+        else:
+            alone.append((name, "a label", paths[0]))
+    ids = {name for name, _ in images}
+    alone += [(i, "an image", path) for i, path in (labels or {}).items() if i not in ids]
+    for name, what, path in alone:
         layout.faults.append(
             f"case {name}: expected {what} of this id for {path}, got none; add it, or name the "
             "pairs by patterns such as 'folder/{id}_img.tif'"
@@ -117,9 +123,9 @@ def _add_cases(entries, layout, labels_expected=True):
 def match_pairs(images, labels):
     """Images and labels of one id, as a list of (id, image, label).
 
-    images, labels: lists of `Source`, each id once. An image whose id no label has goes with the
-    label whose id is the longest beginning of its own, up to a `_`, `-` or `.`: `a_denoised`
-    goes with `a`. What has no partner stands alone, with None on the other side.
+    images, labels: lists of things with an id, each once. An image whose id no label has goes
+    with the label whose id is the longest beginning of its own, up to a `_`, `-` or `.`:
+    `a_denoised` goes with `a`. What has no partner stands alone, with None on the other side.
     """
     by_id = {label.id: label for label in labels}
     free = by_id.keys() - {image.id for image in images}
@@ -147,18 +153,17 @@ def _find_pairs(images_text, labels_text, layout):
     stacked = [(s.id, [s.path]) for s in images]
     if "{id}" not in str(images_text):  # which says what the ids are
         stacked = stack_channels(images, {s.id for s in labels}, layout.faults)
-    images = [Source(name, paths[0]) for name, paths in stacked]
-    channels = {paths[0]: paths for _, paths in stacked}
-
+    images = [RawCase(name, tuple(paths), None, name) for name, paths in stacked]
     texts = [split_dataset(text)[0] for text in (images_text, labels_text)]
     if len(images) == len(labels) == 1 and all(map(os.path.isfile, texts)):
         pairs = [(images[0].id, images[0], labels[0])]
     else:
         pairs = match_pairs(images, labels)
         both = [(image, label) for _, image, label in pairs if image and label]
-        layout.notes += notes_on_pairs([(a.id, a.path, b.id, b.path) for a, b in both])
-    entries = [(n, channels[i.path] if i else [], label and label.path) for n, i, label in pairs]
-    _add_cases(entries, layout, labels_expected=labels_text is not None)
+        layout.notes += notes_on_pairs([(a.id, a.images[0], b.id, b.path) for a, b in both])
+    images = [(name, image.images) for name, image, _ in pairs if image]
+    labels = {name: label.path for name, _, label in pairs if label}
+    _add_cases(images, None if labels_text is None else labels, layout)
 
 
 # ---------------------------------------------------------------------------- nnU-Net and MSD
@@ -240,22 +245,22 @@ def stack_channels(sources, ids, faults):
         for match, source in zip(matches, sources, strict=True)
         if match and match[2] == "0000" and match[0] not in ids
     }
-    cases, several = {}, []
+    cases, stacked = {}, []
     for match, source in zip(matches, sources, strict=True):
         name, number, key = source.id, 0, source.path
         if match and match[1] in first and match[0] not in ids:
             name, number, key = first[match[1]], int(match[2]), match[1]
         cases.setdefault(key, (name, []))[1].append((number, source.path))
     for name, channels in cases.values():
-        channels.sort()
-        several.append((name, [path for _, path in channels]))
-        if [number for number, _ in channels] != list(range(len(channels))):
+        numbers, paths = zip(*sorted(channels), strict=True)
+        stacked.append((name, list(paths)))
+        if numbers != tuple(range(len(paths))):
             faults.append(
                 f"case {name}: expected channels numbered 0000, 0001 and on, each once and none "
-                f"missing, got {', '.join(several[-1][1])}; add, rename or remove files, or name "
+                f"missing, got {', '.join(paths)}; add, rename or remove files, or name "
                 "the ids by a pattern such as 'folder/{id}.tif'"
             )
-    return several
+    return stacked
 
 
 def _add_channel_cases(folder, labels, layout):
@@ -267,10 +272,7 @@ def _add_channel_cases(folder, labels, layout):
                 f"case {name}: expected {layout.channels} channels as in dataset.json, "
                 f"got {len(paths)} ({', '.join(paths)})"
             )
-    labels_expected, labels = labels is not None, labels or {}
-    gone = sorted(labels.keys() - dict(cases).keys())
-    entries = [(name, paths, labels.get(name)) for name, paths in sorted(cases)]
-    _add_cases(entries + [(name, [], labels[name]) for name in gone], layout, labels_expected)
+    _add_cases(sorted(cases), labels, layout)
 
 
 # ---------------------------------------------------------------------------- Vesuvius
@@ -281,11 +283,8 @@ def _find_vesuvius(root, layout):
     layout.ignore_label = VESUVIUS_IGNORE_LABEL
     scrolls = _column_by_id(root / "train.csv", "scroll_id", "id")
     images, labels = (
-        {s.id: s.path for s in _one_of_each_id(sources, layout)}
-        for sources in (
-            _find("--images", root / "train_images", layout),
-            _find("--images", root / "train_labels", layout),
-        )
+        {s.id: s.path for s in _one_of_each_id(_find("--images", root / folder, layout), layout)}
+        for folder in ("train_images", "train_labels")
     )
     gone = [name for name in scrolls if name not in images or name not in labels]
     if gone:
@@ -293,12 +292,12 @@ def _find_vesuvius(root, layout):
             f"{root / 'train.csv'} lists {len(gone)} ids that have no file any more; skipped: "
             + ", ".join(gone)
         )
-    names = [name for name in sorted({*images, *labels}) if name not in gone]
-    for name in names:
-        if name in labels and name not in scrolls:
+    images = [(name, [path]) for name, path in images.items() if name not in gone]
+    labels = {name: path for name, path in labels.items() if name not in gone}
+    for name in labels:
+        if name not in scrolls:
             layout.faults.append(f"case {name}: expected its scroll_id in train.csv, got no row")
-    paths = {name: [path] for name, path in images.items()}
-    _add_cases([(name, paths.get(name, []), labels.get(name)) for name in names], layout)
+    _add_cases(sorted(images), labels, layout)
     layout.cases = [replace(case, group=scrolls.get(case.id, "")) for case in layout.cases]
 
 
@@ -400,8 +399,8 @@ def read_spacings(path, ids):
         try:
             spacing = tuple(float(row[axis]) for axis in "zyx")
         except ValueError:
-            spacing = (math.nan,) * 3
-        if not all(math.isfinite(s) and s > 0 for s in spacing):
+            spacing = (0.0,) * 3
+        if not is_spacing(spacing):
             faults.append(f"{path}, line {number}: expected positive numbers for z, y and x")
         if unit and unit not in UNITS:
             faults.append(f"{path}, line {number}: expected a unit, one of mm, micron, nm, m")

@@ -17,7 +17,7 @@ from volumes.volume import (
     Volume,
     VolumeError,
     apart,
-    check_affine,
+    is_spacing,
     round_spacing,
     scale_affine,
     sizes,
@@ -63,14 +63,13 @@ def read(path, _dataset, _role):
         array = array.astype(np.float32)
     array = _of_four_axes(path, array, header, notes)
     spacing, unit = round_spacing(header["pixdim"][3:0:-1]), _unit(header)
-    usable = all(0 < s < np.inf for s in spacing)
+    usable = is_spacing(spacing)
     if not usable:
         header["pixdim"][1:4] = 1  # the spacing is refused, or given by hand
     if header["pixdim"][0] not in (-1, 1):
         header["pixdim"][0] = 1
     affine = _affine(header)
     if usable and affine is not None:
-        affine = check_affine(affine, path)
         if not np.allclose(spacing, sizes(affine), rtol=HEADER_TOLERANCE, atol=0.0):
             both = with_unit(spacing, unit), with_unit(sizes(affine), unit)
             doubt = "expected one voxel size z, y, x, got {} (pixdim) and {} (sform)".format(*both)
@@ -78,8 +77,7 @@ def read(path, _dataset, _role):
         elif min(header["qform_code"], header["sform_code"]) > 0:
             if difference := apart(_qform(header), affine, array.shape):
                 notes.append(f"qform and sform differ ({difference}); sform is used")
-    block = header.binaryblock
-    return Volume(array.T, spacing, unit, affine, path, block, doubt, tuple(notes))
+    return Volume(array.T, spacing, unit, affine, path, header.binaryblock, doubt, tuple(notes))
 
 
 def _kind(start):

@@ -53,11 +53,9 @@ def read(path, _dataset, role):
             if axes[order[-3]] in "TC":
                 notes.append(f"its axis {axes[order[-3]]} of {len(array)} is taken for z")
             if (turned := tif.pages[0].tags.get("Orientation")) and turned.value != 1:
-                notes.append(
-                    f"its Orientation, {int(turned.value)}, is not applied: rows as stored"
-                )
-            spacing, unit = _spacing_and_unit(path, tif, ome, role)
-            return Volume(array, spacing, unit, None, path, notes=tuple(notes))
+                notes.append(f"its Orientation, {turned.value:d}, is not applied: rows as stored")
+            stated = _with_json(path, role, *_spacing_and_unit(path, tif, ome))
+            return Volume(array, *stated, None, path, notes=tuple(notes))
     raise VolumeError(
         f"{path}: expected a TIFF with one gray page per z, got {got}, which is no volume; store "
         "one volume as a multi-page TIFF (tifffile: metadata={'axes': 'ZYX'}, or 'CZYX')"
@@ -170,8 +168,8 @@ def _as_shown(path, array, page, role):
 # ---------------------------------------------------------------------------- spacing
 
 
-def _spacing_and_unit(path, tif, ome, role):
-    """(spacing, unit), or (None, "") if the file and the .json beside it do not say all of it."""
+def _spacing_and_unit(path, tif, ome):
+    """(spacing, unit) that the file states, or (None, "") if it does not state all of it."""
     pixels = None if ome is None else ome.find("{*}Image/{*}Pixels")
     if pixels is not None:
         sizes = [pixels.get(f"PhysicalSize{axis}") for axis in "ZYX"]
@@ -184,11 +182,11 @@ def _spacing_and_unit(path, tif, ome, role):
     try:
         sizes = [float(size) for size in sizes]
     except (TypeError, ValueError):  # not all three are stated
-        return _with_json(path, role, None, "")
+        return None, ""
     spacing, unit = in_one_unit(path, sizes, names)
     if not unit and spacing == (1, 1, 1):  # pixels: a default
-        spacing = None
-    return _with_json(path, role, spacing, unit)
+        return None, ""
+    return spacing, unit
 
 
 def _imagej_sizes(tif):

@@ -16,6 +16,7 @@ CONVERTED = {"km": ("m", 1e3), "Mm": ("m", 1e6), "dm": ("mm", 100.0), "cm": ("mm
              "angstrom": ("nm", 0.1), "pm": ("nm", 1e-3), "fm": ("nm", 1e-6)}  # fmt: skip
 HEADER_TOLERANCE = 0.01  # relative; headers round, and affines hold float32
 SAME_DIRECTION = 0.02  # of the cosines of two axes
+WHITE = (254, 255)  # what imaging tools write in a mask where they mean 1
 APART = 0.5  # voxels between the places of one corner by two headers, from which on it is said
 
 
@@ -119,6 +120,11 @@ def round_spacing(spacing):
     return tuple(float(f"{float(s):.6g}") for s in spacing)
 
 
+def is_spacing(sizes):
+    """Whether sizes (z, y, x) can be those of a voxel."""
+    return all(0 < size < np.inf for size in sizes)
+
+
 def with_unit(spacing, unit):
     """A spacing for people."""
     return f"{' '.join(f'{s:g}' for s in spacing)} {unit}".rstrip()
@@ -144,7 +150,7 @@ def compare(volume, other, *, spacing=True, axes=True):
         )
     known = volume.unit in METRES and other.unit in METRES
     scale = METRES[volume.unit] / METRES[other.unit] if known else 1.0
-    stated = volume.spacing is not None and all(s > 0 for s in other.spacing or (0,))
+    stated = volume.spacing is not None and is_spacing(other.spacing or (0,))
     sizes_differ = stated and not np.allclose(
         np.multiply(volume.spacing, scale), other.spacing, rtol=HEADER_TOLERANCE, atol=0.0
     )

@@ -155,19 +155,20 @@ def read(pred, truth, **options):
     return inputs.read(pair, inputs.ReadOptions(**options), errors), errors
 
 
-def test_where_the_spacing_comes_from_is_known_in_every_combination(tmp_path):
+def test_where_the_spacing_comes_from_is_noted_in_every_combination(tmp_path):
     with_one, none = tmp_path / "with.nii.gz", tmp_path / "none.tif"
     masks(tmp_path, "with.nii.gz")
     files.write_volume(none, MASK)
+    of_prediction = "the truth has no spacing, that of the prediction is used (--spacing)"
     for pred, truth, option, expected in (
-        (none, none, None, ("none", (1, 1, 1), "")),
-        (with_one, none, None, ("prediction", (2, 1, 1), "mm")),
-        (none, with_one, None, ("truth", (2, 1, 1), "mm")),
-        (with_one, none, (5, 1, 1), ("option", (5, 1, 1), "")),
-        (none, none, (5, 1, 1), ("option", (5, 1, 1), "")),
+        (none, none, None, ("no file has a spacing, 1 1 1 is used (--spacing)", (1, 1, 1), "")),
+        (with_one, none, None, (of_prediction, (2, 1, 1), "mm")),
+        (none, with_one, None, ("", (2, 1, 1), "mm")),
+        (with_one, none, (5, 1, 1), ("", (5, 1, 1), "")),
+        (none, none, (5, 1, 1), ("", (5, 1, 1), "")),
     ):
         case, errors = read({"m": str(pred)}, truth, spacing=option, check_spacing=option is None)
-        assert errors == [] and (case.spacing_of, case.spacing, case.unit) == expected
+        assert errors == [] and ("".join(case.notes), case.spacing, case.unit) == expected
 
 
 def test_predictions_of_two_spacings_are_an_error_where_the_truth_has_none(tmp_path):

@@ -266,7 +266,7 @@ def test_units_of_which_only_some_are_known_are_a_fault(tmp_path):
 
 def test_the_voxel_size_of_lsm_is_in_metres():
     tif = SimpleNamespace(lsm_metadata={"VoxelSizeX": 5e-7, "VoxelSizeY": 5e-7, "VoxelSizeZ": 2e-6})
-    spacing = tiff._spacing_and_unit("/nowhere/a.lsm", tif, None, "image")
+    spacing = tiff._spacing_and_unit("/nowhere/a.lsm", tif, None)
     assert spacing == ((2.0, 0.5, 0.5), "micron")
 
 
