@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -63,7 +62,7 @@ def find_sources(text, role, errors, notes):
     """
     dataset, there = None, []
     try:
-        if os.path.lexists(Path(text) / casefile.DATASET_FILE):
+        if casefile.is_dataset(text):
             dataset = casefile.read_dataset(text)
             cases = dataset.cases.values()
             if role == "image":

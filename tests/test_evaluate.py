@@ -305,7 +305,7 @@ def test_otsu_faults_name_the_image(tmp_path, capsys):
 
 def test_a_folder_that_is_no_dataset_of_ours_is_named(tmp_path, capsys):
     (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "dataset.json").write_text('{"labels": {}}')
+    (tmp_path / "set" / "dataset.json").write_text('{"format": "x"}')
     mask = write(tmp_path / "a.tif", bar(2))
     assert run("--pred", mask, "--truth", tmp_path / "set") == 2
     assert "dataset.json: expected what prepare.py writes" in capsys.readouterr().err

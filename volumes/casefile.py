@@ -31,6 +31,7 @@ from volumes.statistics import intensity_statistics, sample_coordinates
 from volumes.volume import InputErrors, printable
 
 DATASET_FILE = "dataset.json"
+NNUNET_KEYS = {"labels", "channel_names", "modality"}  # of its file of that name, and of MSD's
 IGNORE_NONE = -1  # HDF5 attributes know no None
 CHUNK = (16, 32, 32)  # of what is compressed: benchmarks/store.py
 VOLUMES = ("image", "label", "skeleton")
@@ -316,6 +317,17 @@ def write_dataset(root, *, classes, ignore_label, unit, case_ids):
     }
     with atomic.replacing(root / DATASET_FILE) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def is_dataset(folder):
+    """Whether a folder has a dataset.json that is not nnU-Net's: ours, or one that is broken."""
+    path = Path(folder) / DATASET_FILE
+    if not path.is_file():
+        return path.is_symlink()
+    try:
+        return NNUNET_KEYS.isdisjoint(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return True
 
 
 def read_dataset(root, source=""):

@@ -113,8 +113,7 @@ def default_inputs(metadata, root):
 
 def _find(text, notes):
     """The volumes that one --input names, as [Source]; a note says which are left out."""
-    index = Path(text) / casefile.DATASET_FILE
-    if index.is_file() and "lamina-dataset" in index.read_text(encoding="utf-8", errors="replace"):
+    if casefile.is_dataset(text):
         return [files.Source(c.id, c.path) for c in casefile.read_dataset(text).cases.values()]
     sources = files.find_volumes(text, notes)
     images = [source for source in sources if not files.is_label_name(source.path)]

@@ -75,6 +75,15 @@ def test_a_prediction_of_a_dataset_by_the_beginning_of_its_name_is_noted(folders
     assert notes[1] == "truth without a prediction, not scored: s1"
 
 
+def test_predictions_of_nnunet_beside_its_dataset_json_are_scored(folders):
+    pred, truth = folders
+    masks(pred, "a.nii.gz")
+    masks(truth, "a.nii.gz")
+    for text, errors in (('{"labels": {"background": 0, "x": 1}}', 0), ("broken", 1)):
+        (pred / "dataset.json").write_text(text)
+        assert len(match(pred, truth)[1]) == errors
+
+
 def test_two_files_are_a_pair_without_a_note_and_a_folder_of_one_with_one(folders):
     pred, truth = folders
     masks(pred, "x.tif")
