@@ -128,6 +128,13 @@ def merge_overlaps(rows, kept, faults, notes):
         )
     if together:
         notes.append(f"the same slices are in two cases of one group: {few(together)}")
+    by_voxels = {}  # of another raw file, perhaps a copy under another name
+    for row in rows:
+        by_voxels.setdefault(repr(row["voxels"]), []).append(row["case"])
+    for case in kept:
+        by_voxels.setdefault(repr((case.shape, case.intensity)), []).append(case.id)
+    if copies := [" and ".join(names) for names in by_voxels.values() if len(names) > 1]:
+        notes.append(f"images of the same shape and statistics, perhaps copies: {few(copies)}")
 
 
 def notes_on_existing(out, rows, existing, kept):

@@ -1,6 +1,7 @@
 """prepare.py where a dataset is there already, and where pieces of one image are cases apart."""
 
 import json
+import shutil
 
 import h5py
 import nibabel
@@ -19,7 +20,8 @@ def raw(tmp_path):
 
     def write(*names, folder="raw"):
         for name in names:
-            image = np.random.default_rng(0).integers(1, 99, SHAPE).astype(np.uint8)
+            rng = np.random.default_rng([*name.encode()])
+            image = rng.integers(1, 99, SHAPE).astype(np.uint8)
             label = np.zeros(SHAPE, np.uint8)
             label[:, 2:4, 3:5] = 1
             for kind, array in (("img", image), ("lbl", label)):
@@ -159,6 +161,16 @@ def test_a_case_that_is_replaced_by_one_of_another_file_is_said(raw, run, tmp_pa
     before = tmp_path / "raw" / "s_img.nii.gz"
     assert notes[0] == f"replaced in {tmp_path / 'out'}: s (of {before} before)"
     assert notes[1].endswith("by upper and lower case: S, s")
+
+
+def test_a_copy_under_another_name_is_noted(raw, run, tmp_path):
+    raw("a", "b")
+    for kind in ("img", "lbl"):
+        shutil.copy(tmp_path / f"raw/a_{kind}.nii.gz", tmp_path / f"raw/copy_{kind}.nii.gz")
+    said = "images of the same shape and statistics, perhaps copies: a and copy"
+    assert run()[1] == [said]
+    raw("a", folder="more")  # and again beside those that were there
+    assert said in run(folder="more")[1]
 
 
 def test_a_case_names_its_raw_files_in_full(raw, run, tmp_path, monkeypatch):

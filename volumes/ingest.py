@@ -124,6 +124,7 @@ def prepare_case(case, rules):
             **rules.store,
         )
         row = {"case": piece_id, "group": group, "unit": unit, "source": source, "planes": planes}
+        row["voxels"] = (voxels.shape[1:], intensity[piece_id])
         outcome.rows.append(row | _summary(voxels, part, spacing, unit, rules))
     return outcome
 
