@@ -19,7 +19,7 @@ import torch
 import data
 import model
 import train
-from runtime import checkpoint, evaluator, memory_guard
+from runtime import checkpoint, evaluator, memory_guard, sliding_window
 from tests.test_train import events, root, same_state, settings, weights_of
 
 __all__ = ["root"]  # a fixture
@@ -124,7 +124,7 @@ def test_a_signal_does_not_wait_for_validation_to_end(root, tmp_path, monkeypatc
         os.kill(os.getpid(), signal.SIGTERM)
         return patches[:, :1] * 0
 
-    monkeypatch.setattr(train.sliding_window, "_call", slow)
+    monkeypatch.setattr(sliding_window, "_call", slow)
     changes = ["validation.untrained=false", "training.max_epochs=1"]
     assert train.main(settings(root, tmp_path, *changes)) == 75
     assert len(windows_seen) == 1
@@ -351,7 +351,7 @@ def test_where_even_one_patch_finds_no_memory_the_run_ends_with_its_state(
 def test_validation_that_finds_no_memory_takes_fewer_windows_and_remembers(
     root, tmp_path, monkeypatch
 ):
-    call, failed = train.sliding_window._call, []
+    call, failed = sliding_window._call, []
 
     def small(network, patches, precision):
         if len(patches) > 1 or len(failed) < 2:
@@ -360,7 +360,7 @@ def test_validation_that_finds_no_memory_takes_fewer_windows_and_remembers(
         return call(network, patches, precision)
 
     assert train.main(settings(root, tmp_path / "whole", "training.max_epochs=1")) == 0
-    monkeypatch.setattr(train.sliding_window, "_call", small)
+    monkeypatch.setattr(sliding_window, "_call", small)
     assert train.main(settings(root, tmp_path, "training.max_epochs=1")) == 0
     one, other = (
         [e["scores"] for e in events(run_folder(where), "evaluation")]
