@@ -276,14 +276,14 @@ def outlier(folder, repeats):
 
 def clock_cost(steps=20_000):
     """Seconds that the marks of one step take, and their share of the log."""
-    ticks = timer.StepClock(torch.device("cpu"))
+    clock = timer.StepTimer(torch.device("cpu"))
     started = time.perf_counter()
     for number in range(steps):
-        ticks.start()
+        clock.start()
         for part in timer.PARTS:
-            ticks.mark(part)
+            clock.mark(part)
         if number % 10 == 9:
-            ticks.means(10)
+            clock.means(10)
     return (time.perf_counter() - started) / steps
 
 

@@ -142,7 +142,7 @@ def measure(plan, steps, read_load):
                 with training_step.Sampler(read_load, LOAD_EVERY) as sampler:
                     real = training_step.run_steps(step, numbers[WARM_UP:], plan.device)
                 load = statistics.fmean(sampler.values[1:-1] or sampler.values)
-    drawn = planning.draw(plan, [patches[0, i] for i in range(batch_of(plan))])
+    drawn = planning.augment_batch(plan, [patches[0, i] for i in range(batch_of(plan))])
     synthetic = time_of(trainer, drawn, steps)
     parts = training_step.medians(real)
     figures = {
@@ -300,7 +300,9 @@ def run(arguments, root, batch, judge):
         rows = show("Training step with its data", head, judged_rows(size, figures, judge))
         head = ("batch", "part", "ms", "share", "ms without data")
         show("Where the time goes", head, split_rows(size, real, synthetic))
-        drawn = planning.draw(plan, [planning.make_patches(plan)[0, i] for i in range(batch)])
+        drawn = planning.augment_batch(
+            plan, [planning.make_patches(plan)[0, i] for i in range(batch)]
+        )
         measured = contenders(plan, drawn, arguments.steps)
         head = ("batch", "step of", "time", "million voxels/s", "peak memory", "times ours")
         show("Beside plain steps, without data", head, beside_rows(size, plan, measured))

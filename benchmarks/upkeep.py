@@ -40,6 +40,7 @@ import model
 import train
 from monitoring import recorder
 from runtime import checkpoint, config, log, memory_guard, signals
+from runtime.run import console
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ROOT / "configs" / "quickstart.yaml"
@@ -229,7 +230,7 @@ def main():
         made = ["--phantom", "scroll", "--cases", "8", "--shape", "80", "80", "80"]
         command = [sys.executable, str(ROOT / "prepare.py"), *made, "--out", str(options.data)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        train.console.quiet = True
+        console.quiet = True
         return int(PARTS[options.only[0]](options, folder))
 
 

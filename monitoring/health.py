@@ -161,11 +161,8 @@ def _oom_killer(run):
 
 
 def _full_disk(run):
-    troubles = [e for e in run.since_start("trouble")[-3:] if e.get("kind") == "disk"]
     free, total = run.reading.get("disk") or (1, 1)
-    if troubles:
-        yield f"the disk: {troubles[-1].get('text')}"
-    elif free < FULL_DISK * total:
+    if free < FULL_DISK * total:
         yield f"the disk was full: {format_share(free, total)} were free"
 
 

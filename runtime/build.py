@@ -173,7 +173,7 @@ def augment_batch(plan, samples):
     )
 
 
-def make_batches(plan, patches, run, *, rank=0, ranks=1):
+def make_batches(plan, patches, run):
     """The `data.Batches` from the step that a `run.Run` is at to its last."""
     training = plan.settings.training
     accumulate = training.accumulate
@@ -187,8 +187,6 @@ def make_batches(plan, patches, run, *, rank=0, ranks=1):
         prefetch=training.prefetch_factor,
         persistent=training.persistent_workers,
         pin=plan.device.type == "cuda",
-        rank=rank,
-        ranks=ranks,
         report=run.report,
         poll=run.check,
         max_excluded=plan.settings.data.max_excluded,
@@ -231,9 +229,9 @@ def trained_cases(plan):
     return {case.id: casefile.fingerprint(case) for case in plan.split.train}
 
 
-def changes_of_data(plan, before):
-    """A line on the training cases that are not as the metadata of a saved state have them."""
-    old, new = before.get("trained", {}), trained_cases(plan)
+def changes_of_data(before, now):
+    """A line on training cases that differ between the metadata of a saved state and those now."""
+    old, new = before.get("trained", {}), now["trained"]  # none in older versions
     changed = [case for case in sorted(old.keys() | new.keys()) if old.get(case) != new.get(case)]
     listed = ", ".join(changed[:5]) + ", ..." * (len(changed) > 5)
     what = "training cases are others, or hold other voxels, than in the saved state"

@@ -1,4 +1,4 @@
-"""The weighted sum of loss terms: over scales, steps and ranks.
+"""The weighted sum of loss terms: over scales and steps.
 
     logits = network(image)
     total, components = composite_loss(logits, target, valid, terms, spacing=spacing, step=step)
@@ -41,7 +41,6 @@ def composite_loss(
     spacing=(1.0, 1.0, 1.0),
     skeleton=None,
     step=0,
-    rank=0,
 ):
     """The weighted sum of terms over scales: (total, components).
 
@@ -52,7 +51,7 @@ def composite_loss(
     shared by the terms of a scale.
 
     scale_weights, one per output, default 1, 1/2, 1/4, ...; for each term they are divided by
-    their sum over the scales on which it acts. step and rank say which terms act: see `acting`.
+    their sum over the scales on which it acts. step says which terms act: see `acting`.
 
     components holds each term's value, averaged over scales but without the term's own weight,
     `<name>_boundary` where a boundary replaced it, and "total" = sum of weight * component:
@@ -65,7 +64,7 @@ def composite_loss(
         scale_weights = [0.5**i for i in range(len(outputs))]
     check_terms(terms, in_training=True)
     _check_scale_weights(scale_weights, len(outputs))
-    acts_now = acting(terms, step, rank)
+    acts_now = acting(terms, step)
     depths = {name: terms[name].get("scales") or len(outputs) for name in acts_now}
     valid = None if valid is None else valid.bool()
     finest = outputs[: max(depths.values(), default=1)]
@@ -85,19 +84,19 @@ def composite_loss(
     return total, components
 
 
-def acting(terms, step, rank=0):
+def acting(terms, step):
     """The terms that count in a training step: {name: True if it acts, False if a boundary does}.
 
-    A term of interval n acts where (step + phase) is a multiple of n. Each rank and each such term
-    has a phase of its own: no two of them act in one step if all intervals are multiples of one
-    number, and that is at least terms times ranks. A term of weight 0, a validation-only one, and
-    one that nothing replaces between its steps, are left out.
+    A term of interval n acts where (step + phase) is a multiple of n. Each such term has a phase
+    of its own: no two of them act in one step if all intervals are multiples of one number, and
+    there are no more such terms than that. A term of weight 0, a validation-only one, and one that
+    nothing replaces between its steps, are left out.
     """
     trained = _trained(terms)
     rare = [name for name, term in trained.items() if term["interval"] > 1]
     result = {}
     for name, term in trained.items():
-        phase = rank * len(rare) + rare.index(name) if name in rare else 0
+        phase = rare.index(name) if name in rare else 0
         acts = (step + phase) % term["interval"] == 0
         if acts or term["off_step"] == "boundary":
             result[name] = acts

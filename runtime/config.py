@@ -29,6 +29,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         first = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"a key that is no word, in line {key.start_mark.line + 1}")
             if first.setdefault(key.value, key) is not key:
                 line = key.start_mark.line + 1
                 raise yaml.YAMLError(f"two entries of {key.value!r}, again in line {line}")

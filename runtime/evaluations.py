@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from monitoring import picture
-from runtime import build, checkpoint, evaluator
+from runtime import checkpoint, evaluator
 
 CANDIDATE, BEST = "candidate.pt", "best.pt"
 
@@ -62,7 +62,7 @@ class Evaluations:
         asked = saved["config"]["validation"]
         older = {"metric": asked["score"], "tolerance": asked["tolerance"]}
         before = saved["data"].get("measured", older)  # not in states of older versions
-        changed = differences(before, build.what_is_measured(self.run.plan))
+        changed = differences(before, self.run.metadata["measured"])
         if not changed:
             return []
         self.standing.best_score = self.standing.best_step = self.standing.evaluated_step = None
@@ -158,7 +158,7 @@ class Evaluations:
             saved = checkpoint.load(self.run.saver.folder / BEST)
             best = saved["loop"]["evaluations"]
             before = (saved["data"] or {}).get("measured")
-            if before and differences(before, build.what_is_measured(self.run.plan)):
+            if before and differences(before, self.run.metadata["measured"]):
                 best = {}
         except checkpoint.CheckpointError:
             best = {}

@@ -73,7 +73,7 @@ class Run:
         self.timed, self.saved_at, self.limit = 0, time.monotonic(), None
         if self.settings.run.memory_gb:
             self.limit = int(self.settings.run.memory_gb * machine.GB)
-        self.notes = list(plan.notes)
+        self.metadata, self.notes = build.metadata(plan), list(plan.notes)
         if patches.missing:
             self.notes.append(f"sampling: no training case has a voxel of class {patches.missing}")
         with checked():
@@ -88,7 +88,7 @@ class Run:
         if saved is None:
             return
         self.notes += config.changes(saved["config"], self.settings.plain())
-        self.notes += build.changes_of_data(self.plan, saved["data"])
+        self.notes += build.changes_of_data(saved["data"], self.metadata)
         try:
             for key, part in self.state.items():
                 if saved[key] or key != "scaler":
@@ -144,7 +144,7 @@ class Run:
             "format": checkpoint.FORMAT,
             "scheduler": None,  # the learning rate is a function of the step
             "config": self.settings.plain(),
-            "data": build.metadata(self.plan),
+            "data": self.metadata,
             "versions": self.versions,
         }
         is_last = self.resumed_from is not None and self.resumed_from.name == "last.pt"
@@ -178,7 +178,7 @@ class Run:
             iterations=self.iterations,
             log_every=self.settings.monitor.log_every,
             score=self.settings.validation.score,
-            measured=build.what_is_measured(self.plan),
+            measured=self.metadata["measured"],
             better=evaluator.directions(validator.spec),
             resumed=self.resumed_from is not None,
             versions=self.versions,

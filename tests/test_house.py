@@ -5,6 +5,7 @@ Every import counts, also one inside a function. tests/ and benchmarks/ may impo
 
 import ast
 import graphlib
+import importlib
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,28 @@ def test_every_text_file_has_an_encoding():
 
 def test_the_whole_source_is_no_longer_than_promised():
     assert sum(len(p.read_text().splitlines()) for p in source_files(ROOT).values()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_benchmarks_use_names_that_are_there(path):
+    """No other test runs them: a name that was changed would be missed."""
+    tree, ours = ast.parse(path.read_text(encoding="utf-8")), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in MAY_IMPORT:
+            for alias in node.names:
+                module = importlib.import_module(node.module)
+                if f"{node.module}.{alias.name}" in source_files(ROOT):
+                    module = importlib.import_module(f"{node.module}.{alias.name}")
+                    ours[alias.asname or alias.name] = module
+                else:
+                    assert hasattr(module, alias.name), alias.name
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name in source_files(ROOT)]
+            ours |= {name: importlib.import_module(name) for name in names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if module := ours.get(node.value.id):
+                assert hasattr(module, node.attr), f"{node.value.id}.{node.attr}"
 
 
 # ---------------------------------------------------------------------------- a house that is not

@@ -214,12 +214,6 @@ def test_a_full_disk_and_a_full_gpu_are_reported(tmp_path):
     assert gpu == "memory of GPU 1 was full: 79.5 GB of 80.0 GB"
 
 
-def test_a_trouble_with_the_disk_is_reported_in_its_own_words(tmp_path):
-    trouble = event("trouble", 8, kind="disk", text="last.pt was not saved: no space left")
-    (cause,) = causes(tmp_path, line(9, seconds=10), log=[trouble])
-    assert cause == "the disk: last.pt was not saved: no space left"
-
-
 def test_a_machine_that_was_restarted_since_is_the_cause_before_all_others(tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "boot_time", lambda: NOW + 50)
     lines = [line(9, pid=2**22 + 5, host=HERE, oom_kills=1)]

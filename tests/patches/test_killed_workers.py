@@ -255,7 +255,9 @@ def test_closing_leaves_nothing_open(made):
 def test_without_files_in_memory_batches_are_sent_as_torch_sends_them(made, monkeypatch):
     monkeypatch.setattr(transfer, "has_memory_files", lambda: False)
     batches, _ = made(last=4, workers=1)
-    check(batches, list(batches))
+    seen = list(batches)
+    check(batches, seen)
+    assert len(seen) == 4
 
 
 SCRIPT = """

@@ -142,3 +142,9 @@ def test_a_key_that_comes_twice_is_named_with_its_line(tmp_path, text):
     path.write_text(text)
     with pytest.raises(config.ConfigError, match=r"two entries of '(data|root)', again in line"):
         config.load(path)
+
+
+def test_a_key_that_is_no_word_is_named_with_its_line(tmp_path):
+    (tmp_path / "a.yaml").write_text("run: {name: x}\n? [data]\n: {root: y}\n")
+    with pytest.raises(config.ConfigError, match="a key that is no word, in line 2"):
+        config.load(tmp_path / "a.yaml")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runtime import checkpoint, config
+from runtime import build, checkpoint, config
 from runtime import run as run_module
 from runtime.evaluations import Standing
 from runtime.microbatch import MicroBatch
@@ -74,8 +74,9 @@ def made_settings(tmp_path, metric):
 
 
 @pytest.fixture
-def made(tmp_path):
+def made(tmp_path, monkeypatch):
     """make(step, saved) -> (run, log, saver, lines): a run at a step whose last save is older."""
+    monkeypatch.setattr(build, "metadata", lambda plan: {"measured": {}, "trained": {}})
 
     def make(step=7, saved=5, metric="dice"):
         plan = SimpleNamespace(settings=made_settings(tmp_path, metric), notes=[])
