@@ -485,7 +485,7 @@ def three_scans(tmp_path):
 def test_voxels_far_from_those_of_training_are_noted(run, tmp_path, capsys):
     write_nifti(tmp_path / "a.nii.gz", image_of((8, 16, 16)))
     volume = files.read_image(tmp_path / "a.nii.gz")
-    for times, said in ((1.9, False), (2.1, True)):
+    for times, said in ((1.9, False), (2.1, True), (1 / 1.9, False), (1 / 2.1, True)):
         trained = [times * size for size in volume.spacing]
         ckpt = run(trained_spacing=trained, unit=volume.unit)
         infer_ok("--ckpt", ckpt, "--input", tmp_path / "a.nii.gz", "--output", tmp_path / "o")
