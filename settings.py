@@ -55,7 +55,9 @@ class Run(Group):
     deterministic: bool = False
     # Limit on the host memory of all processes of the run together, in 10^9 bytes; null: only the
     # limits of the machine and its cgroups, which hold in any case.
-    memory_gb: Positive | None = None
+    memory_gb: Positive | None = None  # with several ranks: of those on one machine
+    # How long a rank of torchrun may not answer before the others end and name it.
+    rank_timeout_minutes: Positive = 30.0
 
 
 class Data(Group):

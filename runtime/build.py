@@ -15,7 +15,7 @@ import data
 import model
 from monitoring import machine
 from patches import augment, cache, feed
-from runtime import composite_loss, evaluator, sliding_window, splits, validation
+from runtime import composite_loss, distributed, evaluator, sliding_window, splits, validation
 from settings import Settings
 from volumes import casefile
 
@@ -25,6 +25,7 @@ class Plan:
     """Settings with what follows from the data. *_reason: for people; spacing: z, y, x."""
 
     settings: Settings
+    group: distributed.Group  # the ranks that train together
     device: torch.device
     device_reason: str
     precision: str
@@ -49,12 +50,15 @@ class Plan:
         )
 
 
-def resolve(settings):
-    """The `Plan` of settings.
+def resolve(settings, group=None):
+    """The `Plan` of settings, for one process or a rank of a `distributed.Group`.
 
     ValueError and FileNotFoundError, one sentence per fault, for what cannot be trained.
     """
+    group = group or distributed.Group()
     device, device_reason = sliding_window.resolve_device(settings.run.device)
+    if device.type == "cuda":
+        device = group.device_of_rank(device)
     precision, precision_reason = sliding_window.resolve_precision(
         settings.training.precision, device
     )
@@ -85,11 +89,13 @@ def resolve(settings):
         cache_bytes = cache.default_budget(split.train, available.free, volume_names(terms))
     else:
         cache_bytes = int(wanted * 1e9)
+    cache_bytes //= group.local_size
     if (workers := settings.training.workers) and not feed.HAS_WORKERS:
         settings.training.workers = 0
         notes.append(f"training.workers: 0 instead of {workers}, for Windows has no such workers")
     return Plan(
         settings=settings,
+        group=group,
         device=device,
         device_reason=device_reason,
         precision=precision,
@@ -187,6 +193,8 @@ def make_batches(plan, patches, run):
         prefetch=training.prefetch_factor,
         persistent=training.persistent_workers,
         pin=plan.device.type == "cuda",
+        rank=plan.group.rank,
+        ranks=plan.group.size,
         report=run.report,
         poll=run.check,
         max_excluded=plan.settings.data.max_excluded,
@@ -249,6 +257,7 @@ def make_validator(plan, run):
         background=plan.device.type == "cuda" if background is None else background,
         report=run.report,
         poll=run.check,
+        group=plan.group,
         spacing=settings.data.spacing,
         clip=settings.data.percentiles,
         window=settings.window_arguments() | {"remembered": window_fits},
@@ -259,7 +268,7 @@ def make_validator(plan, run):
 
 def announce(plan, network, patches):
     """Lines for people: what was chosen, and why."""
-    settings, split = plan.settings, plan.split
+    settings, split, group = plan.settings, plan.split, plan.group
     training = settings.training
     steps = training.max_epochs * training.train_iterations_per_epoch
     return [
@@ -271,7 +280,9 @@ def announce(plan, network, patches):
         f"network    {model.parameter_count(network) / 1e6:.2f} M parameters, strides "
         f"{plan.strides[1:]} for patch {settings.sampling.patch}",
         f"training   {steps} steps in {training.max_epochs} epochs, batch "
-        f"{training.train_batch_size} x {training.accumulate}, workers: {training.workers}",
+        f"{training.train_batch_size} x {training.accumulate}"
+        + f" x {group.size} ranks" * (group.size > 1)
+        + f", workers: {training.workers}",
         f"cache      {patches.cache.announce()} ({plan.cache_reason})",
     ]
 

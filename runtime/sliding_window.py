@@ -59,8 +59,11 @@ def resolve_device(name):
 
 
 def resolve_precision(name, device):
-    """(fp32, bf16 or fp16, reason) for auto or one of these on a device; a CPU always gets fp32."""
-    if device.type == "cpu":
+    """(fp32, bf16 or fp16, reason) for auto or one of these on a device.
+
+    A CPU gets fp32, or bf16 where that is asked for.
+    """
+    if device.type == "cpu" and name != "bf16":
         return "fp32", "a CPU: bf16 autocast diverged there within 40 steps where fp32 trained well"
     if name == "auto":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
