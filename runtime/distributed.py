@@ -149,7 +149,10 @@ class Ranks(Group):
         names = ("rank", "local_rank", "local_world_size")
         self.rank, self.local_rank, self.local_size = (int(os.environ[n.upper()]) for n in names)
         self.minutes, self.timeout = minutes, datetime.timedelta(minutes=minutes)
-        self.store, _, self.size = next(dist.rendezvous("env://", timeout=self.timeout))
+        store, _, self.size = next(dist.rendezvous("env://", timeout=self.timeout))
+        # The store may be the one of an attempt before, where torchrun has started the ranks again.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"attempt {attempt}", store)
         dist.init_process_group(
             "gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=self.timeout
         )
