@@ -86,6 +86,9 @@ class Run:
         )
         self.notes += notes
         if saved is None:
+            if wanted.init_from is not None:
+                networks = self.state["model"], self.state["ema"]
+                self.notes += build.load_weights(wanted.init_from, networks, self.plan)
             return
         self.notes += config.changes(saved["config"], self.settings.plain())
         self.notes += build.changes_of_data(saved["data"], self.metadata)
