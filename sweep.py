@@ -276,7 +276,7 @@ def main(argv=None):
         if arguments.report and not ledger.path.exists():
             raise ValueError(f"{path}: expected runs of it in {place}, got none; run it first")
         plans = {} if arguments.report else jobs.check(all_jobs)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return WRONG_INPUT
     worker, status = Worker(plans, ledger, arguments.jobs), DONE
@@ -288,7 +288,9 @@ def main(argv=None):
         elif index is None or {job.name for job in all_jobs} <= ledger.entries().keys():
             write_report(all_jobs, ledger, path)
     except OSError as error:
-        print(f"{place}: the sweep cannot go on ({error}); start it again then", file=sys.stderr)
+        print(
+            f"{place}: the sweep cannot go on ({error}); start it again to go on", file=sys.stderr
+        )
         return FAILED
     return status
 

@@ -34,6 +34,7 @@ FROM_THE_SWEEP = {  # keys that no change may set, and where they come from
     "run.folder": "settings",
 }
 NAME = re.compile(r"\w[\w.+-]*")
+KEYS = {"run", "status", "reason", "scores", "seconds", "peak_memory", "peak_gpu_memory"}
 LONGEST_VALUE = 30  # in a name, in characters
 
 
@@ -245,7 +246,10 @@ def _changed(job, cases):
     """Faults of a run that has state, but began with other settings or held-out cases."""
     if job.folder is None:
         return []
-    before = config.load(job.folder / "config.yaml").plain()
+    try:
+        before = config.load(job.folder / "config.yaml").plain()
+    except config.ConfigError as error:
+        return [f"{error}; delete {job.folder} to do the run again"]
     after = job.settings.plain()
     after["monitor"] = before["monitor"]  # these groups may differ, but for where it began
     after["run"] = before["run"] | {"init_from": after["run"]["init_from"]}
@@ -275,8 +279,7 @@ class Ledger:
 
     def entries(self):
         """{name of a run: its last line}; {} without a file."""
-        lines = read_lines(self.path)
-        return {line["run"]: line for line in lines if "run" in line and "status" in line}
+        return {line["run"]: line for line in read_lines(self.path) if line.keys() >= KEYS}
 
     def done(self, jobs):
         """Those of some jobs that are done, and whose folder nobody has removed."""

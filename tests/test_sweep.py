@@ -265,9 +265,14 @@ def test_a_leaderboard_against_a_method_keeps_its_order():
 # ---------------------------------------------------------------------------- ledger
 
 
+def line(name, status="done", **more):
+    figures = dict.fromkeys(["reason", "seconds", "peak_memory", "peak_gpu_memory"])
+    return {"run": name, "status": status, "scores": {}, **figures, **more}
+
+
 def append_many(path, name):
     for number in range(40):
-        jobs.Ledger(path).append({"run": f"{name}{number}", "status": "done", "pad": "x" * 5000})
+        jobs.Ledger(path).append(line(f"{name}{number}", pad="x" * 5000))
 
 
 def test_processes_append_whole_lines_side_by_side(tmp_path):
@@ -282,15 +287,14 @@ def test_processes_append_whole_lines_side_by_side(tmp_path):
     assert len(path.read_bytes().splitlines()) == 81
 
 
-def test_the_last_line_of_a_run_counts(tmp_path):
+def test_the_last_whole_line_of_a_run_counts(tmp_path):
     ledger = jobs.Ledger(tmp_path / "ledger.jsonl")
     assert ledger.entries() == {}
-    ledger.append({"run": "a", "status": "failed"})
-    ledger.append({"run": "b", "status": "done"})
-    ledger.append({"run": "a", "status": "done"})
-    assert {name: line["status"] for name, line in ledger.entries().items()} == {
-        "b": "done",
+    for entry in (line("a", "failed"), line("b"), line("a"), {"run": "a", "status": "failed"}):
+        ledger.append(entry)
+    assert {name: entry["status"] for name, entry in ledger.entries().items()} == {
         "a": "done",
+        "b": "done",
     }
 
 
@@ -559,6 +563,24 @@ def test_what_scores_a_run_may_change_and_the_run_is_then_scored_again(scripts, 
     assert {tuple(entry["scores"]) for entry in ledger_of(path).values()} == {
         ("surface_dice", "hd95")
     }
+
+
+def test_a_run_whose_settings_are_gone_is_one_sentence(scripts, two_by_two, capsys):
+    assert sweep.main([two_by_two, "--index", "0"]) == 0
+    folder = jobs.expand(two_by_two)[0] / NAMES[0]
+    (folder / "config.yaml").unlink()
+    assert sweep.main([two_by_two]) == 2
+    assert capsys.readouterr().err == (
+        f"variants.a: {folder / 'config.yaml'}: expected a config file in YAML, got: No such file "
+        f"or directory; delete {folder} to do the run again\n"
+    )
+
+
+def test_a_ledger_that_cannot_be_read_is_one_sentence(two_by_two, capsys):
+    path = jobs.expand(two_by_two)[0] / "ledger.jsonl"
+    path.mkdir(parents=True)
+    assert sweep.main([two_by_two, "--print"]) == 2
+    assert capsys.readouterr().err == f"[Errno 21] Is a directory: '{path}'\n"
 
 
 def test_a_run_that_began_from_other_weights_does_not_go_on(scripts, base, capsys):
