@@ -87,9 +87,13 @@ class Worker:
 
     def _do(self, job, out):
         """Do a run, and write down what came of it."""
-        gpu, begins = self.free.get(), "goes on" if job.folder else "begins"
-        console.print(f"{job.name} {begins}" + (f" on GPU {gpu}" if gpu else ""))
-        status, reason = self._run(job, out, gpu)
+        gpu, environment = self.free.get(), dict(os.environ)
+        begins = f"{job.name} {'goes on' if job.folder else 'begins'}"
+        if gpu is not None and job.settings.run.device == "auto":
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+            begins += f" on GPU {gpu}"
+        console.print(begins)
+        status, reason = self._run(job, out, environment)
         self.free.put(gpu)
         entry = {"run": job.name, "index": job.index, "variant": job.variant, "fold": job.fold}
         entry |= {"seed": job.seed, "settings": job.changes, "status": status, "reason": reason}
@@ -101,11 +105,8 @@ class Worker:
         spent = f"{duration(entry['seconds'])} of training, {format_bytes(entry['peak_memory'])}"
         console.print(f"{job.name} {status}: {result} ({spent})")
 
-    def _run(self, job, out, gpu):
+    def _run(self, job, out, environment):
         """(status, reason) of the processes of a run, one after another."""
-        environment = dict(os.environ)
-        if gpu is not None and job.settings.run.device == "auto":
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
         for command in self._commands(job):
             code, line = self._process(command, out, environment)
             if code == DONE:

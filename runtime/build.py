@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -260,7 +261,8 @@ def load_weights(path, networks, plan):
         )
     for network in networks:
         network.load_state_dict(own | fitting)
-    text = f"init_from: {len(fitting)} of {len(own)} tensors loaded from {path}"
+    source = f"{Path(path).resolve()} at step {saved['loop']['step']}"  # runs/last.pt is a link
+    text = f"init_from: {len(fitting)} of {len(own)} tensors loaded from {source}"
     return [text + f"; not: {listed}" * bool(others), *_other_data(path, saved, plan)]
 
 

@@ -13,7 +13,6 @@ import math
 import os
 import re
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,24 +170,16 @@ def _variants(sweep):
 
 def _names(rows):
     """A name that a folder can have for each of some changes: lr-0.001_cldice.weight-0.2."""
-    tails = Counter(_tail(key) for key in rows[0])
-    names = []
+    tails, names = [key.split(".", 1)[-1] for key in rows[0]], []
+    keys = [t if tails.count(t) == 1 else key for key, t in zip(rows[0], tails, strict=True)]
     for row in rows:
-        texts = {
-            _tail(key) if tails[_tail(key)] == 1 else key: _text(value).strip('"')[:LONGEST_VALUE]
-            for key, value in row.items()
-        }
-        parts = (re.sub(r"[^\w.+-]+", "-", f"{key}-{text}") for key, text in texts.items())
-        name = "_".join(part.strip("-") for part in parts)
+        values = (_text(value).strip('"')[:LONGEST_VALUE] for value in row.values())
+        texts = (f"{key}-{value}" for key, value in zip(keys, values, strict=True))
+        name = "_".join(re.sub(r"[^\w.+-]+", "-", text).strip("-") for text in texts)
         while name in names:  # of values that differ in nothing that a name shows
             name += "+"
         names.append(name)
     return names
-
-
-def _tail(key):
-    """A key without its group."""
-    return key.split(".", 1)[-1]
 
 
 def _raise_any(faults):

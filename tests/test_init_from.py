@@ -60,7 +60,7 @@ def test_network_and_average_start_from_averaged_weights_and_all_else_anew(root,
     state, count = checkpoint.load(folder / "checkpoints" / "last.pt"), len(first["ema"])
     assert status == 0 and same(state["model"], first["ema"]) and same(state["ema"], first["ema"])
     assert state["loop"]["step"] == 0 and state["optimizer"]["state"] == {}
-    assert lines(folder) == [f"init_from: {count} of {count} tensors loaded from {file}"]
+    assert lines(folder) == [f"init_from: {count} of {count} tensors loaded from {file} at step 3"]
     _, fresh = started(root, tmp_path / "fresh", "null")
     assert torch.equal(
         state["rng"]["torch"], checkpoint.load(fresh / "checkpoints" / "last.pt")["rng"]["torch"]
@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_named_and_stays_as_it_would_have_been(root, tmp_pa
     first, fresh = checkpoint.load(file)["ema"], checkpoint.load(fresh / "checkpoints/last.pt")
     state, kernel = checkpoint.load(folder / "checkpoints/last.pt"), "3 x 3 x 3"
     assert lines(folder) == [
-        f"init_from: {len(first) - 2} of {len(first)} tensors loaded from {other}; not: "
+        f"init_from: {len(first) - 2} of {len(first)} tensors loaded from {other} at step 3; not: "
         f"stem.0.weight (4 x 2 x {kernel} there, 4 x 1 x {kernel} here), "
         "stem.1.weight (none there, 4 here), old.weight (4 there, none here)"
     ]
@@ -146,6 +146,11 @@ def test_a_resumed_run_goes_on_from_its_own_state_though_the_file_is_gone(root, 
         for place in (tmp_path / "straight", tmp_path)
     )
     assert same(straight["model"], resumed["model"]) and resumed["loop"]["step"] == 3
+
+
+def test_a_link_is_named_by_the_file_that_it_points_to(root, tmp_path, file):
+    _, folder = started(root, tmp_path, root / "runs" / "last.pt")
+    assert f"loaded from {file} at step 3" in lines(folder)[0]
 
 
 def test_with_resume_and_no_saved_state_the_run_starts_from_the_file(root, tmp_path, file):

@@ -653,20 +653,25 @@ XARGS = "xargs -P2 -d '\\n' -n1 sh -c"  # as the docs have it
 
 
 @pytest.mark.skipif(not shutil.which("xargs"), reason="this system has no xargs")
-def test_printed_commands_work_in_xargs_with_a_space_in_a_path(scripts, base):
+def test_printed_commands_work_in_xargs_with_a_space_in_a_path(scripts, base, capsys):
     (scripts / "sweep.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sweep; from pathlib import Path\n"
         "sweep.ROOT = Path(__file__).parent; sys.exit(sweep.main())"
     )
     assert XARGS in (ROOT / "docs/sweeps.md").read_text() and XARGS in sweep.__doc__
     path = Path(write_sweep(base, folds=2)).rename(Path(base).parent / "a small one's.yaml")
-    command = f'{sys.executable} {scripts / "sweep.py"} "{path}" --print | {XARGS}'
-    subprocess.run(["sh", "-c", command], check=True, timeout=120)
+    assert sweep.main([str(path), "--print"]) == 0
+    subprocess.run(
+        XARGS, shell=True, input=capsys.readouterr().out, text=True, check=True, timeout=300
+    )
     entries = ledger_of(path)
     assert [entry["status"] for entry in entries.values()] == ["done"] * 2
     assert "2 of 2 runs done" in (jobs.expand(path)[0] / "report.html").read_text()
 
 
+SEEN = """
+print(repr(os.environ.get("CUDA_VISIBLE_DEVICES", "unset")), file=open(here / "gpus", "a"))
+"""
 GPUS = {  # CUDA_VISIBLE_DEVICES and the count of GPUs: which ones the runs of --jobs 3 get
     "two": (None, 2, ["0", "1", "0"]),
     "of the shell": ("5,GPU-7a, 3,-1,2", 3, ["5", "GPU-7a", " 3"]),
@@ -687,16 +692,21 @@ def test_runs_at_one_time_get_a_gpu_each(scripts, base, monkeypatch, case):
         "run.folder": str(Path(base).parent / "runs"), "run.device": "auto", "data.train": ["*"],
     }, folds=2, seeds=[0, 1, 2])  # fmt: skip
     # Each waits for the two others, so that three go on at one time.
-    code = """
-print(repr(os.environ.get("CUDA_VISIBLE_DEVICES", "unset")), file=open(here / "gpus", "a"))
-while len(open(here / "gpus").readlines()) < 3:
-    time.sleep(0.01)
-"""
+    wait = "while len(open(here / 'gpus').readlines()) < 3:\n    time.sleep(0.01)"
     for seed in range(3):
-        (scripts / f"base_fold0_seed{seed}").write_text(code)
+        (scripts / f"base_fold0_seed{seed}").write_text(SEEN + wait)
     assert sweep.main([path, "--jobs", "3"]) == 0
     gpus = map(eval, (scripts / "gpus").read_text().split("\n")[:3])
     assert sorted(gpus) == sorted(expected)
+
+
+def test_a_run_whose_device_is_given_is_given_no_gpu(scripts, two_by_two, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (scripts / NAMES[0]).write_text(SEEN)
+    assert sweep.main([two_by_two, "--index", "0"]) == 0
+    assert (scripts / "gpus").read_text() == "'unset'\n"
+    assert "on GPU" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- report
