@@ -93,8 +93,10 @@ class Worker:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
             begins += f" on GPU {gpu}"
         console.print(begins)
-        status, reason = self._run(job, out, environment)
-        self.free.put(gpu)
+        try:
+            status, reason = self._run(job, out, environment)
+        finally:
+            self.free.put(gpu)
         entry = {"run": job.name, "index": job.index, "variant": job.variant, "fold": job.fold}
         entry |= {"seed": job.seed, "settings": job.changes, "status": status, "reason": reason}
         scored = job.score_names if status == "done" else ()

@@ -273,7 +273,7 @@ class Ledger:
         return {line["run"]: line for line in read_lines(self.path) if line.keys() >= KEYS}
 
     def done(self, jobs):
-        """Those of some jobs that are done, and whose folder nobody has removed."""
+        """Those of some jobs that are done, and whose scores are still there."""
         entries = self.entries()
         done = [job for job in jobs if entries.get(job.name, {}).get("status") == "done"]
         return [job for job in done if job.cases()]
