@@ -49,6 +49,8 @@ class Run(Group):
     name: str = ""  # empty: the config file's name
     folder: str = "runs"
     seed: Whole = 0
+    # A checkpoint whose (averaged) weights a new run starts from; null: random ones.
+    init_from: str | None = None
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     threads: Whole = 0  # of the CPU, 0: all that this process may use
     # On a GPU: a run repeats and resumes bit for bit, with slower convolutions. On a CPU it does.

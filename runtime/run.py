@@ -117,6 +117,9 @@ class Run:
         )
         self.notes += notes
         if saved is None:
+            if wanted.init_from is not None:
+                networks = self.state["model"], self.state["ema"]
+                self.notes += build.load_weights(wanted.init_from, networks, self.plan)
             return
         self.group.from_first(self._check_not_stopped)
         before, now = saved["loop"].get("ranks", 1), self.group.size  # none in older states
