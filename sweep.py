@@ -37,8 +37,8 @@ from monitoring import picture
 from monitoring.formatting import duration, format_bytes
 from monitoring.records import peaks, read_lines
 from runtime import comparison, folder, jobs, page, signals
+from runtime.ending import DONE, FAILED, STOPPED, WRONG_INPUT
 from runtime.log import read_log
-from runtime.run import DONE, FAILED, STOPPED, WRONG_INPUT
 from scoring import report
 from volumes.processes import cores, describe_death, run_script
 

@@ -28,8 +28,9 @@ import model
 from patches import transfer
 from runtime import build, checkpoint, config, distributed, folder, nonfinite, signals
 from runtime.composite_loss import composite_loss
+from runtime.ending import STOPPED, WRONG_INPUT, WrongInput, checked
 from runtime.microbatch import MicroBatch
-from runtime.run import STOPPED, WRONG_INPUT, Run, WrongInput, checked
+from runtime.run import Run
 from runtime.timer import StepTimer
 from volumes.processes import cores, run_script
 

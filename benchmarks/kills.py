@@ -2,11 +2,13 @@
 
     python benchmarks/kills.py                  # 30 kills with 0 workers and 30 with 2: 20 minutes
     python benchmarks/kills.py --kills 6 --workers 2 --epochs 1 --steps 40 run.threads=1
+    python benchmarks/kills.py --ranks 2 --kills 10 --workers 0 run.threads=1
 
 Prepares scroll phantoms and trains configs/quickstart.yaml on them, once straight through. Then the
 same run again, killed with SIGKILL and resumed: at a random moment while it starts, at a random
 moment somewhat further on, and in the middle of writing a checkpoint, in turn, evenly over the run.
-It saves every two seconds, so that there is much to interrupt.
+It saves every two seconds, so that there is much to interrupt. With --ranks, torchrun with
+--max-restarts runs it, and one rank or the other is killed, also while the ranks start.
 
 At the end weights, averaged weights, optimiser, generators, the state of the loop and the best
 checkpoint, and every line of the log about steps, epochs and evaluations, but for times, must be
@@ -14,6 +16,7 @@ equal bit for bit. Exit status 1 if anything differs, else 0. Leaves nothing.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import signal
@@ -23,6 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,8 +39,16 @@ SIZE = ["--phantom", "scroll", "--cases", "8", "--shape", "80", "80", "80", "--s
 
 
 def command(options, folder, workers):
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--max-restarts={options.kills + 1}",
+    ]
+    torchrun += [f"--nproc-per-node={options.ranks}"]
     return [
         sys.executable,
+        *torchrun * (options.ranks > 1),
         str(ROOT / "train.py"),
         str(ROOT / "configs" / "quickstart.yaml"),
         "--resume",
@@ -98,6 +110,40 @@ def disturbed(options, folder, workers, chance):
     return hit, writes
 
 
+def ranks_of(process):
+    """The processes that a torchrun has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process.pid).children()
+    return []
+
+
+def disturbed_ranks(options, folder, workers, chance):
+    """Kill ranks of one torchrun; as `disturbed`. RuntimeError if it does not end well."""
+    log_file = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(
+        command(options, folder, workers), stdout=subprocess.DEVNULL, stderr=log_file
+    )
+    hit, writes = 0, 0
+    for number in range(options.kills):
+        before = set()
+        wait_until(lambda: len(ranks_of(process)) == options.ranks, process)
+        if number % 3 == 0:
+            time.sleep(chance.uniform(0, options.start))
+        else:
+            step = options.epochs * options.steps * number / options.kills
+            wait_until(lambda step=step: reached(folder, step), process)
+            time.sleep(chance.uniform(0, 1.0))
+        if before := ranks_of(process):
+            chance.choice(before).kill()
+            hit += 1
+            writes += any(folder.glob("*/checkpoints/.partial_*"))
+        wait_until(lambda before=before: not set(ranks_of(process)) & set(before), process)
+    if process.wait() != 0:
+        log_file.seek(0)
+        raise RuntimeError(f"torchrun ended with {process.returncode}: {log_file.read()[-3000:]}")
+    return hit, writes
+
+
 def straight(arguments):
     """Seconds that a run takes to its end. RuntimeError if it fails."""
     started = time.monotonic()
@@ -149,14 +195,17 @@ def check(options, folder, workers, chance):
     """One straight run and one that is killed; the number of differences, which are printed."""
     undisturbed, killed = folder / f"straight{workers}", folder / f"killed{workers}"
     seconds = straight(command(options, undisturbed, workers))
-    hit, writes = disturbed(options, killed, workers, chance)
-    straight(command(options, killed, workers))
+    if options.ranks > 1:
+        hit, writes = disturbed_ranks(options, killed, workers, chance)
+    else:
+        hit, writes = disturbed(options, killed, workers, chance)
+        straight(command(options, killed, workers))
     (one,), (other,) = (list(f.glob("quickstart*/")) for f in (undisturbed, killed))
     found = differences(one, other)
     events = log.read_log(other / "log.jsonl")
     starts = [event for event in events if event["event"] == "start"]
     print(
-        f"{workers} workers: {hit} kills, {writes} in the middle of a write; "
+        f"{options.ranks} ranks, {workers} workers: {hit} kills, {writes} in mid-write; "
         f"{sum(event['resumed'] for event in starts)} resumes, {len(lines(other))} lines of "
         f"training; straight run {seconds:.0f} s; " + ("; ".join(found) or "all equal"),
         flush=True,
@@ -170,6 +219,7 @@ def main():
     )
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=80, help="of an epoch")
     parser.add_argument("--save-seconds", type=float, default=2.0)

@@ -20,6 +20,7 @@ Exit status 1 if a bar is missed: cost above 2 %, folds off by more than 200 MB,
 """
 
 import argparse
+import functools
 import gc
 import itertools
 import os
@@ -40,7 +41,7 @@ import model
 import train
 from monitoring import recorder
 from runtime import checkpoint, config, log, memory_guard, signals
-from runtime.run import console
+from runtime import run as run_module
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ROOT / "configs" / "quickstart.yaml"
@@ -230,7 +231,7 @@ def main():
         made = ["--phantom", "scroll", "--cases", "8", "--shape", "80", "80", "80"]
         command = [sys.executable, str(ROOT / "prepare.py"), *made, "--out", str(options.data)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        console.quiet = True
+        run_module.Console = functools.partial(run_module.Console, quiet=True)
         return int(PARTS[options.only[0]](options, folder))
 
 

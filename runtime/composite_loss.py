@@ -84,8 +84,7 @@ def composite_loss(
     parts = {}  # of each term: (its share, scale) of the scales on which it acts
     for name, acts in acts_now.items():
         shares = scale_weights[: depths[name] if acts else 1]
-        pairs = zip(shares, scales, strict=False)  # shares end first
-        parts[name] = [(share / sum(shares), scale) for share, scale in pairs if share > 0]
+        parts[name] = [(a / sum(shares), scales[i]) for i, a in enumerate(shares) if a > 0]
     if over_ranks is not None:
         parts = _weighted(parts, acts_now, terms, over_ranks)
 

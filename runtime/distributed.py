@@ -23,6 +23,7 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import socket
 import time
 
@@ -311,7 +312,10 @@ def joined(minutes):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
         yield Group()
         return
+    # While it waits for the others, torchrun must be able to end it: one of them may have died.
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     group = Ranks(minutes)
+    signal.signal(signal.SIGTERM, handler)
     try:
         yield group
     finally:

@@ -5,15 +5,13 @@ with run:                              # the folder is ours
     run.begin(batches, validator)
     while not run.why_stop():
         ...                            # a learning step; then run.step += 1
-On the way out, however that comes, the state of the last whole step is saved: see `Run.leave`.
+On the way out, however that comes, the state of the last whole step is saved: see ending.py.
 """
 
 import contextlib
 import math
 import socket
-import sys
 import time
-import traceback
 from pathlib import Path
 
 import yaml
@@ -25,45 +23,17 @@ from runtime import (
     build,
     checkpoint,
     config,
-    distributed,
+    ending,
     evaluator,
     folder,
-    microbatch,
     nonfinite,
     timer,
 )
+from runtime.ending import DONE, FAILED, STOPPED, WRONG_INPUT, WrongInput, checked
 from runtime.evaluations import Evaluations
 from runtime.log import Means, ProgressLine, RunLog, read_log
 from runtime.memory_guard import MemoryGuard
-from runtime.signals import CannotGoOn, Stop, Stopped
-
-DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
-ENDS = (Stopped, CannotGoOn, data.TooManyExcluded)  # errors with which a run ends in good order
-
-
-class WrongInput(ValueError):
-    """What a person must change before a run can begin: one sentence a line."""
-
-    status = WRONG_INPUT
-
-
-@contextlib.contextmanager
-def checked(group):
-    """In this context a ValueError or a missing file is the input's fault: `WrongInput`.
-
-    It is raised on all ranks of a `distributed.Group`, if any of them finds a fault.
-    """
-    fault = None
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        fault = str(error)
-    faults = group.gather(fault)
-    if len(set(faults)) > 1:
-        named = enumerate(faults)
-        faults = [f"rank {r} on {group.people[r][0]}: {text}" for r, text in named if text]
-    if faults[0] is not None:
-        raise WrongInput("\n".join(dict.fromkeys(faults)))
+from runtime.signals import Stop, Stopped
 
 
 class Run:
@@ -108,6 +78,7 @@ class Run:
                     f"{self.settings.data.root}"
                 )
             self._open(resume)
+        self.group.from_first(self._check_not_stopped)
         self.shared = self._state_of_step()
 
     def _open(self, resume):
@@ -121,7 +92,6 @@ class Run:
                 networks = self.state["model"], self.state["ema"]
                 self.notes += build.load_weights(wanted.init_from, networks, self.plan)
             return
-        self.group.from_first(self._check_not_stopped)
         before, now = saved["loop"].get("ranks", 1), self.group.size  # none in older states
         if before != now:
             self.notes.append(
@@ -150,7 +120,7 @@ class Run:
 
     def _check_not_stopped(self):
         """Raises `WrongInput` if torchrun starts a run again that has been asked to stop."""
-        last = folder.restarted() and read_log(self.folder / "log.jsonl")[-1:]
+        last = self.resumed_from and folder.restarted() and read_log(self.folder / "log.jsonl")[-1:]
         if last and last[0].get("status") == STOPPED and last[0]["time"] > folder.launched_at():
             wrong = WrongInput(
                 f"{self.folder} was stopped ({last[0]['reason']}); that torchrun starts it again "
@@ -250,13 +220,13 @@ class Run:
                 if error is None:
                     try:
                         self.evaluations.finish(wait=True)
-                        self._record_saved(wait=True)
+                        self.record_saved(wait=True)
                         self.record("end")
                         self._say_goodbye()
                         return False
                     except BaseException as late:
                         error = late
-                self.status = self.leave(error)  # raises what nobody expected
+                self.status = ending.leave(self, error)  # raises what nobody expected
         finally:
             self.group.finish()
         return True
@@ -288,7 +258,7 @@ class Run:
         return self.agreed_stop
 
     def _reason(self):
-        self._record_saved()
+        self.record_saved()
         return self.stop.reason() or self.guard.look(self.batches)
 
     def check(self):
@@ -424,7 +394,7 @@ class Run:
         self.saver.save(loop, also)
         self.saved_at = time.monotonic()
 
-    def _record_saved(self, *, wait=False):
+    def record_saved(self, *, wait=False):
         """Record what was written; wait for all of it. OSError if the disk did not take it."""
         for saved in self.saver.written(wait=wait) if self.group.first else ():
             if isinstance(saved, checkpoint.CheckpointError):
@@ -432,73 +402,6 @@ class Run:
                 continue
             seconds = round(saved.seconds, 3)
             self.record("saved", file=saved.path.name, bytes=saved.bytes, seconds=seconds)
-
-    # ------------------------------------------------------------------------ leaving
-
-    def leave(self, error):
-        """The exit status of a run that this error ended; the state of its last step is saved.
-
-        `Stopped` is 75, what a run cannot get over is 1; of anything else the traceback is recorded
-        and it is raised again. The other ranks are told, and leave too; rank 0 saves.
-        """
-        own = not isinstance(error, distributed.Left)
-        if not own:
-            error = (Stopped if error.status == STOPPED else CannotGoOn)(str(error))
-        status = STOPPED if isinstance(error, Stopped) else FAILED
-        rank = f"rank {self.group.rank}: " * (own and not self.group.first)
-        name = f"{type(error).__name__}: " * (not isinstance(error, ENDS))
-        self.group.leave(f"{rank}{name}{error}", status)
-        if not self.group.first:
-            if own and name:
-                raise error
-            return status
-        if isinstance(error, OSError) and checkpoint.no_room(error):
-            return self._leave_full_disk(error)
-        if isinstance(error, MemoryError) or microbatch.out_of_memory(error):
-            self._record_crash(error)  # the lines say where
-            reason = str(error).split("\n")[0] or "MemoryError"
-            return self._leave_as_saved(
-                f"memory ran out where no step can be made smaller ({reason}); lower model.base or "
-                "data.cache_gb, or end what else runs there"
-            )
-        if not isinstance(error, ENDS):
-            self._record_crash(error)
-            raise error
-        try:
-            if not self.saved:
-                self.save()
-            self._record_saved(wait=True)
-            self.record("stop", reason=str(error), status=status)
-        except OSError as disk:
-            return self._leave_full_disk(disk)
-        self._say_stopped(f"{error}; the state of step {self.step} is saved", status)
-        return status
-
-    def _leave_full_disk(self, error):
-        return self._leave_as_saved(f"the disk does not take what the run writes ({error})")
-
-    def _leave_as_saved(self, text):
-        """Leave with the state that is on the disk, for no other can be saved."""
-        self.saver.close()
-        step = self.saver.on_disk
-        text += "; no state is kept" if step is None else f"; the state of step {step} is kept"
-        with contextlib.suppress(OSError):  # the text says so itself
-            self.record("stop", reason=text, status=FAILED)
-        self._say_stopped(text, FAILED)
-        return FAILED
-
-    def _record_crash(self, error):
-        with contextlib.suppress(OSError):  # the error itself is what counts
-            text = "".join(traceback.format_exception(error))
-            self.record("crash", error=f"{type(error).__name__}: {error}", traceback=text)
-
-    def _say_stopped(self, text, status):
-        where = self.folder / "checkpoints"
-        text = f"stopped at step {self.step}: {text} in {where}; go on with --resume"
-        if status == FAILED:
-            print(text, file=sys.stderr, flush=True)
-        else:
-            self.show.print(text)
 
 
 def _numbers(values):

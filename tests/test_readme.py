@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from losses import LOSSES
-from runtime import config, jobs, run
+from runtime import config, ending, jobs
 from scoring.metrics import SCORES
 from settings import Settings
 
@@ -243,9 +243,9 @@ def test_the_exit_statuses_are_those_of_a_run(page):
     meanings = {
         int(row[0]): row[1] for row in rows(page.read_text()) if len(row) == 2 and row[0].isdigit()
     }
-    assert set(meanings) == {run.DONE, run.FAILED, run.WRONG_INPUT, run.STOPPED}
-    assert meanings[run.DONE] == "done" and "--resume" in meanings[run.STOPPED]
-    assert "cannot go on" in meanings[run.FAILED] and "wrong" in meanings[run.WRONG_INPUT]
+    assert set(meanings) == {ending.DONE, ending.FAILED, ending.WRONG_INPUT, ending.STOPPED}
+    assert meanings[ending.DONE] == "done" and "--resume" in meanings[ending.STOPPED]
+    assert "cannot go on" in meanings[ending.FAILED] and "wrong" in meanings[ending.WRONG_INPUT]
 
 
 def test_a_misspelled_setting_is_one_sentence_and_exit_status_2(tmp_path):

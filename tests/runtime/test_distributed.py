@@ -2,7 +2,8 @@
 
 import json
 import os
-import signal
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -161,15 +162,22 @@ def test_rank_0_alone_writes_and_says_how_many_there_are(straight):
 # ---------------------------------------------------------------------------- what happens to one
 
 
-def test_a_signal_to_one_rank_stops_all_and_resuming_is_bit_for_bit(root, tmp_path, straight):
+def test_a_signal_to_one_rank_stops_all_and_with_as_many_the_run_goes_on_bit_for_bit(
+    root, tmp_path, straight, capsys
+):
     inject = "if rank == 1: after_step(4, lambda: os.kill(os.getpid(), signal.SIGUSR1))"
     both = train_with(2, settings(root, tmp_path), inject)
     assert [status for status, *_ in both] == [75, 75], both
     assert weights_of(runs(tmp_path))["loop"]["step"] in (5, 6)
     assert events(runs(tmp_path), "stop")[0]["reason"] == "rank 1: signal SIGUSR1"
+    shutil.copytree(tmp_path / "runs", tmp_path / "alone" / "runs")
     for status, _, error in train_with(2, settings(root, tmp_path), resume=True):
         assert status == 0, error
     assert kills.differences(runs(straight), runs(tmp_path)) == []
+    assert train.main(settings(root, tmp_path / "alone"), resume=True) == 0
+    text = "resume: ranks: 1 instead of 2; a step is now over 2 x 1 x 1 patches"
+    assert text in capsys.readouterr().out
+    assert weights_of(runs(tmp_path / "alone"))["loop"]["step"] == 12
 
 
 FAULTS = """
@@ -208,22 +216,6 @@ def test_what_one_rank_runs_into_all_know_and_none_waits_for_ever(root, tmp_path
     assert loop["micro_batch"]["size"] == 1 and list(loop["excluded"]) == ["bar0"]
 
 
-def test_a_killed_rank_is_named_and_the_run_goes_on_from_there(root, tmp_path, straight):
-    inject = "if rank == 1: after_step(7, lambda: os.kill(os.getpid(), signal.SIGKILL))"
-    first, second = train_with(2, settings(root, tmp_path), inject)
-    assert second[0] == -signal.SIGKILL and first[0] == 1
-    assert "rank 1 (process" in first[2] and "has ended" in first[2]
-    for status, _, error in train_with(2, settings(root, tmp_path), resume=True):
-        assert status == 0, error
-    assert kills.differences(runs(straight), runs(tmp_path)) == []
-
-
-def test_rank_0_that_is_killed_is_named_by_the_others(root, tmp_path):
-    inject = "if rank == 0: after_step(1, lambda: os.kill(os.getpid(), signal.SIGKILL))"
-    first, second = train_with(2, settings(root, tmp_path), inject)
-    assert first[0] == -signal.SIGKILL and second[0] == 1
-
-
 def test_a_rank_that_does_not_answer_is_named_within_the_time(root, tmp_path):
     inject = "if rank == 1: after_step(2, lambda: os.kill(os.getpid(), signal.SIGSTOP))"
     content = settings(root, tmp_path, "run.rank_timeout_minutes=0.1")
@@ -258,20 +250,7 @@ if rank == 1:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_goes_on_with_another_number_of_ranks_and_says_what_changes(
-    root, tmp_path, straight, capsys
-):
-    content = settings(root, tmp_path, "training.max_steps=4")
-    for status, _, error in train_with(2, content):
-        assert status == 0, error
-    assert train.main(settings(root, tmp_path), resume=True) == 0
-    assert "resume: ranks: 1 instead of 2; a step is now over 2 x 1 x 1 patches" in (
-        capsys.readouterr().out
-    )
-    assert weights_of(runs(tmp_path))["loop"]["step"] == 12
-
-
-def test_torchrun_starts_a_killed_run_again_and_it_ends_as_if_nothing_had_been(
+def test_a_killed_rank_is_named_and_the_run_that_torchrun_starts_again_ends_as_if_undisturbed(
     root, tmp_path, straight
 ):
     script = tmp_path / "train_ranks.py"
@@ -284,5 +263,24 @@ if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     command += ["--max-restarts=2", script, json.dumps(settings(root, tmp_path).plain())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"step 8: rank 1 \(process \d+ on .*\) has ended; the state of step 8 is saved", done.stderr
+    )
     assert kills.differences(runs(straight), runs(tmp_path)) == []
     assert [e["resumed"] for e in events(runs(tmp_path), "start")] == [False, True]
+
+
+def test_what_torchrun_starts_again_goes_on_with_its_run_unless_that_was_stopped(
+    root, tmp_path, monkeypatch, capsys
+):
+    content = settings(root, tmp_path, "training.max_steps=4")
+    assert train.main(content) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    late = settings(root, tmp_path, "training.max_hours=1e-9")
+    assert train.main(late) == 75
+    assert [path.name for path in (tmp_path / "runs").glob("r*")] == ["r"]
+    assert train.main(settings(root, tmp_path)) == 75
+    assert "was stopped (its time is up" in capsys.readouterr().err
+    (tmp_path / "runs" / "r" / "lock").write_text("process 1 on another\nstarted by another")
+    assert train.main(content) == 0
+    assert (tmp_path / "runs" / "r-2").exists()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runtime import build, checkpoint, config
+from runtime import build, checkpoint, config, distributed, ending
 from runtime import run as run_module
 from runtime.evaluations import Standing
 from runtime.microbatch import MicroBatch
@@ -60,7 +60,7 @@ class Saver:
 
 
 class Patches:
-    cache, missing = None, []
+    cache, missing, excluded = None, [], {}
 
     def state_dict(self):
         return {}
@@ -79,7 +79,9 @@ def made(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "metadata", lambda plan: {"measured": {}, "trained": {}})
 
     def make(step=7, saved=5, metric="dice"):
-        plan = SimpleNamespace(settings=made_settings(tmp_path, metric), notes=[])
+        plan = SimpleNamespace(
+            settings=made_settings(tmp_path, metric), notes=[], group=distributed.Group()
+        )
         micro_batch = MicroBatch(torch.nn.Identity(), None)
         run = Run(plan, Patches(), {}, micro_batch, stop_step=9, resume=False)
         lines = []
@@ -99,7 +101,7 @@ def made(tmp_path, monkeypatch):
 
 def test_a_stopped_run_saves_its_last_whole_step_and_says_how_to_go_on(made, capsys):
     run, log, saver, lines = made()
-    assert run.leave(Stopped("signal SIGTERM")) == 75
+    assert ending.leave(run, Stopped("signal SIGTERM")) == 75
     ((loop, also),) = saver.given
     assert (loop["step"], loop["lines"], loop["excluded"], also) == (7, 5, {}, None)
     assert loop["micro_batch"] == {"size": None, "checkpointing": False}
@@ -114,13 +116,13 @@ def test_a_stopped_run_saves_its_last_whole_step_and_says_how_to_go_on(made, cap
 
 def test_a_state_that_is_saved_already_is_not_saved_again(made):
     run, log, saver, _ = made(step=5, saved=5)
-    assert run.leave(Stopped("enough")) == 75
+    assert ending.leave(run, Stopped("enough")) == 75
     assert saver.given == [] and log.of("stop")[0]["reason"] == "enough"
 
 
 def test_a_run_that_cannot_go_on_is_saved_and_tells_so_on_the_error_output(made, capsys):
     run, log, saver, lines = made()
-    assert run.leave(CannotGoOn("all is NaN")) == 1
+    assert ending.leave(run, CannotGoOn("all is NaN")) == 1
     assert saver.given[0][0]["step"] == 7 and log.of("stop")[0]["status"] == 1
     error = capsys.readouterr().err
     assert "all is NaN" in error and len(error.splitlines()) == 1 and lines == []
@@ -133,7 +135,7 @@ def test_a_disk_that_takes_nothing_is_one_sentence_with_the_state_that_is_kept(
     made, capsys, number
 ):
     run, log, saver, _ = made()
-    assert run.leave(OSError(number, "told by the disk")) == 1
+    assert ending.leave(run, OSError(number, "told by the disk")) == 1
     assert saver.given == [] and saver.closed  # nothing more is tried, what was begun is waited for
     error = capsys.readouterr().err
     assert "told by the disk" in error and "the state of step 5 is kept" in error
@@ -145,14 +147,14 @@ def test_a_disk_that_is_full_when_the_run_leaves_keeps_the_state_before(made, ca
     run, log, saver, _ = made()
     saver.error = NO_ROOM
     log.full = True  # nor has the log any room
-    assert run.leave(why) == 1
+    assert ending.leave(run, why) == 1
     error = capsys.readouterr().err
     assert "the state of step 5 is kept" in error and len(error.splitlines()) == 1
 
 
 def test_a_full_disk_before_anything_was_saved_says_that_nothing_is_kept(made, capsys):
     run, _, _, _ = made(step=0, saved=None)
-    assert run.leave(NO_ROOM) == 1
+    assert ending.leave(run, NO_ROOM) == 1
     assert "no state is kept in" in capsys.readouterr().err
 
 
@@ -161,7 +163,7 @@ def test_a_full_disk_before_anything_was_saved_says_that_nothing_is_kept(made, c
 )
 def test_memory_that_runs_out_beside_the_network_is_one_sentence(made, capsys, error):
     run, log, saver, _ = made()
-    assert run.leave(error) == 1
+    assert ending.leave(run, error) == 1
     told = capsys.readouterr().err
     assert "memory ran out" in told and "the state of step 5 is kept" in told
     assert len(told.splitlines()) == 1 and saver.given == [] and saver.closed
@@ -177,7 +179,7 @@ def test_what_nobody_expected_is_recorded_with_its_lines_and_raised(made, error)
         try:
             raise error
         except BaseException as raised:
-            run.leave(raised)
+            ending.leave(run, raised)
     assert caught.value is error and saver.given == []
     (crash,) = log.of("crash")
     assert crash["error"].startswith(type(error).__name__) and "test_run.py" in crash["traceback"]
@@ -187,13 +189,13 @@ def test_a_crash_on_a_full_disk_is_still_the_crash(made):
     run, log, _, _ = made()
     log.full = True
     with pytest.raises(ZeroDivisionError):
-        run.leave(ZeroDivisionError("what"))
+        ending.leave(run, ZeroDivisionError("what"))
 
 
 def test_a_best_state_that_was_lost_does_not_keep_a_run_from_leaving_with_its_state(made):
     run, log, saver, _ = made()
     saver.lost = [checkpoint.CheckpointError("candidate.pt: gone")]
-    assert run.leave(Stopped("enough")) == 75
+    assert ending.leave(run, Stopped("enough")) == 75
     assert [e["event"] for e in log.events] == ["saved", "trouble", "stop"]
 
 

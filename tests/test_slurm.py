@@ -1,0 +1,42 @@
+"""docs/slurm.sh with stand-ins for SLURM's commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.test_train import events, root, settings
+
+__all__ = ["root"]  # a fixture
+ROOT = Path(__file__).parents[1]
+STAND_INS = {
+    "srun": 'exec "$@"',
+    "torchrun": "set -- $(echo $@ | sed s/max-restarts=3/max-restarts=0/)\n"
+    f"exec {sys.executable} -m torch.distributed.run $@",
+    "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi',
+}
+
+
+def test_a_job_goes_back_into_the_queue_until_its_run_is_done(root, tmp_path):
+    content = settings(root, tmp_path, "training.max_steps=4", "validation.untrained=false").plain()
+    content["run"] |= {"name": "", "folder": "runs"}
+    (tmp_path / "job.yaml").write_text(json.dumps(content))
+    for name, line in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "n1"}
+    for hours, status in (("1e-9", 1), ("1", 0)):
+        done = subprocess.run(
+            ["bash", ROOT / "docs" / "slurm.sh", "job.yaml"],
+            env=environment | {"MAX_HOURS": hours},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == status, done.stderr
+        assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert events(tmp_path / "runs" / "job", "end")
