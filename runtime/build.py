@@ -93,12 +93,9 @@ def resolve(settings, group=None):
         strides=settings.model.strides,
         window=settings.inference.window,
     )
-    available, wanted = machine.available(), settings.data.cache_gb
-    if wanted is None:
-        cache_bytes = cache.default_budget(split.train, available.free, volume_names(terms))
-    else:
-        cache_bytes = int(wanted * 1e9)
-    cache_bytes //= group.local_size
+    available, cache_gb = machine.available(), settings.data.cache_gb
+    cache_bytes = cache.default_budget(split.train, available.free, volume_names(terms))
+    cache_bytes = cache_bytes if cache_gb is None else int(cache_gb * 1e9)
     if (workers := settings.training.workers) and not feed.HAS_WORKERS:
         settings.training.workers = 0
         notes.append(f"training.workers: 0 instead of {workers}, for Windows has no such workers")
@@ -116,7 +113,7 @@ def resolve(settings, group=None):
         spacing=spacing,
         strides=strides,
         kernels=kernels,
-        cache_bytes=cache_bytes,
+        cache_bytes=cache_bytes // group.local_size,
         cache_reason=str(available),
         notes=notes,
     )
