@@ -153,6 +153,8 @@ def train(settings, resume, group):
                     logits = loss = components = results = None  # they hold the activations
                     micro_batch.shrink(error, run.report)
             results = run.meet(results)  # gradients and results become means over ranks
+            if group.size > 1:
+                timer.mark("ranks")
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), optim.clip or math.inf)
             broken = nonfinite.find([c for c, _ in results], norm)  # waits for the device

@@ -16,7 +16,7 @@ import time
 
 import torch
 
-PARTS = ("wait", "transfer", "augment", "forward", "loss", "backward", "optimizer")
+PARTS = ("wait", "transfer", "augment", "forward", "loss", "backward", "ranks", "optimizer")
 
 
 class StepTimer:
