@@ -212,8 +212,8 @@ def predict_in_parts(predictor, inputs, output, part, console):
     ({id: sentence} of those that failed, what tells the predictions from others, or None while some
     are missing).
     """
-    costs, failures = [predictor.rows(volume) for volume in inputs], {}
-    shares = [parts.share(costs, part._replace(index=index)) for index in range(part.count)]
+    costs, failures, complete = [predictor.rows(volume) for volume in inputs], {}, True
+    shares = parts.share(costs, part.count)
 
     @functools.cache
     def store(index):
@@ -231,23 +231,19 @@ def predict_in_parts(predictor, inputs, output, part, console):
     for index, rows in enumerate(shares[part.index]):
         if rows:
             work(index, rows)
-    complete = True
     for index, volume in enumerate(inputs):
         if volume.id not in failures:
             work(index, range(0))  # which others have left complete, but not joined
         if volume.id not in failures and (missing := store(index).missing()):
-            owners = [
-                part._replace(index=i) for i, s in enumerate(shares) if {*s[index]} & {*missing}
-            ]
-            console.print(
-                f"{volume.id}: waits for {len(missing)} of {store(index).count} slabs, of "
-                f"{', '.join(map(str, owners))}{store(index).note}"
-            )
+            owners = [n for n, rows in enumerate(shares, start=1) if {*rows[index]} & {*missing}]
+            names = ", ".join(f"part {n}/{part.count}" for n in owners)
+            count, note = f"{len(missing)} of {costs[index][0]}", store(index).note
+            console.print(f"{volume.id}: waits for {count} slabs, of {names}{note}")
             complete = False
-    digits = None
-    if complete and not failures:
-        digits = parts.fingerprint([store(index).fingerprint for index in range(len(inputs))])
-    return failures, digits
+    if failures or not complete:
+        return failures, None
+    digits = [store(index).record.fingerprint for index in range(len(inputs))]
+    return failures, parts.fingerprint(digits)
 
 
 def write_submission(path, inputs, output):

@@ -24,10 +24,9 @@ from volumes.files import split_dataset
 from volumes.volume import InputErrors, VolumeError, collect_errors
 
 UNLIKE = 2.0  # times the voxel size of another model, from which on it saw other data
-# What validation chose for each model alone, and how that of an ensemble follows. The mean of the
-# thresholds: mean(probs) >= mean(thresholds) where the models are above their own by more than the
-# others are below theirs. The smallest size: no component goes that one of the models would keep.
-CHOSEN = {"inference.threshold": statistics.mean, "postprocess.min_component_voxels": min}
+# What validation chose for each model: an ensemble takes the mean, in so many digits. Then
+# mean(probs) >= mean(thresholds) where models lie above their own by more than others lie below.
+CHOSEN = {"inference.threshold": 4, "postprocess.min_component_voxels": None}
 ALIKE = (
     *("inference.window", "inference.overlap", "inference.flips", "postprocess.hysteresis"),
     *("postprocess.max_hole_voxels", "postprocess.closing_radius"),
@@ -153,7 +152,7 @@ def _layout_faults(first, other):
 def joint_settings(members, overrides):
     """(settings, line) of all members with overrides; ValueError names every fault, a line each.
 
-    All that an ensemble does must be the same for its members, but for what `CHOSEN` joins; how it
+    All that an ensemble does must be the same for its members, but for what is `CHOSEN`; how it
     runs (device, windows at once) is said by the first. line: for people, None without an ensemble.
     """
     faults, each = [], []
@@ -177,11 +176,12 @@ def joint_settings(members, overrides):
     if faults:
         raise InputErrors(*faults)
     joint, clauses = each[0], []
-    for key, join in CHOSEN.items():
+    for key, digits in CHOSEN.items():
         group, name = key.split(".")
         values = [attrgetter(key)(settings) for settings in each]
-        setattr(getattr(joint, group), name, join(values))
-        clauses.append(f"{name} {join(values)} of {', '.join(map(str, values))}")
+        if len(set(values)) > 1:
+            setattr(getattr(joint, group), name, round(statistics.mean(values), digits))
+        clauses.append(f"{name} {attrgetter(key)(joint)} of {', '.join(map(str, values))}")
     line = f"ensemble   mean of {len(members)} networks' probabilities; {'; '.join(clauses)}"
     return joint, line if len(members) > 1 else None
 

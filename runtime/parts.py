@@ -1,7 +1,7 @@
 """Predictions that several processes make together, without a word between them.
 
     part = find_part("2/3")                   # or the rank of torchrun
-    rows = share([(9, 25), (40, 16)], part)   # of windows, of each volume: a fixed rule
+    shares = share([(9, 25), (40, 16)], 3)    # rows of windows of each volume: a fixed rule
     store = SlabStore(output, "a.nii.gz", fingerprint, 9)
     store.write(4, z0, layers)                # a slab that is done
     if not store.missing(range(9)):           # whoever finds them all
@@ -17,6 +17,7 @@ that of one process. A slab that is there is not done again. In the folder of th
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -67,29 +68,20 @@ def find_part(text):
     return Part(int(number) - 1, int(count))
 
 
-def share(volumes, part):
-    """Which rows of windows of each volume a part predicts: ranges, that of all parts cover all.
+def share(volumes, count):
+    """The rows of windows that each of some parts predicts: a list of a range for each volume.
 
     volumes: [(rows, windows in each)]. Each part gets a run of rows with about as many windows as
     any other. So there are few cuts through a volume; each costs the rows that reach over it.
     """
-    total = sum(rows * windows for rows, windows in volumes)
-
-    def cut(number):
-        """(volume, row) where the part of this index begins."""
-        left = total * number  # in 1 / count of a window, so that it is a whole number
-        for index, (rows, windows) in enumerate(volumes):
-            if left <= rows * windows * part.count:
-                return index, round(left / (windows * part.count))
-            left -= rows * windows * part.count
-
-    begin, end = cut(part.index), cut(part.index + 1)
-    ranges = []
-    for index, (rows, _) in enumerate(volumes):
-        start = 0 if index > begin[0] else begin[1] if index == begin[0] else rows
-        stop = rows if index < end[0] else end[1] if index == end[0] else 0
-        ranges.append(range(start, max(start, stop)))
-    return ranges
+    total, cuts = sum(rows * windows for rows, windows in volumes), []
+    for number in range(count + 1):
+        left, cut = total * number, []  # in 1 / count of a window, so that it is a whole number
+        for rows, windows in volumes:  # how many rows of each lie before the cut
+            cut.append(max(0, min(rows, round(left / (windows * count)))))
+            left -= rows * windows * count
+        cuts.append(cut)
+    return [list(map(range, *pair)) for pair in itertools.pairwise(cuts)]
 
 
 def runs(numbers):
