@@ -15,6 +15,7 @@ from runtime.sliding_window import (
     predict_volume,
     resolve_device,
     resolve_precision,
+    window_rows,
     window_starts,
 )
 
@@ -189,6 +190,39 @@ def test_slabs_are_the_volume_in_order():
     assert max(planes.shape[1] for _, planes in slabs) <= 8
 
 
+@pytest.mark.parametrize("depth, overlap, ratio", [(23, 0.5, 1), (31, 0.8, 1), (40, 0.6, 1.7)])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_planes_have_the_same_bits_in_whatever_range_of_rows(depth, overlap, ratio, batch):
+    torch.manual_seed(0)
+    network = torch.nn.Conv3d(1, 1, 3, padding=1)
+    volume, window, ratio = random_volume(depth, 14, 15), (8, 6, 6), (ratio, 1, 1)
+    how = {"ratio": ratio, "batch": batch}
+    whole = predict_volume(network, volume, window, overlap, **how)
+    rows, windows = window_rows(volume.shape[1:], window, overlap, ratio)
+    assert windows == len(window_starts(14, 6, overlap)) * len(window_starts(15, 6, overlap))
+    starts = [z0 for z0, _ in predict_slabs(network, volume, window, overlap, **how)]
+    assert len(starts) == rows
+    for chosen in (range(2), range(1, 2), range(2, rows - 1), range(rows - 1, rows)):
+        slabs = list(predict_slabs(network, volume, window, overlap, rows=chosen, **how))
+        assert [z0 for z0, _ in slabs] == [starts[row] for row in chosen]
+        for z0, planes in slabs:
+            np.testing.assert_array_equal(planes, whole[:, z0 : z0 + planes.shape[1]])
+
+
+def test_progress_of_a_range_counts_the_rows_that_reach_into_it():
+    calls, volume = [], random_volume(20, 6, 6)
+    how = {"rows": range(2, 4), "progress": lambda *counts: calls.append(counts)}
+    list(predict_slabs(same, volume, (8, 6, 6), 0.5, **how))
+    assert calls == [(1, 3), (2, 3), (3, 3)]  # row 1 reaches into row 2
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_several_networks_give_the_mean_of_their_probabilities(flips):
+    volume = random_volume(9, 8, 8)
+    probs = predict_volume([same, constant(0.3)], volume, (6, 8, 8), flips=flips)
+    np.testing.assert_allclose(probs, (volume + 0.3) / 2, atol=1e-6)
+
+
 def test_planes_leave_before_the_next_rows_are_read():
     class Watched:
         shape = (1, 40, 8, 8)
@@ -356,6 +390,17 @@ def test_arguments_that_cannot_work_are_named(change, word):
 def test_faults_are_raised_at_the_call_and_together():
     with pytest.raises(ValueError, match=r"overlap.*precision"):
         predict_slabs(same, np.zeros((1, 4, 4, 4)), (4, 4, 4), 2.0, precision="half")
+
+
+def test_each_rank_of_torchrun_gets_the_gpu_of_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "empty", lambda *arguments, **how: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    device, reason = resolve_device("auto")
+    assert device == torch.device("cuda:1") and chosen == [device] and "rank" in reason
+    assert resolve_device("cuda:0") == (torch.device("cuda:0"), "as set")
 
 
 def test_device_and_precision_are_resolved_with_a_reason():
