@@ -9,17 +9,16 @@
     torchrun --nproc-per-node=4 infer.py --ckpt runs/last.pt                # a part for each rank
     python infer.py --ckpt runs/last.pt --part 2/8                          # anywhere, at any time
 
-Of several checkpoints the probabilities are averaged. Parts share out volumes, and slabs of one;
-which part finds the last slab of a volume writes it, with the bits that one process gives.
+Of several checkpoints the probabilities are averaged. Parts share out volumes and slabs of volumes;
+the part that finds the last slab of a volume writes it, with the bits that one process gives.
 
 Leaves <output>/<id> in the format of the source, uint8 0 and 1 on the image's own grid with its
 spacing and affine; with inference.save_probabilities=true also <output>/probabilities/<id>.
 Without --output these go to the run's predictions/. --submission writes the masks a second time,
 in the format of the Vesuvius Challenge, and reads them back. Every input is checked before the
-first is predicted. Parts keep their slabs in <output>/.parts/ and go on there when started again.
-Exit status: 0 done, 1 a result could not be made or written (it is named, the
-others are there, but no submission), 2 the input is wrong (one sentence per fault, nothing
-written).
+first is predicted. Parts keep slabs in <output>/.parts/ and go on from there when started again.
+Exit status: 0 done, 1 a result could not be made or written (it is named, the others are there,
+but no submission), 2 the input is wrong (one sentence per fault, nothing written).
 """
 
 import argparse
@@ -110,12 +109,8 @@ def prepare_to_predict(arguments):
         f"{'8 flips' if inference.flips else 'no flips'}, threshold {inference.threshold}, "
         f"{steps or 'no postprocessing'}",
     ]
-    return (
-        ensemble.Predictor(members, settings, metadata, device, precision),
-        inputs,
-        output,
-        lines + notes,
-    )
+    predictor = ensemble.Predictor(members, settings, metadata, device, precision)
+    return predictor, inputs, output, lines + notes
 
 
 # ---------------------------------------------------------------------------- prediction
@@ -302,7 +297,7 @@ class Voice(Console):
     """A console, each line of which begins with the part that says it."""
 
     def __init__(self, part, **how):
-        super().__init__(highlight=False, soft_wrap=True, markup=False, **how)
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **how)
         self.prefix = f"{part}: " if part else ""
 
     def print(self, text):
@@ -347,8 +342,8 @@ def main(argv=None):
         errors.print(error)
         return 2
     console, settings = Voice(part), predictor.settings
-    alone = part and part.is_rank and part.index  # what concerns all is said by the first rank
-    console.print("\n".join(lines[:1] if alone else lines))
+    not_first = part and part.is_rank and part.index  # what concerns all is said by the first rank
+    console.print("\n".join(lines[:1] if not_first else lines))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(settings.run.threads or max(1, cores() // ranks_here))
     torch.backends.cudnn.deterministic = settings.run.deterministic

@@ -21,9 +21,9 @@ from runtime.jobs import Ledger
 from runtime.sliding_window import network_ratio, predict_case, window_rows
 from scoring import postprocess
 from volumes.files import split_dataset
+from volumes.inputs import UNLIKE
 from volumes.volume import InputErrors, VolumeError, collect_errors
 
-UNLIKE = 2.0  # times the voxel size of another model, from which on it saw other data
 # What validation chose for each model: an ensemble takes the mean, in so many digits. Then
 # mean(probs) >= mean(thresholds) where models lie above their own by more than others lie below.
 CHOSEN = {"inference.threshold": 4, "postprocess.min_component_voxels": None}
@@ -126,7 +126,7 @@ def _layout_faults(first, other):
                 "channels": metadata["channels"],
                 "foreground": sorted(names[number] for number in metadata["foreground"]),
                 "unit": metadata["unit"],
-                "data.spacing": list(metadata["spacing"]),
+                "data.spacing": [size or 0.0 for size in metadata["spacing"]],
                 "data.clip_percentiles": settings.data.clip_percentiles,
                 "fill values known": metadata.get("typical", False),
             }
