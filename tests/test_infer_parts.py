@@ -1,5 +1,6 @@
 """Predictions that several processes make together: infer.py --part, and under torchrun."""
 
+import os
 import subprocess
 import sys
 import time
@@ -28,11 +29,14 @@ __all__ = ["run"]  # a fixture
 ROOT = Path(__file__).parents[1]
 SETTINGS = ("inference.save_probabilities=true", "postprocess.hysteresis=0.49")
 SLOW = """
-import sys, time, infer
+import os, sys, time
+import infer
 from runtime import sliding_window
 call = sliding_window._call
-sliding_window._call = lambda *arguments: time.sleep(0.1) or call(*arguments)
-sys.exit(infer.main(sys.argv[1:]))
+if os.environ.get("RANK") != "0":
+    sliding_window._call = lambda *arguments: time.sleep(0.2) or call(*arguments)
+if __name__ == "__main__":
+    sys.exit(infer.main(sys.argv[1:]))
 """
 
 
@@ -116,14 +120,18 @@ def test_a_part_that_is_killed_and_started_again_does_no_slab_twice(run, tmp_pat
 
 
 def test_torchrun_makes_each_rank_a_part_and_none_ends_before_the_others(run, tmp_path):
-    make_cases(tmp_path / "cases", **{n: image_of((16, 16, 16), i) for i, n in enumerate("abcd")})
+    # The first rank has case a alone, and fails at once; the other three have as many windows.
+    images = {"a": image_of((40, 16, 16)), **{n: image_of((16, 16, 16)) for n in "bcd"}}
+    make_cases(tmp_path / "cases", **images)
     about = ["--ckpt", run(), "--input", tmp_path / "cases", "--output"]
     infer_ok(*about, tmp_path / "one")
     damage(tmp_path / "cases" / "a.h5")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "infer.py"]
-    command += [*map(str, about), str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += [tmp_path / "slow.py", *about, out]
+    how = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
+    done = subprocess.run(list(map(str, command)), **how, timeout=120)
     assert done.returncode == 1
     assert "part 1/2: a: " in done.stderr and "a.h5: expected a volume that can" in done.stderr
     expected = files_of(tmp_path / "one")
