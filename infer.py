@@ -176,9 +176,9 @@ def predict_rows(predictor, volume, rows, store, output, console):
 
 
 def attempt(predict, volume, place, failures, console):
-    """Call predict(), say what became of the volume, and add to failures {id: sentence}.
+    """Call predict(), which returns a clause about a result or None, and say what came of it.
 
-    It returns a clause about a result, or None if there is none yet. place: "1/3".
+    What fails is added to failures: {id: sentence}. place: of the volume, such as "1/3".
     """
     started, line = time.perf_counter(), None
     try:
