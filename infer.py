@@ -24,7 +24,6 @@ but no submission), 2 the input is wrong (one sentence per fault, nothing writte
 import argparse
 import contextlib
 import functools
-import os
 import textwrap
 import time
 import traceback
@@ -75,7 +74,7 @@ def output_folder(arguments, members):
     return (folder.parent if folder.name == "checkpoints" else Path()) / "predictions"
 
 
-def prepare_to_predict(arguments):
+def prepare_to_predict(arguments, part):
     """(predictor, inputs, output, lines) of a command line; ValueError names every fault.
 
     lines say what will happen and why: the first of this process, the others of all parts.
@@ -86,6 +85,7 @@ def prepare_to_predict(arguments):
     with collect_errors(faults):
         settings, joint_line = resolve_settings(members, arguments.overrides)
         device, device_reason = resolve_device(settings.run.device)
+        device = part.device(device) if part else device
         precision, precision_reason = resolve_precision(settings.training.precision, device)
     with collect_errors(faults):
         root = [metadata["root"], *roots][-1]
@@ -337,14 +337,15 @@ def main(argv=None):
     try:
         part = parts.find_part(arguments.part)
         errors = Voice(part, stderr=True)
-        predictor, inputs, output, lines = prepare_to_predict(arguments)
+        predictor, inputs, output, lines = prepare_to_predict(arguments, part)
     except ValueError as error:
         errors.print(error)
         return 2
     console, settings = Voice(part), predictor.settings
-    not_first = part and part.is_rank and part.index  # what concerns all is said by the first rank
-    console.print("\n".join(lines[:1] if not_first else lines))
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    is_rank = part is not None and part.local is not None
+    ranks_here = part.local[1] if is_rank else 1
+    # What concerns all ranks is said by the first.
+    console.print("\n".join(lines[:1] if is_rank and part.index else lines))
     torch.set_num_threads(settings.run.threads or max(1, cores() // ranks_here))
     torch.backends.cudnn.deterministic = settings.run.deterministic
     # All windows have one shape; see train.py.

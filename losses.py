@@ -297,6 +297,23 @@ LOSSES = {
     "toploss": toploss_loss,
 }
 
+PER_VOXEL = ("weighted_bce", "morph_skeleton", "surface_distance")  # means over valid voxels
+
+
+def batch_weight(name, logits, target, valid, settings):
+    """What a batch counts for a term if the mean over batches is to be that of one batch of all.
+
+    A scalar tensor: its valid voxels for a term that is a mean over these, with their weights in
+    the case of `weighted_bce`; else the samples that have a valid voxel. Then exact, but for
+    `toploss` and `soft_dice` with `batch`, which are no mean of what they are on parts of a batch.
+    """
+    _, target, valid = _masked(logits, target, valid)
+    if name not in PER_VOXEL:
+        return valid.flatten(1).any(1).sum().float()
+    foreground = target[:, -max(1, target.shape[1] - 1) :].sum()
+    return valid.sum() + (settings.get("positive_weight", 1.0) - 1.0) * foreground
+
+
 # The keyword argument that comes from the caller and not from the settings, where there is one.
 FROM_CALLER = {
     "cldice": "skeletons",

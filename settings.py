@@ -49,13 +49,17 @@ class Run(Group):
     name: str = ""  # empty: the config file's name
     folder: str = "runs"
     seed: Whole = 0
+    # A checkpoint whose (averaged) weights a new run starts from; null: random ones.
+    init_from: str | None = None
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     threads: Whole = 0  # of the CPU, 0: all that this process may use
     # On a GPU: a run repeats and resumes bit for bit, with slower convolutions. On a CPU it does.
     deterministic: bool = False
     # Limit on the host memory of all processes of the run together, in 10^9 bytes; null: only the
     # limits of the machine and its cgroups, which hold in any case.
-    memory_gb: Positive | None = None
+    memory_gb: Positive | None = None  # with several ranks: of those on one machine
+    # How long a rank of torchrun may not answer before the others end and name it.
+    rank_timeout_minutes: Positive = 30.0
 
 
 class Data(Group):

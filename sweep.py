@@ -2,7 +2,7 @@
 
     python sweep.py configs/sweeps/losses.yaml              # one after another
     python sweep.py configs/sweeps/losses.yaml --jobs 2     # two at a time
-    python sweep.py configs/sweeps/folds.yaml --print | xargs -P2 -I{} sh -c {}
+    python sweep.py configs/sweeps/folds.yaml --print | xargs -P2 -d '\\n' -n1 sh -c
     sbatch --array=0-11 ... python sweep.py SWEEP.yaml --index $SLURM_ARRAY_TASK_ID
     python sweep.py configs/sweeps/losses.yaml --report     # the table of what is done so far
 
@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import glob
 import os
+import queue
 import shlex
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from monitoring import picture
@@ -38,7 +40,6 @@ from runtime import comparison, folder, jobs, page, signals
 from runtime.log import read_log
 from runtime.run import DONE, FAILED, STOPPED, WRONG_INPUT
 from scoring import report
-from settings import Validation
 from volumes.processes import cores, describe_death, run_script
 
 ROOT, POLL_SECONDS, OVERLAY_CASES = Path(__file__).resolve().parent, 0.2, 2
@@ -52,44 +53,64 @@ console = Console(highlight=False, soft_wrap=True, markup=False)
 class Worker:
     """Does the runs of a sweep and writes them into its ledger.
 
-    plans: {name of a job: `build.Plan`}; judge: the settings that all are scored by; count: how
-    many are done at a time; stop: a `signals.Stop`, while they are done.
+    plans: {name of a job: `build.Plan`}; count: how many are done at a time; stop: a
+    `signals.Stop`, while they are done.
     """
 
     plans: dict
     ledger: jobs.Ledger
-    judge: Validation
     count: int
     stop: signals.Stop | None = None
 
+    def __post_init__(self):
+        self.free = queue.SimpleQueue()  # the GPUs of runs to come, each a name or None
+        gpus = visible_gpus() or [None]
+        for number in range(self.count):
+            self.free.put(gpus[number % len(gpus)])
+
     def do(self, job):
         """Do a run, unless it is done; False if another process does it at this moment."""
-        place = self.ledger.path.parent / "output"
-        place.mkdir(parents=True, exist_ok=True)
-        # The processes of a run inherit this file, and its lock with it: that is held until the
-        # last of them has ended, even if this process is killed.
-        with open(place / job.name, "ab") as out:
-            if not folder.try_lock(out):
-                return False
-            if self.stop.why or self.ledger.done([job]):
-                return True
-            console.print(f"{job.name} {'goes on' if job.folder else 'begins'}")
-            status, reason = self._run(job, out)
-            entry = {"run": job.name, "index": job.index, "variant": job.variant, "fold": job.fold}
-            entry |= {"seed": job.seed, "settings": job.changes, "status": status, "reason": reason}
-            scored = score_names(self.judge) if status == "done" else ()
-            scores = {name: comparison.mean(job.cases(), name) for name in scored}
-            entry |= {"scores": scores, **figures(job), "time": round(time.time(), 3)}
-            self.ledger.append(entry)
-        result = reason or f"{self.judge.score} {scores[self.judge.score]:.4f}"
-        spent = f"{duration(entry['seconds'])} of training, {format_bytes(entry['peak_memory'])}"
-        console.print(f"{job.name} {status}: {result} ({spent})")
+        path = self.ledger.path.parent / "output" / job.name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # The processes of a run inherit this file, and its lock with it: that is held until the
+            # last of them has ended, even if this process is killed.
+            with open(path, "ab") as out:
+                if not folder.try_lock(out):
+                    return False
+                if not (self.stop.why or self.ledger.done([job])):
+                    self._do(job, out)
+        except OSError as error:
+            self.stop.why = self.stop.why or str(error)  # the runs beside it meet the same disk
+            raise
         return True
 
-    def _run(self, job, out):
+    def _do(self, job, out):
+        """Do a run, and write down what came of it."""
+        gpu, environment = self.free.get(), dict(os.environ)
+        begins = f"{job.name} {'goes on' if job.folder else 'begins'}"
+        if gpu is not None and job.settings.run.device == "auto":
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+            begins += f" on GPU {gpu}"
+        console.print(begins)
+        try:
+            status, reason = self._run(job, out, environment)
+        finally:
+            self.free.put(gpu)
+        entry = {"run": job.name, "index": job.index, "variant": job.variant, "fold": job.fold}
+        entry |= {"seed": job.seed, "settings": job.changes, "status": status, "reason": reason}
+        scored = job.score_names if status == "done" else ()
+        scores = {name: comparison.mean(job.cases(), name) for name in scored}
+        entry |= {"scores": scores, **figures(job), "time": round(time.time(), 3)}
+        self.ledger.append(entry)
+        result = reason or f"{job.judge.score} {scores[job.judge.score]:.4f}"
+        spent = f"{duration(entry['seconds'])} of training, {format_bytes(entry['peak_memory'])}"
+        console.print(f"{job.name} {status}: {result} ({spent})")
+
+    def _run(self, job, out, environment):
         """(status, reason) of the processes of a run, one after another."""
         for command in self._commands(job):
-            code, line = self._process(command, out)
+            code, line = self._process(command, out, environment)
             if code == DONE:
                 continue
             if code != STOPPED and not self.stop.why:
@@ -103,7 +124,7 @@ class Worker:
         threads = job.settings.run.threads or max(1, cores() // self.count)
         changes = job.changes | {"run.threads": threads}
         yield ["train.py", job.config, "--resume", *jobs.overrides(changes)]
-        plan, judge, run = self.plans[job.name], self.judge, job.folder
+        plan, judge, run = self.plans[job.name], job.judge, job.folder
         predictions, cases = run / "predictions", jobs.held_out(plan)
         yield [
             *("infer.py", "--ckpt", run / "checkpoints" / "last.pt", "--output", predictions),
@@ -113,16 +134,16 @@ class Worker:
             *("evaluate.py", "--pred", f"{job.name}={predictions}", "--truth", plan.dataset.root),
             *("--cases", *(glob.escape(case.id) for case in cases)),
             *("--foreground", *plan.foreground, "--tolerance", judge.tolerance),
-            *("--scores", *score_names(judge), "--rank", judge.score),
+            *("--scores", *job.score_names, "--rank", judge.score),
             *("--out", run / "scores.json", "--overlays", run, "--overlay-cases", OVERLAY_CASES),
         ]
 
-    def _process(self, command, out):
+    def _process(self, command, out, environment):
         """(exit status, what it says of why) of a script, which a reason to stop ends."""
         # Unbuffered, so that the last line is the one that was said last.
         words = map(str, [sys.executable, "-u", ROOT / command[0], *command[1:]])
         start, asked = out.seek(0, os.SEEK_END), False
-        process = subprocess.Popen([*words], stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([*words], stdout=out, stderr=subprocess.STDOUT, env=environment)
         while process.poll() is None:
             if self.stop.why and not asked:
                 process.terminate()
@@ -134,8 +155,11 @@ class Worker:
         return code, "; ".join(lines) if code == WRONG_INPUT else lines[-1]
 
 
-def score_names(judge):
-    return list(dict.fromkeys([judge.score, *judge.scores]))
+def visible_gpus():
+    """A value of CUDA_VISIBLE_DEVICES for each GPU that this process may use; opens none."""
+    count = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return names.split(",")[:count]
 
 
 def figures(job):
@@ -177,24 +201,28 @@ def do_all(worker, chosen):
 
 def write_report(all_jobs, ledger, path):
     """Print the tables of the runs that are done; write table.csv and report.html."""
-    judge, entries, place = all_jobs[0].settings.validation, ledger.entries(), ledger.path.parent
-    done, names, folders = ledger.done(all_jobs), score_names(judge), {}
+    first, entries, place = all_jobs[0], ledger.entries(), ledger.path.parent
+    done, names, folders = ledger.done(all_jobs), first.score_names, {}
+    for job in all_jobs:
+        if job not in done and entries.get(job.name, {}).get("status") == "done":
+            reason = "its scores.json is gone, damaged or of other scores; start the sweep again"
+            entries[job.name] |= {"status": "failed", "reason": reason, "scores": {}}
     runs = [(job.variant, (job.fold, job.seed), job.cases()) for job in done]
-    rows = [row for n in names for row in comparison.compare(runs, n, all_jobs[0].variant)]
+    rows = [row for n in names for row in comparison.compare(runs, n, first.variant)]
     if rows:
         wide = Console(width=None if console.is_terminal else 160, highlight=False, markup=False)
         comparison.print_table(wide, rows, names)
         report.write_csv(place / "table.csv", [row._asdict() for row in rows])
     for job in done:
         folders.setdefault(job.variant, []).append(job.folder)
-    pictures = [("Curves of all runs", picture.draw_runs(folders, judge.score))] if done else []
+    pictures = [("Curves of all runs", picture.draw_runs(folders, names[0]))] if done else []
     page.write_page(
         place / "report.html",
         f"Sweep {place.name}: {len(done)} of {len(all_jobs)} runs done",
         rows,
         [entries[job.name] for job in all_jobs if job.name in entries],
         names=names,
-        pictures=pictures + worst_pictures(done, judge.score),
+        pictures=pictures + worst_pictures(done, names[0]),
         sweep_file=path,
     )
     for job in all_jobs:
@@ -209,8 +237,9 @@ def worst_pictures(done, score):
     pictures = []
     for variant in report.methods_of(rows):
         job = report.worst_first(rows, variant, score)[0]["job"]
-        title = f"{variant}: the worst cases of {job.name}"
-        pictures.append((title, (job.folder / f"{job.name}.png").read_bytes()))
+        title, path = f"{variant}: the worst cases of {job.name}", job.folder / f"{job.name}.png"
+        if path.exists():
+            pictures.append((title, path.read_bytes()))
     return pictures
 
 
@@ -250,10 +279,10 @@ def main(argv=None):
         if arguments.report and not ledger.path.exists():
             raise ValueError(f"{path}: expected runs of it in {place}, got none; run it first")
         plans = {} if arguments.report else jobs.check(all_jobs)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return WRONG_INPUT
-    worker, status = Worker(plans, ledger, all_jobs[0].settings.validation, arguments.jobs), DONE
+    worker, status = Worker(plans, ledger, arguments.jobs), DONE
     try:
         if not arguments.report:
             status = do_all(worker, all_jobs if index is None else [all_jobs[index]])
@@ -262,7 +291,9 @@ def main(argv=None):
         elif index is None or {job.name for job in all_jobs} <= ledger.entries().keys():
             write_report(all_jobs, ledger, path)
     except OSError as error:
-        print(f"{place}: the sweep cannot go on ({error})", file=sys.stderr)
+        print(
+            f"{place}: the sweep cannot go on ({error}); start it again to go on", file=sys.stderr
+        )
         return FAILED
     return status
 

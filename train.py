@@ -4,6 +4,7 @@
     python train.py configs/vessels.yaml data.root=/data/vessels training.train_batch_size=4
     python train.py configs/vessels.yaml --resume        # go on from the newest saved state
     python train.py configs/vessels.yaml training.max_steps=0 run.name=untrained
+    torchrun --nproc-per-node=4 train.py configs/vessels.yaml    # on four GPUs
     touch runs/vessels/stop         # ends it with its state saved, as SIGTERM, SIGUSR1, Ctrl-C do
 
 Leaves runs/<name>/: config.yaml (all settings), source/ (the code that ran), log.jsonl,
@@ -25,7 +26,7 @@ import torch
 import data
 import model
 from patches import transfer
-from runtime import build, checkpoint, config, folder, nonfinite, signals
+from runtime import build, checkpoint, config, distributed, folder, nonfinite, signals
 from runtime.composite_loss import composite_loss
 from runtime.microbatch import MicroBatch
 from runtime.run import STOPPED, WRONG_INPUT, Run, WrongInput, checked
@@ -52,25 +53,27 @@ def learning_rate(step, total, *, lr, schedule, max_lr, warmup_steps, final_lr_s
 
 def main(settings, *, resume=False):
     """Train as the settings say. Returns the exit status."""
-    try:
-        return train(settings, resume)
-    except WrongInput as error:
-        print(error, file=sys.stderr)
-        return error.status
-    finally:
-        gc.collect()  # what refers to itself in a circle would stay while another run begins
+    with distributed.joined(settings.run.rank_timeout_minutes) as group:
+        try:
+            return train(settings, resume, group)
+        except (WrongInput, distributed.Left) as error:
+            if group.first:
+                print(error, file=sys.stderr)
+            return error.status
+        finally:
+            gc.collect()  # what refers to itself in a circle would stay while another run begins
 
 
-def train(settings, resume):
+def train(settings, resume, group):
     # ------------------------------------------------------------------ settings and data
-    with checked():  # faults of settings and data are found here, before anything is written
-        plan = build.resolve(settings)
+    with checked(group):  # faults of settings and data are found here, before anything is written
+        plan = build.resolve(settings, group)
         patches = build.make_patches(plan)
     optim, training, device = settings.optim, settings.training, plan.device
     iterations, accumulate = training.train_iterations_per_epoch, training.accumulate
     total_steps = training.max_epochs * iterations
     stop_step = total_steps if training.max_steps is None else min(training.max_steps, total_steps)
-    torch.set_num_threads(settings.run.threads or cores())
+    torch.set_num_threads(settings.run.threads or max(1, cores() // group.local_size))
     torch.backends.cudnn.deterministic = settings.run.deterministic
     # Without it, cuDNN may choose convolutions that are 10 times slower (bf16 on an H100).
     torch.backends.cudnn.benchmark = not settings.run.deterministic
@@ -118,11 +121,12 @@ def train(settings, resume):
 
             # -------------------------------------------------------------- the learning step
             lr = learning_rate(step, total_steps, **schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            for weights in optimizer.param_groups:
+                weights["lr"] = lr
             timer.start()
             step_samples = [next(batches) for _ in range(accumulate)]
             timer.mark("wait")
+            group.seed_step(settings.run.seed, step)
             micro_batch.start()
             while True:  # once more, in smaller parts, if the device ran out of memory
                 try:
@@ -137,6 +141,7 @@ def train(settings, resume):
                         loss, components = composite_loss(
                             logits, target, valid, plan.terms,
                             spacing=[s["spacing"] for s in samples], skeleton=skeleton, step=step,
+                            over_ranks=group.over_ranks(step, len(results)),
                         )  # fmt: skip
                         timer.mark("loss")
                         micro_batch.backward(scaler.scale(loss / accumulate))
@@ -146,6 +151,7 @@ def train(settings, resume):
                 except RuntimeError as error:
                     logits = loss = components = results = None  # they hold the activations
                     micro_batch.shrink(error, run.report)
+            results = run.meet(results)  # gradients and results become means over ranks
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), optim.clip or math.inf)
             broken = nonfinite.find([c for c, _ in results], norm)  # waits for the device

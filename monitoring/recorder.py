@@ -13,7 +13,7 @@ LONGEST_CLOSE = 10.0  # seconds that leaving waits for a file system that does n
 
 
 class SystemMonitor:
-    """A thread that appends what the machine does to <folder>/system.jsonl, as a context.
+    """A thread that appends what the machine does to <folder>/<name>, as a context.
 
     A line at once, one every `seconds`, and one at the end: a JSON object of time (since 1970),
     host, pid, what step() gives, seconds, and `machine.Machine.read` of roles() and memory_limit.
@@ -21,10 +21,10 @@ class SystemMonitor:
     ValueError if seconds is not above 0.
     """
 
-    def __init__(self, folder, *, seconds, roles, step, memory_limit=None):
+    def __init__(self, folder, name="system.jsonl", *, seconds, roles, step, memory_limit=None):
         if not seconds > 0:
             raise ValueError(f"expected seconds between lines above 0, got {seconds}")
-        self.path = Path(folder) / "system.jsonl"
+        self.path = Path(folder) / name
         self.seconds, self.roles, self.step = seconds, roles, step
         self.memory_limit, self.machine = memory_limit, Machine(folder)
         self.closing = threading.Event()

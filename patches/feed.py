@@ -227,13 +227,13 @@ class Batches:
         for i, index in enumerate(self.plan.sample_indices(self.number)):
             while True:
                 if isinstance(samples[i], ReadFailure):
-                    self._exclude(*samples[i])
+                    self.exclude(*samples[i])
                 elif samples[i]["case"] not in self.dataset.excluded:
                     break
                 samples[i] = self.dataset[index]
         return samples
 
-    def _exclude(self, case, reason):
+    def exclude(self, case, reason, report=True):
         """Sample a case no more, if it is not excluded already."""
         if case in self.dataset.excluded:
             return
@@ -244,7 +244,8 @@ class Batches:
             raise TooManyExcluded(f"{text}, more than {share}")
         self.dataset.exclude(case, reason)
         self.close()  # the workers that start next know it
-        self.report("case left out", text, case=case, reason=reason)
+        if report:
+            self.report("case left out", text, case=case, reason=reason)
 
     def _any_dead(self, seconds):
         """Whether a worker is dead, or dies within some seconds: its files go before it does."""
@@ -267,7 +268,7 @@ class Batches:
         self.close()
         for case, deaths in self.deaths_of_fault.items():
             if deaths >= SEVERAL:
-                self._exclude(case, f"case {case}: {SEVERAL} workers died reading it")
+                self.exclude(case, f"case {case}: {SEVERAL} workers died reading it")
 
     def _reading(self, number):
         """(case or None, text for people, resident bytes or 0) of what a worker reads."""

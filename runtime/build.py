@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,15 @@ import data
 import model
 from monitoring import machine
 from patches import augment, cache, feed
-from runtime import composite_loss, evaluator, sliding_window, splits, validation
+from runtime import (
+    checkpoint,
+    composite_loss,
+    distributed,
+    evaluator,
+    sliding_window,
+    splits,
+    validation,
+)
 from settings import Settings
 from volumes import casefile
 
@@ -25,6 +34,7 @@ class Plan:
     """Settings with what follows from the data. *_reason: for people; spacing: z, y, x."""
 
     settings: Settings
+    group: distributed.Group  # the ranks that train together
     device: torch.device
     device_reason: str
     precision: str
@@ -49,12 +59,15 @@ class Plan:
         )
 
 
-def resolve(settings):
-    """The `Plan` of settings.
+def resolve(settings, group=None):
+    """The `Plan` of settings, for one process or a rank of a `distributed.Group`.
 
     ValueError and FileNotFoundError, one sentence per fault, for what cannot be trained.
     """
+    group = group or distributed.Group()
     device, device_reason = sliding_window.resolve_device(settings.run.device)
+    if device.type == "cuda":
+        device = group.device_of_rank(device)
     precision, precision_reason = sliding_window.resolve_precision(
         settings.training.precision, device
     )
@@ -85,11 +98,13 @@ def resolve(settings):
         cache_bytes = cache.default_budget(split.train, available.free, volume_names(terms))
     else:
         cache_bytes = int(wanted * 1e9)
+    cache_bytes //= group.local_size
     if (workers := settings.training.workers) and not feed.HAS_WORKERS:
         settings.training.workers = 0
         notes.append(f"training.workers: 0 instead of {workers}, for Windows has no such workers")
     return Plan(
         settings=settings,
+        group=group,
         device=device,
         device_reason=device_reason,
         precision=precision,
@@ -187,6 +202,8 @@ def make_batches(plan, patches, run):
         prefetch=training.prefetch_factor,
         persistent=training.persistent_workers,
         pin=plan.device.type == "cuda",
+        rank=plan.group.rank,
+        ranks=plan.group.size,
         report=run.report,
         poll=run.check,
         max_excluded=plan.settings.data.max_excluded,
@@ -238,6 +255,62 @@ def changes_of_data(before, now):
     return [f"changed: {len(changed)} {what}: {listed}"] if old and changed else []
 
 
+def load_weights(path, networks, plan):
+    """Start networks of one shape from a checkpoint's averaged weights; notes for people.
+
+    Tensors that the file lacks, or has in another shape, stay as they are. CheckpointError if the
+    file cannot be read, ValueError if no convolution fits; both leave the networks as they were.
+    """
+    saved, own = checkpoint.load(path), networks[0].state_dict()
+    weights = saved["ema"] or saved["model"]
+    fitting = {n: w for n, w in weights.items() if n in own and w.shape == own[n].shape}
+    others = [
+        f"{name} ({_size(name, weights)} there, {_size(name, own)} here)"
+        for name in {**own, **weights}
+        if name not in fitting
+    ]
+    listed = ", ".join(others[:10]) + f", and {len(others) - 10} more" * (len(others) > 10)
+    if all(weight.ndim < 2 for weight in fitting.values()):  # biases and norms alone know nothing
+        raise ValueError(
+            f"run.init_from: expected a checkpoint of a network like this one, got {path}, none of "
+            f"whose convolutions fits: {listed}; take the settings of model from its run"
+        )
+    for network in networks:
+        network.load_state_dict(own | fitting)
+    source = f"{Path(path).resolve()} at step {saved['loop']['step']}"  # runs/last.pt is a link
+    text = f"init_from: {len(fitting)} of {len(own)} tensors loaded from {source}"
+    return [text + f"; not: {listed}" * bool(others), *_other_data(path, saved, plan)]
+
+
+def _size(name, weights):
+    return " x ".join(map(str, weights[name].shape)) if name in weights else "none"
+
+
+def _other_data(path, saved, plan):
+    """Lines on what the network of a saved state saw otherwise than that of a plan will."""
+    old, clip = saved["data"], plan.settings.data.clip_percentiles
+    spacing = old.get("trained_spacing", plan.spacing)  # not in older versions, nor is typical
+    old_clip = saved["config"]["data"]["clip_percentiles"]
+    old_clip += "" if old.get("typical") else " with fill values"
+    for name, before, after in (
+        ("spacing", _spacing(spacing, old["unit"]), _spacing(plan.spacing, plan.dataset.unit)),
+        ("data.clip_percentiles", old_clip, clip),
+    ):
+        if before != after:
+            yield f"init_from: {name} is {after}, was {before} in {path}"
+    trained = {number for number in old.get("trained", {}).values() if number is not None}
+    held_out = [case for case in plan.split.validation + plan.split.test if case.labeled]
+    if known := [case.id for case in held_out if casefile.fingerprint(case) in trained]:
+        yield (
+            f"init_from: {path} was trained on {len(known)} validation or test cases of this run, "
+            f"whose scores will be too good: {', '.join(known[:5])}" + ", ..." * (len(known) > 5)
+        )
+
+
+def _spacing(spacing, unit):
+    return f"{' x '.join(f'{s:g}' for s in spacing)} {unit}".strip()
+
+
 def make_validator(plan, run):
     """The `validation.Validator` of a plan and a `run.Run`."""
     settings = plan.settings
@@ -249,6 +322,7 @@ def make_validator(plan, run):
         background=plan.device.type == "cuda" if background is None else background,
         report=run.report,
         poll=run.check,
+        group=plan.group,
         spacing=settings.data.spacing,
         clip=settings.data.percentiles,
         window=settings.window_arguments() | {"remembered": window_fits},
@@ -259,7 +333,7 @@ def make_validator(plan, run):
 
 def announce(plan, network, patches):
     """Lines for people: what was chosen, and why."""
-    settings, split = plan.settings, plan.split
+    settings, split, group = plan.settings, plan.split, plan.group
     training = settings.training
     steps = training.max_epochs * training.train_iterations_per_epoch
     return [
@@ -271,7 +345,9 @@ def announce(plan, network, patches):
         f"network    {model.parameter_count(network) / 1e6:.2f} M parameters, strides "
         f"{plan.strides[1:]} for patch {settings.sampling.patch}",
         f"training   {steps} steps in {training.max_epochs} epochs, batch "
-        f"{training.train_batch_size} x {training.accumulate}, workers: {training.workers}",
+        f"{training.train_batch_size} x {training.accumulate}"
+        + f" x {group.size} ranks" * (group.size > 1)
+        + f", workers: {training.workers}",
         f"cache      {patches.cache.announce()} ({plan.cache_reason})",
     ]
 

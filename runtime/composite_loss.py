@@ -20,7 +20,14 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from losses import FROM_CALLER, ITERATIONS, LOSSES, boundary_loss, soft_skeletons
+from losses import (
+    FROM_CALLER,
+    ITERATIONS,
+    LOSSES,
+    batch_weight,
+    boundary_loss,
+    soft_skeletons,
+)
 
 DEFAULTS = {
     "weight": None,
@@ -41,6 +48,7 @@ def composite_loss(
     spacing=(1.0, 1.0, 1.0),
     skeleton=None,
     step=0,
+    over_ranks=None,
 ):
     """The weighted sum of terms over scales: (total, components).
 
@@ -52,6 +60,9 @@ def composite_loss(
 
     scale_weights, one per output, default 1, 1/2, 1/4, ...; for each term they are divided by
     their sum over the scales on which it acts. step says which terms act: see `acting`.
+
+    over_ranks(weights) gives the mean over ranks of a tensor. With it, the mean over ranks of what
+    they get is the loss of one batch of all their samples: see `losses.batch_weight`.
 
     components holds each term's value, averaged over scales but without the term's own weight,
     `<name>_boundary` where a boundary replaced it, and "total" = sum of weight * component:
@@ -70,14 +81,20 @@ def composite_loss(
     finest = outputs[: max(depths.values(), default=1)]
     scales = [_pooled(logits, target, valid, spacing, skeleton) for logits in finest]
 
-    total, components = 0.0, {}
+    parts = {}  # of each term: (its share, scale) of the scales on which it acts
     for name, acts in acts_now.items():
         shares = scale_weights[: depths[name] if acts else 1]
+        pairs = zip(shares, scales, strict=False)  # shares end first
+        parts[name] = [(share / sum(shares), scale) for share, scale in pairs if share > 0]
+    if over_ranks is not None:
+        parts = _weighted(parts, acts_now, terms, over_ranks)
+
+    total, components = 0.0, {}
+    for name, acts in acts_now.items():
         component = 0.0
-        for share, scale in zip(shares, scales, strict=False):  # shares end first
-            if share > 0:
-                value = scale.term(name, terms[name]) if acts else scale.boundary()
-                component = component + share / sum(shares) * value
+        for share, scale in parts[name]:
+            value = scale.term(name, terms[name]) if acts else scale.boundary()
+            component = component + share * value
         total = total + terms[name]["weight"] * component
         components[name if acts else f"{name}_boundary"] = component.detach()
     components["total"] = total.detach()
@@ -129,6 +146,21 @@ def _pooled(logits, target, valid, spacing, skeleton):
         pooled = pool_target(target, valid, shape, logits.shape[1])
         tube = None if skeleton is None else pool_target(skeleton, valid, shape)[0]
     return _Scale(logits, *pooled, spacing, tube)
+
+
+def _weighted(parts, acts_now, terms, over_ranks):
+    """Parts of terms whose shares say, too, how much this batch counts beside those of others."""
+    with torch.no_grad():
+        weights = torch.stack(
+            [
+                batch_weight(name if acts_now[name] else "boundary", *scale.arguments, terms[name])
+                for name, pairs in parts.items()
+                for _, scale in pairs
+            ]
+        )
+        means = over_ranks(weights).clamp(min=torch.finfo(weights.dtype).tiny)
+        factors = iter((weights / means).unbind())
+    return {n: [(share * next(factors), s) for share, s in pairs] for n, pairs in parts.items()}
 
 
 class _Scale:

@@ -77,20 +77,22 @@ class Evaluations:
         self.validator, step = validator, self.standing.pending
         if step is None:
             return
-        candidate = self.run.saver.folder / CANDIDATE
+        candidate = self.run.folder / "checkpoints" / CANDIDATE
         if step == self.run.step:  # it may have been killed before the file had that name
-            checkpoint.give_name(resumed_from, candidate)
+            self.run.group.from_first(lambda: checkpoint.give_name(resumed_from, candidate))
             validator.start(network, step)
             return
         try:
-            saved = checkpoint.load_step(candidate, step)
+            weights = self.run.group.from_first(
+                lambda: checkpoint.load_step(candidate, step)["ema"]
+            )
         except checkpoint.CheckpointError as error:
             self.standing.pending = None
             text = f"the evaluation of step {step} is lost: {error}"
-            self.run.report("evaluation lost", text)
+            self.run.report_of_all("evaluation lost", text)
             return
         network = copy.deepcopy(network)
-        network.load_state_dict(saved["ema"])
+        network.load_state_dict(weights)
         validator.start(network, step)
 
     def due(self, done):
@@ -169,7 +171,7 @@ class Evaluations:
 
     def out_of_patience(self):
         """Whether as many evaluations as validation.patience allows brought nothing better."""
-        worse = self.standing.without_better
+        worse = self.run.group.from_first(lambda: self.standing.without_better)
         if not 0 < self.settings.patience <= worse:
             return False
         self.run.show.print(f"no better {self.settings.score} in {worse} evaluations")

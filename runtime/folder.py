@@ -64,10 +64,14 @@ def open_run(folder, name, *, resume):
     """Where a run writes, and what it resumes from: (run folder, file, state, notes).
 
     resume: use the newest run of this name that has saved state; file and state are None if there
-    is none, or without resume. notes: lines for people. Makes nothing. CheckpointError if there is
-    state and none of it can be read.
+    is none, or without resume. Where torchrun has started its processes again, they go on with
+    their run in any case. notes: lines for people. Makes nothing. CheckpointError if there is state
+    and none of it can be read.
     """
     newest = newest_run_folder(folder, name)
+    if newest and not resume and restarted():
+        lock = newest / "lock"
+        resume = lock.exists() and lock.read_text(encoding="utf-8").endswith(_launcher())
     if not resume or newest is None:
         notes = ["resume: there is no saved state, this is a new run"] if resume else []
         return new_run_folder(folder, name), None, None, notes
@@ -97,12 +101,12 @@ def claim(folder, resumed_from):
                 lock.seek(0)
                 raise ValueError(
                     f"run.name: expected a run that no process works on, got {path}, which "
-                    f"{lock.read().strip() or 'another process'} does; wait for it or stop it"
+                    f"{lock.readline().strip() or 'another process'} does; wait for it or stop it"
                 )
             if resumed_from is None and _has_state(path):
                 continue
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{_launcher()}")
             lock.flush()
             for place in (path, path / "checkpoints"):
                 atomic.remove_partial(place)
@@ -111,6 +115,21 @@ def claim(folder, resumed_from):
                 os.replace(last, last.with_name("last.pt.broken"))
             yield path
             return
+
+
+def restarted():
+    """Whether torchrun has started its processes again (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def launched_at():
+    """When the process began that started this one, seconds since 1970."""
+    return psutil.Process(os.getppid()).create_time()
+
+
+def _launcher():
+    """What started this process: of torchrun the same, if it starts its processes again."""
+    return f"started by process {os.getppid()} of {launched_at()}"
 
 
 def try_lock(file):

@@ -9,6 +9,7 @@ seeds: [0, 1]                        # left out: the config's
 
 import itertools
 import json
+import math
 import os
 import re
 import time
@@ -21,7 +22,7 @@ from pydantic import Field
 from monitoring.records import append_line, read_lines
 from runtime import build, config
 from runtime.folder import newest_run_folder, try_lock
-from settings import Group, Settings, Whole
+from settings import Group, Settings, Validation, Whole
 from volumes.volume import collect_errors
 
 FROM_THE_SWEEP = {  # keys that no change may set, and where they come from
@@ -32,7 +33,8 @@ FROM_THE_SWEEP = {  # keys that no change may set, and where they come from
     "run.folder": "settings",
 }
 NAME = re.compile(r"\w[\w.+-]*")
-MAY_DIFFER = ("run", "monitor")  # groups that a run may be gone on with otherwise than it began
+KEYS = {"run", "status", "reason", "scores", "seconds", "peak_memory", "peak_gpu_memory"}
+LONGEST_VALUE = 30  # in a name, in characters
 
 
 class Sweep(Group):
@@ -57,6 +59,7 @@ class Job:
     config: str  # path
     changes: dict  # {group.key: value}
     settings: Settings
+    judge: Validation  # the settings that all runs are scored by: those of the first variant
 
     @property
     def name(self):
@@ -68,11 +71,24 @@ class Job:
         """Where it has saved state, or None."""
         return newest_run_folder(self.settings.run.folder, self.name)
 
+    @property
+    def score_names(self):
+        """What it is scored by, the main score first."""
+        return list(dict.fromkeys([self.judge.score, *self.judge.scores]))
+
     def cases(self):
-        """What evaluate.py says of each case, None if it has not scored them."""
-        path = self.folder and self.folder / "scores.json"
-        there = path is not None and path.exists()
-        return json.loads(path.read_text(encoding="utf-8"))["cases"] if there else None
+        """What evaluate.py says of each case; None if the file is gone, damaged, or lacks one of
+        these scores at this tolerance. The run is then scored again."""
+        if self.folder is None:
+            return None
+        try:
+            text = (self.folder / "scores.json").read_text(encoding="utf-8")
+            rows = json.loads(text)["cases"]
+            finite = all(math.isfinite(row[name]) for row in rows for name in self.score_names)
+            tolerances = {row["tolerance"] for row in rows if row["case"]}
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return rows if finite and tolerances == {self.judge.tolerance} else None
 
 
 # ---------------------------------------------------------------------------- what is asked for
@@ -89,7 +105,8 @@ def expand(path):
         with config.faults_of(sweep.config):
             base = config.build(content)
         variants, folds = _variants(sweep), range(sweep.folds) if sweep.folds else [None]
-        folder = Path(str(sweep.settings.get("run.folder", base.run.folder)), path.stem)
+        given = {"folder": sweep.settings.get("run.folder", base.run.folder)}
+        folder = Path(config.build({"run": given}).run.folder, path.stem)
         jobs, faults = [], {variant: [] for variant in variants}
         places = itertools.product(variants, folds, sweep.seeds or [base.run.seed])
         for index, (variant, fold, seed) in enumerate(places):
@@ -97,16 +114,24 @@ def expand(path):
             changes = {**sweep.settings, **(variants[variant] or {}), "run.folder": str(folder)}
             changes |= {"run.name": name, "run.seed": seed}
             changes |= {} if fold is None else {"data.folds": sweep.folds, "data.fold": fold}
+            changes = json.loads(_text(changes))
             with collect_errors(faults[variant]):
                 settings = config.build(config.apply_overrides(content, overrides(changes)))
-                jobs.append(Job(index, variant, fold, seed, sweep.config, changes, settings))
+                judge = jobs[0].judge if jobs else settings.validation
+                job = Job(index, variant, fold, seed, sweep.config, changes, settings, judge)
+                jobs.append(job)
         _raise_any(faults)
     return folder, jobs
 
 
 def overrides(changes):
     """Changes as the command line has them."""
-    return [f"{key}={json.dumps(value, default=str)}" for key, value in changes.items()]
+    return [f"{key}={_text(value)}" for key, value in changes.items()]
+
+
+def _text(value):
+    """JSON of what YAML has given, where a date is a text."""
+    return json.dumps(value, default=str)
 
 
 def _variants(sweep):
@@ -115,7 +140,7 @@ def _variants(sweep):
         dict(zip(sweep.grid, values, strict=True))
         for values in itertools.product(*sweep.grid.values())
     ]
-    gridded = {_name(row): row for row in rows} if sweep.grid else {}
+    gridded = dict(zip(_names(rows), rows, strict=True)) if rows and sweep.grid else {}
     variants = sweep.variants or gridded or {Path(sweep.config).stem: {}}
     places = {f"variants.{name}": changes or {} for name, changes in sweep.variants.items()}
     places |= {"grid": sweep.grid, "settings": sweep.settings}
@@ -132,7 +157,7 @@ def _variants(sweep):
     ]
     if sweep.variants and sweep.grid:
         faults.append("grid: expected either this or variants, got both")
-    if sweep.grid and len(gridded) < max(1, len(rows)):
+    if any(not values or max(map(values.count, values)) > 1 for values in sweep.grid.values()):
         faults.append("grid: expected one value or more of each key, each once")
     if len(set(sweep.seeds)) < len(sweep.seeds):
         faults.append(f"seeds: expected each once, got {list(sweep.seeds)}")
@@ -143,11 +168,18 @@ def _variants(sweep):
     return variants
 
 
-def _name(changes):
-    """A name for some changes that a folder can have: lr-0.001_cldice.weight-0.2."""
-    texts = {key.split(".", 1)[-1]: json.dumps(v).strip('"') for key, v in changes.items()}
-    parts = (re.sub(r"[^\w.+-]+", "-", f"{key}-{text}") for key, text in texts.items())
-    return "_".join(part.strip("-") for part in parts)
+def _names(rows):
+    """A name that a folder can have for each of some changes: lr-0.001_cldice.weight-0.2."""
+    tails, names = [key.split(".", 1)[-1] for key in rows[0]], []
+    keys = [t if tails.count(t) == 1 else key for key, t in zip(rows[0], tails, strict=True)]
+    for row in rows:
+        values = (_text(value).strip('"')[:LONGEST_VALUE] for value in row.values())
+        texts = (f"{key}-{value}" for key, value in zip(keys, values, strict=True))
+        name = "_".join(re.sub(r"[^\w.+-]+", "-", text).strip("-") for text in texts)
+        while name in names:  # of values that differ in nothing that a name shows
+            name += "+"
+        names.append(name)
+    return names
 
 
 def _raise_any(faults):
@@ -205,8 +237,13 @@ def _changed(job, cases):
     """Faults of a run that has state, but began with other settings or held-out cases."""
     if job.folder is None:
         return []
-    before = config.load(job.folder / "config.yaml").plain()
-    after = job.settings.plain() | {group: before[group] for group in MAY_DIFFER}
+    try:
+        before = config.load(job.folder / "config.yaml").plain()
+    except config.ConfigError as error:
+        return [f"{error}; delete {job.folder} to do the run again"]
+    after = job.settings.plain()
+    after["monitor"] = before["monitor"]  # these groups may differ, but for where it began
+    after["run"] = before["run"] | {"init_from": after["run"]["init_from"]}
     faults = [
         f"{job.folder}: expected the settings that it began with, got others ({line})"
         for line in config.changes(before, after)
@@ -233,11 +270,10 @@ class Ledger:
 
     def entries(self):
         """{name of a run: its last line}; {} without a file."""
-        lines = read_lines(self.path)
-        return {line["run"]: line for line in lines if "run" in line and "status" in line}
+        return {line["run"]: line for line in read_lines(self.path) if line.keys() >= KEYS}
 
     def done(self, jobs):
-        """Those of some jobs that are done, and whose folder nobody has removed."""
+        """Those of some jobs that are done, and whose scores are still there."""
         entries = self.entries()
         done = [job for job in jobs if entries.get(job.name, {}).get("status") == "done"]
         return [job for job in done if job.cases()]

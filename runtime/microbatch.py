@@ -60,6 +60,12 @@ class MicroBatch:
         if self.checkpointing:
             self.network.checkpointing = True
 
+    def take_smaller(self, state):
+        """Take no more memory than another one with this state."""
+        sizes = [size for size in (self.size, state["size"]) if size is not None]
+        checkpointing = self.checkpointing or state["checkpointing"]
+        self.load_state_dict({"size": min(sizes, default=None), "checkpointing": checkpointing})
+
     # ------------------------------------------------------------------------ the two passes
 
     def forward(self, image):

@@ -39,11 +39,12 @@ def find(batches, norm):
 
 
 @torch.no_grad()
-def explain(names, samples, network, augment, *, fp16_scale=None):
+def explain(names, samples, network, augment, *, fp16_scale=None, gather=lambda value: [value]):
     """The `Fault` of a step in which these were not finite.
 
     samples: of the whole step; augment(samples) -> (image, ...) as the step had it; network: sees
-    them in fp32; fp16_scale: of the loss, None where the network does not run in fp16.
+    them in fp32; fp16_scale: of the loss, None where the network does not run in fp16; gather:
+    makes a list of the values of all ranks, which have samples of their own.
     """
     weights = [n for n, p in network.named_parameters() if not bool(p.isfinite().all())]
     devices = {p.device for p in network.parameters() if p.is_cuda}
@@ -52,7 +53,9 @@ def explain(names, samples, network, augment, *, fp16_scale=None):
         for sample in samples if not weights else []:
             if cause := _wrong(sample, network, augment):
                 causes[sample["case"]] = cause
-    cases = list(causes) or list(dict.fromkeys(sample["case"] for sample in samples))
+    found = gather((causes, [sample["case"] for sample in samples]))
+    causes = {case: cause for one, _ in found for case, cause in one.items()}
+    cases = list(causes) or list(dict.fromkeys(case for _, some in found for case in some))
     what = f"{', '.join(names)} not finite"
     if weights:
         return Fault(f"{what}: the weights are not ({weights[0]}); lower optim.lr", True, cases)

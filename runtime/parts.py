@@ -29,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from runtime import distributed
 from runtime.folder import try_lock
 from runtime.signals import CannotGoOn
 from volumes import atomic
@@ -40,23 +41,33 @@ POLL_SECONDS = 0.2
 
 
 class Part(NamedTuple):
-    """One of `count` processes; index from 0. is_rank: it is a rank of torchrun."""
+    """One of `count` processes, index from 0. local: the rank of torchrun that it is on this
+    machine, and of how many; None for a part that was started otherwise."""
 
     index: int
     count: int
-    is_rank: bool = False
+    local: tuple[int, int] | None = None
 
     def __str__(self):
         return f"part {self.index + 1}/{self.count}"
 
+    def device(self, device):
+        """The device of this part: of several ranks on one machine each has a GPU of its own."""
+        if self.local is None or device.type != "cuda":
+            return device
+        group = distributed.Group()
+        group.local_rank, group.local_size = self.local
+        return group.device_of_rank(device)
+
 
 def find_part(text):
-    """The `Part` of "I/N", or of a rank of torchrun where text is None; None: there are no parts.
+    """The `Part` of "I/N", or of a rank of torchrun where text is None; None: no parts.
 
     ValueError if there is no such part.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        part = Part(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), is_rank=True)
+    if "RANK" in os.environ and (ranks := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        local = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        part = Part(int(os.environ["RANK"]), ranks, local)
         if text:
             raise ValueError(f"--part: expected none under torchrun, which makes this {part}")
         return part
@@ -95,7 +106,7 @@ def runs(numbers):
 def until_all_ranks_end(part):
     """In this context a rank of torchrun does not end before the others: as soon as one ends with
     a failure, torchrun ends those that still work."""
-    if not (part and part.is_rank):
+    if part is None or part.local is None:
         yield
         return
     store, _, count = next(torch.distributed.rendezvous("env://"))

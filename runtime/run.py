@@ -10,7 +10,7 @@ On the way out, however that comes, the state of the last whole step is saved: s
 
 import contextlib
 import math
-import os
+import socket
 import sys
 import time
 import traceback
@@ -21,14 +21,24 @@ from rich.console import Console
 
 import data
 from monitoring import machine, recorder
-from runtime import build, checkpoint, config, evaluator, folder, microbatch, nonfinite, timer
+from runtime import (
+    build,
+    checkpoint,
+    config,
+    distributed,
+    evaluator,
+    folder,
+    microbatch,
+    nonfinite,
+    timer,
+)
 from runtime.evaluations import Evaluations
-from runtime.log import Means, ProgressLine, RunLog
+from runtime.log import Means, ProgressLine, RunLog, read_log
 from runtime.memory_guard import MemoryGuard
 from runtime.signals import CannotGoOn, Stop, Stopped
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
-console = Console(highlight=False, soft_wrap=True)
+ENDS = (Stopped, CannotGoOn, data.TooManyExcluded)  # errors with which a run ends in good order
 
 
 class WrongInput(ValueError):
@@ -38,12 +48,22 @@ class WrongInput(ValueError):
 
 
 @contextlib.contextmanager
-def checked():
-    """In this context a ValueError or a missing file is the input's fault: `WrongInput`."""
+def checked(group):
+    """In this context a ValueError or a missing file is the input's fault: `WrongInput`.
+
+    It is raised on all ranks of a `distributed.Group`, if any of them finds a fault.
+    """
+    fault = None
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        raise WrongInput(str(error)) from error
+        fault = str(error)
+    faults = group.gather(fault)
+    if len(set(faults)) > 1:
+        named = enumerate(faults)
+        faults = [f"rank {r} on {group.people[r][0]}: {text}" for r, text in named if text]
+    if faults[0] is not None:
+        raise WrongInput("\n".join(dict.fromkeys(faults)))
 
 
 class Run:
@@ -57,6 +77,8 @@ class Run:
 
     def __init__(self, plan, patches, state, micro_batch, *, stop_step, resume):
         self.plan, self.settings, self.patches, self.state = plan, plan.settings, patches, state
+        self.group, self.micro_batch = plan.group, micro_batch
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not self.group.first)
         self.stop_step, self.resumed_from, self.status = stop_step, None, DONE
         self.iterations = self.settings.training.train_iterations_per_epoch
         self.step, self.seconds, self.lines = 0, 0.0, None  # seconds of steps, lines of the log
@@ -72,21 +94,41 @@ class Run:
         self.stop, self.versions = Stop(self.settings.training.max_hours), folder.versions()
         self.timed, self.saved_at, self.limit = 0, time.monotonic(), None
         if self.settings.run.memory_gb:
-            self.limit = int(self.settings.run.memory_gb * machine.GB)
+            self.limit = int(self.settings.run.memory_gb * machine.GB) // self.group.local_size
+        self.log = self.saver = None  # of rank 0, which alone writes
+        # What the other ranks are told next, why all of them stop, and what all of them know.
+        self.news, self.agreed_stop, self.shared = {}, None, {}
         self.metadata, self.notes = build.metadata(plan), list(plan.notes)
         if patches.missing:
             self.notes.append(f"sampling: no training case has a voxel of class {patches.missing}")
-        with checked():
+        with checked(self.group):
+            if len({str(measured) for measured in self.group.gather(self.metadata)}) > 1:
+                raise ValueError(
+                    f"data.root: expected the same case files on all machines, got others in "
+                    f"{self.settings.data.root}"
+                )
             self._open(resume)
+        self.shared = self._state_of_step()
 
     def _open(self, resume):
         wanted = self.settings.run
-        self.folder, self.resumed_from, saved, notes = folder.open_run(
-            wanted.folder, wanted.name, resume=resume
+        self.folder, self.resumed_from, saved, notes = self.group.from_first(
+            lambda: folder.open_run(wanted.folder, wanted.name, resume=resume)
         )
         self.notes += notes
         if saved is None:
+            if wanted.init_from is not None:
+                networks = self.state["model"], self.state["ema"]
+                self.notes += build.load_weights(wanted.init_from, networks, self.plan)
             return
+        self.group.from_first(self._check_not_stopped)
+        before, now = saved["loop"].get("ranks", 1), self.group.size  # none in older states
+        if before != now:
+            self.notes.append(
+                f"resume: ranks: {now} instead of {before}; a step is now over "
+                f"{self.settings.training.train_batch_size} x "
+                f"{self.settings.training.accumulate} x {now} patches, and samples others"
+            )
         self.notes += config.changes(saved["config"], self.settings.plain())
         self.notes += build.changes_of_data(saved["data"], self.metadata)
         try:
@@ -106,38 +148,50 @@ class Run:
         self.notes += self.evaluations.compare(saved)
         checkpoint.set_rng_state(saved["rng"])
 
+    def _check_not_stopped(self):
+        """Raises `WrongInput` if torchrun starts a run again that has been asked to stop."""
+        last = folder.restarted() and read_log(self.folder / "log.jsonl")[-1:]
+        if last and last[0].get("status") == STOPPED and last[0]["time"] > folder.launched_at():
+            wrong = WrongInput(
+                f"{self.folder} was stopped ({last[0]['reason']}); that torchrun starts it again "
+                "does not change it: go on with --resume"
+            )
+            wrong.status = STOPPED
+            raise wrong
+
     # ------------------------------------------------------------------------ beginning and end
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.stop)
-            self._claim_folder(stack)
+            self.folder = self.group.from_first(lambda: self._claim_folder(stack))
             seed, commit = self.settings.run.seed, self.versions["lamina"]
-            console.print(f"run        {self.folder}, seed {seed}, lamina {commit}")
+            self.console.print(f"run        {self.folder}, seed {seed}, lamina {commit}")
             for line in build.announce(self.plan, self.state["model"], self.patches) + self.notes:
-                console.print(line)
-            self.show = stack.enter_context(ProgressLine(console, self.stop_step, self.step))
+                self.console.print(line)
+            self.show = stack.enter_context(ProgressLine(self.console, self.stop_step, self.step))
             self.guard = MemoryGuard(self.patches.cache, limit=self.limit, report=self.report)
-            self.saver = self._make_saver()
-            stack.callback(self.saver.close)
             self.stack = stack.pop_all()
         return self
 
     def _claim_folder(self, stack):
+        """Make the folder this run's, with log and saver; where it is."""
         try:
-            with checked():
-                self.folder = stack.enter_context(folder.claim(self.folder, self.resumed_from))
-                self.stop.look_for(self.folder / "stop")
-                folder.record(self.folder, yaml.safe_dump(self.settings.plain(), sort_keys=False))
-                tensorboard = self.settings.monitor.tensorboard
-                self.log = RunLog(
-                    self.folder, tensorboard=tensorboard, keep=self.lines, step=self.step
-                )
+            self.folder = stack.enter_context(folder.claim(self.folder, self.resumed_from))
+            self.stop.look_for(self.folder / "stop")
+            folder.record(self.folder, yaml.safe_dump(self.settings.plain(), sort_keys=False))
+            tensorboard = self.settings.monitor.tensorboard
+            self.log = RunLog(self.folder, tensorboard=tensorboard, keep=self.lines, step=self.step)
+        except (ValueError, FileNotFoundError) as error:
+            raise WrongInput(str(error)) from error
         except OSError as error:
             wrong = WrongInput(f"run.folder: expected a folder to write to, got {error}")
             wrong.status = FAILED if checkpoint.no_room(error) else WRONG_INPUT
             raise wrong from error
         stack.callback(self.log.close)
+        self.saver = self._make_saver()
+        stack.callback(self.saver.close)
+        return self.folder
 
     def _make_saver(self):
         constant = {
@@ -162,18 +216,22 @@ class Run:
         self.batches = batches
         self.stack.callback(batches.close)
         self.stack.callback(validator.close)
-        monitor = recorder.SystemMonitor(
-            self.folder,
-            seconds=self.settings.monitor.seconds,
-            roles=lambda: {os.getpid(): "training"} | batches.roles() | validator.roles(),
-            step=lambda: self.step,
-            memory_limit=self.limit,
-        )
-        self.stack.enter_context(monitor)
-        self.stack.enter_context(folder.fault_file(self.folder))
+        if self.group.first_here:
+            monitor = recorder.SystemMonitor(
+                self.folder,
+                "system.jsonl" if self.group.first else f"system.{socket.gethostname()}.jsonl",
+                seconds=self.settings.monitor.seconds,
+                roles=lambda: self.group.roles() | batches.roles() | validator.roles(),
+                step=lambda: self.step,
+                memory_limit=self.limit and self.limit * self.group.local_size,
+            )
+            self.stack.enter_context(monitor)
+        if self.group.first:
+            self.stack.enter_context(folder.fault_file(self.folder))
         self.record(
             "start",
             **folder.process_info(),
+            ranks=self.group.size,
             steps=self.stop_step,
             iterations=self.iterations,
             log_every=self.settings.monitor.log_every,
@@ -187,42 +245,88 @@ class Run:
         self.evaluations.begin(validator, self.state["ema"], self.resumed_from)
 
     def __exit__(self, kind, error, trace):
-        with self.stack:
-            if error is None:
-                try:
-                    self.evaluations.finish(wait=True)
-                    self._record_saved(wait=True)
-                    self.record("end")
-                    self._say_goodbye()
-                    return False
-                except BaseException as late:
-                    error = late
-            self.status = self.leave(error)  # raises what nobody expected
+        try:
+            with self.stack:
+                if error is None:
+                    try:
+                        self.evaluations.finish(wait=True)
+                        self._record_saved(wait=True)
+                        self.record("end")
+                        self._say_goodbye()
+                        return False
+                    except BaseException as late:
+                        error = late
+                self.status = self.leave(error)  # raises what nobody expected
+        finally:
+            self.group.finish()
         return True
 
     def _say_goodbye(self):
-        console.print(f"done: step {self.step} in {self.seconds:.0f} s of training")
+        self.console.print(f"done: step {self.step} in {self.seconds:.0f} s of training")
         best, score = self.evaluations.standing, self.settings.validation.score
         if best.best_score is not None:
-            console.print(
+            self.console.print(
                 f"best: {score} {best.best_score:.4f} at step {best.best_step}, in best.pt"
             )
         for line in [*data.describe_excluded(self.patches), *self.skipped.describe()]:
-            console.print(line)
+            self.console.print(line)
         last, where = Path(self.settings.run.folder) / "last.pt", self.folder / "checkpoints"
-        console.print(f"state in {where}; next: python infer.py --ckpt {last}")
+        self.console.print(f"state in {where}; next: python infer.py --ckpt {last}")
 
     # ------------------------------------------------------------------------ between two steps
 
     def why_stop(self):
-        """Why the run must stop now, or None; gives memory back where that is short."""
+        """Why the run must stop now, or None; gives memory back where that is short.
+
+        Several ranks stop together: for what all have heard of when they met last.
+        """
+        reason = self._reason()
+        if self.group.size == 1:
+            return reason
+        if reason:
+            self.news["stop"] = reason
+        return self.agreed_stop
+
+    def _reason(self):
         self._record_saved()
         return self.stop.reason() or self.guard.look(self.batches)
 
     def check(self):
         """Raises `Stopped` if there is a reason; for what takes longer than a step."""
-        if reason := self.why_stop():
+        self.group.word()  # of another rank that has left
+        if reason := self._reason():
             raise Stopped(reason)
+
+    def meet(self, results):
+        """Meet the other ranks: what one knows all know, and gradients become means over ranks.
+
+        Returns the results of a step, as means over ranks.
+        """
+        if self._state_of_step() != self.shared:
+            self.news["state"] = self._state_of_step()
+        everyone = self.group.meet(self.news)
+        self.news = {}
+        for rank, news in enumerate(everyone):
+            if "stop" in news:
+                self.agreed_stop = f"rank {rank}: {news['stop']}" if rank else news["stop"]
+            for kind, text, figures in news.get("reports", ()) if self.group.first else ():
+                self.report(kind, f"rank {rank}: {text}", **figures)
+            if "state" in news:
+                self._take_state(**news["state"])
+        self.shared = self._state_of_step()
+        return self.group.average(self.state["model"], results)
+
+    def _state_of_step(self):
+        """What all ranks have alike, though one of them finds it out first."""
+        return {
+            "excluded": dict(self.patches.excluded),
+            "micro_batch": self.micro_batch.state_dict(),
+        }
+
+    def _take_state(self, excluded, micro_batch):
+        for case, reason in excluded.items():
+            self.batches.exclude(case, reason, report=False)
+        self.micro_batch.take_smaller(micro_batch)
 
     def skip(self, names, samples, scaler):
         """A step had no update, for these were not finite: find out why, and count it."""
@@ -232,8 +336,9 @@ class Run:
             self.state["model"],
             lambda samples: build.augment_batch(self.plan, samples),
             fp16_scale=scaler.get_scale() if scaler.is_enabled() else None,
+            gather=self.group.gather,
         )
-        self.skipped.add(fault, self.report)
+        self.skipped.add(fault, self.report_of_all)
 
     def count(self, results):
         """Add the batches of a step: a list of (loss components, shares of patches)."""
@@ -244,6 +349,8 @@ class Run:
     def log_step(self, lr, step_timer):
         """A line of the log and of the terminal where one is due; one of the epoch at its end."""
         step, self.timed = self.step, self.timed + 1
+        if not self.group.first:
+            return
         if all(
             step % n for n in (self.settings.monitor.log_every, self.iterations, self.stop_step)
         ):
@@ -281,17 +388,26 @@ class Run:
 
     def record(self, event, **fields):
         """A line of the log, at the step and epoch that is now."""
-        self.log.write(event, step=self.step, epoch=self.step // self.iterations, **fields)
+        if self.group.first:
+            self.log.write(event, step=self.step, epoch=self.step // self.iterations, **fields)
+
+    def report_of_all(self, kind, text, **figures):
+        """`report` of what every rank has seen."""
+        if self.group.first:
+            self.report(kind, text, **figures)
 
     def report(self, kind, text, **figures):
         """Something went wrong, and the run goes on."""
+        if not self.group.first:
+            self.news.setdefault("reports", []).append((kind, text, figures))
+            return
         self.show.print(f"step {self.step}: {text}")
         self.record("trouble", kind=kind, text=text, **figures)
 
     @property
     def saved(self):
-        """Whether the state of this step is saved, or on its way to the disk."""
-        return self.saver.step == self.step
+        """Whether the state of this step is saved, or on its way to the disk, by rank 0."""
+        return not self.group.first or self.saver.step == self.step
 
     def save_due(self):
         """Whether so much time has passed since the last save that the next one is due."""
@@ -300,14 +416,17 @@ class Run:
 
     def save(self, also=None):
         """Copy the state as it is, and have it written as last.pt while training goes on."""
+        if not self.group.first:
+            return
         loop = {"step": self.step, "seconds": self.seconds, "lines": self.log.lines}
+        loop |= {"ranks": self.group.size}
         loop |= {name: part.state_dict() for name, part in self.parts.items()}
         self.saver.save(loop, also)
         self.saved_at = time.monotonic()
 
     def _record_saved(self, *, wait=False):
         """Record what was written; wait for all of it. OSError if the disk did not take it."""
-        for saved in self.saver.written(wait=wait):
+        for saved in self.saver.written(wait=wait) if self.group.first else ():
             if isinstance(saved, checkpoint.CheckpointError):
                 self.evaluations.best_is_lost(saved)
                 continue
@@ -320,8 +439,19 @@ class Run:
         """The exit status of a run that this error ended; the state of its last step is saved.
 
         `Stopped` is 75, what a run cannot get over is 1; of anything else the traceback is recorded
-        and it is raised again.
+        and it is raised again. The other ranks are told, and leave too; rank 0 saves.
         """
+        own = not isinstance(error, distributed.Left)
+        if not own:
+            error = (Stopped if error.status == STOPPED else CannotGoOn)(str(error))
+        status = STOPPED if isinstance(error, Stopped) else FAILED
+        rank = f"rank {self.group.rank}: " * (own and not self.group.first)
+        name = f"{type(error).__name__}: " * (not isinstance(error, ENDS))
+        self.group.leave(f"{rank}{name}{error}", status)
+        if not self.group.first:
+            if own and name:
+                raise error
+            return status
         if isinstance(error, OSError) and checkpoint.no_room(error):
             return self._leave_full_disk(error)
         if isinstance(error, MemoryError) or microbatch.out_of_memory(error):
@@ -331,10 +461,9 @@ class Run:
                 f"memory ran out where no step can be made smaller ({reason}); lower model.base or "
                 "data.cache_gb, or end what else runs there"
             )
-        if not isinstance(error, Stopped | CannotGoOn | data.TooManyExcluded):
+        if not isinstance(error, ENDS):
             self._record_crash(error)
             raise error
-        status = STOPPED if isinstance(error, Stopped) else FAILED
         try:
             if not self.saved:
                 self.save()

@@ -17,7 +17,6 @@ CPU: see `WindowFit`.
 
 import functools
 import math
-import os
 from dataclasses import dataclass
 from itertools import combinations, product
 
@@ -42,29 +41,29 @@ SENT_AS_STORED = [np.dtype(t) for t in ("u1", "i1", "i2", "i4", "f2", "f4")]
 
 def resolve_device(name):
     """(torch.device, reason) for auto, cpu, cuda or cuda:N; ValueError if it is not there."""
-    reason = "as set"
     if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu"), "no GPU is visible to torch"
-        if "LOCAL_RANK" not in os.environ:
+        if torch.cuda.is_available():
             return torch.device("cuda"), f"the first of {torch.cuda.device_count()} GPUs"
-        name, reason = f"cuda:{os.environ['LOCAL_RANK']}", "that of this rank of torchrun"
+        return torch.device("cpu"), "no GPU is visible to torch"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # so that its generator is the one that is saved
     except (RuntimeError, AssertionError) as error:
-        cause = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0]
         raise ValueError(
-            f"run.device: expected auto, cpu or cuda:N, got {name} ({cause})"
+            f"run.device: expected auto, cpu or cuda:N, got {name} ({reason})"
         ) from error
-    return device, reason
+    return device, "as set"
 
 
 def resolve_precision(name, device):
-    """(fp32, bf16 or fp16, reason) for auto or one of these on a device; a CPU always gets fp32."""
-    if device.type == "cpu":
+    """(fp32, bf16 or fp16, reason) for auto or one of these on a device.
+
+    A CPU gets fp32, or bf16 where that is asked for.
+    """
+    if device.type == "cpu" and name != "bf16":
         return "fp32", "a CPU: bf16 autocast diverged there within 40 steps where fp32 trained well"
     if name == "auto":
         able = torch.cuda.is_bf16_supported(including_emulation=False)

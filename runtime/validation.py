@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import data
-from runtime import evaluator, sliding_window
+from runtime import distributed, evaluator, sliding_window
 from scoring import parallel
 from volumes import casefile
 from volumes.processes import STOP_SIGNALS
@@ -35,29 +35,30 @@ class Evaluation(NamedTuple):
 class Validator:
     """Validates on a list of labeled `casefile.Case`, one evaluation at a time.
 
-    background: whether a process of its own evaluates; how: arguments of `predict`. report(kind,
-    text, **figures) records trouble; poll() is called after each batch of windows and once a second
+    background: whether a process of its own evaluates, as it always does with several ranks: these
+    share out the cases, and rank 0 evaluates all. how: arguments of `predict`. report(kind, text,
+    **figures) records trouble; poll() is called after each batch of windows and once a second
     of waiting, and may raise. Close it, or the process stays.
     """
 
-    def __init__(self, cases, spec, *, background, report, poll, **how):
+    def __init__(self, cases, spec, *, background, report, poll, group=None, **how):
         self.cases, self.spec, self.how = cases, spec, how
-        self.report, self.poll = report, poll
-        self.background = background and bool(cases)
+        self.report, self.poll, self.group = report, poll, group or distributed.Group()
+        self.background = (background or self.group.size > 1) and bool(cases)
         self.process = self.pool = self.future = self.pending = None
         self.stack = contextlib.ExitStack()
 
     def start(self, network, step):
         """Predict all cases with a network, and have the predictions evaluated."""
-        if self.background and self.pool is None:
+        if self.background and self.pool is None and self.group.first:
             # A process group that is asked to stop: this process answers, and ends the evaluator.
             worker = parallel.worker_process(STOP_SIGNALS)
             self.pool, self.process = self.stack.enter_context(worker)
         how = self.how | {"report": self.report, "progress": lambda done, total: self.poll()}
         training = network.training
         network.eval()
-        predictions, unread, slices = [], [], None
-        for case in self.cases:
+        predictions, unread, slices = {}, [], None
+        for case in self.group.mine(self.cases):
             how["with_slices"] = slices is None
             read = functools.partial(predict, network, case, self.spec, **how)
             try:
@@ -67,40 +68,70 @@ class Validator:
                 text = f"{' '.join(str(error).split())}; this evaluation goes without it"
                 self.report("case left out", text, case=case.id)
                 continue
-            predictions.append(prediction)
+            predictions[case.id] = prediction
             slices = slices or case_slices
         network.train(training)
+        unread = [case for some in self.group.gather(unread) for case in some]
+        predictions = self._brought_together(predictions, unread)
+        if not self.group.first:
+            return
         self.pending = Evaluation(step, None, unread, slices)
         if self.background:
             self.future = self.pool.submit(_evaluate_in_worker, self.spec, predictions)
         else:
             self._complete(evaluator.evaluate(self.spec, predictions))
 
+    def _brought_together(self, predictions, unread):
+        """The predictions of all ranks on rank 0, in the order of the cases."""
+        found = []
+        for number, case in enumerate(self.cases):
+            owner, prediction = number % self.group.size, predictions.get(case.id)
+            if case.id in unread:
+                continue
+            if self.group.first and owner:
+                probs = np.empty(case.shape, np.float32) if self.spec.validation_terms else None
+                prediction = evaluator.Prediction(case, np.empty(case.shape, np.uint8), probs)
+            for array in (prediction.counts, prediction.probs) if prediction and owner else ():
+                if array is not None:
+                    self.group.move(array, owner)
+            found.append(prediction)
+        return found
+
     def result(self, *, wait=False):
-        """The `Evaluation` that was started, once; None while it runs, or if none was started."""
-        while self.future is not None:
-            done, _ = futures.wait([self.future], timeout=POLL_SECONDS if wait else 0)
-            if done:
-                self._receive(self.future)
-                self.future = None
-            elif wait:
-                self.poll()
-            else:
-                return None
+        """The `Evaluation` that was started, once; None while it runs, or if none was started.
+
+        wait: until it is done; all ranks wait together.
+        """
+        while wait and not self.group.from_first(lambda: self._is_done(POLL_SECONDS)):
+            self.poll()
+        if not self._is_done(0):
+            return None
+        if self.future is not None:
+            self._receive(self.future)
+            self.future = None
         evaluation, self.pending = self.pending, None
         return evaluation
+
+    def _is_done(self, seconds):
+        """Whether no evaluation runs, after so many seconds at most."""
+        return self.future is None or bool(futures.wait([self.future], timeout=seconds).done)
 
     def _receive(self, future):
         try:
             self._complete(future.result())
         except (BrokenProcessPool, MemoryError) as error:
             cause, pid = parallel.cause_of_death(error, self.process), self.process.pid
+            instead = (
+                "another process evaluates"
+                if self.group.size > 1
+                else "training evaluates by itself"
+            )
             text = (
                 f"the evaluator process (pid {pid}) {cause}: the evaluation of step "
-                f"{self.pending.step} has no scores; from now on training evaluates by itself"
+                f"{self.pending.step} has no scores; from now on {instead}"
             )
             self.report("evaluator died", text, pid=pid, exitcode=self.process.exitcode)
-            self.background = False
+            self.background = self.group.size > 1
             self.close()
 
     def _complete(self, result):

@@ -106,7 +106,8 @@ def test_default_inputs_are_those_that_no_run_was_trained_on(run, other, tmp_pat
 def write_ledger(folder, **runs):
     """runs: {name: (variant, status)}."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [{"run": n, "variant": v, "status": status} for n, (v, status) in runs.items()]
+    rest = {"reason": None, "scores": {}, "seconds": 1, "peak_memory": 1, "peak_gpu_memory": None}
+    lines = [rest | {"run": n, "variant": v, "status": s} for n, (v, s) in runs.items()]
     (folder / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

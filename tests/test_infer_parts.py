@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
+import torch
 
 import infer
 from runtime import checkpoint, ensemble, parts
@@ -201,9 +202,28 @@ def test_a_part_that_cannot_be_is_one_sentence(run, tmp_path, capsys, text):
     assert fault == f"--part: expected I/N with I from 1 to N, such as 2/3, got {text}"
 
 
+def as_rank(monkeypatch, rank, count):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, str(rank))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, str(count))
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    as_rank(monkeypatch, 1, 2)
+    assert parts.find_part(None).device(torch.device("cuda")) == torch.device("cuda:1")
+    assert parts.find_part(None).device(torch.device("cpu")) == torch.device("cpu")
+    as_rank(monkeypatch, 1, 3)
+    with pytest.raises(ValueError, match="expected a GPU for each of 3 ranks on this machine"):
+        parts.find_part(None).device(torch.device("cuda"))
+    as_rank(monkeypatch, 0, 1)
+    assert parts.find_part(None) is None
+
+
 def test_a_part_of_a_rank_is_one_sentence(run, tmp_path, capsys, monkeypatch):
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
+    as_rank(monkeypatch, 1, 2)
     (fault,) = faults_of(capsys, "--ckpt", run(), "--part", "1/2")
     assert fault == "--part: expected none under torchrun, which makes this part 2/2"
 

@@ -445,11 +445,11 @@ def test_a_full_disk_keeps_the_last_state_and_says_so_once(root, tmp_path, monke
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 2 MB, which only root can make."""
+    """A file system of 3 MB, which only root can make."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True
     )
     if mounted.returncode:
         pytest.skip("this user may not mount a file system")

@@ -1,16 +1,22 @@
 """Sweeps: what a file asks for, the ledger, runs that fail or are killed, and the comparison."""
 
 import contextlib
+import errno
 import fcntl
+import json
 import multiprocessing
+import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import sweep
@@ -81,6 +87,37 @@ def test_a_grid_is_every_combination_each_with_a_name_for_a_folder(base):
     assert [job.settings.optim.lr for job in listed] == [1e-3, 1e-3, 0.01, 0.01]
 
 
+def names_of(base, **grid):
+    _, listed = jobs.expand(write_sweep(base, grid=grid))
+    return [job.name.removesuffix("_seed0") for job in listed]
+
+
+def test_keys_of_a_grid_that_end_alike_are_named_in_full(base):
+    keys = {"model.dropout": [0.1], "augment.dropout": [0.1, 0.2], "optim.lr": [0.01]}
+    assert names_of(base, **keys) == [
+        f"model.dropout-0.1_augment.dropout-{share}_lr-0.01" for share in (0.1, 0.2)
+    ]
+    keys = {"loss.cldice.weight": [0.1], "loss.toploss.weight": [0.1]}
+    assert names_of(base, **keys) == ["cldice.weight-0.1_toploss.weight-0.1"]
+
+
+def test_values_of_a_grid_whose_names_would_be_one_or_too_long_get_short_names_each(base):
+    assert names_of(base, **{"data.root": ["a/b", "a b", "a-b"]}) == [
+        "root-a-b", "root-a-b+", "root-a-b++",
+    ]  # fmt: skip
+    assert names_of(base, **{"data.root": ["x" * 500 + "1", "x" * 500 + "2"]}) == [
+        f"root-{'x' * 30}", f"root-{'x' * 30}+",
+    ]  # fmt: skip
+
+
+def test_a_date_among_the_values_is_a_text(base):
+    path = write_sweep(base)
+    Path(path).write_text(f"{Path(path).read_text()}\ngrid: {{data.root: [2024-01-31]}}\n")
+    _, (job,) = jobs.expand(path)
+    assert job.name == "root-2024-01-31_seed0" and job.settings.data.root == "2024-01-31"
+    jobs.Ledger(Path(base).parent / "ledger.jsonl").append({"settings": job.changes})
+
+
 def test_without_variants_folds_and_seeds_it_is_one_run_of_the_config(base):
     _, (job,) = jobs.expand(write_sweep(base))
     assert (job.name, job.fold, job.settings.data.folds) == ("base_seed0", None, 0)
@@ -106,6 +143,10 @@ FAULTS = {
     "name": ({"variants": {"a b": None}}, ["variants: expected names of letters"]),
     "empty": ({"grid": {"optim.lr": []}}, ["grid: expected one value or more"]),
     "twice": ({"grid": {"optim.lr": [1.0, 1.0]}}, ["grid: expected one value or more"]),
+    "run folder": (
+        {"settings": {"run.folder": None}},
+        ["run.folder: expected a valid string, got None"],
+    ),
     "seeds": ({"seeds": [1, 1], "folds": 1}, ["seeds: expected each once", "folds: expected 2"]),
     "type": ({"folds": "two"}, ["folds: expected a valid integer, got 'two'"]),
     "config": ({"config": "nowhere.yaml"}, ["nowhere.yaml: expected a config file in YAML"]),
@@ -224,9 +265,14 @@ def test_a_leaderboard_against_a_method_keeps_its_order():
 # ---------------------------------------------------------------------------- ledger
 
 
+def line(name, status="done", **more):
+    figures = dict.fromkeys(["reason", "seconds", "peak_memory", "peak_gpu_memory"])
+    return {"run": name, "status": status, "scores": {}, **figures, **more}
+
+
 def append_many(path, name):
     for number in range(40):
-        jobs.Ledger(path).append({"run": f"{name}{number}", "status": "done", "pad": "x" * 5000})
+        jobs.Ledger(path).append(line(f"{name}{number}", pad="x" * 5000))
 
 
 def test_processes_append_whole_lines_side_by_side(tmp_path):
@@ -241,15 +287,14 @@ def test_processes_append_whole_lines_side_by_side(tmp_path):
     assert len(path.read_bytes().splitlines()) == 81
 
 
-def test_the_last_line_of_a_run_counts(tmp_path):
+def test_the_last_whole_line_of_a_run_counts(tmp_path):
     ledger = jobs.Ledger(tmp_path / "ledger.jsonl")
     assert ledger.entries() == {}
-    ledger.append({"run": "a", "status": "failed"})
-    ledger.append({"run": "b", "status": "done"})
-    ledger.append({"run": "a", "status": "done"})
-    assert {name: line["status"] for name, line in ledger.entries().items()} == {
-        "b": "done",
+    for entry in (line("a", "failed"), line("b"), line("a"), {"run": "a", "status": "failed"}):
+        ledger.append(entry)
+    assert {name: entry["status"] for name, entry in ledger.entries().items()} == {
         "a": "done",
+        "b": "done",
     }
 
 
@@ -288,7 +333,8 @@ name, out = words[2].split("=")[0], Path(words[words.index("--out") + 1])
 cases = words[words.index("--cases") + 1 : words.index("--foreground")]
 first = words[words.index("--scores") + 1 : words.index("--rank")]
 value = 0.75 if name.startswith("b") else 0.5
-rows = [dict(case=case, method=name) | dict.fromkeys(first, value) for case in cases]
+about = dict(method=name, tolerance=float(words[words.index("--tolerance") + 1]))
+rows = [dict(case=case) | about | dict.fromkeys(first, value) for case in cases]
 out.write_text(json.dumps(dict(cases=rows)))
 out.with_name(name + ".png").write_bytes(b"a picture")
 """
@@ -321,6 +367,7 @@ def ledger_of(path):
     return jobs.Ledger(jobs.expand(path)[0] / "ledger.jsonl").entries()
 
 
+SCORES = ["surface_dice", "dice", "precision", "recall", "components", "components_truth"]
 NAMES = ["a_fold0_seed0", "a_fold1_seed0", "b_fold0_seed0", "b_fold1_seed0"]
 
 
@@ -347,12 +394,11 @@ def test_a_line_of_the_ledger_says_what_a_run_was_and_came_to(scripts, two_by_tw
     assert sweep.main([two_by_two, "--index", "3"]) == 0
     (entry,) = ledger_of(two_by_two).values()
     assert entry.pop("time") == pytest.approx(time.time(), abs=60)
-    scores = ["surface_dice", "dice", "precision", "recall", "components", "components_truth"]
     changes = {"optim.lr": 0.1, "data.folds": 2, "data.fold": 1, "run.seed": 0}
     assert changes.items() <= entry.pop("settings").items()
     assert entry == {
         "run": NAMES[3], "index": 3, "variant": "b", "fold": 1, "seed": 0, "status": "done",
-        "reason": None, "scores": dict.fromkeys(scores, 0.75), "seconds": 1.5, "peak_memory": 8,
+        "reason": None, "scores": dict.fromkeys(SCORES, 0.75), "seconds": 1.5, "peak_memory": 8,
         "peak_gpu_memory": None,
     }  # fmt: skip
 
@@ -467,9 +513,200 @@ def test_a_run_goes_on_only_with_the_settings_and_cases_that_it_began_with(
 
 def test_a_run_whose_folder_was_removed_is_done_again(scripts, two_by_two):
     assert sweep.main([two_by_two, "--index", "0"]) == 0
-    (jobs.expand(two_by_two)[0] / NAMES[0] / "scores.json").unlink()
+    shutil.rmtree(jobs.expand(two_by_two)[0] / NAMES[0])
     assert sweep.main([two_by_two, "--index", "0"]) == 0
     assert begun(scripts) == [NAMES[0]] * 2
+
+
+ROW = {"case": "slab0", "tolerance": 2.0, **dict.fromkeys(SCORES, 0.5)}
+ROWS = [{}, ROW | {"dice": "1"}, ROW | {"dice": None}, ROW | {"tolerance": 3.0}]
+DAMAGED = ["", "[1]", "{}", '{"cases": []}', '{"cases": [{"case": "sl', "\xff"]
+
+
+@pytest.mark.parametrize("text", DAMAGED + [json.dumps({"cases": [row]}) for row in ROWS])
+def test_scores_that_are_damaged_or_others_are_none(two_by_two, text):
+    _, (job, *_) = jobs.expand(two_by_two)
+    folder = Path(job.settings.run.folder, job.name)
+    assert job.cases() is None
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "last.pt").touch()
+    assert job.cases() is None
+    (folder / "scores.json").write_text(json.dumps({"cases": [ROW]}))
+    assert job.cases() == [ROW]
+    (folder / "scores.json").write_bytes(text.encode("latin-1"))
+    assert job.cases() is None
+
+
+def test_a_run_whose_scores_are_damaged_is_named_and_scored_again(scripts, two_by_two, capsys):
+    assert sweep.main([two_by_two]) == 0
+    place, (job, *_) = jobs.expand(two_by_two)
+    path = place / job.name / "scores.json"
+    whole = path.read_text()
+    path.write_text(whole[:30])
+    capsys.readouterr()
+    assert sweep.main([two_by_two, "--report"]) == 0
+    reason = "its scores.json is gone, damaged or of other scores; start the sweep again"
+    assert f"{job.name} failed: {reason}" in capsys.readouterr().out
+    assert reason in (place / "report.html").read_text() and begun(scripts) == NAMES
+    assert sweep.main([two_by_two]) == 0
+    assert path.read_text() == whole and begun(scripts) == [*NAMES, job.name]
+
+
+def test_what_scores_a_run_may_change_and_the_run_is_then_scored_again(scripts, base):
+    """The first variant says how all are scored: another one may come first."""
+    variants = {"a": None, "b": {"validation.tolerance": 3.0, "validation.scores": ["hd95"]}}
+    assert sweep.main([write_sweep(base, variants=variants, folds=2)]) == 0
+    variants = dict(reversed(variants.items()))
+    path = write_sweep(base, variants=variants, folds=2)
+    assert sweep.main([path]) == 0
+    assert begun(scripts) == [*NAMES, *NAMES[2:], *NAMES[:2]]
+    assert {tuple(entry["scores"]) for entry in ledger_of(path).values()} == {
+        ("surface_dice", "hd95")
+    }
+
+
+def test_a_run_whose_settings_are_gone_is_one_sentence(scripts, two_by_two, capsys):
+    assert sweep.main([two_by_two, "--index", "0"]) == 0
+    folder = jobs.expand(two_by_two)[0] / NAMES[0]
+    (folder / "config.yaml").unlink()
+    assert sweep.main([two_by_two]) == 2
+    assert capsys.readouterr().err == (
+        f"variants.a: {folder / 'config.yaml'}: expected a config file in YAML, got: No such file "
+        f"or directory; delete {folder} to do the run again\n"
+    )
+
+
+def test_a_ledger_that_cannot_be_read_is_one_sentence(two_by_two, capsys):
+    path = jobs.expand(two_by_two)[0] / "ledger.jsonl"
+    path.mkdir(parents=True)
+    assert sweep.main([two_by_two, "--print"]) == 2
+    assert capsys.readouterr().err == f"[Errno 21] Is a directory: '{path}'\n"
+
+
+def test_a_run_that_began_from_other_weights_does_not_go_on(scripts, base, capsys):
+    variants = {"a": None, "b": {"run.init_from": "old.pt"}}
+    assert sweep.main([write_sweep(base, variants=variants, folds=2)]) == 0
+    variants["b"] = {"run.init_from": "new.pt"}
+    assert sweep.main([write_sweep(base, variants=variants, folds=2)]) == 2
+    assert "changed: run.init_from is new.pt, was old.pt" in capsys.readouterr().err
+
+
+def test_a_killed_evaluation_is_a_failed_run_and_made_again(scripts, two_by_two):
+    script = scripts / "evaluate.py"
+    text = script.read_text()
+    script.write_text(f"{text}import os; os.kill(os.getpid(), 9)")  # its file is there
+    assert sweep.main([two_by_two, "--index", "0"]) == 1
+    (entry,) = ledger_of(two_by_two).values()
+    assert (entry["status"], entry["reason"]) == ("failed", "evaluate.py was killed by SIGKILL")
+    script.write_text(text)
+    assert sweep.main([two_by_two, "--index", "0"]) == 0
+    assert ledger_of(two_by_two)[NAMES[0]]["status"] == "done"
+
+
+def test_a_full_disk_is_one_sentence_and_the_sweep_then_goes_on(
+    scripts, two_by_two, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "append_line", full)
+        assert sweep.main([two_by_two]) == 1
+    (line,) = capsys.readouterr().err.strip().split("\n")
+    assert "the sweep cannot go on ([Errno 28] No space left on device)" in line
+    assert ledger_of(two_by_two) == {} and begun(scripts) == NAMES[:1]
+    assert sweep.main([two_by_two]) == 0 and len(ledger_of(two_by_two)) == 4
+
+
+def test_a_run_whose_line_was_cut_is_looked_at_again(scripts, two_by_two):
+    assert sweep.main([two_by_two]) == 0
+    path = jobs.expand(two_by_two)[0] / "ledger.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert len(ledger_of(two_by_two)) == 3
+    assert sweep.main([two_by_two]) == 0
+    assert begun(scripts) == [*NAMES, NAMES[3]] and len(ledger_of(two_by_two)) == 4
+
+
+def test_a_sweep_that_was_killed_with_all_its_runs_goes_on(scripts, two_by_two):
+    for name in NAMES[:2]:
+        (scripts / name).write_text("(here / f'{name}.waits').touch(); time.sleep(60)")
+
+    def begin():
+        os.setsid()
+        sweep.main([two_by_two, "--jobs", "2"])
+
+    process = FORK.Process(target=begin)
+    process.start()
+    deadline = time.monotonic() + 60
+    while len([*scripts.glob("*.waits")]) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    for name in NAMES[:2]:
+        (scripts / name).unlink()
+    assert sweep.main([two_by_two, "--jobs", "2"]) == 0
+    assert sorted(begun(scripts)) == sorted([*NAMES[:2], *NAMES])
+    assert [e["status"] for e in ledger_of(two_by_two).values()] == ["done"] * 4
+
+
+XARGS = "xargs -P2 -d '\\n' -n1 sh -c"  # as the docs have it
+
+
+@pytest.mark.skipif(not shutil.which("xargs"), reason="this system has no xargs")
+def test_printed_commands_work_in_xargs_with_a_space_in_a_path(scripts, base, capsys):
+    (scripts / "sweep.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sweep; from pathlib import Path\n"
+        "sweep.ROOT = Path(__file__).parent; sys.exit(sweep.main())"
+    )
+    assert XARGS in (ROOT / "docs/sweeps.md").read_text() and XARGS in sweep.__doc__
+    path = Path(write_sweep(base, folds=2)).rename(Path(base).parent / "a small one's.yaml")
+    assert sweep.main([str(path), "--print"]) == 0
+    subprocess.run(
+        XARGS, shell=True, input=capsys.readouterr().out, text=True, check=True, timeout=300
+    )
+    entries = ledger_of(path)
+    assert [entry["status"] for entry in entries.values()] == ["done"] * 2
+    assert "2 of 2 runs done" in (jobs.expand(path)[0] / "report.html").read_text()
+
+
+SEEN = """
+print(repr(os.environ.get("CUDA_VISIBLE_DEVICES", "unset")), file=open(here / "gpus", "a"))
+"""
+GPUS = {  # CUDA_VISIBLE_DEVICES and the count of GPUs: which ones the runs of --jobs 3 get
+    "two": (None, 2, ["0", "1", "0"]),
+    "of the shell": ("5,GPU-7a, 3,-1,2", 3, ["5", "GPU-7a", " 3"]),
+    "one": (None, 1, ["0"] * 3),
+    "hidden": ("", 0, [""] * 3),
+    "none": (None, 0, ["unset"] * 3),
+}
+
+
+@pytest.mark.parametrize("case", GPUS)
+def test_runs_at_one_time_get_a_gpu_each(scripts, base, monkeypatch, case):
+    outer, count, expected = GPUS[case]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if outer is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", outer)
+    path = write_sweep(base, settings={
+        "run.folder": str(Path(base).parent / "runs"), "run.device": "auto", "data.train": ["*"],
+    }, folds=2, seeds=[0, 1, 2])  # fmt: skip
+    # Each waits for the two others, so that three go on at one time.
+    wait = "while len(open(here / 'gpus').readlines()) < 3:\n    time.sleep(0.01)"
+    for seed in range(3):
+        (scripts / f"base_fold0_seed{seed}").write_text(SEEN + wait)
+    assert sweep.main([path, "--jobs", "3"]) == 0
+    gpus = map(eval, (scripts / "gpus").read_text().split("\n")[:3])
+    assert sorted(gpus) == sorted(expected)
+
+
+def test_a_run_whose_device_is_given_is_given_no_gpu(scripts, two_by_two, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (scripts / NAMES[0]).write_text(SEEN)
+    assert sweep.main([two_by_two, "--index", "0"]) == 0
+    assert (scripts / "gpus").read_text() == "'unset'\n"
+    assert "on GPU" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- report

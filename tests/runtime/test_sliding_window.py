@@ -392,17 +392,6 @@ def test_faults_are_raised_at_the_call_and_together():
         predict_slabs(same, np.zeros((1, 4, 4, 4)), (4, 4, 4), 2.0, precision="half")
 
 
-def test_each_rank_of_torchrun_gets_the_gpu_of_its_number(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch, "empty", lambda *arguments, **how: None)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    device, reason = resolve_device("auto")
-    assert device == torch.device("cuda:1") and chosen == [device] and "rank" in reason
-    assert resolve_device("cuda:0") == (torch.device("cuda:0"), "as set")
-
-
 def test_device_and_precision_are_resolved_with_a_reason():
     assert resolve_device("cpu") == (torch.device("cpu"), "as set")
     assert resolve_device("auto")[0].type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,319 @@
+"""Several processes that train one network: torchrun --nproc-per-node=N train.py CONFIG.
+
+    with joined(minutes=30) as group:                # without torchrun: rank 0 of 1, at no cost
+        settings = group.from_first(make)            # what rank 0 makes, or the error it raises
+        news = group.meet(news)                      # plain values of all, where any has some
+        results = group.average(network, results)    # gradients and numbers, once per step
+
+Gradients are averaged here, after the last backward pass of a step, and not by torch's DDP while it
+runs. So a step that goes through the network in parts, or again because one rank ran out of memory,
+needs nothing of the others, who wait at one place.
+
+Ranks hold the same weights, averaged weights and optimizer bit for bit, for all get the same
+gradient. They differ in the patches they sample (feed.PatchPlan) and in dropout (`seed_step`).
+
+A rank that leaves says why in the store of torchrun, which all can read, and hangs up. The others
+find their connection closed, and read there why: `Left`. One that is killed, or does not answer for
+so many minutes, is named by those that waited for it: also `Left`.
+"""
+
+import contextlib
+import datetime
+import functools
+import hashlib
+import json
+import os
+import socket
+import time
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from runtime import checkpoint
+
+NOTICE = 3.0  # seconds in which all ranks have noticed that one is gone
+LOOK = 1.0  # seconds between two looks for one that has left
+FAILED = 1
+
+
+class Left(Exception):
+    """Another rank has left; the message says which and why, status is what it exits with."""
+
+    def __init__(self, text, status=FAILED):
+        super().__init__(text)
+        self.status = status
+
+
+class Group:
+    """The ranks that train together; this is a group of one.
+
+    rank of size processes; local_rank of local_size on this machine. people: [host, pid] of each.
+    """
+
+    rank, size, local_rank, local_size = 0, 1, 0, 1
+
+    def __init__(self):
+        self.people = [[socket.gethostname(), os.getpid()]]
+
+    @property
+    def first(self):
+        """Whether this is the rank that writes."""
+        return self.rank == 0
+
+    @property
+    def first_here(self):
+        """Whether this is the first rank of its machine."""
+        return self.local_rank == 0
+
+    def device_of_rank(self, device):
+        """The GPU of this rank: of several on one machine each has one of its own.
+
+        ValueError if there are more ranks than GPUs, or the settings name one GPU for all.
+        """
+        if self.local_size == 1:
+            return device
+        if device.index is not None:
+            raise ValueError(
+                f"run.device: expected auto, cuda or cpu with several ranks, got {device}"
+            )
+        if self.local_size > torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun: expected a GPU for each of {self.local_size} ranks on this machine, "
+                f"got {torch.cuda.device_count()}; lower --nproc-per-node"
+            )
+        torch.cuda.set_device(self.local_rank)  # so that its generator is the one that is saved
+        return torch.device("cuda", self.local_rank)
+
+    def mine(self, items):
+        """This rank's share of a list that is the same on all ranks."""
+        return items[self.rank :: self.size]
+
+    def roles(self):
+        """{pid: name} of the ranks of this machine and the processes that these have started."""
+        return {os.getpid(): "training"}
+
+    def seed_step(self, seed, step):
+        """Start the random generators of a step: of several ranks each has numbers of its own.
+
+        They follow from seed, step and rank, so that a resumed run need not know those of others.
+        One process goes on with its own, which are in its checkpoint.
+        """
+
+    def gather(self, value):
+        """[value of rank 0, of rank 1, ...] on all ranks; plain values."""
+        return [value]
+
+    def from_first(self, make):
+        """What make() gives on rank 0, plain values. An exception there is raised on all ranks."""
+        return make()
+
+    def meet(self, news):
+        """The news of all ranks, [] if no rank has any: a list with an entry for each rank."""
+        return [news] if news else []
+
+    def over_ranks(self, step, number):
+        """A function that gives the mean over ranks of a tensor; None for a group of one.
+
+        number: of the batch in the step. Called again for the same batch, it gives the same and no
+        other rank is needed, for a step that ran out of memory begins again on one rank alone.
+        """
+
+    def average(self, network, results):
+        """Replace the gradients of a network, and what its layers count, by their mean over ranks.
+
+        results: [(components, shares)], each {name: number or scalar tensor}, of each batch of the
+        step; returned as means over ranks. One collective.
+        """
+        return results
+
+    def move(self, array, rank):
+        """Bring the content of a numpy array of this rank to rank 0, into its own array."""
+
+    def word(self):
+        """Raise `Left` if another rank has left; for those that work alone for a long time."""
+
+    def leave(self, text, status):
+        """Say why this rank leaves, and hang up."""
+
+    def finish(self):
+        """Rank 0: all is written, others may end. Others: wait for that, for torchrun ends all
+        processes as soon as one has failed."""
+
+
+class Ranks(Group):
+    """Several processes; see `Group`. minutes: how long one may not answer."""
+
+    def __init__(self, minutes):
+        super().__init__()
+        names = ("rank", "local_rank", "local_world_size")
+        self.rank, self.local_rank, self.local_size = (int(os.environ[n.upper()]) for n in names)
+        self.minutes, self.timeout = minutes, datetime.timedelta(minutes=minutes)
+        store, _, self.size = next(dist.rendezvous("env://", timeout=self.timeout))
+        # The store may be the one of an attempt before, where torchrun has started the ranks again.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(
+            "gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=self.timeout
+        )
+        # Not the default group: functions of torch have that as the default of an argument, which
+        # would keep its connections open.
+        self.groups = {"cpu": dist.new_group(timeout=self.timeout)}
+        self.known, self.looked = {}, time.monotonic()
+        self.people = self.gather(self.people[0])
+
+    def roles(self):
+        names = super().roles()
+        for rank, (host, pid) in enumerate(self.people):
+            if host == self.people[self.rank][0] and rank != self.rank:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    workers = psutil.Process(pid).children(recursive=True)
+                    names |= {pid: f"rank {rank}"}
+                    names |= {w.pid: f"rank {rank}, process {i}" for i, w in enumerate(workers)}
+        return names
+
+    def seed_step(self, seed, step):
+        digest = hashlib.sha256(f"{seed} {step} {self.rank}".encode()).digest()
+        checkpoint.seed_generators(int.from_bytes(digest[:7]))
+
+    def gather(self, value):
+        found = [None] * self.size
+        self._together(dist.all_gather_object, found, value)
+        return found
+
+    def from_first(self, make):
+        found = [None, None]
+        if self.first:
+            try:
+                found = [make(), None]
+            except Exception as error:
+                found = [None, error]
+        self._together(dist.broadcast_object_list, found, src=0)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+
+    def meet(self, news):
+        any_news = torch.tensor(float(bool(news)))
+        self._together(dist.all_reduce, any_news)
+        return self.gather(news) if any_news else []
+
+    def over_ranks(self, step, number):
+        return functools.partial(self._mean, (step, number))
+
+    def _mean(self, key, tensor):
+        if key not in self.known:
+            self.known = {k: value for k, value in self.known.items() if k[0] == key[0]}
+            total = tensor.clone()
+            self._together(dist.all_reduce, total, device=total.device.type)
+            self.known[key] = total / self.size
+        return self.known[key]
+
+    def average(self, network, results):
+        weights = [p for p in network.parameters() if p.requires_grad]
+        for weight in weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        means = [b for b in network.buffers() if b.is_floating_point()]  # of a batch norm
+        tensors = [*(weight.grad for weight in weights), *means]
+        numbers = [value for pair in results for part in pair for value in part.values()]
+        numbers = [torch.as_tensor(n, dtype=torch.float32).to(weights[0].device) for n in numbers]
+        flat = torch.cat([*(t.float().flatten() for t in tensors), torch.stack(numbers)])
+        self._together(dist.all_reduce, flat, device=flat.device.type)
+        *parts, numbers = (flat / self.size).split([*(t.numel() for t in tensors), len(numbers)])
+        with torch.no_grad():
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+        rest = iter(numbers.unbind())
+        return [tuple(dict(zip(p, rest, strict=False)) for p in pair) for pair in results]
+
+    def move(self, array, rank):
+        if self.first:
+            self._together(dist.recv, torch.from_numpy(array), rank)
+        else:
+            self._together(dist.send, torch.from_numpy(array), 0)
+
+    def word(self, now=False):
+        if not now and time.monotonic() - self.looked < LOOK:
+            return
+        self.looked = time.monotonic()
+        with contextlib.suppress(dist.DistError):
+            for rank in range(self.size):
+                if rank != self.rank and self.store.check([f"left/{rank}"]):
+                    raise Left(*json.loads(self.store.get(f"left/{rank}")))
+
+    def leave(self, text, status):
+        with contextlib.suppress(dist.DistError):  # the store may be gone
+            self.store.set(f"left/{self.rank}", json.dumps([text, status]))
+        self._hang_up()
+
+    def finish(self):
+        with contextlib.suppress(dist.DistError):
+            if self.first:
+                self.store.set("finished", "")
+            end = time.monotonic() + 60 * self.minutes
+            while not self.store.check(["finished"]) and time.monotonic() < end:
+                if self._is_gone(0):
+                    return
+                time.sleep(0.1)
+
+    # ------------------------------------------------------------------------ who is missing
+
+    def _hang_up(self):
+        if "cpu" in self.groups:
+            dist.destroy_process_group(self.groups.pop("cpu"))
+
+    def _together(self, function, *arguments, device="cpu", **named):
+        if device not in self.groups:
+            self.groups[device] = dist.new_group(backend="nccl", timeout=self.timeout)
+        started = time.monotonic()
+        try:
+            function(*arguments, group=self.groups[device], **named)
+        except RuntimeError as error:  # a connection was closed, or nothing came for so long
+            self.word(now=True)
+            raise Left(self._missing(time.monotonic() - started) or str(error)) from error
+
+    def _missing(self, waited):
+        """The ranks that do not wait for the others any more, for people."""
+        self._hang_up()  # so that all that wait come here
+        end = time.monotonic() + NOTICE
+        missing = [0]  # where torchrun keeps no store, that of rank 0 ends with it
+        with contextlib.suppress(dist.DistError):
+            self.store.set(f"waits/{self.rank}", "")
+            while missing and time.monotonic() < end:
+                missing = [r for r in range(self.size) if not self.store.check([f"waits/{r}"])]
+                time.sleep(0.05)
+        self.word(now=True)
+        return ", ".join(self._describe(rank, waited) for rank in missing)
+
+    def _describe(self, rank, waited):
+        host, pid = self.people[rank]
+        what = "has ended" if self._is_gone(rank) else f"has not answered for {waited:.0f} s"
+        return f"rank {rank} (process {pid} on {host}) {what}"
+
+    def _is_gone(self, rank):
+        """Whether a rank's process is seen to have ended; on another machine it is not."""
+        host, pid = self.people[rank]
+        if host != self.people[self.rank][0]:
+            return False
+        try:
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+
+@contextlib.contextmanager
+def joined(minutes):
+    """The group of ranks that torchrun started this process in, as a context; else a group of one.
+
+    minutes: how long a rank may not answer before the others end.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
+        yield Group()
+        return
+    group = Ranks(minutes)
+    try:
+        yield group
+    finally:
+        group.leave("", FAILED)  # in good order the others have left too
+        dist.destroy_process_group()
