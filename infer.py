@@ -24,6 +24,7 @@ but no submission), 2 the input is wrong (one sentence per fault, nothing writte
 import argparse
 import contextlib
 import functools
+import os
 import textwrap
 import time
 import traceback
@@ -212,7 +213,7 @@ def predict_in_parts(predictor, inputs, output, part, console):
 
     @functools.cache
     def store(index):
-        name = inputs[index].prediction_path(output).name
+        name = inputs[index].prediction_path(output).relative_to(output)
         return parts.SlabStore(output, name, predictor.fingerprint(inputs[index]), costs[index][0])
 
     def work(index, rows):
@@ -260,11 +261,13 @@ def predict_and_submit(predictor, inputs, output, submission, part, console):
         return sentences
     if failures:
         return [*sentences, "--submission: not written, for masks are missing"]
+    if part and digits is None:
+        console.print(f"{submission}: is written by the part that ends last")
+        return []
     write = functools.partial(write_submission, submission, inputs, output)
+    about = parts.fingerprint([digits, os.path.relpath(submission, output)])
     try:
-        if part and digits is None:
-            console.print(f"{submission}: is written by the part that ends last")
-        elif parts.Record(output, submission, digits).once(write) if part else write():
+        if parts.Record(output, Path(submission).name, about).once(write) if part else write():
             console.print(f"{submission}: {len(inputs)} masks, read back and the same")
     except (SubmissionError, VolumeError) as error:
         return [str(error)]

@@ -110,12 +110,14 @@ def until_all_ranks_end(part):
         yield
         return
     store, _, count = next(torch.distributed.rendezvous("env://"))
+    # The store may be that of an attempt before, after which torchrun has started the ranks again.
+    key = f"ended {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     try:
         yield
     finally:
         with contextlib.suppress(RuntimeError):  # the rank that kept the store has ended
-            store.add("ended", 1)
-            while store.add("ended", 0) < count:
+            store.add(key, 1)
+            while store.add(key, 0) < count:
                 time.sleep(POLL_SECONDS)
 
 
@@ -149,8 +151,11 @@ def stamp(path):
 
 
 class SlabStore:
-    """The slabs of one volume, until they are joined. name: of the file that they become;
-    fingerprint: of all that decides their values; count: how many there are."""
+    """The slabs of one volume, until they are joined.
+
+    name: in the folder output, of the file that they become; fingerprint: of all that decides their
+    values; count: how many there are.
+    """
 
     def __init__(self, output, name, fingerprint, count):
         self.record = Record(output, name, fingerprint)
@@ -223,7 +228,7 @@ class Record:
     """A file that says what was made, and from what, so that processes make it once."""
 
     def __init__(self, output, name, fingerprint):
-        self.path = Path(output) / ".parts" / f"{Path(name).name}.json"
+        self.path = Path(output) / ".parts" / f"{name}.json"
         self.fingerprint = fingerprint
 
     def is_done(self):
