@@ -186,7 +186,8 @@ def test_parts_that_are_done_do_nothing_unless_their_files_were_changed(run, tmp
     assert ranges == [] and files_of(out) == expected
     for place in (tmp_path, out):  # it is another file, though of the same name
         infer_ok(*about, out, "--part", "1/1", "--submission", place / "s.zip")
-        (place / "s.zip").unlink()
+        assert (place / "s.zip").exists()
+    (out / "s.zip").unlink()
     (out / "b.tif").unlink()
     infer_ok(*about, out, "inference.threshold=0.51")  # without parts: the files are others now
     ranges.clear()
