@@ -5,43 +5,47 @@
     python infer.py --ckpt runs/vessels/checkpoints/best.pt --input a.nii.gz inference.flips=true
     python infer.py --ckpt runs/last.pt inference.threshold=0.4 postprocess.min_component_voxels=50
     python infer.py --ckpt runs/last.pt --input test_images/ --submission submission.zip
+    python infer.py --ckpt fold0.pt fold1.pt --input scans/ --output out/   # or a sweep folder
+    torchrun --nproc-per-node=4 infer.py --ckpt runs/last.pt                # a part for each rank
+    python infer.py --ckpt runs/last.pt --part 2/8                          # anywhere, at any time
+
+Of several checkpoints the probabilities are averaged. Parts share out volumes and slabs of volumes;
+the part that finds the last slab of a volume writes it, with the bits that one process gives.
 
 Leaves <output>/<id> in the format of the source, uint8 0 and 1 on the image's own grid with its
 spacing and affine; with inference.save_probabilities=true also <output>/probabilities/<id>.
 Without --output these go to the run's predictions/. --submission writes the masks a second time,
 in the format of the Vesuvius Challenge, and reads them back. Every input is checked before the
-first is predicted. Exit status: 0 done, 1 a result could not be made or written (it is named, the
-others are there, but no submission), 2 the input is wrong (one sentence per fault, nothing
-written).
+first is predicted. Parts keep slabs in <output>/.parts/ and go on from there when started again.
+Exit status: 0 done, 1 a result could not be made or written (it is named, the others are there,
+but no submission), 2 the input is wrong (one sentence per fault, nothing written).
 """
 
 import argparse
 import contextlib
 import functools
-import sys
+import os
+import textwrap
 import time
 import traceback
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import data
-import model
-from runtime import checkpoint, config
+from runtime import config, ensemble, parts
 from runtime.signals import CannotGoOn
-from runtime.sliding_window import predict_case, resolve_device, resolve_precision
-from scoring import postprocess
-from volumes.files import write_volume
+from runtime.sliding_window import resolve_device, resolve_precision
+from volumes.files import read_label, write_volume
 from volumes.inputs import check_inputs
 from volumes.processes import cores, run_script
 from volumes.submission import SubmissionError, open_submission, submission_faults
 from volumes.volume import InputErrors, VolumeError, collect_errors
 
 # All else that a config holds was decided by training and comes from the checkpoint.
-DEVICE_KEYS = ("run.device", "run.threads", "training.precision")
+DEVICE_KEYS = ("run.device", "run.threads", "run.deterministic", "training.precision")
 SETTABLE = ("inference.", "postprocess.", "data.root", *DEVICE_KEYS)
 SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 
@@ -49,8 +53,8 @@ SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 # ---------------------------------------------------------------------------- settings
 
 
-def resolve_settings(state, overrides):
-    """The run's settings with overrides; ValueError names every fault, a line each."""
+def resolve_settings(members, overrides):
+    """`ensemble.joint_settings`; also a ValueError for keys that training has decided."""
     keys = {text.partition("=")[0] for text in overrides} & set(config.valid_keys())
     if fixed := sorted(key for key in keys if not key.startswith(SETTABLE)):
         sentence = (
@@ -58,118 +62,67 @@ def resolve_settings(state, overrides):
             "training has decided; leave it out"
         )
         raise InputErrors(*(f"{key}: {sentence}" for key in fixed))
-    settings = config.build(config.apply_overrides(state["config"], overrides))
-    settings = settings.with_chosen(state["loop"]["evaluations"]["chosen"])
-    window = settings.inference.window or settings.sampling.patch
-    model.check_divides("inference.window", window, state["data"]["strides"])
-    return settings
+    return ensemble.joint_settings(members, overrides)
 
 
-def build_network(state):
-    """(network, which weights) of a checkpoint, in eval mode on the CPU."""
-    metadata = state["data"]
-    network = model.build_network(
-        metadata["channels"],
-        1,
-        strides=metadata["strides"],
-        kernels=metadata["kernels"],
-        settings=config.build(state["config"]).model.model_dump(),
-    )
-    averaged = state["ema"] is not None
-    try:
-        network.load_state_dict(state["ema"] if averaged else state["model"])
-    except RuntimeError as error:
-        raise ValueError(
-            "expected the weights of the network that model.py builds, got those of another "
-            "version; use the code in the run's source/ folder"
-        ) from error
-    return network.eval(), "averaged (EMA) weights" if averaged else "weights of the last step"
+def output_folder(arguments, members):
+    """Where predictions go: --output, or predictions/ of the run of the one checkpoint."""
+    if arguments.output:
+        return Path(arguments.output)
+    if len(members) > 1:
+        raise ValueError("--output: expected a folder for the predictions of several checkpoints")
+    folder = Path(members[0].path).resolve().parent
+    return (folder.parent if folder.name == "checkpoints" else Path()) / "predictions"
 
 
-def prepare_to_predict(arguments):
+def prepare_to_predict(arguments, part):
     """(predictor, inputs, output, lines) of a command line; ValueError names every fault.
 
-    predictor(volume, **how) is `predict` by the run; lines say what will happen and why.
+    lines say what will happen and why: the first of this process, the others of all parts.
     """
-    state, faults = checkpoint.load(arguments.ckpt), []
-    folder = Path(arguments.ckpt).resolve().parent
-    run = folder.parent if folder.name == "checkpoints" else Path()
-    output = Path(arguments.output or run / "predictions")
+    members, faults = ensemble.read(arguments.ckpt), []
+    output, metadata = output_folder(arguments, members), ensemble.joint_metadata(members)
     roots = [t.partition("=")[2] for t in arguments.overrides if t.startswith("data.root=")]
     with collect_errors(faults):
-        settings = resolve_settings(state, arguments.overrides)
+        settings, joint_line = resolve_settings(members, arguments.overrides)
         device, device_reason = resolve_device(settings.run.device)
+        device = part.device(device) if part else device
         precision, precision_reason = resolve_precision(settings.training.precision, device)
     with collect_errors(faults):
-        network, weights = build_network(state)
-    with collect_errors(faults):
-        root = [state["data"]["root"], *roots][-1]
-        inputs, notes = check_inputs(arguments.input, state["data"], root, output)
+        root = [metadata["root"], *roots][-1]
+        inputs, notes = check_inputs(arguments.input, metadata, root, output)
         if arguments.submission:
             faults += submission_faults(arguments.submission, [volume.id for volume in inputs])
     for volume in inputs if not faults else ():
         if volume.spacing is not None:
-            window = settings.inference.window or settings.sampling.patch
-            grid = (volume.spacing, state["data"]["spacing"], volume.unit)
+            grid = (volume.spacing, metadata["spacing"], volume.unit)
+            window = settings.inference.window
             faults += data.spacing_faults(volume.path, volume.shape, window, *grid)
     if faults:
         raise InputErrors(*faults)
-    torch.set_num_threads(settings.run.threads or cores())
-    # remembered: what memory the volumes before have needed, for all that follow.
-    how = {"device": device, "precision": precision, "remembered": {}}
-    predictor = functools.partial(predict, network.to(device), settings, state["data"], **how)
     inference, post = settings.inference, settings.postprocess.model_dump()
     steps = ", ".join(f"{key} {value}" for key, value in post.items() if value)
     lines = [
-        f"checkpoint {arguments.ckpt}, step {state['loop']['step']}, {weights}",
         f"device     {device} ({device_reason}), precision {precision} ({precision_reason})",
-        f"windows    {list(inference.window or settings.sampling.patch)}, overlap "
-        f"{inference.overlap}, {'8 flips' if inference.flips else 'no flips'}, threshold "
-        f"{inference.threshold}, {steps or 'no postprocessing'}",
+        *(f"checkpoint {m.path}, step {m.step}, {m.weights}" for m in members),
+        *([joint_line] if joint_line else []),
+        f"windows    {list(inference.window)}, overlap {inference.overlap}, "
+        f"{'8 flips' if inference.flips else 'no flips'}, threshold {inference.threshold}, "
+        f"{steps or 'no postprocessing'}",
     ]
+    predictor = ensemble.Predictor(members, settings, metadata, device, precision)
     return predictor, inputs, output, lines + notes
 
 
 # ---------------------------------------------------------------------------- prediction
 
 
-def predict(network, settings, metadata, volume, **how):
-    """(mask, probs) of an `Input`: mask (D, H, W) uint8 of 0 and 1; probs float32 or None.
-
-    metadata: what the checkpoint says of the run's data; how: device, precision and more for
-    predict_case. Memory: a byte per voxel beside the slab, four more if
-    inference.save_probabilities asks for probs.
-    """
-    inference, post = settings.inference, settings.postprocess
-    high = np.empty(volume.shape, bool)
-    low = None if post.hysteresis is None else np.empty(volume.shape, bool)
-    probs = np.empty(volume.shape, np.float32) if inference.save_probabilities else None
-    how |= settings.window_arguments()
-    how |= {"wanted": metadata["spacing"], "clip": settings.data.percentiles}
-    how["typical"] = metadata.get("typical", False)  # not in checkpoints of older versions
-    with volume.voxels() as image:
-        for z0, planes in predict_case(network, image, volume.spacing, volume.intensity, **how):
-            part = slice(z0, z0 + planes.shape[1])
-            high[part] = planes[0] >= inference.threshold
-            if low is not None:
-                low[part] = planes[0] >= post.hysteresis
-            if probs is not None:
-                probs[part] = planes[0]
-    mask = postprocess.apply(high, low, spacing=volume.spacing, **post.model_dump())
-    return mask.astype(np.uint8), probs
-
-
-def predict_and_write(predictor, volume, output, archive, console):
-    """Predict an `Input` and write its results; returns a line about them, or CannotGoOn."""
-    started = time.perf_counter()
-    target = volume.prediction_path(output)
-    grid = {key: getattr(volume, key) for key in ("spacing", "unit", "affine", "header")}
+@contextlib.contextmanager
+def failures_named(volume):
+    """In this context what goes wrong with a volume becomes a CannotGoOn, one sentence."""
     try:
-        with progress_of(volume, console) as progress:
-            mask, probs = predictor(
-                volume, progress=progress, report=lambda kind, text, **_: console.print(text)
-            )
-    except (CannotGoOn, VolumeError) as error:
+        yield
+    except (CannotGoOn, VolumeError, OSError) as error:
         raise CannotGoOn(f"{volume.id}: {error}") from error
     except MemoryError as error:
         raise CannotGoOn(
@@ -178,39 +131,155 @@ def predict_and_write(predictor, volume, output, archive, console):
     except Exception as error:  # what nobody expected does not cost the other volumes
         traceback.print_exc()
         raise CannotGoOn(f"{volume.id}: {type(error).__name__}, see above") from error
+
+
+def write_prediction(predictor, volume, whole, output):
+    """Write the results of a volume from its whole layers: (files, a clause about them)."""
+    target, probs = volume.prediction_path(output), whole.pop("probs", None)
+    grid = {key: getattr(volume, key) for key in ("spacing", "unit", "affine", "header")}
+    mask, paths = predictor.mask(volume, **whole), [target]
     try:
         if probs is not None:
-            write_volume(output / "probabilities" / target.name, probs, **grid)
+            paths.append(output / "probabilities" / target.name)
+            write_volume(paths[-1], probs, **grid)
         write_volume(target, mask, **grid)
-        if archive:
-            archive.add(volume.id, mask)
     except Exception as error:  # each format's writer has its own
-        raise CannotGoOn(f"{volume.id}: the prediction cannot be written ({error})") from error
-    seconds, share = time.perf_counter() - started, 100 * mask.mean()
-    size = "x".join(map(str, volume.shape))
-    return f"{volume.id}: {size}, {seconds:.1f} s, {share:.2f} % foreground, {target}"
+        raise CannotGoOn(f"the prediction cannot be written ({error})") from error
+    return paths, f"{100 * mask.mean():.2f} % foreground, {target}"
 
 
-def predict_all(predictor, inputs, output, archive, console):
-    """Predict and write every `Input`. What cannot be is named by a CannotGoOn at the end."""
-    failures = []
+def predict_whole(predictor, volume, output, console):
+    """Predict a volume and write its results; returns a clause about them."""
+    with progress_of(volume, console) as how:
+        whole = parts.assemble(volume.shape[0], predictor.slabs(volume, **how))
+    return write_prediction(predictor, volume, whole, output)[1]
+
+
+def predict_rows(predictor, volume, rows, store, output, console):
+    """Predict those rows of windows whose slabs are not there, and join a volume that is complete
+    then; a clause about it, None if it is not, or was joined before."""
+    for run in parts.runs(store.missing(rows)):
+        with progress_of(volume, console) as how:
+            slabs = predictor.slabs(volume, rows=run, **how)
+            for row, (z0, layers) in zip(run, slabs, strict=True):
+                store.write(row, z0, layers)
+    clause = None
+
+    def join():
+        nonlocal clause
+        whole = parts.assemble(volume.shape[0], store.read())
+        paths, clause = write_prediction(predictor, volume, whole, output)
+        return paths
+
+    if not store.missing():
+        store.join(join)
+    return clause
+
+
+def attempt(predict, volume, place, failures, console):
+    """Call predict(), which returns a clause about a result or None, and say what came of it.
+
+    What fails is added to failures: {id: sentence}. place: of the volume, such as "1/3".
+    """
+    started, line = time.perf_counter(), None
+    try:
+        with failures_named(volume):
+            if clause := predict():
+                seconds, size = time.perf_counter() - started, "x".join(map(str, volume.shape))
+                line = f"{volume.id}: {size}, {seconds:.1f} s, {clause}"
+    except CannotGoOn as error:
+        line = failures[volume.id] = str(error)
+    if line:
+        console.print(f"{place} {line}")
+
+
+def predict_all(predictor, inputs, output, console):
+    """Predict and write every `Input`; {id: sentence} of those that failed."""
+    failures = {}
     for number, volume in enumerate(inputs, start=1):
-        try:
-            complete = None if failures else archive
-            line = predict_and_write(predictor, volume, output, complete, console)
-        except CannotGoOn as error:
-            line = str(error)
-            failures.append(line)
-        console.print(f"{number}/{len(inputs)} {line}")
-    if failures and archive:
-        failures.append("--submission: not written, for masks are missing")
+        predict = functools.partial(predict_whole, predictor, volume, output, console)
+        attempt(predict, volume, f"{number}/{len(inputs)}", failures, console)
+    return failures
+
+
+def predict_in_parts(predictor, inputs, output, part, console):
+    """Predict a part's share, and write each `Input` whose slabs are all there then.
+
+    ({id: sentence} of those that failed, what tells the predictions from others, or None while some
+    are missing).
+    """
+    costs, failures, complete = [predictor.rows(volume) for volume in inputs], {}, True
+    shares = parts.share(costs, part.count)
+
+    @functools.cache
+    def store(index):
+        name = inputs[index].prediction_path(output).relative_to(output)
+        return parts.SlabStore(output, name, predictor.fingerprint(inputs[index]), costs[index][0])
+
+    def work(index, rows):
+        volume = inputs[index]
+
+        def predict():
+            return predict_rows(predictor, volume, rows, store(index), output, console)
+
+        attempt(predict, volume, f"{index + 1}/{len(inputs)}", failures, console)
+
+    for index, rows in enumerate(shares[part.index]):
+        if rows:
+            work(index, rows)
+    for index, volume in enumerate(inputs):
+        if volume.id not in failures:
+            work(index, range(0))  # which others have left complete, but not joined
+        if volume.id not in failures and (missing := store(index).missing()):
+            owners = [n for n, rows in enumerate(shares, start=1) if {*rows[index]} & {*missing}]
+            names = ", ".join(f"part {n}/{part.count}" for n in owners)
+            count, note = f"{len(missing)} of {costs[index][0]}", store(index).note
+            console.print(f"{volume.id}: waits for {count} slabs, of {names}{note}")
+            complete = False
+    if failures or not complete:
+        return failures, None
+    digits = [store(index).record.fingerprint for index in range(len(inputs))]
+    return failures, parts.fingerprint(digits)
+
+
+def write_submission(path, inputs, output):
+    """Write the masks of all inputs, which lie in the folder output, into a submission."""
+    with open_submission(path) as archive:
+        for volume in inputs:
+            archive.add(volume.id, read_label(volume.prediction_path(output)).array)
+    return [path]
+
+
+def predict_and_submit(predictor, inputs, output, submission, part, console):
+    """All that is done once the input is checked; sentences about what could not be."""
+    if part:
+        failures, digits = predict_in_parts(predictor, inputs, output, part, console)
+    else:
+        failures, digits = predict_all(predictor, inputs, output, console), None
+    sentences = [*failures.values()]
+    if not submission:
+        return sentences
     if failures:
-        raise CannotGoOn("\n".join(failures))
+        return [*sentences, "--submission: not written, for masks are missing"]
+    if part and digits is None:
+        console.print(f"{submission}: is written by the part that ends last")
+        return []
+    write = functools.partial(write_submission, submission, inputs, output)
+    about = parts.fingerprint([digits, os.path.relpath(submission, output)])
+    try:
+        if parts.Record(output, Path(submission).name, about).once(write) if part else write():
+            console.print(f"{submission}: {len(inputs)} masks, read back and the same")
+    except (SubmissionError, VolumeError) as error:
+        return [str(error)]
+    except OSError as error:
+        return [f"{submission}: the submission cannot be written ({error})"]
+    return []
 
 
 @contextlib.contextmanager
 def progress_of(volume, console):
-    """A callable(done, total): a bar on a terminal, elsewhere a line now and then."""
+    """{"progress": ..., "report": ...} of predict_slabs: a bar on a terminal, elsewhere a line now
+    and then."""
     columns = (TextColumn("{task.description}"), BarColumn(30), TimeRemainingColumn())
     last = time.perf_counter()
 
@@ -221,10 +290,21 @@ def progress_of(volume, console):
             console.print(f"{volume.id}: {done} of {total} windows")
             last = time.perf_counter()
 
-    disable = not console.is_terminal
+    disable = bool(console.prefix) or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=disable) as bar:
         task = bar.add_task(volume.id)
-        yield advance
+        yield {"progress": advance, "report": lambda kind, text, **_: console.print(text)}
+
+
+class Voice(Console):
+    """A console, each line of which begins with the part that says it."""
+
+    def __init__(self, part, **how):
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **how)
+        self.prefix = f"{part}: " if part else ""
+
+    def print(self, text):
+        super().print(textwrap.indent(str(text), self.prefix))
 
 
 # ---------------------------------------------------------------------------- command line
@@ -235,44 +315,49 @@ def parse_arguments(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--ckpt", required=True, help="a checkpoint that train.py wrote")
+    several = {"nargs": "+", "action": "extend", "default": [], "metavar": "PATH"}
+    what = "a checkpoint that train.py wrote; several, or a sweep folder: an ensemble"
+    add("--ckpt", required=True, help=what, **several)
     what = "case files, prepared folders, volumes, folders or patterns of volumes"
-    add("--input", nargs="+", action="extend", default=[], metavar="PATH", help=what)
+    add("--input", help=what, **several)
     add("--output", help="folder; default: predictions/ of the checkpoint's run")
     add("--submission", metavar="FILE.zip", help="write the masks into this too")
+    add("--part", metavar="I/N", help="do part I of N, from 1; start the others where you like")
     add("overrides", nargs="*", metavar="group.key=value")
     arguments = parser.parse_intermixed_args(argv)
-    # argparse takes settings that follow --input for paths.
+    # argparse takes settings that follow --input or --ckpt for paths.
     keys = tuple(f"{key.split('.')[0]}." for key in config.valid_keys())
-    late = [t for t in arguments.input if "=" in t and t.startswith(keys) and not Path(t).exists()]
-    arguments.overrides += late
-    arguments.input = [text for text in arguments.input if text not in late]
+    for paths in (arguments.ckpt, arguments.input):
+        late = [t for t in paths if "=" in t and t.startswith(keys) and not Path(t).exists()]
+        arguments.overrides += late
+        paths[:] = [text for text in paths if text not in late]
     return arguments
 
 
 def main(argv=None):
     arguments = parse_arguments(argv)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    part, errors = None, Voice(None, stderr=True)
     try:
-        predictor, inputs, output, lines = prepare_to_predict(arguments)
+        part = parts.find_part(arguments.part)
+        errors = Voice(part, stderr=True)
+        predictor, inputs, output, lines = prepare_to_predict(arguments, part)
     except ValueError as error:
-        print(error, file=sys.stderr)
+        errors.print(error)
         return 2
-    console.print("\n".join(lines))
-    torch.backends.cudnn.benchmark = True  # all windows have one shape; see train.py
-    submission = arguments.submission
-    try:
-        with open_submission(submission) if submission else contextlib.nullcontext() as archive:
-            predict_all(predictor, inputs, output, archive, console)
-        if submission:
-            console.print(f"{submission}: {len(inputs)} masks, read back and the same")
-    except (CannotGoOn, SubmissionError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"{submission}: the submission cannot be written ({error})", file=sys.stderr)
-        return 1
-    return 0
+    console, settings = Voice(part), predictor.settings
+    is_rank = part is not None and part.local is not None
+    ranks_here = part.local[1] if is_rank else 1
+    # What concerns all ranks is said by the first.
+    console.print("\n".join(lines[:1] if is_rank and part.index else lines))
+    torch.set_num_threads(settings.run.threads or max(1, cores() // ranks_here))
+    torch.backends.cudnn.deterministic = settings.run.deterministic
+    # All windows have one shape; see train.py.
+    torch.backends.cudnn.benchmark = not settings.run.deterministic
+    with parts.until_all_ranks_end(part):
+        what = (predictor, inputs, output, arguments.submission)
+        if sentences := predict_and_submit(*what, part, console):
+            errors.print("\n".join(sentences))
+    return 1 if sentences else 0
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-import infer
 from patches import intensity
-from runtime import checkpoint, config, sliding_window
+from runtime import checkpoint, config, ensemble, sliding_window
 from scoring import metrics
 from volumes import casefile
 from volumes.processes import cores
@@ -42,7 +41,8 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(cores())
     state = checkpoint.load(arguments.ckpt)
-    settings, (network, _) = config.build(state["config"]), infer.build_network(state)
+    settings = config.build(state["config"])
+    network, _ = ensemble.build_network(state, arguments.ckpt)
     case = casefile.read_dataset(arguments.root).cases[arguments.case]
     with h5py.File(case.path) as file:
         image = file["image"][:].astype(np.float64)

@@ -125,13 +125,18 @@ def _taps(positions, size, device):
     return tuple(torch.from_numpy(a).to(device) for a in (low, high, fraction))
 
 
+def _extent(window, ratio):
+    """Volume voxels that a window of network voxels holds on an axis."""
+    return max(1, math.floor(window * ratio + 1e-6))
+
+
 def axis_spans(size, window, overlap, ratio, device):
     """The `Span` of every window on one axis.
 
     Network voxel j lies at volume coordinate center + (j - (window - 1) / 2) * ratio. A window
     predicts the whole volume voxels that it holds, floor(window * ratio) of them.
     """
-    extent = max(1, math.floor(window * ratio + 1e-6))
+    extent = _extent(window, ratio)
     starts = window_starts(size, extent, overlap)
     spans = []
     for begin, weight in zip(starts, blend_weights(size, extent, starts), strict=True):
@@ -149,6 +154,16 @@ def axis_spans(size, window, overlap, ratio, device):
         share = torch.from_numpy(weight[start:stop]).float().to(device)
         spans.append(Span(start, stop, slice(first, last + 1), to_network, to_volume, share))
     return spans
+
+
+def window_rows(shape, window, overlap, ratio):
+    """(rows, windows in each): how many rows of windows `predict_slabs` goes through in a volume.
+
+    Each row finishes the planes from its start to that of the next.
+    """
+    axes = zip(shape, window, ratio, strict=True)
+    counts = [len(window_starts(size, _extent(w, r), overlap)) for size, w, r in axes]
+    return counts[0], counts[1] * counts[2]
 
 
 # ---------------------------------------------------------------------------- one batch of windows
@@ -189,15 +204,14 @@ def _call(network, patches, precision):
     return logits
 
 
-def _probabilities(network, patches, flips, precision):
-    """Probabilities (B, 1, *window) float32, averaged over the 8 flips if asked for."""
-    if not flips:
-        return _call(network, patches, precision).float().sigmoid()
+def _probabilities(networks, patches, flips, precision):
+    """Probabilities (B, 1, *window) float32: the mean over networks, and the 8 flips if wanted."""
+    views = [*product(networks, FLIPS if flips else FLIPS[:1])]
     total = 0.0
-    for axes in FLIPS:
+    for network, axes in views:
         probs = _call(network, patches.flip(axes), precision).float().sigmoid()
         total = total + probs.flip(axes)
-    return total / len(FLIPS)
+    return total / len(views)
 
 
 @torch.inference_mode()
@@ -301,13 +315,16 @@ def predict_slabs(
     progress=nothing,
     remembered=None,
     report=nothing,
+    rows=None,
 ):
     """Finished planes of the prediction in order of z: (z0, probs (1, d, H, W) float32 numpy).
 
-    The planes are disjoint and cover the volume.
+    The planes are disjoint and cover the volume, or those of some `window_rows`: a range of their
+    numbers. Planes have the same bits in whatever range they are predicted.
 
     network(patches (B, C, *window) float32) -> logits (B, 1, *window), or a list of logits of
-    which the first counts; the caller has put it on the device and in eval mode.
+    which the first counts; the caller has put it on the device and in eval mode. Of a list of
+    networks it is the mean of the probabilities.
     volume (C, D, H, W): array or HDF5 dataset, any real dtype; only boxes are read from it. An
     axis shorter than the window is padded with its edge voxels, cut off afterwards.
     window (z, y, x) in voxels of the network; ratio (z, y, x): the network's voxel size over the
@@ -323,29 +340,35 @@ def predict_slabs(
     ValueError, at the call and naming all faults, for arguments that cannot work.
     """
     _check(volume, window, overlap, ratio, precision, batch)
-    predict = functools.partial(_probabilities, network, flips=flips, precision=precision)
+    networks = listed(network)
+    predict = functools.partial(_probabilities, networks, flips=flips, precision=precision)
     axes = [
         axis_spans(size, int(length), overlap, float(r), device)
         for size, length, r in zip(volume.shape[1:], window, ratio, strict=True)
     ]
     remembered = {} if remembered is None else remembered
     fit = WindowFit(volume.shape[1:], batch, device, remembered, report)
-    return _slabs(volume, axes, predict, normalize, fit, progress)
+    rows = range(len(axes[0])) if rows is None else rows
+    return _slabs(volume, axes, rows, predict, normalize, fit, progress)
 
 
-def _slabs(volume, axes, predict, normalize, fit, progress):
+def _slabs(volume, axes, rows, predict, normalize, fit, progress):
     """The generator behind predict_slabs, whose arguments are checked by then."""
-    rows, *plane = axes
+    spans, *plane = axes
     columns = list(product(*plane))
     depth, height, width = volume.shape[1:]
-    slab, done, total = None, 0, len(rows) * len(columns)
-    for z, end in zip(rows, [*(z.start for z in rows[1:]), depth], strict=True):
-        first = 0
+    ends = [*(z.start for z in spans[1:]), depth]
+    # Rows before the first that is wanted reach into its planes.
+    reach = sum(z.stop > spans[rows.start].start for z in spans[: rows.start])
+    slab, done, total = None, 0, (reach + len(rows)) * len(columns)
+    for row in range(rows.start - reach, rows.stop):
+        z, first = spans[row], 0
         while first < len(columns):
             windows = [(z, y, x) for y, x in columns[first : first + fit.batch]]
             try:
                 if slab is None:
-                    slab = torch.zeros(1, z.stop, height, width, device=fit.slab_device)
+                    planes = z.stop - z.start
+                    slab = torch.zeros(1, planes, height, width, device=fit.slab_device)
                 _add_windows(slab, volume, windows, predict, normalize, fit.device)
             except RuntimeError as error:
                 fit.lower(error)
@@ -354,13 +377,23 @@ def _slabs(volume, axes, predict, normalize, fit, progress):
             first += len(windows)
             progress(done + first, total)
         done += len(columns)
-        finished = end - z.start
-        yield z.start, slab[:, :finished].cpu().numpy().copy()
+        finished = ends[row] - z.start
+        if row >= rows.start:
+            yield z.start, slab[:, :finished].cpu().numpy().copy()
         # Plane by plane, because a second slab may not fit.
         kept = slab.shape[1] - finished
         for plane in range(kept):
             slab[:, plane] = slab[:, plane + finished]
         slab[:, kept:] = 0
+
+
+def network_ratio(spacing, wanted):
+    """The ratio of `predict_slabs`, of voxels of this spacing; None: the network's. wanted: as in
+    `data.network_spacing`."""
+    if spacing is None:
+        return (1, 1, 1)
+    sizes = zip(data.network_spacing(spacing, wanted), spacing, strict=True)
+    return [seen / stored for seen, stored in sizes]
 
 
 def predict_case(network, image, spacing, intensity, *, wanted, clip, typical=True, **how):
@@ -370,9 +403,7 @@ def predict_case(network, image, spacing, intensity, *, wanted, clip, typical=Tr
     as in `data.network_spacing` and `data.normalisation`; how: arguments of `predict_slabs`.
     """
     scale = data.normalisation(intensity, clip, typical=typical)
-    if spacing is not None:
-        sizes = zip(data.network_spacing(spacing, wanted), spacing, strict=True)
-        how["ratio"] = [seen / stored for seen, stored in sizes]
+    how["ratio"] = network_ratio(spacing, wanted)
     return predict_slabs(network, image, normalize=functools.partial(normalise, **scale), **how)
 
 

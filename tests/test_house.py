@@ -22,7 +22,7 @@ ROOMS = {
     "patches": "cache resample intensity augment contact_sheet feed transfer",
     "runtime": "config build composite_loss run evaluations checkpoint folder log signals "
     "microbatch nonfinite timer memory_guard sliding_window splits evaluator validation jobs "
-    "comparison page distributed ending",
+    "comparison page distributed ending ensemble parts",
 }
 TOP = "settings data model losses"
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()
@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "runtime": LOWER,
     **dict.fromkeys(SCRIPTS, LOWER | {"runtime"}),
 }
-MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_LINES = 420, 60, 16_500
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_LINES = 420, 60, 17_500
 TRAINING_FUNCTIONS = {("train", "main"), ("train", "train")}  # the story is one function
 
 

@@ -16,7 +16,7 @@ import evaluate
 import infer
 import model
 from patches import intensity
-from runtime import checkpoint, config, sliding_window
+from runtime import checkpoint, config, ensemble, sliding_window
 from runtime import folder as runs
 from volumes import casefile, files
 
@@ -433,7 +433,7 @@ def test_a_case_whose_voxels_cannot_be_read_is_one_sentence(run, tmp_path, capsy
     def unreadable(*arguments, **how):
         raise OSError("Can't synchronously read data (filter returned failure during read)")
 
-    monkeypatch.setattr(infer, "predict_case", unreadable)
+    monkeypatch.setattr(ensemble, "predict_case", unreadable)
     assert infer.main(["--ckpt", str(run()), "--input", str(tmp_path / "data" / "a.h5")]) == 1
     error = capsys.readouterr().err
     assert "a: " in error and "a.h5: expected a volume that can be read" in error
@@ -446,13 +446,13 @@ def test_a_volume_that_is_gone_when_its_turn_comes_is_one_sentence(
     scans = [tmp_path / f"{name}.nii.gz" for name in "ab"]
     for scan in scans:
         write_nifti(scan, image_of((8, 16, 16)))
-    slabs = infer.predict_case
+    slabs = ensemble.predict_case
 
     def last_of_the_folder(*arguments, **how):
         scans[1].unlink(missing_ok=True)
         return slabs(*arguments, **how)
 
-    monkeypatch.setattr(infer, "predict_case", last_of_the_folder)
+    monkeypatch.setattr(ensemble, "predict_case", last_of_the_folder)
     arguments = ["--ckpt", run(), "--input", *scans, "--output", tmp_path / "out"]
     assert infer.main([str(a) for a in arguments]) == 1
     (error,) = capsys.readouterr().err.splitlines()
@@ -507,7 +507,7 @@ def written(tmp_path):
 def test_a_volume_that_fails_is_named_and_the_others_are_predicted(
     run, tmp_path, capsys, monkeypatch, error, said
 ):
-    arguments, calls, slabs = three_scans(tmp_path), [], infer.predict_case
+    arguments, calls, slabs = three_scans(tmp_path), [], ensemble.predict_case
 
     def second_fails(*arguments, **how):
         calls.append(1)
@@ -515,7 +515,7 @@ def test_a_volume_that_fails_is_named_and_the_others_are_predicted(
             raise error
         return slabs(*arguments, **how)
 
-    monkeypatch.setattr(infer, "predict_case", second_fails)
+    monkeypatch.setattr(ensemble, "predict_case", second_fails)
     target = tmp_path / "s.zip"
     assert infer.main(["--ckpt", str(run()), *arguments, "--submission", str(target)]) == 1
     out, err = capsys.readouterr()

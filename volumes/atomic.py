@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 from pathlib import Path
 
 
@@ -15,7 +16,9 @@ def replacing(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial_{os.getpid()}_{path.name}")  # readers go by the suffix
+    # Readers go by the suffix. Processes of two machines may have one number.
+    process = f"{socket.gethostname()}_{os.getpid()}"
+    partial = path.with_name(f".partial_{process}_{path.name}")
     try:
         yield partial
         with open(partial, "r+b" if os.name == "nt" else "rb") as file:  # Windows wants the former

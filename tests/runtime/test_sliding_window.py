@@ -15,6 +15,7 @@ from runtime.sliding_window import (
     predict_volume,
     resolve_device,
     resolve_precision,
+    window_rows,
     window_starts,
 )
 
@@ -187,6 +188,39 @@ def test_slabs_are_the_volume_in_order():
         np.concatenate([p for _, p in slabs], axis=1), predict_volume(same, volume, (8, 6, 6), 0.5)
     )
     assert max(planes.shape[1] for _, planes in slabs) <= 8
+
+
+@pytest.mark.parametrize("depth, overlap, ratio", [(23, 0.5, 1), (31, 0.8, 1), (40, 0.6, 1.7)])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_planes_have_the_same_bits_in_whatever_range_of_rows(depth, overlap, ratio, batch):
+    torch.manual_seed(0)
+    network = torch.nn.Conv3d(1, 1, 3, padding=1)
+    volume, window, ratio = random_volume(depth, 14, 15), (8, 6, 6), (ratio, 1, 1)
+    how = {"ratio": ratio, "batch": batch}
+    whole = predict_volume(network, volume, window, overlap, **how)
+    rows, windows = window_rows(volume.shape[1:], window, overlap, ratio)
+    assert windows == len(window_starts(14, 6, overlap)) * len(window_starts(15, 6, overlap))
+    starts = [z0 for z0, _ in predict_slabs(network, volume, window, overlap, **how)]
+    assert len(starts) == rows
+    for chosen in (range(2), range(1, 2), range(2, rows - 1), range(rows - 1, rows)):
+        slabs = list(predict_slabs(network, volume, window, overlap, rows=chosen, **how))
+        assert [z0 for z0, _ in slabs] == [starts[row] for row in chosen]
+        for z0, planes in slabs:
+            np.testing.assert_array_equal(planes, whole[:, z0 : z0 + planes.shape[1]])
+
+
+def test_progress_of_a_range_counts_the_rows_that_reach_into_it():
+    calls, volume = [], random_volume(20, 6, 6)
+    how = {"rows": range(2, 4), "progress": lambda *counts: calls.append(counts)}
+    list(predict_slabs(same, volume, (8, 6, 6), 0.5, **how))
+    assert calls == [(1, 3), (2, 3), (3, 3)]  # row 1 reaches into row 2
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_several_networks_give_the_mean_of_their_probabilities(flips):
+    volume = random_volume(9, 8, 8)
+    probs = predict_volume([same, constant(0.3)], volume, (6, 8, 8), flips=flips)
+    np.testing.assert_allclose(probs, (volume + 0.3) / 2, atol=1e-6)
 
 
 def test_planes_leave_before_the_next_rows_are_read():

@@ -1,0 +1,262 @@
+"""One checkpoint, or several whose probabilities are averaged: read, compared, asked together.
+
+members = read(["runs/losses"])        # a sweep folder: the runs of its one variant
+settings, line = joint_settings(members, ["inference.flips=true"])
+metadata = joint_metadata(members)
+"""
+
+import functools
+import statistics
+from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import model
+from runtime import checkpoint, config, parts
+from runtime.folder import newest_run_folder
+from runtime.jobs import Ledger
+from runtime.sliding_window import network_ratio, predict_case, window_rows
+from scoring import postprocess
+from volumes.files import split_dataset
+from volumes.inputs import UNLIKE
+from volumes.volume import InputErrors, VolumeError, collect_errors
+
+# What validation chose for each model: an ensemble takes the mean, in so many digits. Then
+# mean(probs) >= mean(thresholds) where models lie above their own by more than others lie below.
+CHOSEN = {"inference.threshold": 4, "postprocess.min_component_voxels": None}
+ALIKE = (
+    *("inference.window", "inference.overlap", "inference.flips", "postprocess.hysteresis"),
+    *("postprocess.max_hole_voxels", "postprocess.closing_radius"),
+)
+
+
+class Member(NamedTuple):
+    """A checkpoint without what only training needs; network: in eval mode on the CPU."""
+
+    path: str
+    step: int
+    weights: str  # which
+    network: torch.nn.Module
+    config: dict
+    data: dict  # what the run knows of its data
+    chosen: dict  # by validation
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def read(texts):
+    """[`Member`] of checkpoints and sweep folders; InputErrors names every fault."""
+    faults, paths, members = [], [], []
+    for text in texts:
+        with collect_errors(faults):
+            paths += _of_sweep(Path(text)) if (Path(text) / "ledger.jsonl").is_file() else [text]
+    files = [Path(path).resolve() for path in paths]
+    for path, file in zip(paths, files, strict=True):
+        if files.count(file) > 1:
+            faults.append(
+                f"{path}: expected each checkpoint once, got it {files.count(file)} times"
+            )
+            continue
+        with collect_errors(faults):
+            state = checkpoint.load(path)
+            network, weights = build_network(state, path)
+            loop = state["loop"]
+            about = state["config"], state["data"], loop["evaluations"]["chosen"]
+            members.append(Member(str(path), loop["step"], weights, network, *about))
+    if not faults:
+        faults = [fault for other in members[1:] for fault in _layout_faults(members[0], other)]
+    if faults:
+        raise InputErrors(*dict.fromkeys(faults))
+    return members
+
+
+def _of_sweep(folder):
+    """The checkpoints of a sweep folder, by which its runs are judged."""
+    entries = Ledger(folder / "ledger.jsonl").entries()
+    variants = sorted({entry["variant"] for entry in entries.values()})
+    if len(variants) != 1:
+        raise ValueError(
+            f"{folder}: expected a sweep of one variant, got {', '.join(variants) or 'no runs'}; "
+            f"give the checkpoints of one, such as {folder}/{(variants or ['NAME'])[0]}_*/"
+            "checkpoints/last.pt"
+        )
+    folders = {name: newest_run_folder(folder, name) for name in sorted(entries)}
+    undone = [name for name in folders if entries[name]["status"] != "done" or not folders[name]]
+    if undone:
+        raise ValueError(
+            f"{folder}: expected runs that are done, got {', '.join(undone)}, which are not; do "
+            "them again, or give the checkpoints of the others"
+        )
+    return [str(run / "checkpoints" / "last.pt") for run in folders.values()]
+
+
+def build_network(state, path):
+    """(network, which weights) of a checkpoint, in eval mode on the CPU; ValueError names path."""
+    metadata = state["data"]
+    network = model.build_network(
+        metadata["channels"],
+        1,
+        strides=metadata["strides"],
+        kernels=metadata["kernels"],
+        settings=config.build(state["config"]).model.model_dump(),
+    )
+    averaged = state["ema"] is not None
+    try:
+        network.load_state_dict(state["ema"] if averaged else state["model"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: expected the weights of the network that model.py builds, got those of "
+            "another version; use the code in the run's source/ folder"
+        ) from error
+    return network.eval(), "averaged (EMA) weights" if averaged else "weights of the last step"
+
+
+def _layout_faults(first, other):
+    """A sentence if two models saw other data layouts."""
+    layouts = []
+    for member in (first, other):
+        metadata, settings = member.data, config.build(member.config)
+        names = {number: name for name, number in metadata["classes"].items()}
+        layouts.append(
+            {
+                "channels": metadata["channels"],
+                "foreground": sorted(names[number] for number in metadata["foreground"]),
+                "unit": metadata["unit"],
+                "data.spacing": [size or 0.0 for size in metadata["spacing"]],
+                "data.clip_percentiles": settings.data.clip_percentiles,
+                "fill values known": metadata.get("typical", False),
+            }
+        )
+    ours, theirs = layouts
+    differ = [f"{key} {theirs[key]} for {ours[key]}" for key in ours if ours[key] != theirs[key]]
+    voxels = [member.data.get("trained_spacing") for member in (first, other)]
+    if not differ and all(voxels):
+        sizes = zip(*voxels, ours["data.spacing"], strict=True)
+        ratios = [b / a for a, b, wanted in sizes if not wanted]
+        if any(ratio > UNLIKE or ratio < 1 / UNLIKE for ratio in ratios):
+            differ = [f"voxels of {voxels[1]} for {voxels[0]}"]
+    if differ:
+        yield (
+            f"{other.path}: expected a network for such data as {first.path} has seen, got "
+            f"{', '.join(differ)}; average those of one kind"
+        )
+
+
+# ---------------------------------------------------------------------------- putting together
+
+
+def joint_settings(members, overrides):
+    """(settings, line) of all members with overrides; ValueError names every fault, a line each.
+
+    All that an ensemble does must be the same for its members, but for what is `CHOSEN`; how it
+    runs (device, windows at once) is said by the first. line: for people, None without an ensemble.
+    """
+    faults, each = [], []
+    for member in members:
+        with collect_errors(faults):
+            settings = config.build(config.apply_overrides(member.config, overrides))
+            settings = settings.with_chosen(member.chosen)
+            settings.inference.window = settings.inference.window or settings.sampling.patch
+            strides = member.data["strides"]
+            model.check_divides("inference.window", settings.inference.window, strides)
+            each.append(settings)
+    if faults:
+        raise InputErrors(*dict.fromkeys(faults))
+    for key in ALIKE:
+        values = {}
+        for member, settings in zip(members, each, strict=True):
+            values.setdefault(attrgetter(key)(settings), member.path)
+        if len(values) > 1:
+            got = ", ".join(f"{value} ({path})" for value, path in values.items())
+            faults.append(f"{key}: expected one for all checkpoints, got {got}; give {key}=VALUE")
+    if faults:
+        raise InputErrors(*faults)
+    joint, clauses = each[0], []
+    for key, digits in CHOSEN.items():
+        group, name = key.split(".")
+        values = [attrgetter(key)(settings) for settings in each]
+        if len(set(values)) > 1:
+            setattr(getattr(joint, group), name, round(statistics.mean(values), digits))
+        clauses.append(f"{name} {attrgetter(key)(joint)} of {', '.join(map(str, values))}")
+    line = f"ensemble   mean of {len(members)} networks' probabilities; {'; '.join(clauses)}"
+    return joint, line if len(members) > 1 else None
+
+
+def joint_metadata(members):
+    """What the first run knows of its data; test and validation cases are those of all runs."""
+    first, *others = [member.data for member in members]
+    cases = {
+        key: [case for case in first[key] if all(case in other[key] for other in others)]
+        for key in ("test", "validation")
+    }
+    return first | cases
+
+
+# ---------------------------------------------------------------------------- prediction
+
+
+class Predictor:
+    """Predicts an `Input` by the members, of which there may be one.
+
+    settings: theirs together; metadata: what they know of their data.
+    """
+
+    def __init__(self, members, settings, metadata, device, precision):
+        self.members, self.settings, self.metadata = members, settings, metadata
+        self.networks = [member.network.to(device) for member in members]
+        # remembered: what memory the volumes before have needed, for all that follow.
+        self.how = {"device": device, "precision": precision, "remembered": {}}
+        self.how |= {"wanted": metadata["spacing"], "clip": settings.data.percentiles}
+        self.how["typical"] = metadata.get("typical", False)  # not in those of older versions
+        self.how |= settings.window_arguments()
+
+    def rows(self, volume):
+        """(rows, windows in each) that a volume is predicted by."""
+        ratio = network_ratio(volume.spacing, self.metadata["spacing"])
+        inference = self.settings.inference
+        return window_rows(volume.shape, inference.window, inference.overlap, ratio)
+
+    def slabs(self, volume, **how):
+        """Finished slabs in order: (z0, {name: (d, H, W)}); how: arguments of predict_slabs.
+
+        high: bool, above the threshold; low: above that of hysteresis, if there is one; probs:
+        float32, if inference.save_probabilities asks for them.
+        """
+        inference, hysteresis = self.settings.inference, self.settings.postprocess.hysteresis
+        with volume.voxels() as image:
+            about = (image, volume.spacing, volume.intensity)
+            for z0, (probs,) in predict_case(self.networks, *about, **self.how, **how):
+                layers = {"high": probs >= inference.threshold}
+                if hysteresis is not None:
+                    layers["low"] = probs >= hysteresis
+                if inference.save_probabilities:
+                    layers["probs"] = probs
+                yield z0, layers
+
+    def mask(self, volume, high, low=None):
+        """The mask (D, H, W) uint8 of 0 and 1 of a whole volume."""
+        post = self.settings.postprocess.model_dump()
+        return postprocess.apply(high, low, spacing=volume.spacing, **post).astype(np.uint8)
+
+    @functools.cached_property
+    def digits(self):
+        """What tells the weights and settings that decide a prediction from others."""
+        settings = self.settings.plain()
+        values = [settings[key] for key in ("inference", "postprocess")]
+        values += [settings["run"][key] for key in ("threads", "deterministic")]
+        values += [self.how["device"].type, self.how["precision"], str(torch.__version__)]
+        values += [[member.config, member.data] for member in self.members]
+        return parts.fingerprint(values, self.networks)
+
+    def fingerprint(self, volume):
+        """What tells the prediction of a volume from that of other weights, settings or voxels."""
+        paths = [volume.path] if volume.is_case else volume.sources
+        try:
+            stamps = [parts.stamp(split_dataset(path)[0]) for path in paths]
+        except OSError as error:
+            raise VolumeError(f"expected a volume that can be read, got {error}") from error
+        return parts.fingerprint([self.digits, volume.shape, volume.intensity, stamps])
