@@ -12,6 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser
 
 from losses import LOSSES
 from runtime import config, ending, jobs
@@ -216,7 +217,8 @@ def test_every_command_names_a_script_and_its_options(page):
 
 @ON_EVERY_PAGE
 def test_every_option_that_is_named_is_one_of_a_script(page):
-    known = set().union(*map(options_of, SCRIPTS))
+    torchrun = {o for a in get_args_parser()._actions for o in a.option_strings}
+    known = torchrun.union(*map(options_of, SCRIPTS))
     for span in code_spans(page):
         options = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", span))
         assert span.startswith("ruff") or options <= known, f"{page.name}: {span}"

@@ -398,4 +398,5 @@ def test_device_and_precision_are_resolved_with_a_reason():
     for name in ("cuda:99", "gpu"):
         with pytest.raises(ValueError, match=rf"run\.device: expected .* got {name} \("):
             resolve_device(name)
-    assert resolve_precision("bf16", torch.device("cpu"))[0] == "fp32"
+    assert resolve_precision("bf16", torch.device("cpu"))[0] == "bf16"
+    assert resolve_precision("fp16", torch.device("cpu"))[0] == "fp32"
