@@ -320,10 +320,12 @@ def tune(plan, words, *, steps=STEPS, out):
         table.add_row(tuning.named(trial.changes), *trial.cells(), escape(verdict))
     Console(highlight=False, width=None if console.is_terminal else 160).print(table)
     if tuner.best.fault:
-        console.print("no settings that were tried work here; lower sampling.patch or model.base")
+        console.print("no settings that were tried work here; nothing is written")
         return FAILED
-    chosen = tuning.named(tuner.best.changes) or "the config as it is"
-    say(f"decision   {chosen}: {tuner.best}; the config: {tuner.rows[0][0]}")
+    if changes := tuning.named(tuner.best.changes):
+        say(f"decision   {changes}: {tuner.best}; the config: {tuner.rows[0][0]}")
+    else:
+        say("decision   the config stays as it is")
     tuning.write_settings(out, tuner.decided, comments)
     kept = [word for word in words if word.partition("=")[0] not in tuner.decided]
     console.print(f"wrote {out}; next: python train.py {shlex.join([*kept, str(out)])}")

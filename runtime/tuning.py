@@ -12,7 +12,6 @@ asked for changes numbers.
 """
 
 import glob
-import itertools
 import math
 import statistics
 import subprocess
@@ -269,7 +268,7 @@ class Tuner:
             return self._skip("prefetch", "without workers nothing is read ahead")
         above, below = ([{PREFETCH: n} for n in side] for side in self._ladder(PREFETCH))
         # Fewer batches ahead need less memory; they never save time.
-        self._climb("prefetch", above, below if self.best.fault else [])
+        self._climb("prefetch", above, below if self.best.fault else ())
 
     def precision(self):
         if self.plan.device.type == "cpu":
@@ -277,7 +276,7 @@ class Tuner:
         if self.plan.precision != "fp32":
             return self._skip("precision", f"{self.plan.precision} is already the fast one")
         fast, _ = resolve_precision("auto", self.plan.device)
-        self._climb("precision", [{PRECISION: fast}], [])
+        self._climb("precision", [{PRECISION: fast}])
 
     def checkpointing(self):
         if self.value(CHECKPOINTING):
@@ -290,7 +289,7 @@ class Tuner:
             steps = [size | {CHECKPOINTING: True} for size in sizes]
         if not steps:
             return self._skip("recompute", "memory is not short, and it would only cost time")
-        self._climb("recompute", steps, [])
+        self._climb("recompute", steps)
 
     # ------------------------------------------------------------------------ steps of a phase
 
@@ -299,11 +298,16 @@ class Tuner:
         now, ladder = self.value(key), LADDERS[key]
         return [n for n in ladder if n > now], [n for n in reversed(ladder) if n < now]
 
-    def _climb(self, title, *directions):
-        """Take steps in the first direction in which one helps, until one does not."""
-        for steps in directions:
-            if sum(itertools.takewhile(bool, (self._step(title, changes) for changes in steps))):
-                return
+    def _climb(self, title, above, below=()):
+        """Take steps up until one does not help; if none does, down."""
+        helped = False
+        for changes in above:
+            if not self._step(title, changes):
+                break
+            helped = True
+        for changes in () if helped else below:
+            if not (self._step(title, changes) or self.best.fault):  # less may still fit
+                break
 
     def _step(self, title, changes):
         """Try changes of the best settings; whether they are the best now."""
@@ -312,7 +316,7 @@ class Tuner:
         self.rows.append((trial, verdict))
         self.tried |= changes.keys()
         before = {key: self.value(key) for key in changes}
-        figures = f"{trial}; " if trial.seconds else ""
+        figures = f"{trial}; " if str(trial) else ""
         back = "" if taken else f"; back to {named(before)}"
         self.say(f"{title:<11}{named(changes)}: {figures}{verdict}{back}")
         if taken:
@@ -328,8 +332,8 @@ class Tuner:
             again = self.measure(self.best.changes)
             self.rows.append((again, "repeated"))
             if not again.fault:
-                pairs = (gain, noise), compare(again, trial)
-                gain, noise = min(pairs, key=lambda pair: pair[0] - pair[1])
+                self.best = min(self.best, again, key=lambda trial: trial.seconds)
+                gain, noise = compare(self.best, trial)
         change = f"{abs(gain):.1%} {'less' if gain > 0 else 'more'} time, noise {noise:.1%}"
         return gain > noise, f"{'taken' if gain > noise else 'no gain'}: {change}"
 
