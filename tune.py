@@ -369,8 +369,8 @@ def cli(argv=None):
         if tunes:
             return tune(plan, words, steps=arguments.steps, out=out)
         return benchmark(plan, steps=arguments.steps, json_file=json_file)
-    except Stopped as stopped:
-        console.print(f"stopped: {stopped}; nothing is written")
+    except (Stopped, KeyboardInterrupt) as stopped:
+        console.print(f"stopped: {str(stopped) or 'interrupted'}; nothing is written")
         return STOPPED
 
 

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,13 +70,14 @@ def run_training(plan, steps, changes=None):
         with open(output, "wb") as out, signals.Stop() as stop:
             command = [sys.executable, "-u", TRAIN, path]
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-            while process.poll() is None:
-                if stop.why:
-                    process.terminate()
-                try:
-                    process.wait(0.2)
-                except subprocess.TimeoutExpired:
-                    continue
+            try:
+                while process.poll() is None:
+                    if stop.why:
+                        process.terminate()
+                    time.sleep(0.1)
+            finally:  # a second Ctrl-C
+                process.kill()
+                process.wait()
             if stop.why:
                 raise signals.Stopped(stop.why)
         trial, failure = Path(root, "trial"), ""
@@ -261,7 +263,8 @@ class Tuner:
         self.say(f"batch      {patches} patches a step and the learning rate stay as they are")
         before = len(self.rows)
         self._climb("batch", *pairs)
-        self.misfits = [trial.changes for trial, _ in self.rows[before:] if trial.fault]
+        misfits = [trial.changes for trial, _ in self.rows[before:] if trial.fault]
+        self.misfits = [{key: misfit[key] for key in (BATCH, ACCUMULATE)} for misfit in misfits]
 
     def prefetch(self):
         if not self.value(WORKERS):
@@ -280,16 +283,12 @@ class Tuner:
 
     def checkpointing(self):
         if self.value(CHECKPOINTING):
-            steps = [{CHECKPOINTING: False}]
-        elif self.best.fault:
-            steps = [{CHECKPOINTING: True}]
-        else:  # a larger batch may fit with it
-            larger = [c for c in self.misfits if c[BATCH] > self.value(BATCH)]
-            sizes = [{key: c[key] for key in (BATCH, ACCUMULATE)} for c in larger]
-            steps = [size | {CHECKPOINTING: True} for size in sizes]
+            return self._climb("recompute", [{CHECKPOINTING: False}])
+        # A batch that did not fit may fit with it: a larger one, or the first that does at all.
+        steps = [{}, *self.misfits] if self.best.fault else self.misfits
         if not steps:
             return self._skip("recompute", "memory is not short, and it would only cost time")
-        self._climb("recompute", steps)
+        self._climb("recompute", (), [step | {CHECKPOINTING: True} for step in steps])
 
     # ------------------------------------------------------------------------ steps of a phase
 

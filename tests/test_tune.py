@@ -387,13 +387,21 @@ def stopped(plan, steps, changes):
     raise signals.Stopped("signal SIGTERM")
 
 
+def interrupted(plan, steps, changes):
+    raise KeyboardInterrupt
+
+
 def failed(plan, steps, changes):
     return tuning.Trial(changes, fault="memory is short [made up]")
 
 
 @pytest.mark.parametrize(
     "measure, status, text",
-    [(stopped, 75, "stopped: signal SIGTERM"), (failed, 1, "memory is short [made up]")],
+    [
+        (stopped, 75, "stopped: signal SIGTERM"),
+        (interrupted, 75, "stopped: interrupted"),
+        (failed, 1, "memory is short [made up]"),
+    ],
 )
 def test_without_a_decision_nothing_is_written(
     tmp_path, monkeypatch, capsys, measure, status, text
