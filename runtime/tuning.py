@@ -260,7 +260,9 @@ class Tuner:
             text = f"a step is of {patches} (batch x accumulate), and other batches would change it"
             return self._skip("batch", text)
         pairs = [[{BATCH: n, ACCUMULATE: patches // n} for n in side] for side in sizes]
-        self.say(f"batch      {patches} patches a step and the learning rate stay as they are")
+        others = [n for n in LADDERS[BATCH] if patches % n]
+        without = f", so not with batches of {', '.join(map(str, others))}" if others else ""
+        self.say(f"batch      {patches} patches a step and the learning rate stay{without}")
         before = len(self.rows)
         self._climb("batch", *pairs)
         misfits = [trial.changes for trial, _ in self.rows[before:] if trial.fault]

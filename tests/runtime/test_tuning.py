@@ -111,6 +111,11 @@ def test_a_step_keeps_its_patches_whatever_the_batch(batch, accumulate, expected
     assert {key for trial, _ in tuner.rows for key in trial.changes} <= {*KEYS}  # no learning rate
 
 
+def test_a_batch_that_would_change_training_is_named():
+    assert decide()[1][2].endswith("learning rate stay, so not with batches of 4")
+    assert decide("training.accumulate=2")[1][2].endswith("learning rate stay")
+
+
 def test_steps_of_one_patch_have_no_other_batches():
     tuner, said = decide("training.train_batch_size=1")
     assert "not tried: a step is of 1" in line(said, "batch") and BATCH not in tuner.decided
