@@ -2,6 +2,7 @@
 
     python train.py configs/quickstart.yaml
     python train.py configs/vessels.yaml data.root=/data/vessels training.train_batch_size=4
+    python train.py configs/vessels.yaml tuned.yaml      # with what tune.py has decided
     python train.py configs/vessels.yaml --resume        # go on from the newest saved state
     python train.py configs/vessels.yaml training.max_steps=0 run.name=untrained
     torchrun --nproc-per-node=4 train.py configs/vessels.yaml    # on four GPUs
@@ -181,10 +182,10 @@ def cli(argv=None):
     )
     parser.add_argument("config", help="a YAML file with differences from the defaults")
     parser.add_argument("--resume", action="store_true", help="go on from the newest saved state")
-    parser.add_argument("overrides", nargs="*", metavar="group.key=value")
+    parser.add_argument("more", nargs="*", metavar="MORE.yaml | group.key=value")
     arguments = parser.parse_intermixed_args(argv)
     try:
-        settings = config.load(arguments.config, arguments.overrides)
+        settings = config.load(arguments.config, arguments.more)
     except config.ConfigError as error:
         print(error, file=sys.stderr)
         return WRONG_INPUT

@@ -1,48 +1,56 @@
-"""Measure what a long run will cost before it is started, or see what augmentation does.
+"""Find the fastest settings, measure what a long run will cost, or see what augmentation does.
 
+    python tune.py configs/vessels.yaml                        # then:
+    python train.py configs/vessels.yaml tuned.yaml
+    python tune.py configs/vessels.yaml training.workers=2 --steps 60 --out tuned_2.yaml
     python tune.py configs/exp001_full.yaml --benchmark
     python tune.py configs/vessels.yaml --benchmark --steps 60 --json costs.json training.workers=2
     python tune.py configs/vessels.yaml --contact-sheet augment.png augment.elastic=1
+
+Without an option it tries workers, batch size, prefetching, precision and checkpointing, one after
+the other, each by a short run of train.py: see runtime/tuning.py. It prints each decision and a
+table, and writes tuned.yaml, a second config for train.py. A step that runs out of memory, is
+killed or does not save time is taken back. The learning rate and the patches of a step stay.
 
 --benchmark runs train.py for some steps on the config's training cases, without validation, and
 reads its log; reading and prediction are measured directly. It prints a table: what was measured,
 the figure it must stay under, and a verdict; --json writes the same. --contact-sheet shows each
 transformation alone on a patch of the first training case.
 
-No run folder is left. Exit status: 0 all that was measured is under its figure, 1 something is
-over, 2 the input is wrong (one sentence per fault, nothing written).
+No run folder is left. Exit status: 0 tuned, or all that was measured is under its figure; 1 no
+settings work, or something is over; 2 the input is wrong (one sentence per fault, nothing written);
+75 stopped early, and nothing was written.
 """
 
 import argparse
-import glob
+import functools
 import itertools
 import json
 import math
 import os
+import shlex
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import h5py
 import torch
-import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader
 
 import data
-from monitoring.records import peaks, read_lines
+from monitoring.records import peaks
 from patches import contact_sheet
-from runtime import build, config, folder, sliding_window
-from runtime.log import read_log
-from runtime.signals import CannotGoOn
+from runtime import build, config, folder, sliding_window, tuning
+from runtime.run import DONE, FAILED, STOPPED
+from runtime.signals import CannotGoOn, Stopped
+from runtime.tuning import WARM_UP
 from volumes.processes import cores, run_script
 
-STEPS, WARM_UP, FOLDS, FOLD_STEPS = 30, 5, 3, 2  # WARM_UP: steps before those that are measured
+STEPS, FOLDS, FOLD_STEPS = 30, 3, 2
 SLABS = 2  # of the prediction: with the second the slab has moved on, and memory is at its most
 MS, MB, GB, PERCENT = 1e-3, 1e6, 1e9, 1e-2
 console = Console(highlight=False, soft_wrap=True)
@@ -162,24 +170,10 @@ def run_training(plan, steps):
     Returns the lines of its log; the most bytes that all its processes had in memory; and those by
     which the memory in use of a GPU grew most (None without a reading).
     """
-    with tempfile.TemporaryDirectory(prefix="lamina-tune-") as root:
-        settings = plan.settings.plain()
-        settings["run"] |= {"name": "trial", "folder": root}
-        ids = [glob.escape(case.id) for case in plan.split.train]
-        settings["data"] |= {"train": ids, "validation": [], "test": [], "folds": 0, "fold": 0}
-        settings["training"] |= {"max_epochs": 1, "train_iterations_per_epoch": steps}
-        settings["training"] |= {"max_steps": None, "max_hours": None, "save_minutes": None}
-        settings["monitor"] |= {"log_every": WARM_UP, "seconds": 0.5}
-        settings["monitor"] |= {"tensorboard": False, "picture": False}
-        path = Path(root, "trial.yaml")
-        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        command = [sys.executable, Path(__file__).with_name("train.py"), path]
-        run = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
-        if run.returncode != 0:
-            reason = (run.stderr.strip() or run.stdout.strip() or "no output").split("\n")[-1]
-            raise ValueError(f"train.py ended with exit status {run.returncode}: {reason}")
-        trial = Path(root, "trial")
-        return read_log(trial / "log.jsonl"), *peaks(read_lines(trial / "system.jsonl"))
+    run = tuning.run_training(plan, steps)
+    if run.failure:
+        raise ValueError(run.failure)
+    return run.log, *peaks(run.readings)
 
 
 def measure_training(plan, steps):
@@ -262,10 +256,14 @@ def show(figures, verdicts):
             console.print(f"{figure.title} is over: {figure.advice}")
 
 
+def device_name(plan):
+    return torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else "cpu"
+
+
 def benchmark(plan, *, steps=STEPS, json_file=None):
     """Measure what a plan will cost, over this many steps. Returns the exit status."""
     torch.set_num_threads(plan.settings.run.threads or cores())
-    device = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else "cpu"
+    device = device_name(plan)
     console.print(f"device     {device}, {torch.get_num_threads()} CPU threads, {plan.precision}")
     console.print(f"data       {len(plan.split.train)} training cases of {plan.dataset.root}")
     figures = measure(plan, steps)
@@ -299,30 +297,81 @@ def write_contact_sheet(plan, path):
     console.print(f"wrote {path}")
 
 
+# ---------------------------------------------------------------------------- tuning
+
+
+def tune(plan, words, *, steps=STEPS, out):
+    """Try settings of a plan and write what was decided. Returns the exit status.
+
+    words: the files and overrides that the plan comes from.
+    """
+    comments = [f"Decided by tune.py on {time.strftime('%Y-%m-%d')} for {' '.join(words)}"]
+    comments.append(f"device     {device_name(plan)}, {cores()} CPU cores, {steps} steps a trial")
+    console.print(comments[-1])
+
+    def say(text):
+        comments.append(text)
+        console.print(text, markup=False)
+
+    tuner = tuning.Tuner(plan, functools.partial(tuning.measure, plan, steps), say)
+    tuner.decide()
+    table = Table("settings", *tuning.TITLES, "verdict")
+    for trial, verdict in tuner.rows:
+        table.add_row(tuning.named(trial.changes), *trial.cells(), escape(verdict))
+    Console(highlight=False, width=None if console.is_terminal else 160).print(table)
+    if tuner.best.fault:
+        console.print("no settings that were tried work here; nothing is written")
+        return FAILED
+    if changes := tuning.named(tuner.best.changes):
+        say(f"decision   {changes}: {tuner.best}; the config: {tuner.rows[0][0]}")
+    else:
+        say("decision   the config stays as it is")
+    tuning.write_settings(out, tuner.decided, comments)
+    kept = [word for word in words if word.partition("=")[0] not in tuner.decided]
+    console.print(f"wrote {out}; next: python train.py {shlex.join([*kept, str(out)])}")
+    return DONE
+
+
 def cli(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, task = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    add, task = parser.add_argument, parser.add_mutually_exclusive_group()
     add("config", help="the YAML file of the run to come")
-    add("overrides", nargs="*", metavar="group.key=value")
+    add("more", nargs="*", metavar="MORE.yaml | group.key=value")
     task.add_argument("--benchmark", action="store_true", help="measure what the run will cost")
     task.add_argument("--contact-sheet", type=Path, metavar="FILE", help="a PNG to write")
     add("--steps", type=int, default=STEPS, metavar="N", help=f"to measure; default {STEPS}")
-    add("--json", type=Path, metavar="FILE", help="where to write the figures")
+    add("--json", type=Path, metavar="FILE", help="where --benchmark writes its figures")
+    add("--out", type=Path, metavar="FILE", help="the settings decided; default tuned.yaml")
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.steps < 1:
-        parser.error(f"--steps: expected 1 or more, got {arguments.steps}")
-    out = arguments.json
+    words = [arguments.config, *arguments.more]
+    tunes = not (arguments.benchmark or arguments.contact_sheet)
+    least = tuning.LEAST_STEPS if tunes else 1
+    if arguments.steps < least:
+        parser.error(f"--steps: expected {least} or more, got {arguments.steps}")
+    if arguments.out and not tunes:
+        parser.error("--out: expected neither --benchmark nor --contact-sheet with it")
+    json_file, out = arguments.json, arguments.out or Path("tuned.yaml")
     try:
-        plan = build.resolve(config.load(arguments.config, arguments.overrides))
-        if out and (out.is_dir() or not os.access(out.parent, os.W_OK)):
-            raise ValueError(f"--json: expected a file in a folder to write to, got {out}")
+        plan = build.resolve(config.load(arguments.config, arguments.more))
+        for option, path in (("--json", json_file), ("--out", out if tunes else None)):
+            if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+                raise ValueError(f"{option}: expected a file in a folder to write to, got {path}")
+        if tunes and out.resolve() in [Path(word).resolve() for word in words]:
+            raise ValueError(f"--out: expected another file than those that are read, got {out}")
         if arguments.contact_sheet:
             write_contact_sheet(plan, arguments.contact_sheet)
+            return DONE
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"{error}\n")
-    return benchmark(plan, steps=arguments.steps, json_file=out) if arguments.benchmark else 0
+    try:
+        if tunes:
+            return tune(plan, words, steps=arguments.steps, out=out)
+        return benchmark(plan, steps=arguments.steps, json_file=json_file)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        console.print(f"stopped: {str(stopped) or 'interrupted'}; nothing is written")
+        return STOPPED
 
 
 if __name__ == "__main__":

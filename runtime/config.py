@@ -1,14 +1,16 @@
 """Reading settings: a config file, overrides, and the messages when one is wrong.
 
-A config file holds only differences from the defaults in settings.py. Every key can also be given
-on the command line as `group.key=value`; the later one wins.
+A config file holds only differences from the defaults in settings.py. More files may follow; the
+later one wins. Every key can also be given as `group.key=value`, which wins over all files.
 
     settings = load("configs/vessels.yaml", ["training.max_steps=10", "data.root=/data/vessels"])
+    settings = load("configs/vessels.yaml", ["tuned.yaml", "training.max_steps=10"])
     settings.training.max_steps, settings.model.base
 """
 
 import contextlib
 import difflib
+import functools
 import re
 from pathlib import Path
 
@@ -45,11 +47,16 @@ _Loader.add_implicit_resolver(
 def valid_keys(model=Settings, prefix=""):
     """Every settable key as `group.key` (`group.term.key` for the loss)."""
     keys = []
-    for name, field in model.model_fields.items():
-        inner = field.annotation
-        is_group = isinstance(inner, type) and issubclass(inner, Group)
-        keys += valid_keys(inner, f"{prefix}{name}.") if is_group else [prefix + name]
+    for name in model.model_fields:
+        inner = _group_of(name, model)
+        keys += valid_keys(inner, f"{prefix}{name}.") if inner else [prefix + name]
     return keys
+
+
+def _group_of(name, model):
+    """The group that a field of a group is, None if it is a plain setting, or no field."""
+    inner = getattr(model.model_fields.get(name), "annotation", None)
+    return inner if isinstance(inner, type) and issubclass(inner, Group) else None
 
 
 def _nearest(key, model=Settings):
@@ -123,6 +130,16 @@ def apply_overrides(content, overrides):
     return content
 
 
+def merge(content, later, model=Settings):
+    """Nested dicts of two files: in each key of a group the later one wins."""
+    merged = content | later
+    for name in content.keys() & later.keys():
+        inner, pair = _group_of(name, model), (content[name], later[name])
+        if inner and all(isinstance(part, dict) for part in pair):
+            merged[name] = merge(*pair, inner)
+    return merged
+
+
 def read(path):
     """The nested dicts of a YAML file; ConfigError names the file and what is wrong."""
     try:
@@ -146,11 +163,21 @@ def faults_of(path):
         raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
 
 
-def load(path, overrides=()):
-    """Settings of a YAML file with overrides; ConfigError names the file and every fault."""
-    content = read(path)
-    with faults_of(path):
-        settings = build(apply_overrides(content, overrides))
+def is_override(text):
+    """Whether a word of the command line is `group.key=value`, and no config file."""
+    return re.match(r"[\w.]+=", text) is not None
+
+
+def load(path, more=()):
+    """Settings of a YAML file; ConfigError names the file and every fault.
+
+    more: further files, of which the later one wins, and overrides `group.key=value`, which win
+    over all files, in whatever order they come.
+    """
+    paths = [path, *(text for text in more if not is_override(text))]
+    content = functools.reduce(merge, map(read, paths))
+    with faults_of(" with ".join(map(str, paths))):
+        settings = build(apply_overrides(content, filter(is_override, more)))
     settings.run.name = settings.run.name or printable(Path(path).stem)
     return settings
 

@@ -67,11 +67,16 @@ class MemoryGuard:
             pids = [os.getpid(), *(worker.pid for worker in batches.workers)]
             free = max(0, self.limit - machine.resident_memory(pids))
             limits.append(machine.MemoryLimit(free, self.limit, "run.memory_gb"))
-        return min((x for x in limits if x.free < min(SHARE * x.total, MOST)), default=None)
+        return nearly_used_up(limits)
 
     def _report(self, limit, text):
         text = f"memory is short: {limit}: {text}"
         self.report("memory", text, free=limit.free, limit=limit.total)
+
+
+def nearly_used_up(limits):
+    """The one of some `machine.MemoryLimit` that leaves least, of those that leave too little."""
+    return min((x for x in limits if x.free < min(SHARE * x.total, MOST)), default=None)
 
 
 def release():

@@ -1,4 +1,4 @@
-"""The benchmark before the long run: what it measures, and what it says of it."""
+"""The benchmark before the long run, and settings that are tried: what is measured and said."""
 
 import json
 import multiprocessing
@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import data
+import train
 import tune
-from runtime import build, timer
+from runtime import build, config, signals, timer, tuning
 from tests.test_training_step import SHAPE, make_root, make_settings
 from tune import Measured
 
@@ -323,7 +324,9 @@ def test_a_path_that_cannot_be_written_is_refused_before_measuring(
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["c.yaml", "training.workers=2"], "--benchmark"),
+        (["none.yaml", "training.workers=2"], "none.yaml"),
+        (["c.yaml", "--steps", "14"], "--steps: expected 15 or more"),
+        (["c.yaml", "--benchmark", "--out", "t.yaml"], "--out: expected neither"),
         (["c.yaml", "--benchmark", "--contact-sheet", "a.png"], "not allowed with"),
         (["c.yaml", "--benchmark", "--steps", "0"], "--steps"),
         (["none.yaml", "--benchmark"], "none.yaml"),
@@ -333,3 +336,86 @@ def test_a_wrong_command_line_exits_with_2(arguments, named, capsys):
     with pytest.raises(SystemExit) as exit_:
         tune.cli(arguments)
     assert exit_.value.code == 2 and named in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- tuning
+
+NO_MEMORY_FOR_FOUR = """
+import torch
+conv3d = torch.nn.functional.conv3d
+def limited(image, *arguments, **keywords):
+    if len(image) >= 4 and torch.is_grad_enabled():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    return conv3d(image, *arguments, **keywords)
+torch.nn.functional.conv3d = limited
+"""
+
+
+def test_a_batch_that_finds_no_memory_is_taken_back_by_the_script(tmp_path, monkeypatch, capsys):
+    (tmp_path / "sitecustomize.py").write_text(NO_MEMORY_FOR_FOUR)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(tuning, "LADDERS", dict.fromkeys(tuning.LADDERS, ()) | {tuning.BATCH: (4,)})
+    config_file, out = write_config(make_root(tmp_path)), str(tmp_path / "tuned.yaml")
+    monkeypatch.setattr(tuning.Tuner, "checkpointing", lambda self: None)
+    words = ["training.accumulate=2", "training.workers=0", "model.base=4", "run.threads=1"]
+    before = {*tmp_path.iterdir()}
+    assert tune.cli([config_file, *words, "--steps", "15", "--out", out]) == 0
+    assert {*tmp_path.iterdir()} - before == {tmp_path / "tuned.yaml"}
+    printed = capsys.readouterr().out
+    (said,) = [x for x in printed.splitlines() if x.startswith("batch      train_batch_size=4")]
+    assert "cpu ran out of memory" in said and said.endswith(
+        "back to train_batch_size=2 accumulate=2"
+    )
+    kept = "training.workers=0 model.base=4 run.threads=1"
+    assert f"next: python train.py {config_file} {kept} {out}" in printed
+    training = config.load(config_file, [out]).training
+    assert (training.train_batch_size, training.accumulate) == (2, 2)
+    assert said.split(": ")[1] in (tmp_path / "tuned.yaml").read_text()
+
+
+def test_train_py_takes_what_was_decided_as_a_second_config(tmp_path, monkeypatch):
+    config_file, given = write_config(tmp_path), []
+    tuning.write_settings(tmp_path / "tuned.yaml", {tuning.WORKERS: 3}, [])
+    monkeypatch.setattr(train, "main", lambda settings, resume: given.append((settings, resume)))
+    train.cli([config_file, "--resume", str(tmp_path / "tuned.yaml"), "run.seed=5"])
+    ((settings, resume),) = given
+    assert (settings.training.workers, settings.run.seed, resume) == (3, 5, True)
+    assert settings.sampling.patch == (8, 16, 16)
+
+
+def stopped(plan, steps, changes):
+    raise signals.Stopped("signal SIGTERM")
+
+
+def interrupted(plan, steps, changes):
+    raise KeyboardInterrupt
+
+
+def failed(plan, steps, changes):
+    return tuning.Trial(changes, fault="memory is short [made up]")
+
+
+@pytest.mark.parametrize(
+    "measure, status, text",
+    [
+        (stopped, 75, "stopped: signal SIGTERM"),
+        (interrupted, 75, "stopped: interrupted"),
+        (failed, 1, "memory is short [made up]"),
+    ],
+)
+def test_without_a_decision_nothing_is_written(
+    tmp_path, monkeypatch, capsys, measure, status, text
+):
+    monkeypatch.setattr(tuning, "measure", measure)
+    config_file = write_config(make_root(tmp_path))
+    before = {*tmp_path.iterdir()}
+    assert tune.cli([config_file, "--out", str(tmp_path / "tuned.yaml")]) == status
+    assert {*tmp_path.iterdir()} == before and text in capsys.readouterr().out
+
+
+def test_a_file_that_is_read_is_not_written(tmp_path, capsys):
+    config_file = write_config(make_root(tmp_path))
+    with pytest.raises(SystemExit) as exit_:
+        tune.cli([config_file, "--out", config_file])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith("--out: expected another file")

@@ -103,6 +103,49 @@ def test_overrides_win_over_the_file_and_leave_its_other_keys(tmp_path):
     assert settings.run.name == "my"
 
 
+def test_of_two_files_the_later_wins_in_each_key_and_overrides_win_over_both(tmp_path):
+    first, second = tmp_path / "lr=1" / "first.yaml", tmp_path / "second.yaml"
+    first.parent.mkdir()
+    first.write_text(
+        "training: {workers: 1, max_steps: 3}\nsampling: {class_ratio: {vein: 1, artery: 2}}\n"
+        "loss: {toploss: {weight: 0.1, windows: 3}}\n"
+    )
+    second.write_text(
+        "training: {workers: 2}\nsampling: {class_ratio: {vein: 3}}\n"
+        "loss: {toploss: {windows: 4}}\n"
+    )
+    settings = config.load(first, ["training.max_steps=5", str(second)])
+    assert (settings.training.workers, settings.training.max_steps) == (2, 5)
+    assert settings.sampling.class_ratio == {"vein": 3}  # a value, and no group
+    assert (settings.loss.toploss.weight, settings.loss.toploss.windows) == (0.1, 4)
+    assert settings.run.name == "first"
+    assert config.load(second, ["training.workers=0", str(first)]).training.workers == 0
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        (None, "second.yaml: expected a config file in YAML, got: No such file"),
+        ("training: {worker: 2}", "second.yaml: training.worker: no such setting"),
+        ("training: 2", "second.yaml: training: expected a group of settings"),
+        ("3", "second.yaml: expected groups of settings, got int"),
+    ],
+)
+def test_a_wrong_second_file_is_one_sentence(tmp_path, text, named):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("training: {workers: 1}\n")
+    if text:
+        second.write_text(text)
+    with pytest.raises(config.ConfigError, match=re.escape(named)) as caught:
+        config.load(first, [str(second)])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_without_its_group_is_no_file():
+    with pytest.raises(config.ConfigError, match="max_steps=3: expected group"):
+        config.load(CONFIGS[0], ["max_steps=3"])
+
+
 def test_a_file_that_is_no_config_is_named(tmp_path):
     for name, text in (("absent.yaml", None), ("list.yaml", "[1]"), ("bad.yaml", "a: [")):
         if text is not None:
