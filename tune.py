@@ -45,7 +45,7 @@ import data
 from monitoring.records import peaks
 from patches import contact_sheet
 from runtime import build, config, folder, sliding_window, tuning
-from runtime.run import DONE, FAILED, STOPPED
+from runtime.ending import DONE, FAILED, STOPPED
 from runtime.signals import CannotGoOn, Stopped
 from runtime.tuning import WARM_UP
 from volumes.processes import cores, run_script
