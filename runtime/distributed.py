@@ -172,16 +172,20 @@ class Ranks(Group):
         self.groups = {"cpu": dist.new_group(timeout=self.timeout)}
         self.known, self.looked, self.looks, self.waits = {}, time.monotonic(), 0, 0
         self.has_left = False
+        self.here = {}  # the processes of ranks that can be seen, those on this machine
         self.people *= self.size  # until all have said who they are
         self.people = self.gather(self.people[self.rank])
+        for rank, (host, pid) in enumerate(self.people):
+            if host == socket.gethostname() and psutil.pid_exists(pid):  # not in another container
+                self.here[rank] = psutil.Process(pid)
 
     def roles(self):
         names = super().roles()
-        for rank, (host, pid) in enumerate(self.people):
-            if host == self.people[self.rank][0] and rank != self.rank:
+        for rank, process in self.here.items():
+            if rank != self.rank:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    workers = psutil.Process(pid).children(recursive=True)
-                    names |= {pid: f"rank {rank}"}
+                    workers = process.children(recursive=True)
+                    names |= {process.pid: f"rank {rank}"}
                     names |= {w.pid: f"rank {rank}, process {i}" for i, w in enumerate(workers)}
         return names
 
@@ -352,11 +356,8 @@ class Ranks(Group):
 
     def _is_gone(self, rank):
         """Whether a rank's process is seen to have ended; on another machine it is not."""
-        host, pid = self.people[rank]
-        if host != self.people[self.rank][0]:
-            return False
         try:
-            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+            return rank in self.here and self.here[rank].status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
 
