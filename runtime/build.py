@@ -328,6 +328,41 @@ def make_validator(plan, run):
     )
 
 
+def check_alike(plan, about_data):
+    """ValueError on all ranks if some would train otherwise than others.
+
+    about_data: the `metadata` of the plan.
+    """
+    settings = plan.settings.plain()
+    chosen = {"run.device": plan.device.type, "training.precision": plan.precision}
+    everyone = plan.group.gather((str(about_data), settings, chosen))
+    data_of_first, settings_of_first, chosen_of_first = everyone[0]
+    for rank, (data_here, settings_here, chosen_here) in enumerate(everyone):
+        host = f"rank {rank} on {plan.group.people[rank][0]}"
+        if data_here != data_of_first:
+            raise ValueError(
+                f"data.root: expected the same case files on all machines, got others in "
+                f"{settings['data']['root']} for {host}"
+            )
+        if settings_here != settings_of_first:
+            others = [
+                f"{group}.{key}"
+                for group, values in settings_here.items()
+                for key, value in values.items()
+                if settings_of_first[group].get(key) != value
+            ]
+            raise ValueError(
+                f"{', '.join(others)}: expected the same settings for all ranks, got others for "
+                f"{host}; start all with the same files"
+            )
+        for key, value in chosen_here.items():
+            if value != chosen_of_first[key]:
+                raise ValueError(
+                    f"{key}: expected what all ranks can do alike, got {chosen_of_first[key]} for "
+                    f"rank 0 and {value} for {host}; set it"
+                )
+
+
 def announce(plan, network, patches):
     """Lines for people: what was chosen, and why."""
     settings, split, group = plan.settings, plan.split, plan.group

@@ -39,11 +39,14 @@ FAILED = 1
 
 
 class Left(Exception):
-    """Another rank has left; the message says which and why, status is what it exits with."""
+    """Another rank has left; the message says which and why, status is what it exits with.
 
-    def __init__(self, text, status=FAILED):
+    to_say: whether this rank must tell people, for rank 0 cannot.
+    """
+
+    def __init__(self, text, status=FAILED, to_say=False):
         super().__init__(text)
-        self.status = status
+        self.status, self.to_say = status, to_say
 
 
 class Group:
@@ -131,15 +134,22 @@ class Group:
     def move(self, array, rank):
         """Bring the content of a numpy array of this rank to rank 0, into its own array."""
 
-    def word(self):
-        """Raise `Left` if another rank has left; for those that work alone for a long time."""
+    def word(self, now=False):
+        """For those that work alone for a long time: show that this rank does, once a second, and
+        raise `Left` if another one has left or is seen to have ended. now: look in any case."""
+
+    def wait_for_all(self, poll):
+        """Wait until all ranks come here, however long they work, if they call `word` meanwhile.
+
+        poll() is called while it waits, and may raise.
+        """
 
     def leave(self, text, status):
-        """Say why this rank leaves, and hang up."""
+        """Say why this rank leaves, and hang up; what it says first counts."""
 
     def finish(self):
-        """Rank 0: all is written, others may end. Others: wait for that, for torchrun ends all
-        processes as soon as one has failed."""
+        """Rank 0: all is written and said, others may end. Others: wait for that, for torchrun ends
+        all processes as soon as one has failed."""
 
 
 class Ranks(Group):
@@ -160,16 +170,22 @@ class Ranks(Group):
         # Not the default group: functions of torch have that as the default of an argument, which
         # would keep its connections open.
         self.groups = {"cpu": dist.new_group(timeout=self.timeout)}
-        self.known, self.looked = {}, time.monotonic()
-        self.people = self.gather(self.people[0])
+        self.known, self.looked, self.looks, self.waits = {}, time.monotonic(), 0, 0
+        self.has_left = False
+        self.here = {}  # the processes of ranks that can be seen, those on this machine
+        self.people *= self.size  # until all have said who they are
+        self.people = self.gather(self.people[self.rank])
+        for rank, (host, pid) in enumerate(self.people):
+            if host == socket.gethostname() and psutil.pid_exists(pid):  # not in another container
+                self.here[rank] = psutil.Process(pid)
 
     def roles(self):
         names = super().roles()
-        for rank, (host, pid) in enumerate(self.people):
-            if host == self.people[self.rank][0] and rank != self.rank:
+        for rank, process in self.here.items():
+            if rank != self.rank:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    workers = psutil.Process(pid).children(recursive=True)
-                    names |= {pid: f"rank {rank}"}
+                    workers = process.children(recursive=True)
+                    names |= {process.pid: f"rank {rank}"}
                     names |= {w.pid: f"rank {rank}, process {i}" for i, w in enumerate(workers)}
         return names
 
@@ -237,15 +253,48 @@ class Ranks(Group):
     def word(self, now=False):
         if not now and time.monotonic() - self.looked < LOOK:
             return
-        self.looked = time.monotonic()
+        self.looked, self.looks = time.monotonic(), self.looks + 1
+        gone = [rank for rank in range(self.size) if self._is_gone(rank)]
         with contextlib.suppress(dist.DistError):
+            self.store.set(f"looks/{self.rank}", str(self.looks))
             for rank in range(self.size):
                 if rank != self.rank and self.store.check([f"left/{rank}"]):
                     raise Left(*json.loads(self.store.get(f"left/{rank}")))
+        if gone:  # without a word
+            raise self._left(gone, 0)
+
+    def wait_for_all(self, poll):
+        self.waits += 1
+        try:
+            self._wait_for_all(poll)
+        except dist.DistError as error:
+            raise Left(
+                f"torchrun, through which ranks find one another, has ended ({error})"
+            ) from error
+
+    def _wait_for_all(self, poll):
+        self.store.set(f"here {self.waits}/{self.rank}", "")
+        seen = {}  # of a rank: its looks, and when that was new
+        while True:
+            here = [self.store.check([f"here {self.waits}/{rank}"]) for rank in range(self.size)]
+            if all(here):
+                return
+            poll()
+            for rank in (rank for rank, is_here in enumerate(here) if not is_here):
+                known = self.store.check([f"looks/{rank}"])
+                looks = self.store.get(f"looks/{rank}") if known else None
+                if rank not in seen or seen[rank][0] != looks:
+                    seen[rank] = looks, time.monotonic()
+                waited = time.monotonic() - seen[rank][1]
+                if waited > 60 * self.minutes:
+                    raise self._left([rank], waited)
+            time.sleep(0.05)
 
     def leave(self, text, status):
         with contextlib.suppress(dist.DistError):  # the store may be gone
-            self.store.set(f"left/{self.rank}", json.dumps([text, status]))
+            if not self.has_left:
+                self.store.set(f"left/{self.rank}", json.dumps([text, status]))
+        self.has_left = True
         self._hang_up()
 
     def finish(self):
@@ -261,8 +310,12 @@ class Ranks(Group):
     # ------------------------------------------------------------------------ who is missing
 
     def _hang_up(self):
-        if "cpu" in self.groups:
-            dist.destroy_process_group(self.groups.pop("cpu"))
+        for device, group in self.groups.items():
+            if device == "cpu":
+                dist.destroy_process_group(group)
+            else:  # what still waits in the device's queue would keep the state from being saved
+                group.abort()
+        self.groups = {}
 
     def _together(self, function, *arguments, device="cpu", **named):
         if device not in self.groups:
@@ -272,10 +325,12 @@ class Ranks(Group):
             function(*arguments, group=self.groups[device], **named)
         except RuntimeError as error:  # a connection was closed, or nothing came for so long
             self.word(now=True)
-            raise Left(self._missing(time.monotonic() - started) or str(error)) from error
+            waited = time.monotonic() - started
+            missing = self._missing()
+            raise (self._left(missing, waited) if missing else Left(str(error))) from error
 
-    def _missing(self, waited):
-        """The ranks that do not wait for the others any more, for people."""
+    def _missing(self):
+        """The ranks that do not wait for the others any more."""
         self._hang_up()  # so that all that wait come here
         end = time.monotonic() + NOTICE
         missing = [0]  # where torchrun keeps no store, that of rank 0 ends with it
@@ -285,7 +340,14 @@ class Ranks(Group):
                 missing = [r for r in range(self.size) if not self.store.check([f"waits/{r}"])]
                 time.sleep(0.05)
         self.word(now=True)
-        return ", ".join(self._describe(rank, waited) for rank in missing)
+        return missing
+
+    def _left(self, missing, waited):
+        """`Left` of these ranks; of those that have ended, if one is seen to have."""
+        missing = [rank for rank in missing if self._is_gone(rank)] or missing
+        others = set(range(self.size)).difference(missing)
+        text = ", ".join(self._describe(rank, waited) for rank in missing)
+        return Left(text, to_say=0 in missing and self.rank == min(others, default=None))
 
     def _describe(self, rank, waited):
         host, pid = self.people[rank]
@@ -294,11 +356,8 @@ class Ranks(Group):
 
     def _is_gone(self, rank):
         """Whether a rank's process is seen to have ended; on another machine it is not."""
-        host, pid = self.people[rank]
-        if host != self.people[self.rank][0]:
-            return False
         try:
-            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+            return rank in self.here and self.here[rank].status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
 
@@ -316,8 +375,13 @@ def joined(minutes):
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     group = Ranks(minutes)
     signal.signal(signal.SIGTERM, handler)
+    text = ""  # in good order the others have left too
     try:
         yield group
+    except BaseException as error:
+        text = f"rank {group.rank}: {type(error).__name__}: {error}".rstrip(": ")
+        raise
     finally:
-        group.leave("", FAILED)  # in good order the others have left too
+        group.leave(text, FAILED)
+        group.finish()
         dist.destroy_process_group()

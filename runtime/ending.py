@@ -49,15 +49,18 @@ def leave(run, error):
     and it is raised again. The other ranks are told, and leave too; rank 0 saves.
     """
     own = not isinstance(error, distributed.Left)
+    to_say = not own and error.to_say
     if not own:
         error = (Stopped if error.status == STOPPED else CannotGoOn)(str(error))
     status = STOPPED if isinstance(error, Stopped) else FAILED
     rank = f"rank {run.group.rank}: " * (own and not run.group.first)
     name = f"{type(error).__name__}: " * (not isinstance(error, ENDS))
-    run.group.leave(f"{rank}{name}{error}", status)
+    run.group.leave(f"{rank}{name}{error}".rstrip(": "), status)
     if not run.group.first:
         if own and name:
             raise error
+        if to_say:
+            print(error, file=sys.stderr, flush=True)
         return status
     if isinstance(error, OSError) and checkpoint.no_room(error):
         return _leave_full_disk(run, error)

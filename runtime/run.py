@@ -72,11 +72,7 @@ class Run:
         if patches.missing:
             self.notes.append(f"sampling: no training case has a voxel of class {patches.missing}")
         with checked(self.group):
-            if len({str(measured) for measured in self.group.gather(self.metadata)}) > 1:
-                raise ValueError(
-                    f"data.root: expected the same case files on all machines, got others in "
-                    f"{self.settings.data.root}"
-                )
+            build.check_alike(plan, self.metadata)
             self._open(resume)
         self.group.from_first(self._check_not_stopped)
         self.shared = self._state_of_step()
@@ -215,20 +211,18 @@ class Run:
         self.evaluations.begin(validator, self.state["ema"], self.resumed_from)
 
     def __exit__(self, kind, error, trace):
-        try:
-            with self.stack:
-                if error is None:
-                    try:
-                        self.evaluations.finish(wait=True)
-                        self.record_saved(wait=True)
-                        self.record("end")
-                        self._say_goodbye()
-                        return False
-                    except BaseException as late:
-                        error = late
-                self.status = ending.leave(self, error)  # raises what nobody expected
-        finally:
-            self.group.finish()
+        with self.stack:
+            if error is None:
+                try:
+                    self._share_news()
+                    self.evaluations.finish(wait=True)
+                    self.record_saved(wait=True)
+                    self.record("end")
+                    self._say_goodbye()
+                    return False
+                except BaseException as late:
+                    error = late
+            self.status = ending.leave(self, error)  # raises what nobody expected
         return True
 
     def _say_goodbye(self):
@@ -263,8 +257,10 @@ class Run:
 
     def check(self):
         """Raises `Stopped` if there is a reason; for what takes longer than a step."""
-        self.group.word()  # of another rank that has left
-        if reason := self._reason():
+        reason = self._reason()
+        # Where a rank has ended, torchrun sends SIGTERM to the others: no reason of its own.
+        self.group.word(now=bool(reason))
+        if reason:
             raise Stopped(reason)
 
     def meet(self, results):
@@ -274,6 +270,11 @@ class Run:
         """
         if self._state_of_step() != self.shared:
             self.news["state"] = self._state_of_step()
+        self._share_news()
+        self.shared = self._state_of_step()
+        return self.group.average(self.state["model"], results)
+
+    def _share_news(self):
         everyone = self.group.meet(self.news)
         self.news = {}
         for rank, news in enumerate(everyone):
@@ -283,8 +284,6 @@ class Run:
                 self.report(kind, f"rank {rank}: {text}", **figures)
             if "state" in news:
                 self._take_state(**news["state"])
-        self.shared = self._state_of_step()
-        return self.group.average(self.state["model"], results)
 
     def _state_of_step(self):
         """What all ranks have alike, though one of them finds it out first."""
@@ -319,8 +318,6 @@ class Run:
     def log_step(self, lr, step_timer):
         """A line of the log and of the terminal where one is due; one of the epoch at its end."""
         step, self.timed = self.step, self.timed + 1
-        if not self.group.first:
-            return
         if all(
             step % n for n in (self.settings.monitor.log_every, self.iterations, self.stop_step)
         ):
@@ -328,13 +325,16 @@ class Run:
         means, seconds = self.means.take_line(), step_timer.means(self.timed)
         step_seconds, epoch = sum(seconds.values()), (step - 1) // self.iterations
         self.seconds += step_seconds * self.timed
+        skipped, self.skipped.since_log, self.timed = self.skipped.since_log, 0, 0
+        if not self.group.first:
+            return
         self.log.write(
             "step",
             step=step,
             epoch=epoch,
             loss=means,
             lr=lr,
-            skipped=self.skipped.since_log,
+            skipped=skipped,
             step_seconds=round(step_seconds, 4),
             seconds={name: round(value, 6) for name, value in seconds.items()},
         )
@@ -344,7 +344,6 @@ class Run:
             f"epoch {epoch} loss {_numbers(means)} lr {lr:.1e} {speed}: {timer.shares(seconds)}",
             short=f"loss {means.get('total', math.nan):.3f} {speed}, wait {wait:.0%}",
         )
-        self.skipped.since_log = self.timed = 0
         if step % self.iterations == 0 and (means := self.means.take_epoch())["loss"]:
             cache = self.patches.cache.counts()
             self.log.write("epoch", step=step, epoch=epoch, **means, cache=cache)

@@ -71,13 +71,18 @@ class Validator:
             predictions[case.id] = prediction
             slices = slices or case_slices
         network.train(training)
+        self.group.wait_for_all(self.poll)
         unread = [case for some in self.group.gather(unread) for case in some]
         predictions = self._brought_together(predictions, unread)
         if not self.group.first:
             return
         self.pending = Evaluation(step, None, unread, slices)
         if self.background:
-            self.future = self.pool.submit(_evaluate_in_worker, self.spec, predictions)
+            try:
+                self.future = self.pool.submit(_evaluate_in_worker, self.spec, predictions)
+            except BrokenProcessPool as error:  # the process has died since the last evaluation
+                self.future = futures.Future()
+                self.future.set_exception(error)
         else:
             self._complete(evaluator.evaluate(self.spec, predictions))
 

@@ -21,6 +21,8 @@ STAND_INS = {
 def test_a_job_goes_back_into_the_queue_until_its_run_is_done(root, tmp_path):
     content = settings(root, tmp_path, "training.max_steps=4", "validation.untrained=false").plain()
     content["run"] |= {"name": "", "folder": "runs"}
+    (tmp_path / "runs" / "long-other").mkdir(parents=True)
+    (tmp_path / "runs" / "long-other" / "log.jsonl").touch()
     (tmp_path / "job.yaml").write_text(json.dumps(content))
     for name, line in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
@@ -30,7 +32,7 @@ def test_a_job_goes_back_into_the_queue_until_its_run_is_done(root, tmp_path):
     environment |= {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "n1"}
     for hours, status in (("1e-9", 1), ("1", 0)):
         done = subprocess.run(
-            ["bash", ROOT / "docs" / "slurm.sh", "job.yaml"],
+            ["bash", ROOT / "docs" / "slurm.sh", "job.yaml", "run.name=long"],
             env=environment | {"MAX_HOURS": hours},
             cwd=tmp_path,
             capture_output=True,
@@ -39,4 +41,4 @@ def test_a_job_goes_back_into_the_queue_until_its_run_is_done(root, tmp_path):
         )
         assert done.returncode == status, done.stderr
         assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    assert events(tmp_path / "runs" / "job", "end")
+    assert events(tmp_path / "runs" / "long", "end")

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import train
 from benchmarks import kills
+from runtime import build, distributed
+from runtime.run import Run
 from tests.test_train import events, root, settings, weights_of
 
 __all__ = ["root"]  # a fixture
@@ -85,7 +88,7 @@ def runs(tmp_path):
 # ---------------------------------------------------------------------------- what they share
 
 GROUP = f"""
-import sys, torch
+import os, sys, time, torch
 sys.path.insert(0, {str(ROOT)!r})
 from runtime import distributed
 with distributed.joined(1) as group:
@@ -118,10 +121,26 @@ with distributed.joined(1) as group:
     numbers = group.gather(torch.rand(1).item())
     group.seed_step(5, 1)
     assert numbers[rank] == torch.rand(1).item() and len(set(numbers)) == 3
+
+    distributed.LOOK, group.minutes = 0.1, 0.5 / 60
+    end = time.monotonic() + 1.5
+    while rank == 1 and time.monotonic() < end:  # it works for longer, and shows it
+        group.word()
+    group.wait_for_all(group.word)
+    if rank == 2:
+        os._exit(0)
+    wait = [lambda: group.wait_for_all(lambda: None), lambda: group.word(now=True)][rank]
+    try:
+        while True:
+            wait()
+    except distributed.Left as left:
+        text = str(left)
+    assert " has not answered for 1 s" in text or "rank 2 (process " in text, text
+    assert rank == 0 or text.endswith(" has ended"), text
 """
 
 
-def test_ranks_gather_agree_average_and_draw_numbers_of_their_own():
+def test_ranks_gather_agree_average_wait_and_draw_numbers_of_their_own():
     for status, _, error in ends(start(3, GROUP)):
         assert status == 0, error
 
@@ -200,18 +219,28 @@ if rank == 1:
         return read(self, case, box, names)
     VolumeCache.read = broken
     train.data.PAUSES = ()
+    def unreadable(network, case, *arguments, **named):
+        raise OSError(f"{case.id}.h5: gone")
+    train.build.validation.predict = unreadable
+    class Timer(train.StepTimer):
+        def start(self):
+            super().start()
+            assert len(self.marks) < 12, "marks of more than a line of the log"
+    train.StepTimer = Timer
 """
 
 
 def test_what_one_rank_runs_into_all_know_and_none_waits_for_ever(root, tmp_path):
-    changes = ["data.validation=[bar3]", "data.test=[]", "data.max_excluded=0.5"]
+    changes = ["data.validation=[bar2,bar3]", "data.test=[]", "data.max_excluded=0.5"]
     changes += ["validation.untrained=false"]
     both = train_with(2, settings(root, tmp_path, *changes), FAULTS)
     assert [status for status, *_ in both] == [0, 0], both
-    found = {event["kind"]: event["text"] for event in events(runs(tmp_path), "trouble")}
-    assert found["cuda memory"].startswith("rank 1: cpu ran out of memory")
-    assert found["case left out"].startswith("rank 1: bar0.h5: gone")
-    assert "step skipped" in found
+    found = [(e["kind"], e["step"], e["text"]) for e in events(runs(tmp_path), "trouble")]
+    lines = "\n".join(f"{kind} {step} {text}" for kind, step, text in found)
+    assert re.search(r"^cuda memory \d rank 1: cpu ran out of memory", lines, re.M), lines
+    assert re.search(r"^case left out \d rank 1: bar0.h5: gone", lines, re.M), lines
+    assert re.search(r"^case left out 12 rank 1: bar3.h5: gone", lines, re.M), lines
+    assert "step skipped" in lines
     loop = weights_of(runs(tmp_path))["loop"]
     assert loop["micro_batch"]["size"] == 1 and list(loop["excluded"]) == ["bar0"]
 
@@ -234,6 +263,49 @@ def test_an_exception_of_one_rank_is_named_by_rank_0(root, tmp_path):
     assert (first[0], second[0]) == (1, 1)
     assert "rank 1: ZeroDivisionError: division by zero" in first[2]
     assert "ZeroDivisionError" in second[2] and "Traceback" in second[2]
+
+
+def test_an_error_of_one_rank_before_there_is_a_run_is_named_by_rank_0(root, tmp_path):
+    inject = """
+if rank == 1:
+    train.build.resolve = lambda *arguments: 1 / 0
+"""
+    first, second = train_with(2, settings(root, tmp_path), inject)
+    assert (first[0], second[0]) == (1, 1) and "Traceback" in second[2]
+    assert first[2].strip() == "rank 1: ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda about, settings, chosen: ("other", settings, chosen), "data.root: expected the"),
+        (
+            lambda about, settings, chosen: (about, settings | {"optim": {"lr": 0}}, chosen),
+            "optim.lr: expected the same settings for all ranks, got others for rank 1 on b",
+        ),
+        (
+            lambda about, settings, chosen: (about, settings, chosen | {"run.device": "cuda"}),
+            "run.device: expected what all ranks can do alike, got cpu for rank 0 and cuda for",
+        ),
+    ],
+)
+def test_ranks_that_would_train_otherwise_are_refused(root, tmp_path, change, text):
+    plan = build.resolve(settings(root, tmp_path))
+    plan.group.gather = lambda own: [own, change(*own)]
+    plan.group.people = [["a", 1], ["b", 2]]
+    with pytest.raises(ValueError, match=text):
+        build.check_alike(plan, {})
+
+
+def test_sigterm_from_torchrun_after_another_rank_has_ended_is_not_a_wish_to_stop():
+    def word(now):
+        if now:
+            raise distributed.Left("rank 1 has ended")
+
+    group = SimpleNamespace(word=word)
+    with pytest.raises(distributed.Left, match="rank 1 has ended"):
+        Run.check(SimpleNamespace(group=group, _reason=lambda: "signal SIGTERM"))
+    Run.check(SimpleNamespace(group=group, _reason=lambda: None))
 
 
 def test_a_fault_that_one_rank_finds_is_one_sentence_and_nothing_is_written(root, tmp_path):

@@ -162,6 +162,21 @@ def test_an_evaluator_that_dies_is_reported_and_training_evaluates_from_then_on(
     assert one.v.result().result["scores"] == {"dice": 0.5} and one.v.roles() == {}
 
 
+def test_an_evaluator_that_died_between_two_evaluations_is_reported_too(made):
+    one = made("a", background=True)
+    one.v.start(network(), 7)
+    one.pool.futures[0].set_result(RESULT)
+    assert one.v.result().result["scores"] == {"dice": 0.5}
+
+    def submit(*arguments):
+        raise BrokenProcessPool
+
+    one.pool.submit = submit
+    one.v.start(network(), 9)
+    assert one.v.result(wait=True).result is None
+    assert [kind for kind, *_ in one.reports] == ["evaluator died"]
+
+
 # ---------------------------------------------------------------------------- slices
 
 
