@@ -404,7 +404,7 @@ def test_a_dataset_json_of_another_tool_is_told_apart(tmp_path):
 def test_every_step_says_where_its_time_went(root, tmp_path):
     assert train.main(settings(root, tmp_path, "training.accumulate=2")) == 0
     for event in events(tmp_path / "runs" / "r", "step"):
-        assert list(event["seconds"]) == list(timer.PARTS)
+        assert list(event["seconds"]) == [part for part in timer.PARTS if part != "ranks"]
         assert sum(event["seconds"].values()) == pytest.approx(event["step_seconds"], abs=1e-4)
         assert event["seconds"]["backward"] > 0
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runtime import checkpoint, config
+from runtime import checkpoint, config, distributed
 from runtime.evaluations import Evaluations
 from tests.runtime.test_saver import CONSTANT
 from tests.runtime.test_validation import network
@@ -15,11 +15,14 @@ from tests.runtime.test_validation import network
 def files(tmp_path):
     """write(name, step) -> path of a state whose averaged weights are the step."""
 
+    (tmp_path / "checkpoints").mkdir()
+
     def write(name, step):
         state = dict.fromkeys((*checkpoint.CHANGING, *CONSTANT))
         ema = {key: torch.full_like(value, step) for key, value in network().state_dict().items()}
-        checkpoint.save(state | {"ema": ema, "loop": {"step": step}}, tmp_path / name)
-        return tmp_path / name
+        path = tmp_path / "checkpoints" / name
+        checkpoint.save(state | {"ema": ema, "loop": {"step": step}}, path)
+        return path
 
     return write
 
@@ -41,8 +44,9 @@ def again(tmp_path, step, pending, resumed_from):
     run = SimpleNamespace(
         step=step,
         settings=config.build({}),
-        saver=SimpleNamespace(folder=tmp_path),
-        report=lambda kind, text: reports.append((kind, text)),
+        folder=tmp_path,
+        group=distributed.Group(),
+        report_of_all=lambda kind, text: reports.append((kind, text)),
     )
     evaluations = Evaluations(run)
     evaluations.standing.pending = pending
@@ -59,7 +63,7 @@ def test_the_evaluation_of_an_earlier_step_is_of_the_state_that_was_kept_for_it(
 
 @pytest.mark.parametrize("there", ["nothing", "that of an earlier step", "damaged"])
 def test_a_run_killed_before_its_state_was_a_candidate_keeps_that_state(files, tmp_path, there):
-    candidate = tmp_path / "candidate.pt"
+    candidate = tmp_path / "checkpoints" / "candidate.pt"
     if there == "that of an earlier step":
         files("candidate.pt", 3)
     elif there == "damaged":
@@ -72,7 +76,7 @@ def test_a_run_killed_before_its_state_was_a_candidate_keeps_that_state(files, t
 
 @pytest.mark.parametrize("there", ["nothing", "that of another step", "damaged"])
 def test_an_evaluation_whose_state_is_gone_is_reported_and_not_started(files, tmp_path, there):
-    candidate = tmp_path / "candidate.pt"
+    candidate = tmp_path / "checkpoints" / "candidate.pt"
     if there == "that of another step":
         files("candidate.pt", 4)
     elif there == "damaged":
