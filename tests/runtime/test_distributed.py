@@ -15,7 +15,7 @@ import pytest
 
 import train
 from benchmarks import kills
-from runtime import build, distributed
+from runtime import build, distributed, ending
 from runtime.run import Run
 from tests.test_train import events, root, settings, weights_of
 
@@ -306,6 +306,18 @@ def test_sigterm_from_torchrun_after_another_rank_has_ended_is_not_a_wish_to_sto
     with pytest.raises(distributed.Left, match="rank 1 has ended"):
         Run.check(SimpleNamespace(group=group, _reason=lambda: "signal SIGTERM"))
     Run.check(SimpleNamespace(group=group, _reason=lambda: None))
+
+
+def test_sigterm_on_several_machines_does_not_keep_torchrun_from_going_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    last = {"event": "stop", "status": 75, "time": 1e12, "reason": "rank 1: signal SIGTERM"}
+    (tmp_path / "log.jsonl").write_text(json.dumps(last) + "\n")
+    group = SimpleNamespace(size=2, local_size=1)
+    run = SimpleNamespace(resumed_from=tmp_path, folder=tmp_path, group=group)
+    Run._check_not_stopped(run)
+    group.local_size = 2
+    with pytest.raises(ending.WrongInput, match="was stopped"):
+        Run._check_not_stopped(run)
 
 
 def test_a_fault_that_one_rank_finds_is_one_sentence_and_nothing_is_written(root, tmp_path):
