@@ -116,8 +116,8 @@ class Run:
 
     def _check_not_stopped(self):
         """Raises `WrongInput` if torchrun starts a run again that has been asked to stop."""
-        last = self.resumed_from and folder.restarted() and read_log(self.folder / "log.jsonl")[-1:]
-        if not last or last[0].get("status") != STOPPED:
+        last = read_log(self.folder / "log.jsonl")[-1:] if folder.under_torchrun() else []
+        if self.resumed_from is None or not last or last[0].get("status") != STOPPED:
             return
         # When a rank of another machine has ended, torchrun itself sends SIGTERM to those of this.
         machines = self.group.size > self.group.local_size
