@@ -161,9 +161,7 @@ class Ranks(Group):
         self.rank, self.local_rank, self.local_size = (int(os.environ[n.upper()]) for n in names)
         self.minutes, self.timeout = minutes, datetime.timedelta(minutes=minutes)
         store, _, self.size = next(dist.rendezvous("env://", timeout=self.timeout))
-        # The store may be the one of an attempt before, where torchrun has started the ranks again.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = dist.PrefixStore(f"attempt {attempt}", store)
+        self.store = self._own_part(store)
         dist.init_process_group(
             "gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=self.timeout
         )
@@ -178,6 +176,29 @@ class Ranks(Group):
         for rank, (host, pid) in enumerate(self.people):
             if host == socket.gethostname() and psutil.pid_exists(pid):  # not in another container
                 self.here[rank] = psutil.Process(pid)
+
+    def _own_part(self, store):
+        """The part of torchrun's store that these ranks alone use.
+
+        It may hold words of ranks that torchrun has started before, and how often it did is not the
+        same on all machines. Rank 0 names a part, where the others say who they are, and use it if
+        that was heard.
+        """
+        own = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
+        if self.first:
+            store.set("part", own)
+            others = [store.get(f"{own}/is {rank}").decode() for rank in range(1, self.size)]
+            store.set(f"{own}/heard", json.dumps(others))
+            return dist.PrefixStore(own, store)
+        end = time.monotonic() + 60 * self.minutes
+        while time.monotonic() < end:
+            part = store.get("part").decode()
+            store.set(f"{part}/is {self.rank}", own)
+            heard = store.check([f"{part}/heard"]) and store.get(f"{part}/heard")
+            if heard and own in json.loads(heard):
+                return dist.PrefixStore(part, store)
+            time.sleep(0.05)
+        raise TimeoutError(f"rank 0 has not answered for {self.minutes:g} min")
 
     def roles(self):
         names = super().roles()
@@ -305,7 +326,7 @@ class Ranks(Group):
             while not self.store.check(["finished"]) and time.monotonic() < end:
                 if self._is_gone(0):
                     return
-                time.sleep(0.1)
+                time.sleep(0.02)  # less than rank 0 takes to end, and with it a store of its own
 
     # ------------------------------------------------------------------------ who is missing
 
@@ -351,7 +372,11 @@ class Ranks(Group):
 
     def _describe(self, rank, waited):
         host, pid = self.people[rank]
-        what = "has ended" if self._is_gone(rank) else f"has not answered for {waited:.0f} s"
+        what = "cannot be reached any more"
+        if self._is_gone(rank):
+            what = "has ended"
+        elif waited > 0.9 * 60 * self.minutes:
+            what = f"has not answered for {waited:.0f} s"
         return f"rank {rank} (process {pid} on {host}) {what}"
 
     def _is_gone(self, rank):

@@ -60,7 +60,7 @@ def leave(run, error):
         if own and name:
             raise error
         if to_say:
-            print(error, file=sys.stderr, flush=True)
+            print(f"{error}; go on with --resume", file=sys.stderr, flush=True)
         return status
     if isinstance(error, OSError) and checkpoint.no_room(error):
         return _leave_full_disk(run, error)

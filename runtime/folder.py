@@ -69,7 +69,7 @@ def open_run(folder, name, *, resume):
     and none of it can be read.
     """
     newest = newest_run_folder(folder, name)
-    if newest and not resume and restarted():
+    if newest and not resume and under_torchrun():
         lock = newest / "lock"
         resume = lock.exists() and lock.read_text(encoding="utf-8").endswith(_launcher())
     if not resume or newest is None:
@@ -117,9 +117,9 @@ def claim(folder, resumed_from):
             return
 
 
-def restarted():
-    """Whether torchrun has started its processes again (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def under_torchrun():
+    """Whether torchrun has started this process; its count of restarts differs by machine."""
+    return "TORCHELASTIC_RESTART_COUNT" in os.environ
 
 
 def launched_at():

@@ -116,8 +116,14 @@ class Run:
 
     def _check_not_stopped(self):
         """Raises `WrongInput` if torchrun starts a run again that has been asked to stop."""
-        last = self.resumed_from and folder.restarted() and read_log(self.folder / "log.jsonl")[-1:]
-        if last and last[0].get("status") == STOPPED and last[0]["time"] > folder.launched_at():
+        last = read_log(self.folder / "log.jsonl")[-1:] if folder.under_torchrun() else []
+        if self.resumed_from is None or not last or last[0].get("status") != STOPPED:
+            return
+        # When a rank of another machine has ended, torchrun itself sends SIGTERM to those of this.
+        machines = self.group.size > self.group.local_size
+        if machines and last[0]["reason"].endswith("signal SIGTERM"):
+            return
+        if last[0]["time"] > folder.launched_at():
             wrong = WrongInput(
                 f"{self.folder} was stopped ({last[0]['reason']}); that torchrun starts it again "
                 "does not change it: go on with --resume"

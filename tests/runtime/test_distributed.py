@@ -8,14 +8,16 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 import train
 from benchmarks import kills
-from runtime import build, distributed
+from runtime import build, distributed, ending
 from runtime.run import Run
 from tests.test_train import events, root, settings, weights_of
 
@@ -143,6 +145,22 @@ with distributed.joined(1) as group:
 def test_ranks_gather_agree_average_wait_and_draw_numbers_of_their_own():
     for status, _, error in ends(start(3, GROUP)):
         assert status == 0, error
+
+
+def test_ranks_that_torchrun_starts_again_do_not_hear_those_before():
+    torchrun = dist.HashStore()
+
+    def own_part(rank):
+        one = object.__new__(distributed.Ranks)
+        one.rank, one.size, one.minutes = rank, 3, 1
+        return one._own_part(torchrun)
+
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            parts = list(pool.map(own_part, [2, 1, 0]))
+        assert not any(part.check(["left/1"]) for part in parts)
+        parts[0].set("left/1", "")
+        assert all(part.check(["left/1"]) for part in parts)
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +324,18 @@ def test_sigterm_from_torchrun_after_another_rank_has_ended_is_not_a_wish_to_sto
     with pytest.raises(distributed.Left, match="rank 1 has ended"):
         Run.check(SimpleNamespace(group=group, _reason=lambda: "signal SIGTERM"))
     Run.check(SimpleNamespace(group=group, _reason=lambda: None))
+
+
+def test_sigterm_on_several_machines_does_not_keep_torchrun_from_going_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    last = {"event": "stop", "status": 75, "time": 4e9, "reason": "rank 1: signal SIGTERM"}
+    (tmp_path / "log.jsonl").write_text(json.dumps(last) + "\n")
+    group = SimpleNamespace(size=2, local_size=1)
+    run = SimpleNamespace(resumed_from=tmp_path, folder=tmp_path, group=group)
+    Run._check_not_stopped(run)
+    group.local_size = 2
+    with pytest.raises(ending.WrongInput, match="was stopped"):
+        Run._check_not_stopped(run)
 
 
 def test_a_fault_that_one_rank_finds_is_one_sentence_and_nothing_is_written(root, tmp_path):

@@ -80,7 +80,11 @@ def made(tmp_path, monkeypatch):
 
     def make(step=7, saved=5, metric="dice"):
         plan = SimpleNamespace(
-            settings=made_settings(tmp_path, metric), notes=[], group=distributed.Group()
+            settings=made_settings(tmp_path, metric),
+            notes=[],
+            group=distributed.Group(),
+            device=torch.device("cpu"),
+            precision="fp32",
         )
         micro_batch = MicroBatch(torch.nn.Identity(), None)
         run = Run(plan, Patches(), {}, micro_batch, stop_step=9, resume=False)
