@@ -329,38 +329,20 @@ def make_validator(plan, run):
 
 
 def check_alike(plan, about_data):
-    """ValueError on all ranks if some would train otherwise than others.
+    """ValueError on all ranks if some would train otherwise than rank 0.
 
     about_data: the `metadata` of the plan.
     """
-    settings = plan.settings.plain()
-    chosen = {"run.device": plan.device.type, "training.precision": plan.precision}
-    everyone = plan.group.gather((str(about_data), settings, chosen))
-    data_of_first, settings_of_first, chosen_of_first = everyone[0]
-    for rank, (data_here, settings_here, chosen_here) in enumerate(everyone):
-        host = f"rank {rank} on {plan.group.people[rank][0]}"
-        if data_here != data_of_first:
+    settings, people = plan.settings.plain(), plan.group.people
+    own = {f"{group}.{k}": v for group, some in settings.items() for k, v in some.items()}
+    own |= {"run.device": plan.device.type, "training.precision": plan.precision}
+    first, *others = plan.group.gather(own | {"the case files of data.root": str(about_data)})
+    for rank, other in enumerate(others, 1):
+        if different := [key for key in first if other.get(key) != first[key]]:
             raise ValueError(
-                f"data.root: expected the same case files on all machines, got others in "
-                f"{settings['data']['root']} for {host}"
+                f"{', '.join(different)}: expected the same for all ranks, got others for rank 0 "
+                f"on {people[0][0]} than for rank {rank} on {people[rank][0]}"
             )
-        if settings_here != settings_of_first:
-            others = [
-                f"{group}.{key}"
-                for group, values in settings_here.items()
-                for key, value in values.items()
-                if settings_of_first[group].get(key) != value
-            ]
-            raise ValueError(
-                f"{', '.join(others)}: expected the same settings for all ranks, got others for "
-                f"{host}; start all with the same files"
-            )
-        for key, value in chosen_here.items():
-            if value != chosen_of_first[key]:
-                raise ValueError(
-                    f"{key}: expected what all ranks can do alike, got {chosen_of_first[key]} for "
-                    f"rank 0 and {value} for {host}; set it"
-                )
 
 
 def announce(plan, network, patches):
