@@ -2,7 +2,7 @@
 
     python benchmarks/kills.py                  # 30 kills with 0 workers and 30 with 2: 20 minutes
     python benchmarks/kills.py --kills 6 --workers 2 --epochs 1 --steps 40 run.threads=1
-    python benchmarks/kills.py --ranks 2 --kills 10 --workers 0 run.threads=1
+    python benchmarks/kills.py --ranks 2 --workers 0 --kills 10 run.threads=1
 
 Prepares scroll phantoms and trains configs/quickstart.yaml on them, once straight through. Then the
 same run again, killed with SIGKILL and resumed: at a random moment while it starts, at a random

@@ -334,8 +334,10 @@ class Ranks(Group):
         for device, group in self.groups.items():
             if device == "cpu":
                 dist.destroy_process_group(group)
-            else:  # what still waits in the device's queue would keep the state from being saved
-                group.abort()
+            elif hasattr(
+                group, "abort"
+            ):  # from torch 2.7 on; what still waits in the device's queue
+                group.abort()  # would keep the state from being saved
         self.groups = {}
 
     def _together(self, function, *arguments, device="cpu", **named):
