@@ -157,8 +157,7 @@ class Ranks(Group):
 
     def __init__(self, minutes):
         super().__init__()
-        names = ("rank", "local_rank", "local_world_size")
-        self.rank, self.local_rank, self.local_size = (int(os.environ[n.upper()]) for n in names)
+        self.rank, self.local_rank, self.local_size = int(os.environ["RANK"]), *local_rank()
         self.minutes, self.timeout = minutes, datetime.timedelta(minutes=minutes)
         store, _, self.size = next(dist.rendezvous("env://", timeout=self.timeout))
         self.store = self._own_part(store)
@@ -387,6 +386,11 @@ class Ranks(Group):
             return rank in self.here and self.here[rank].status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
+
+
+def local_rank():
+    """(number, count) of this rank on its machine; (0, 1) where torchrun does not say."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager

@@ -66,8 +66,7 @@ def find_part(text):
     ValueError if there is no such part.
     """
     if "RANK" in os.environ and (ranks := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        local = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        part = Part(int(os.environ["RANK"]), ranks, local)
+        part = Part(int(os.environ["RANK"]), ranks, distributed.local_rank())
         if text:
             raise ValueError(f"--part: expected none under torchrun, which makes this {part}")
         return part

@@ -64,7 +64,7 @@ def resolve_precision(name, device):
     A CPU gets fp32, or bf16 where that is asked for.
     """
     if device.type == "cpu" and name != "bf16":
-        return "fp32", "a CPU: bf16 autocast diverged there within 40 steps where fp32 trained well"
+        return "fp32", "a CPU, and bf16 is not asked for"
     if name == "auto":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "the GPU supports it") if able else ("fp16", "the GPU has no bf16")

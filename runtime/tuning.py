@@ -7,8 +7,7 @@
 A trial is a short run of train.py in a process of its own. A setting is kept if the run came to
 its end with memory to spare and its steps are shorter by more than noise; else the plan goes back
 to the one before. What is learned stays the same: a step is of the same patches at the same
-learning rate, whatever the size of its batches. Only bf16 or fp16 in place of a fp32 that was
-asked for changes numbers.
+learning rate, whatever the size of its batches. Only bf16 or fp16 in place of fp32 changes numbers.
 """
 
 import glob
@@ -276,11 +275,10 @@ class Tuner:
         self._climb("prefetch", above, below if self.best.fault else ())
 
     def precision(self):
-        if self.plan.device.type == "cpu":
-            return self._skip("precision", "a CPU always computes in fp32")
         if self.plan.precision != "fp32":
             return self._skip("precision", f"{self.plan.precision} is already the fast one")
-        fast, _ = resolve_precision("auto", self.plan.device)
+        on_cpu = self.plan.device.type == "cpu"  # some have instructions for bf16
+        fast = "bf16" if on_cpu else resolve_precision("auto", self.plan.device)[0]
         self._climb("precision", [{PRECISION: fast}])
 
     def checkpointing(self):
