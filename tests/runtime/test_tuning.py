@@ -132,7 +132,7 @@ def test_a_batch_without_memory_is_taken_back_and_tried_with_recomputation():
     failed = line(said, "batch      train_batch_size=4")
     assert failed.endswith(f"{NO_MEMORY}; back to train_batch_size=2 accumulate=2")
     fast, _ = decide(*split, fault=fault, seconds=lambda s: 4 / s[BATCH])
-    assert fast.decided == {WORKERS: 0, BATCH: 4, ACCUMULATE: 1, CHECKPOINTING: True}
+    assert fast.decided == kept | {BATCH: 4, ACCUMULATE: 1, CHECKPOINTING: True}
 
 
 def test_settings_without_memory_give_way_to_slower_ones_that_fit():
