@@ -336,7 +336,9 @@ if rank == 1:
     train.build.resolve = missing
 """
     first, second = train_with(2, settings(root, tmp_path), inject)
-    assert (first[0], second[0]) == (2, 2) and second[2] == ""
+    assert (first[0], second[0]) == (2, 2)
+    # torch may say there that rank 0, which keeps the store here, has ended first
+    assert "data:" not in second[2] and "Traceback" not in second[2]
     host = socket.gethostname()
     assert first[2].strip() == f"rank 1 on {host}: data: expected a folder, got none"
     assert not (tmp_path / "runs").exists()
