@@ -3,7 +3,8 @@
     python train.py configs/quickstart.yaml
     python train.py configs/vessels.yaml data.root=/data/vessels training.train_batch_size=4
     python train.py configs/vessels.yaml tuned.yaml      # with what tune.py has decided
-    python train.py configs/vessels.yaml --resume        # go on from the newest saved state
+    python train.py configs/vessels.yaml --resume        # go on with the newest run of this name
+    python train.py --resume runs/vessels-2              # go on with this run, by its own settings
     python train.py configs/vessels.yaml training.max_steps=0 run.name=untrained
     torchrun --nproc-per-node=4 train.py configs/vessels.yaml    # on four GPUs
     touch runs/vessels/stop         # ends it with its state saved, as SIGTERM, SIGUSR1, Ctrl-C do
@@ -180,20 +181,25 @@ def cli(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="a YAML file with differences from the defaults")
+    what = "a YAML file with differences from the defaults; with --resume also a run folder"
+    parser.add_argument("config", help=what)
     parser.add_argument("--resume", action="store_true", help="go on from the newest saved state")
     parser.add_argument("more", nargs="*", metavar="MORE.yaml | group.key=value")
     arguments = parser.parse_intermixed_args(argv)
+    run = folder.run_folder_of(arguments.config) if arguments.resume else None
     try:
-        settings = config.load(arguments.config, arguments.more)
+        settings = config.load(run / "config.yaml" if run else arguments.config, arguments.more)
     except config.ConfigError as error:
         print(error, file=sys.stderr)
         return WRONG_INPUT
+    if run:
+        settings.run.folder = str(run.parent)  # it may have been moved
     try:
-        return main(settings, resume=arguments.resume)
+        return main(settings, resume=run or arguments.resume)
     except KeyboardInterrupt:
-        newest = folder.newest_run_folder(settings.run.folder, settings.run.name)
-        print("interrupted: " + (f"--resume goes on with {newest}" if newest else "nothing saved"))
+        newest = run or folder.newest_run_folder(settings.run.folder, settings.run.name)
+        saved = f"python train.py --resume {newest} goes on" if newest else "nothing is saved"
+        print(f"interrupted: {saved}")
         return STOPPED
 
 

@@ -118,7 +118,7 @@ def advice(run):
     saved = [e for e in run.events if e["event"] == "saved" and "last" in str(e.get("file"))]
     if not saved:
         return "no state was saved: start it again"
-    command = f"python train.py {run.folder / 'config.yaml'} --resume"
+    command = f"python train.py --resume {run.folder}"
     return f"{command} goes on from step {saved[-1]['step']}"
 
 

@@ -60,7 +60,7 @@ def leave(run, error):
         if own and name:
             raise error
         if to_say:
-            print(f"{error}; go on with --resume", file=sys.stderr, flush=True)
+            print(f"{error}; {_how_to_go_on(run)}", file=sys.stderr, flush=True)
         return status
     if isinstance(error, OSError) and checkpoint.no_room(error):
         return _leave_full_disk(run, error)
@@ -109,8 +109,13 @@ def _record_crash(run, error):
 
 def _say_stopped(run, text, status):
     where = run.folder / "checkpoints"
-    text = f"stopped at step {run.step}: {text} in {where}; go on with --resume"
+    text = f"stopped at step {run.step}: {text} in {where}; {_how_to_go_on(run)}"
     if status == FAILED:
         print(text, file=sys.stderr, flush=True)
     else:
         run.show.print(text)
+
+
+def _how_to_go_on(run):
+    alone = "with: python train.py" if run.group.size == 1 else "with as many ranks and"
+    return f"go on {alone} --resume {run.folder}"

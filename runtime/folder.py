@@ -60,15 +60,22 @@ def newest_run_folder(folder, name):
     return runs[max(runs)] if runs else None
 
 
+def run_folder_of(path):
+    """The run folder that a path names, itself or by its config.yaml; None: it names none."""
+    path = Path(path)
+    folder = path.parent if path.name == "config.yaml" else path
+    return folder if path.exists() and (folder / "checkpoints").is_dir() else None
+
+
 def open_run(folder, name, *, resume):
     """Where a run writes, and what it resumes from: (run folder, file, state, notes).
 
-    resume: use the newest run of this name that has saved state; file and state are None if there
-    is none, or without resume. Where torchrun has started its processes again, they go on with
-    their run in any case. notes: lines for people. Makes nothing. CheckpointError if there is state
-    and none of it can be read.
+    resume: use this run folder, or, if True, the newest run of this name that has saved state; file
+    and state are None if there is none, or without resume. Where torchrun has started its processes
+    again, they go on with their run in any case. notes: lines for people. Makes nothing.
+    CheckpointError if there is state and none of it can be read.
     """
-    newest = newest_run_folder(folder, name)
+    newest = resume if isinstance(resume, Path) else newest_run_folder(folder, name)
     if newest and not resume and under_torchrun():
         lock = newest / "lock"
         resume = lock.exists() and lock.read_text(encoding="utf-8").endswith(_launcher())

@@ -126,7 +126,7 @@ class Run:
         if last[0]["time"] > folder.launched_at():
             wrong = WrongInput(
                 f"{self.folder} was stopped ({last[0]['reason']}); that torchrun starts it again "
-                "does not change it: go on with --resume"
+                f"does not change it: go on with --resume {self.folder}"
             )
             wrong.status = STOPPED
             raise wrong

@@ -641,3 +641,22 @@ def test_an_epoch_whose_patches_show_no_foreground_is_reported(root, tmp_path, c
     assert said in capsys.readouterr().out
     (trouble,) = events(tmp_path / "runs" / "r", "trouble")
     assert trouble["kind"] == "no foreground"
+
+
+def test_a_run_folder_is_resumed_with_its_own_settings_whatever_its_siblings_and_place(
+    root, tmp_path, capsys
+):
+    for steps in (2, 5):  # r, and r-2
+        assert train.main(settings(root, tmp_path, f"training.max_steps={steps}")) == 0
+    (tmp_path / "runs" / "r").rename(tmp_path / "moved")
+    assert train.cli(["--resume", str(tmp_path / "moved"), "training.max_steps=3"]) == 0
+    assert weights_of(tmp_path / "moved")["loop"]["step"] == 3
+    assert weights_of(tmp_path / "runs" / "r-2")["loop"]["step"] == 5
+    assert (tmp_path / "last.pt").resolve().parents[1] == tmp_path / "moved"
+    assert "changed: training.max_steps is 3, was 2" in capsys.readouterr().out
+    config_file = str(tmp_path / "moved" / "config.yaml")
+    assert train.cli([config_file, "--resume", "training.max_steps=4"]) == 0
+    assert weights_of(tmp_path / "moved")["loop"]["step"] == 4
+    assert train.cli(["--resume", str(tmp_path / "runs")]) == 2
+    assert train.cli([str(tmp_path / "moved")]) == 2
+    assert all("expected a config file" in e for e in capsys.readouterr().err.splitlines())

@@ -55,7 +55,7 @@ def test_a_run_that_left_early_says_why_and_how_to_go_on(tmp_path):
     result = status(run_of(tmp_path / "r", [start(**FAR), saved, stop]), 10**6)
     assert result.state == health.STOPPED and result.text.startswith("interrupted, at step 90")
     (advice,) = result.notes
-    assert advice.startswith(f"python train.py {tmp_path / 'r' / 'config.yaml'} --resume goes on")
+    assert advice.startswith(f"python train.py --resume {tmp_path / 'r'} goes on")
     assert "step 80" in advice
 
 

@@ -207,7 +207,7 @@ def test_a_dead_run_has_causes_and_what_to_do_before_all_else(tmp_path):
     assert lines[0] == "exp001   DEAD   ended without a last message; last line 1 h 00 min ago"
     assert lines[2].startswith("> probably the kernel's OOM killer: 30.0 GB of 32.0 GB were used")
     assert (
-        lines[3].startswith("> python train.py ") and "--resume goes on from step 100" in lines[3]
+        lines[3].startswith("> python train.py --resume ") and "goes on from step 100" in lines[3]
     )
     assert "run done" not in "".join(lines)
 

@@ -115,7 +115,10 @@ def test_a_stopped_run_saves_its_last_whole_step_and_says_how_to_go_on(made, cap
     ]
     (text,) = lines
     assert "stopped at step 7: signal SIGTERM; the state of step 7 is saved" in text
-    assert text.endswith("go on with --resume") and capsys.readouterr().err == ""
+    assert (
+        text.endswith(f"go on with: python train.py --resume {run.folder}")
+        and capsys.readouterr().err == ""
+    )
 
 
 def test_a_state_that_is_saved_already_is_not_saved_again(made):
