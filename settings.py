@@ -109,7 +109,7 @@ class Sampling(Group):
 
 
 class Augment(Group):
-    """A probability and a range each; probability 0 turns it off."""
+    """A probability each, and a range if it has a strength; probability 0 turns it off."""
 
     flip: Probability = 0.5  # per axis
     turn90: Probability = 0.5  # a random number of quarter turns in each plane of equal spacing

@@ -23,7 +23,8 @@ def sample_intensity_params(rng, *, settings):
     """Sample what `change_intensity` does to one patch.
 
     rng: numpy Generator; settings: plain dict of the `augment` settings with, for each name of
-    `NAMES`, a probability `name` and a range `name_range`, and `dropout_boxes`; or None.
+    `NAMES`, a probability `name` and a range `name_range` (without one the value is 1), and
+    `dropout_boxes`; or None.
     Returns a dict of plain numbers: a value for each name that was chosen, `dropout_boxes` if
     dropout was, and always `noise_seed`, from which all that is random on the device follows; {}
     if settings is None. One setting does not shift the random numbers of the others.
@@ -32,7 +33,7 @@ def sample_intensity_params(rng, *, settings):
         return {}
     chosen = {}
     for name in NAMES:
-        chance, value = rng.random(), rng.uniform(*settings[f"{name}_range"])
+        chance, value = rng.random(), rng.uniform(*settings.get(f"{name}_range", (1, 1)))
         if chance < settings[name]:
             chosen[name] = float(value)
     fewest, most = settings["dropout_boxes"]

@@ -20,6 +20,32 @@ from pydantic import ValidationError
 from settings import Group, Settings
 from volumes.volume import printable
 
+SYNONYMS = {  # other common names of a setting
+    word: key
+    for key, words in {
+        "data.root": "data_dir data_path",
+        "optim.clip": "grad_clip gradient_clipping",
+        "optim.ema": "ema_decay",
+        "optim.lr": "learning_rate",
+        "optim.schedule": "scheduler lr_scheduler",
+        "optim.weight_decay": "decay wd",
+        "run.device": "cuda gpu gpus",
+        "run.folder": "output output_dir",
+        "run.init_from": "pretrained",
+        "run.seed": "random_seed",
+        "sampling.patch": "crop_size patch_size roi_size",
+        "training.accumulate": "accumulation_steps gradient_accumulation",
+        "training.max_epochs": "epochs n_epochs num_epochs",
+        "training.max_steps": "num_steps steps",
+        "training.precision": "amp bf16 fp16 mixed_precision",
+        "training.train_batch_size": "batch batch_size",
+        "training.train_iterations_per_epoch": "iterations num_iterations steps_per_epoch",
+        "training.workers": "n_workers num_workers",
+        "validation.patience": "early_stopping",
+    }.items()
+    for word in words.split()
+}
+
 
 class ConfigError(ValueError):
     """One sentence per fault, a line each."""
@@ -60,14 +86,15 @@ def _group_of(name, model):
 
 
 def _nearest(key, model=Settings):
-    """The valid key most like `key`: its own last part counts more than its group."""
-    keys = valid_keys(model)
+    """The valid key that `key` means, or most like it: its last part counts more than its group."""
+    keys, last = valid_keys(model), key.split(".")[-1]
     groups = sorted({k.rsplit(".", i)[0] for k in keys for i in (1, 2) if k.count(".") >= i})
-    by_last = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
-    close = by_last or difflib.get_close_matches(key, keys + groups, n=1, cutoff=0.5)
+    meant = [] if key.startswith("loss.") else [k for k in keys if k == SYNONYMS.get(last)]
+    by_last = [k for k in keys if k.split(".")[-1] == last]
+    close = meant or by_last or difflib.get_close_matches(key, keys + groups, n=1, cutoff=0.5)
     if not close:
         by_part = {k.split(".")[-1]: k for k in keys}
-        close = [by_part[k] for k in difflib.get_close_matches(key.split(".")[-1], by_part, n=1)]
+        close = [by_part[k] for k in difflib.get_close_matches(last, by_part, n=1)]
     if close:
         return f"; the nearest valid key is {close[0]}"
     return f"; groups: {', '.join(groups)}" if groups else f"; there are {', '.join(keys)}"
@@ -86,6 +113,11 @@ def _sentence(error, model):
     key = ".".join(str(p) for p in error["loc"] if not str(p).startswith(("tuple", "none")))
     got = repr(error["input"])
     if error["type"] == "extra_forbidden":
+        if not difflib.get_close_matches(
+            key, model.model_fields, cutoff=0.85
+        ):  # no slip in a group
+            inner = error["input"] if isinstance(error["input"], dict) else ()
+            key = next((f"{key}.{word}" for word in inner if word in SYNONYMS), key)
         return f"{key}: no such setting{_nearest(key, model)}"
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{key}: expected a group of settings (key: value), got {got}"

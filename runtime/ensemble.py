@@ -96,15 +96,15 @@ def _of_sweep(folder):
 
 def build_network(state, path):
     """(network, which weights) of a checkpoint, in eval mode on the CPU; ValueError names path."""
-    metadata = state["data"]
+    metadata, settings = state["data"], config.build(state["config"])
     network = model.build_network(
         metadata["channels"],
         1,
         strides=metadata["strides"],
         kernels=metadata["kernels"],
-        settings=config.build(state["config"]).model.model_dump(),
+        settings=settings.model.model_dump(),
     )
-    averaged = state["ema"] is not None
+    averaged = state["ema"] is not None and settings.optim.ema > 0  # 0: a copy of the last step's
     try:
         network.load_state_dict(state["ema"] if averaged else state["model"])
     except RuntimeError as error:

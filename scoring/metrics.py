@@ -2,6 +2,7 @@
 
     scores = score(prediction, truth, spacing)                       # the cheap ones
     scores = score(prediction, truth, spacing, names=["assd", "surface_dice@4", "toposcore"])
+    scores = score(prediction, truth, spacing, ignore_label=2)       # 2: nobody labeled the voxel
     parts = vesuvius_score(prediction, truth)
 
 Scores equal their published reference implementations on the same masks, and share no code with
@@ -23,7 +24,7 @@ VOXEL = (1.0, 1.0, 1.0)
 
 
 def score(
-    prediction, truth, spacing=VOXEL, ignore_label=2, tolerance=2.0, *, names=None, threads=2
+    prediction, truth, spacing=VOXEL, ignore_label=None, tolerance=2.0, *, names=None, threads=2
 ):
     """Scores of a mask: {name: float or int} in the order of `names`, none of them NaN or infinite.
 
@@ -80,16 +81,17 @@ def vesuvius_score(prediction, truth, ignore_label=2, *, threads=2):
         voi_score, voi_split, voi_merge   see `partitions`
         counts         {dimension: (matched, predicted, true)} of the Betti matching
 
-    Masks as for `score`; voxels have no spacing here. Equal to the challenge's own package on its
-    masks: surface_dice and voi_score to rounding, predicted and true counts always, matched counts
-    but for ties (see homology.py). Nothing predicted of one piece, and a piece predicted of
-    nothing, score 0.65, two empty masks 1: a lone piece counts nowhere in the TopoScore.
+    Masks as for `score`, but the challenge leaves out label 2; voxels have no spacing here. Equal
+    to the challenge's own package on its masks: surface_dice and voi_score to rounding, predicted
+    and true counts always, matched counts but for ties (see homology.py). Nothing predicted of one
+    piece, and a piece predicted of nothing, score 0.65, two empty masks 1: a lone piece counts
+    nowhere in the TopoScore.
     """
     masks = labeled_masks(prediction, truth, ignore_label)
     return Comparison(*masks, VOXEL, 2.0, threads).vesuvius
 
 
-def labeled_masks(prediction, truth, ignore_label=2):
+def labeled_masks(prediction, truth, ignore_label):
     """Both as bool masks (D, H, W) that are False where truth is ignore_label; see `score`."""
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     if prediction.shape != truth.shape or truth.ndim != 3:
@@ -103,7 +105,9 @@ def labeled_masks(prediction, truth, ignore_label=2):
             f"{ignore_label}"
         )
     ignored = None if ignore_label is None else truth == ignore_label
-    allowed = "0 and 1" if ignored is None else f"0, 1 and {ignore_label} (ignored)"
+    allowed = f"0, 1 and {ignore_label} (ignored)"
+    if ignored is None:
+        allowed = "0 and 1, as no ignore_label is given"
     prediction = _as_mask("prediction", prediction, "0 and 1", None)
     truth = _as_mask("truth", truth, allowed, ignored)
     return [prediction if ignored is None else prediction & ~ignored, truth]

@@ -45,17 +45,19 @@ def network_of(seed, probability=None):
 def run(tmp_path):
     """An untrained run with its checkpoint: run(**changes to what it knows of the data) -> path."""
 
-    def make(ema=True, probability=None, **facts):
+    def make(ema=True, probability=None, decay=0.99, **facts):
         network, strides, kernels = network_of(1, probability)
         settings = config.build(
             {
                 "sampling": {"patch": PATCH},
                 "model": {"base": 4, "multipliers": (1, 2), "blocks": 1},
+                "optim": {"ema": decay},
                 "run": {"name": "tiny", "threads": 1, "device": "cpu"},
             }
         )
         state = dict.fromkeys(checkpoint.KEYS)
-        state["model"] = network_of(2)[0].state_dict() if ema else network.state_dict()
+        averaged = ema and decay > 0
+        state["model"] = network_of(2)[0].state_dict() if averaged else network.state_dict()
         state["ema"] = network.state_dict() if ema else None
         state |= {"config": settings.plain(), "loop": {"step": 0, "evaluations": {"chosen": {}}}}
         state["data"] = {
@@ -169,12 +171,16 @@ def test_a_prediction_keeps_the_forms_of_its_image_and_scores_against_it(run, tm
     assert evaluate.main(["--pred", paths[0], "--truth", paths[1], "--scores", "dice"]) == 0
 
 
-def test_weights_of_the_last_step_are_used_where_there_is_no_average(run, tmp_path, capsys):
+@pytest.mark.parametrize("changes", [{"ema": False}, {"decay": 0.0}], ids=str)
+def test_weights_of_the_last_step_are_used_where_there_is_no_average(
+    run, tmp_path, capsys, changes
+):
     write_nifti(tmp_path / "a.nii", image_of((8, 16, 16)))
-    infer_ok("--ckpt", run(ema=False), "--input", tmp_path / "a.nii", "--output", tmp_path / "out")
+    infer_ok("--ckpt", run(**changes), "--input", tmp_path / "a.nii", "--output", tmp_path / "out")
     mask = files.read_label(tmp_path / "out" / "a.nii").array
     np.testing.assert_array_equal(mask, expected_probs(image_of((8, 16, 16))) >= 0.5)
-    assert "weights of the last step" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "weights of the last step" in out and "averaged" not in out
 
 
 def test_tiff_prediction_is_a_tiff_of_equal_shape(run, tmp_path):

@@ -89,6 +89,41 @@ def test_one_setting_does_not_shift_the_others():
     assert len({rng.random() for rng in rngs}) == 1
 
 
+def test_an_augmentation_with_a_probability_alone_leaves_what_comes_before_it(monkeypatch):
+    asked = settings(1.0)
+    before = intensity.sample_intensity_params(np.random.default_rng(5), settings=asked)
+    changes = (*intensity.CHANGES, (("invert",), lambda patch, params, spacing: patch.neg_()))
+    monkeypatch.setattr(intensity, "CHANGES", changes)
+    monkeypatch.setattr(intensity, "NAMES", (*intensity.NAMES, "invert"))
+    asked["invert"] = 1.0
+    chosen = intensity.sample_intensity_params(np.random.default_rng(5), settings=asked)
+    assert chosen["invert"] == 1.0
+    assert {name: chosen[name] for name in VALUES} == {name: before[name] for name in VALUES}
+    asked["invert"] = 0.0
+    off = intensity.sample_intensity_params(np.random.default_rng(5), settings=asked)
+    assert off == {name: chosen[name] for name in chosen if name != "invert"}
+    image = random_patch()
+    assert torch.equal(change(image, {"invert": 1.0, "noise_seed": 7}), -image)
+
+
+def test_the_numbers_of_a_seed_are_those_of_earlier_versions():
+    chosen = intensity.sample_intensity_params(np.random.default_rng(5), settings=settings(1.0))
+    expected = {
+        "illumination": 0.5655585528155456,
+        "blur": 0.6429006900440708,
+        "low_resolution": 1.3833688807855182,
+        "rician": 0.013582558170733549,
+        "noise": 0.2997528345195214,
+        "gamma": 0.8876081613358591,
+        "contrast": 1.478058264270367,
+        "brightness": 0.34423103760874096,
+        "dropout": 0.05437207168585684,
+        "dropout_boxes": 6,
+    }
+    assert chosen.pop("noise_seed") == 280403021231121101
+    assert chosen == pytest.approx(expected, rel=1e-12)
+
+
 # ---------------------------------------------------------------------------- the batch
 
 

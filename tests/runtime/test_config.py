@@ -26,6 +26,40 @@ def test_an_unknown_key_is_named_with_the_nearest_one():
 
 
 @pytest.mark.parametrize(
+    "key, words",
+    [
+        ("optim.lr", "learning_rate"),
+        ("optim.weight_decay", "wd"),
+        ("run.device", "gpu"),
+        ("run.seed", "random_seed"),
+        ("sampling.patch", "patch_size"),
+        ("training.max_epochs", "epochs num_epochs"),
+        ("training.max_steps", "steps"),
+        ("training.precision", "amp"),
+        ("training.train_batch_size", "batch batch_size"),
+        ("training.train_iterations_per_epoch", "iterations"),
+        ("training.workers", "num_workers"),
+    ],
+)
+def test_other_common_names_of_a_setting_lead_to_it_in_any_group_and_in_none(key, words):
+    for word in words.split():
+        named = f"; the nearest valid key is {key}"
+        assert fault({word: 1}) == f"{word}: no such setting{named}"
+        assert fault(overrides=[f"{word}=1"]) == f"{word}=1: expected group.key=value{named}"
+        for text in (f"{g}.{word}" for g in ("data", "optimizer", "train", "training")):
+            assert fault(overrides=[f"{text}=1"]) == f"{text}: no such setting{named}"
+
+
+def test_other_names_are_of_valid_keys_and_hide_no_nearer_one():
+    keys = config.valid_keys()
+    assert set(config.SYNONYMS.values()) <= set(keys)
+    assert "loss.cldice.iterations" in fault(overrides=["loss.soft_dice.iterations=3"])
+    assert fault(overrides=["infrence.batch=3"]).endswith("nearest valid key is inference")
+    for key in ("training.lr", "model.weight_decay", "training.seed", "data.device", "data.patch"):
+        assert fault(overrides=[f"{key}=3"]).endswith("." + key.split(".")[1])
+
+
+@pytest.mark.parametrize(
     "overrides, named",
     [
         ("training.workers=four", "training.workers: expected a valid integer, got 'four'"),
