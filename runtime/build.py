@@ -66,8 +66,7 @@ def resolve(settings, group=None):
     """
     group = group or distributed.Group()
     device, device_reason = sliding_window.resolve_device(settings.run.device)
-    if device.type == "cuda":
-        device = group.device_of_rank(device)
+    device = distributed.device_of_rank(device, group.local_rank, group.local_size)
     precision, precision_reason = sliding_window.resolve_precision(
         settings.training.precision, device
     )

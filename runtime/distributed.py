@@ -65,30 +65,6 @@ class Group:
         """Whether this is the rank that writes."""
         return self.rank == 0
 
-    @property
-    def first_here(self):
-        """Whether this is the first rank of its machine."""
-        return self.local_rank == 0
-
-    def device_of_rank(self, device):
-        """The GPU of this rank: of several on one machine each has one of its own.
-
-        ValueError if there are more ranks than GPUs, or the settings name one GPU for all.
-        """
-        if self.local_size == 1:
-            return device
-        if device.index is not None:
-            raise ValueError(
-                f"run.device: expected auto, cuda or cpu with several ranks, got {device}"
-            )
-        if self.local_size > torch.cuda.device_count():
-            raise ValueError(
-                f"torchrun: expected a GPU for each of {self.local_size} ranks on this machine, "
-                f"got {torch.cuda.device_count()}; lower --nproc-per-node"
-            )
-        torch.cuda.set_device(self.local_rank)  # so that its generator is the one that is saved
-        return torch.device("cuda", self.local_rank)
-
     def mine(self, items):
         """This rank's share of a list that is the same on all ranks."""
         return items[self.rank :: self.size]
@@ -333,10 +309,8 @@ class Ranks(Group):
         for device, group in self.groups.items():
             if device == "cpu":
                 dist.destroy_process_group(group)
-            elif hasattr(
-                group, "abort"
-            ):  # from torch 2.7 on; what still waits in the device's queue
-                group.abort()  # would keep the state from being saved
+            elif hasattr(group, "abort"):  # from torch 2.7 on
+                group.abort()  # what waits in the device's queue would keep the state from the disk
         self.groups = {}
 
     def _together(self, function, *arguments, device="cpu", **named):
@@ -391,6 +365,24 @@ class Ranks(Group):
 def local_rank():
     """(number, count) of this rank on its machine; (0, 1) where torchrun does not say."""
     return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def device_of_rank(device, number, count):
+    """The device of rank `number` of `count` on this machine: of several each has a GPU of its own.
+
+    ValueError if there are more ranks than GPUs, or the settings name one GPU for all.
+    """
+    if count == 1 or device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise ValueError(f"run.device: expected auto, cuda or cpu with several ranks, got {device}")
+    if count > torch.cuda.device_count():
+        raise ValueError(
+            f"torchrun: expected a GPU for each of {count} ranks on this machine, got "
+            f"{torch.cuda.device_count()}; lower --nproc-per-node"
+        )
+    torch.cuda.set_device(number)  # so that its generator is the one that is saved
+    return torch.device("cuda", number)
 
 
 @contextlib.contextmanager

@@ -53,11 +53,7 @@ class Part(NamedTuple):
 
     def device(self, device):
         """The device of this part: of several ranks on one machine each has a GPU of its own."""
-        if self.local is None or device.type != "cuda":
-            return device
-        group = distributed.Group()
-        group.local_rank, group.local_size = self.local
-        return group.device_of_rank(device)
+        return distributed.device_of_rank(device, *(self.local or (0, 1)))
 
 
 def find_part(text):

@@ -188,7 +188,7 @@ class Run:
         self.batches = batches
         self.stack.callback(batches.close)
         self.stack.callback(validator.close)
-        if self.group.first_here:
+        if self.group.local_rank == 0:  # of this machine
             monitor = recorder.SystemMonitor(
                 self.folder,
                 "system.jsonl" if self.group.first else f"system.{socket.gethostname()}.jsonl",

@@ -103,6 +103,41 @@ def test_composite_gives_ignored_voxels_no_gradient_at_any_scale():
 # ---------------------------------------------------------------------------- steps
 
 
+@pytest.mark.parametrize("name", [*LOSSES, "boundary"])
+def test_the_mean_over_ranks_is_the_loss_of_one_batch_of_all_their_samples(name):
+    if name == "toploss":
+        pytest.skip("it chooses its windows among those of a whole batch")
+    term = {"weight": 0.7, "scales": 2}
+    term |= {"positive_weight": 3.0} if name == "weighted_bce" else {}
+    terms, step = {name: term}, 0
+    if name == "boundary":
+        terms, step = {"cldice": {"weight": 0.7, "interval": 2, "off_step": "boundary"}}, 1
+    generator = torch.Generator().manual_seed(0)
+    fine, target = torch.randn(4, 1, 8, 8, 8, generator=generator), torch.zeros(4, 1, 8, 8, 8)
+    target[:, :, 2:6, 3:5] = 1.0
+    valid = torch.rand(4, 1, 8, 8, 8, generator=generator) < 0.9
+    valid[0, :, 1:], valid[1] = False, False  # few voxels of one sample, none of another
+    scales = [fine, F.avg_pool3d(fine, 2)]
+    whole, components = composite_loss(scales, target, valid, terms, step=step)
+
+    def of_rank(rank, over_ranks):
+        part = slice(2 * rank, 2 * rank + 2)
+        one = [scale[part] for scale in scales]
+        arguments = one, target[part], valid[part], terms
+        return composite_loss(*arguments, step=step, over_ranks=over_ranks)
+
+    weights = []
+    for rank in range(2):
+        of_rank(rank, lambda own: weights.append(own) or own)
+    mean = sum(weights) / 2
+    halves = [of_rank(rank, lambda own: mean) for rank in range(2)]
+    assert float(sum(total for total, _ in halves) / 2) == pytest.approx(float(whole), abs=1e-6)
+    for key, value in components.items():
+        assert float(sum(found[key] for _, found in halves) / 2) == pytest.approx(float(value))
+    plain = sum(of_rank(rank, None)[0] for rank in range(2)) / 2
+    assert float(plain) != pytest.approx(float(whole), rel=1e-4)  # so that it is a test
+
+
 def test_term_of_an_interval_acts_on_one_step_of_so_many():
     logits, target, valid = draw()
     terms = {"soft_dice": {"weight": 1.0}, "cldice": {"weight": 2.0, "interval": 4}}
