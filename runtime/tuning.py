@@ -6,8 +6,8 @@
 
 A trial is a short run of train.py in a process of its own. A setting is kept if the run came to
 its end with memory to spare and its steps are shorter by more than noise; else the plan goes back
-to the one before. What is learned stays the same: a step is of the same patches at the same
-learning rate, whatever the size of its batches. Only bf16 or fp16 in place of fp32 changes numbers.
+to the one before. A step stays one of the same patches at the same learning rate. Numbers change by
+bf16 or fp16 in place of fp32, and a little by the size of batches, over which losses are averaged.
 """
 
 import glob
