@@ -125,7 +125,8 @@ class Validator:
         try:
             self._complete(future.result())
         except (BrokenProcessPool, MemoryError) as error:
-            cause, pid = parallel.cause_of_death(error, self.process), self.process.pid
+            cause = parallel.cause_of_death(error, self.pool, self.process)
+            pid = self.process.pid
             instead = (
                 "another process evaluates"
                 if self.group.size > 1

@@ -106,15 +106,15 @@ def _in_processes(pairs, needs, scorer, jobs, budget, progress, results):
                 except (BrokenProcessPool, MemoryError) as error:
                     if jobs > 1:
                         return False
-                    results[number] = _failure(pairs[number], needs[number], error, worker[1])
+                    results[number] = _failure(pairs[number], needs[number], error, worker)
                     idle = [stack.enter_context(worker_process({signal.SIGINT}))]
                 progress()
     return True
 
 
-def _failure(pair, need, error, process=None):
+def _failure(pair, need, error, worker=(None, None)):
     text = (
-        f"{pair.id}: the process that scored it {cause_of_death(error, process)}, although no "
+        f"{pair.id}: the process that scored it {cause_of_death(error, *worker)}, although no "
         f"other ran; it needs about {need / 1e9:.1f} GB: score it where there is more memory, or "
         "fewer --scores"
     )
@@ -142,9 +142,10 @@ def worker_process(blocked_signals):
         pool.shutdown(cancel_futures=True)
 
 
-def cause_of_death(error, process):
+def cause_of_death(error, pool, process):
     """How the process of a broken pool ended, for people: "was killed by SIGKILL"."""
     if isinstance(error, MemoryError):
         return describe_death(NO_MEMORY)
-    process.join()
+    # A thread of the pool waits for the process too, and one of two waits gets no exit status.
+    pool.shutdown()
     return describe_death(process.exitcode)
