@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from volumes import layouts, phantoms
+from volumes import classes, layouts, phantoms
 from volumes.casefile import DATASET_FILE, read_dataset, write_dataset
 from volumes.files import counted, few, split_dataset
 from volumes.ingest import PhantomCase, Rules, prepare_case
@@ -173,6 +173,7 @@ def publish(folder, out, rows, rules, existing):
     write_dataset(
         out,
         classes=rules.classes,
+        regions=rules.regions,
         ignore_label=rules.ignore_label,
         unit=rows[0]["unit"],
         case_ids={*names, *existing},
@@ -197,7 +198,8 @@ def parse(argv):
     add("--shape", type=int, nargs=3, default=(96,) * 3, metavar=zyx, help="of a phantom")
     add("--seed", type=int, default=0, help="of the phantoms")
     add("--ignore-label", type=int, metavar="ID", help="label value of unlabeled voxels")
-    add("--classes", nargs="+", metavar="NAME", help="foreground classes, ids 1 to N")
+    what = "foreground classes: NAME=ID, ID being the value in the labels; ids 1 to N without"
+    add("--classes", nargs="+", metavar="NAME", help=what)
     add("--spacing", type=float, nargs=3, metavar=zyx, help="wins over headers")
     add("--spacing-csv", metavar="FILE", help="columns id,z,y,x[,unit]; wins over --spacing")
     add("--unit", choices=sorted({*UNITS.values(), "um"}), help="of the spacing")
@@ -224,12 +226,17 @@ def make_rules(options, layout, faults):
 
     Everything that is wrong with the options is added to faults.
     """
-    classes = layout.classes or {"background": 0, "foreground": 1}
-    if options.classes is not None:
-        classes = {"background": 0} | {n: i for i, n in enumerate(options.classes, start=1)}
+    named, regions = layout.classes or classes.UNNAMED, layout.regions
     ignore = layout.ignore_label if options.ignore_label is None else options.ignore_label
-    faults += _option_faults(options, classes, ignore)
     rows, crops = None, {}
+    with collect_errors(faults):
+        if options.classes is not None:
+            named = classes.from_words(options.classes)
+            if regions:
+                layout.notes.append(f"--classes replaces the regions {', '.join(regions)}")
+            regions = {}
+        faults += classes.faults_of(named, regions, ignore)
+    faults += _option_faults(options)
     with collect_errors(faults):
         if options.spacing_csv:
             ids = [case.id for case in layout.cases]
@@ -247,7 +254,7 @@ def make_rules(options, layout, faults):
         faults += _crop_faults(crops)
     unit = options.unit and UNITS[options.unit]
     store = {"skeleton": not options.no_skeletons, "compression": options.compression}
-    return Rules(classes, ignore, options.spacing, unit, rows, crops, store, "")
+    return Rules(named, regions, ignore, options.spacing, unit, rows, crops, store, "")
 
 
 def _crop_faults(crops):
@@ -272,21 +279,12 @@ def _phantom_layout(options):
     return layouts.Layout(cases, ignore_label=phantoms.UNLABELED if kind == "scroll" else None)
 
 
-def _option_faults(options, classes, ignore):
+def _option_faults(options):
     """What is wrong with the plain options, as sentences."""
     if options.spacing and not is_spacing(options.spacing):
         yield f"--spacing: expected three numbers above 0, got {tuple(options.spacing)}"
     if options.workers < 1:
         yield f"--workers: expected at least 1, got {options.workers}"
-    if options.classes and len(classes) != len(options.classes) + 1:
-        yield f"--classes: expected distinct foreground names, got {options.classes}"
-    if max(classes.values()) > 255 or min(classes.values()) < 0:
-        yield f"classes: expected ids from 0 to 255, got {classes}"
-    if ignore is not None and (ignore in classes.values() or not 0 < ignore < 256):
-        yield (
-            f"--ignore-label: expected a value from 1 to 255 that is no class of {classes}, "
-            f"got {ignore}"
-        )
 
 
 def existing_cases(out, cases, rules, faults):
@@ -297,7 +295,7 @@ def existing_cases(out, cases, rules, faults):
     if not os.path.lexists(out / DATASET_FILE):  # a link to nothing is a fault
         return {}
     dataset = read_dataset(out)
-    for name in ("classes", "ignore_label"):
+    for name in ("classes", "regions", "ignore_label"):
         there, here = getattr(dataset, name), getattr(rules, name)
         if there != here:
             faults.append(
@@ -365,6 +363,8 @@ def main(argv=None):
             outcomes = prepare_all(cases, replace(rules, folder=folder), options.workers)
             rows = [row for outcome in outcomes for row in outcome.rows]
             faults += [fault for outcome in outcomes for fault in outcome.faults]
+            labels = [outcome.label for outcome in outcomes]
+            faults += classes.undeclared(labels, rules.classes, rules.ignore_label)
             new = {row["case"] for row in rows}
             kept = [case for case in existing.values() if case.id not in new]
             # Channel files that are missing were named already, by the folder alone.
@@ -379,6 +379,8 @@ def main(argv=None):
     except OSError as error:
         return refuse([f"--out {out}: expected a folder to write to, got {error}"], cases)
     notes += notes_on_existing(out, rows, existing, kept)
+    ids = {row["case"]: row["ids"] for row in rows if row["ids"] is not None}
+    notes += classes.rare(rules.classes, ids | {c.id: c.counts for c in kept if c.labeled})
     report(outcomes, notes)
     print(f"{counted(len(new), 'case')} written to {out}")
     return 0
