@@ -276,7 +276,8 @@ def _phantom_layout(options):
         return layouts.Layout(faults=[sentence])
     names = [f"{kind}_{index:03d}" for index in range(options.cases)]
     cases = [PhantomCase(n, kind, shape, options.seed, i, n) for i, n in enumerate(names)]
-    return layouts.Layout(cases, ignore_label=phantoms.UNLABELED if kind == "scroll" else None)
+    ignore = phantoms.UNLABELED if kind == "scroll" else None
+    return layouts.Layout(cases, phantoms.CLASSES.get(kind), ignore_label=ignore)
 
 
 def _option_faults(options):

@@ -21,10 +21,10 @@ def from_words(words):
     """
     classes = {}
     for place, word in enumerate(words, start=1):
-        name, is_given, number = word.rpartition("=")
-        if is_given and not re.fullmatch(r"\d{1,9}", number, re.ASCII):
+        name, number = word.rsplit("=", 1) if "=" in word else (word, str(place))
+        if not re.fullmatch(r"\d{1,9}", number, re.ASCII):
             raise ValueError(f"--classes {word}: expected NAME or NAME=ID, such as artery=3")
-        classes.setdefault(name if is_given else word, []).append(int(number or place))
+        classes.setdefault(name, []).append(int(number))
     ids = [i for numbers in classes.values() for i in numbers]
     if len(classes) < len(words) or len(set(ids)) < len(ids):
         raise ValueError(
