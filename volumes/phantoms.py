@@ -289,7 +289,7 @@ def spinal_cord(shape, seed=0, index=0):
     away = np.hypot(across, down) + uneven
     horns = np.abs(across - 0.28 - 0.2 * down**2) < 0.16 - 0.11 * down + uneven / 2
     grey = horns & (np.abs(down + 0.05) < 0.7) | (across < 0.35) & (np.abs(down) < 0.11)
-    grey &= away < 0.93
+    grey &= away < 0.8  # two voxels of white around it
 
     label = np.where(grey, 2, away < 1).astype(np.uint8)
     blobs = np.zeros(shape, np.float32)
