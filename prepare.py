@@ -9,6 +9,8 @@ Every case is checked first: all faults of a folder are printed at once, one sen
 then nothing is written (exit status 2). Leaves `<out>/<case>.h5` and `<out>/dataset.json`; cases
 are added to a dataset that is already there, and those of the same id are replaced.
 
+Labels of several classes: --classes artery=3 vein=7 names the values that they hold.
+
 A labeled case also gets the skeleton of its label, for the loss skeleton_recall: 3 s of a core and
 3 MB for 320 x 320 x 320 voxels. Give --no-skeletons if you do not train with it. --compression lzf
 halves the files, and makes a box that is read from one take 26 ms instead of 1.4.

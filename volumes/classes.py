@@ -127,7 +127,7 @@ def undeclared(labels, classes, ignore_label):
         advice = "store ids of 0 to 255, unlabeled voxels as one of their own (--ignore-label)"
     elif ignore_label is None:
         value = unknown[0] if len(unknown) == 1 else "VALUE"
-        advice += f", or give --ignore-label {value} if that means unlabeled"
+        advice += f", give --ignore-label {value} if that means unlabeled, or correct the labels"
     expected = sorted({*classes.values(), ignore_label} - {None})
     return [f"labels: expected the values {expected}, got also {got}; {advice}"]
 
