@@ -1,4 +1,4 @@
-"""prepare.py with labels of several classes: ids of any value, regions, phantoms, what is refused."""
+"""prepare.py with labels of several classes: ids, regions, phantoms, and what is refused."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_ids_of_any_value_and_order_stay_those_of_the_label(raw, run, tmp_path):
     assert np.array_equal(arrays["label"], label) and ids == ["3", "7"]
     assert {*np.unique(label[arrays["skeleton"] > 0])} == {3, 7}
     assert "note: classes in one case only: vein (a)" in out
-    assert "vein 0.781, artery 0.781" in out and "vein 0, artery 0.781" in out
+    assert "vein 1.56, artery 1.56" in out and "vein 0, artery 1.56" in out
 
 
 def test_masks_of_0_128_and_255_are_two_classes_where_they_are_named(raw, run, tmp_path):
