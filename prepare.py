@@ -300,7 +300,7 @@ def existing_cases(out, cases, rules, faults):
     dataset = read_dataset(out)
     for name in ("classes", "regions", "ignore_label"):
         there, here = getattr(dataset, name), getattr(rules, name)
-        if there != here:
+        if repr(there) != repr(here):  # their order counts too: of channels, and of painting
             faults.append(
                 f"--out {out}: expected the {name.replace('_', ' ')} of the dataset there, "
                 f"{there}, got {here}; choose another folder, or prepare all cases alike"

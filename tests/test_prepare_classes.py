@@ -111,6 +111,13 @@ def test_a_name_or_id_that_cannot_be_is_one_sentence(raw, run, tmp_path, word):
     assert not (tmp_path / "out").exists()
 
 
+def test_cases_of_the_same_classes_in_another_order_are_not_added(raw, run, tmp_path):
+    raw("a", 3, 7)
+    assert run("--classes", "artery=3", "vein=7")[0] == 0
+    status, _, (fault,) = run("--classes", "vein=7", "artery=3")
+    assert status == 2 and "expected the classes of the dataset there" in fault
+
+
 # ---------------------------------------------------------------------------- nnU-Net
 
 
