@@ -230,6 +230,7 @@ def make_rules(options, layout, faults):
     """
     named, regions = layout.classes or classes.UNNAMED, layout.regions
     ignore = layout.ignore_label if options.ignore_label is None else options.ignore_label
+    faults += _option_faults(options)
     rows, crops = None, {}
     with collect_errors(faults):
         if options.classes is not None:
@@ -238,7 +239,6 @@ def make_rules(options, layout, faults):
                 layout.notes.append(f"--classes replaces the regions {', '.join(regions)}")
             regions = {}
         faults += classes.faults_of(named, regions, ignore)
-    faults += _option_faults(options)
     with collect_errors(faults):
         if options.spacing_csv:
             ids = [case.id for case in layout.cases]

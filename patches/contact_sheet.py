@@ -130,11 +130,11 @@ def _variants(settings, spacing):
 
 def _border(masks):
     """(masks that show, voxels of border) in the slices that are shown: thin things have much."""
-    cuts = [[mask[mask.shape[0] // 2], mask[:, mask.shape[1] // 2]] for mask in masks]
-    lengths = [
-        sum(int((np.diff(cut, axis=axis) != 0).sum()) for cut in pair for axis in (0, 1))
-        for pair in cuts
-    ]
+    lengths = []
+    for mask in masks:
+        cuts = (mask[mask.shape[0] // 2], mask[:, mask.shape[1] // 2])
+        edges = (np.diff(cut, axis=axis) != 0 for cut in cuts for axis in (0, 1))
+        lengths.append(sum(int(edge.sum()) for edge in edges))
     return np.count_nonzero(lengths), sum(lengths)
 
 

@@ -53,7 +53,7 @@ def from_labels(labels, order=None):
     if not whole or isinstance(labels.get("ignore"), list):
         raise ValueError(f"an id that is no whole number ({labels})")
     if len({frozenset(ids) for ids in groups.values()}) < len(groups):
-        raise ValueError(f"two classes of one id ({labels})")
+        raise ValueError(f"two classes of one id or of the same ids ({labels})")
     (ignore,) = groups.pop("ignore", [None])
     groups = {name: ids for name, ids in groups.items() if set(ids) != {0}}
     names = {ids[0]: name for name, ids in groups.items() if len(ids) == 1}
