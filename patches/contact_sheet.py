@@ -49,13 +49,14 @@ def write_sheet(path, case, settings, *, patch, spacing, scale, classes, seed=0,
 
     case: a labeled `Case`; settings: plain dict of the `augment` settings; patch: voxels; spacing:
     of the patch, z, y, x; scale: mean, std, low and high for intensity.normalise; classes: dict of
-    foreground and ignore_label for augment.augment_batch; name: for the heading.
+    regions and ignore_label for augment.augment_batch; name: for the heading.
     """
     cache, rng = VolumeCache([case], 0), np.random.default_rng(seed)
     sample = functools.partial(
         _sample, rng, case, cache, patch=patch, spacing=spacing, scale=scale, classes=classes
     )
-    key = next((c for c in classes["foreground"] if case.counts.get(c)), "background")
+    ids = [i for region in classes["regions"] for i in region]
+    key = next((c for c in ids if case.counts.get(c)), "background")
     if not case.counts.get(key):
         raise ValueError(f"case {case.id}: expected labeled voxels to show a patch of, got none")
     rows = rng.integers(case.counts[key], size=CANDIDATES)

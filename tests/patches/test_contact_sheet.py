@@ -105,7 +105,7 @@ def write_sheet(path, case, seed=0, **changes):
         patch=(6, 16, 16),
         spacing=case.spacing,
         scale={"mean": [100.0], "std": [20.0], "low": None, "high": None},
-        classes={"foreground": [1], "ignore_label": 2},
+        classes={"regions": [[1]], "ignore_label": 2},
         seed=seed,
         name="small",
     )

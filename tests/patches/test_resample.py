@@ -69,7 +69,7 @@ def make_patch(image, label, mapping, center, patch, *, ignore_label=None, skele
         None if skeleton is None else torch.from_numpy(skeleton[box]),
         geometry={**mapping._asdict(), **place._asdict(), "shape": image.shape[1:]},
         patch=patch,
-        foreground=[1],
+        regions=[[1]],
         ignore_label=ignore_label,
     )
     return patches, place
@@ -228,7 +228,7 @@ def test_a_volume_without_a_label_gives_no_target_and_nothing_valid():
         None,
         geometry=geometry,
         patch=(3, 3, 3),
-        foreground=[1],
+        regions=[[1]],
         ignore_label=2,
     )
     assert image.shape == (2, 3, 3, 3) and target.shape == valid.shape == (1, 3, 3, 3)
@@ -423,7 +423,7 @@ def test_slices_that_are_not_turned_are_not_blended_with_their_neighbours():
             None,
             geometry={**mapping._asdict(), **place._asdict(), "shape": image.shape},
             patch=(4, 6, 6),
-            foreground=[1],
+            regions=[[1]],
             ignore_label=None,
         )
         assert np.isin(found.numpy().round(3), (0, 100)).all()
@@ -449,7 +449,7 @@ def test_a_patch_that_ends_at_a_face_takes_the_last_voxels_there(axis, below):
         torch.from_numpy(label[box]),
         geometry={**mapping._asdict(), **place._asdict(), "shape": shape},
         patch=patch,
-        foreground=[1],
+        regions=[[1]],
         ignore_label=None,
     )
     places = np.indices(patch).reshape(3, -1).T @ turn.T + place.origin

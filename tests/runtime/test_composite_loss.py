@@ -362,7 +362,12 @@ def test_validation_losses_are_means_over_tiles():
         "surface_distance": {"weight": 0.1, "validation_only": True, "tolerance": 3.0},
     }
     values = validation_losses(
-        torch.sigmoid(logits), target > 0.5, valid, terms, tile=(3, 5, 6), spacing=(2.0, 1.0, 1.0)
+        torch.sigmoid(logits)[None],
+        target[None] > 0.5,
+        valid,
+        terms,
+        tile=(3, 5, 6),
+        spacing=(2.0, 1.0, 1.0),
     )
     whole = [x[None, None] for x in (logits, (target > 0.5).float(), valid)]
     assert set(values) == {"weighted_bce_loss", "surface_distance_loss"}
@@ -384,7 +389,7 @@ def test_validation_recalls_the_skeleton_that_is_given():
     probs, everywhere = torch.where(bar(0, 3)[0, 0] > 0, 1.0, 0.0), torch.ones_like(target) > 0
     terms = {"skeleton_recall": {"weight": 0.0, "validation_only": True}}
     options = {"tile": (9, 9, 9), "skeleton": bar(2, 3)[0, 0]}
-    values = validation_losses(probs, target, everywhere, terms, **options)
+    values = validation_losses(probs[None], target[None], everywhere, terms, **options)
     assert values["skeleton_recall_loss"] == pytest.approx(1 - (1 + 1) / (3 + 1), rel=1e-4)
     assert takes_skeleton(terms, validation_only=True)
     assert not takes_skeleton(terms)
@@ -394,7 +399,9 @@ def test_validation_without_a_term_or_a_valid_voxel():
     probs, target = torch.rand(4, 5, 6), torch.ones(4, 5, 6)
     none = torch.zeros(4, 5, 6, dtype=torch.bool)
     terms = {"cldice": {"weight": 1.0, "validation_only": True}}
-    assert validation_losses(probs, target, none, terms, tile=(4, 4, 4)) == {"cldice_loss": 0.0}
+    assert validation_losses(probs[None], target[None], none, terms, tile=(4, 4, 4)) == {
+        "cldice_loss": 0.0
+    }
     assert (
         validation_losses(probs, target, ~none, {"cldice": {"weight": 1.0}}, tile=(4, 4, 4)) == {}
     )
