@@ -48,23 +48,23 @@ SHOWN = {  # transformation: the setting of its range, and what the title says o
 
 
 def write_sheet(
-    path, case, settings, *, patch, spacing, scale, classes, names=("",), seed=0, name=""
+    path, case, settings, *, patch, spacing, scale, regions, ignore_label, seed=0, name=""
 ):
     """Write the PNG, on the CPU: a function of the arguments alone.
 
     case: a labeled `Case`; settings: plain dict of the `augment` settings; patch: voxels; spacing:
-    of the patch, z, y, x; scale: mean, std, low and high for intensity.normalise; classes: dict of
-    foreground and ignore_label for augment.augment_batch; names: of the masks that its target
-    holds, for the legend; name: for the heading.
+    of the patch, z, y, x; scale: mean, std, low and high for intensity.normalise; regions: {name:
+    class ids}, whose borders are drawn; name: for the heading.
     """
     cache, rng = VolumeCache([case], 0), np.random.default_rng(seed)
-    sample = functools.partial(
-        _sample, rng, case, cache, patch=patch, spacing=spacing, scale=scale, classes=classes
-    )
-    keys = [c for c in classes["foreground"] if case.counts.get(c)] or ["background"]
+    labels = {"regions": [*regions.values()], "ignore_label": ignore_label}
+    about = {"patch": patch, "spacing": spacing, "scale": scale, "labels": labels}
+    sample = functools.partial(_sample, rng, case, cache, **about)
+    ids = dict.fromkeys(i for region in labels["regions"] for i in region if case.counts.get(i))
+    keys = list(ids) or ["background"]
     if not case.counts.get(keys[0]):
         raise ValueError(f"case {case.id}: expected labeled voxels to show a patch of, got none")
-    keys = keys if len(names) > 1 else keys[:1]
+    keys = keys if len(regions) > 1 else keys[:1]
     rows = [(key, row) for key in keys for row in rng.integers(case.counts[key], size=CANDIDATES)]
     centers = [cache.row(case, key, int(row)) for key, row in rows]
     center = max(centers, key=lambda center: _border(sample(center, None)[1]))
@@ -75,18 +75,18 @@ def write_sheet(
     heading = (
         f"{name}, case {case.id}, seed {seed}: patch of {tuple(patch)} voxels of {tuple(spacing)} "
         f"{case.unit} around voxel {tuple(center.tolist())} (z, y, x)\n"
-        + LEGEND.format("Lines" if len(names) > 1 else "Orange")
+        + LEGEND.format("Lines" if len(regions) > 1 else "Orange")
     )
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path) as partial:
-            _draw(blocks, spacing, heading, names).savefig(partial, format="png")
+            _draw(blocks, spacing, heading, list(regions)).savefig(partial, format="png")
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"{path}: expected a file to write, got {reason}") from error
 
 
-def _sample(rng, case, cache, center, settings, *, patch, spacing, scale, classes):
+def _sample(rng, case, cache, center, settings, *, patch, spacing, scale, labels):
     """(image, masks, valid, caption) of a patch around a voxel; settings None: as it is stored.
 
     image, valid (d, h, w); masks (R, d, h, w): of each region.
@@ -102,7 +102,7 @@ def _sample(rng, case, cache, center, settings, *, patch, spacing, scale, classe
     sample["image"] = torch.from_numpy(boxes["image"].astype(np.float32))
     sample["label"] = torch.from_numpy(boxes["label"])
     sample |= spatial._asdict() | place._asdict() | scale
-    image, masks, valid, _ = augment.augment_batch([sample], patch, device="cpu", **classes)
+    image, masks, valid, _ = augment.augment_batch([sample], patch, device="cpu", **labels)
     caption = [f"{name} {params[name]:.2f}" for name in intensity.NAMES if name in params]
     caption += [f"roll {spatial.roll}"] if spatial.roll else []
     return image[0, 0].numpy(), masks[0].numpy(), valid[0, 0].numpy(), ", ".join(caption)

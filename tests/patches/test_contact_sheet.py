@@ -104,7 +104,7 @@ def write_case(folder, label):
     return casefile.read_case(folder / "a.h5")
 
 
-def write_sheet(path, case, seed=0, **changes):
+def write_sheet(path, case, seed=0, regions=None, **changes):
     contact_sheet.write_sheet(
         path,
         case,
@@ -112,7 +112,8 @@ def write_sheet(path, case, seed=0, **changes):
         patch=(6, 16, 16),
         spacing=case.spacing,
         scale={"mean": [100.0], "std": [20.0], "low": None, "high": None},
-        classes={"foreground": [1], "ignore_label": 2},
+        regions=regions or {"label": (1,)},
+        ignore_label=2,
         seed=seed,
         name="small",
     )
@@ -161,6 +162,15 @@ def test_grey_value_transformations_leave_the_label_where_it_is(blocks_of):
         for _, own_target, own_valid, caption in block(blocks, name):
             assert caption.startswith(f"{name} ")
             assert np.array_equal(own_target, target) and np.array_equal(own_valid, valid)
+
+
+def test_each_region_has_a_mask_of_its_own(blocks_of):
+    label = np.where(np.indices((10, 24, 24))[2] > 12, 3, 1).astype(np.uint8) * (curved() == 1)
+    regions = {"whole": (1, 3), "part": (3,), "none": (7,)}
+    _, (_, masks, valid, _) = blocks_of(label, regions=regions)["original"]
+    whole, part, nothing = masks
+    assert valid.all() and part.any() and not nothing.any()
+    assert (whole > part).any() and not (part > whole).any()
 
 
 def test_settings_reach_the_patches(blocks_of):

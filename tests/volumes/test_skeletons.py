@@ -320,7 +320,7 @@ def resample_whole(label, matrix, skeleton):
             "shape": label.shape,
         },
         patch=label.shape,
-        foreground=[1],
+        regions=[[1]],
         ignore_label=2,
     )
 
