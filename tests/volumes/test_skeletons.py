@@ -260,7 +260,7 @@ def make_batch(samples, foreground=(1,)):
     return augment.augment_batch(
         samples,
         (8, 12, 12),
-        foreground=foreground,
+        regions=[foreground],
         ignore_label=2,
         device=torch.device("cpu"),
     )
@@ -298,7 +298,7 @@ def test_the_skeleton_is_resampled_for_the_foreground_that_is_trained_alone(tmp_
     samples = [patches(case, skeletons=True, patch=(12, 20, 24))[0, 0]]
     for classes in ([1], [3], [1, 3]):
         _, target, _, skeleton = augment.augment_batch(
-            samples, (12, 20, 24), foreground=classes, ignore_label=2, device=torch.device("cpu")
+            samples, (12, 20, 24), regions=[classes], ignore_label=2, device=torch.device("cpu")
         )
         tube = skeletons.tubed_skeleton(np.isin(two_classes(), (1, 3)))
         assert np.array_equal(skeleton[0, 0], tube & np.isin(two_classes(), classes))
