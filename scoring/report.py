@@ -267,7 +267,9 @@ def draw_slices(cases, *, title, tolerance, classes=None):
         row[0].set_ylabel(f"{case}\n{score}", fontsize=9)
     all_labeled = all(one.labeled.all() for _, _, slices in cases for one in slices)
     patches = _legend(classes, all_labeled)
-    figure.suptitle(f"{title}: the worst slices; counts of voxels off by more than {tolerance}")
+    colors = "" if classes is None else "solid: wrong, pale: right; "
+    counts = f"counts of voxels off by more than {tolerance}"
+    figure.suptitle(f"{title}: the worst slices; {colors}{counts}")
     figure.legend(
         handles=patches, loc="outside lower center", ncols=min(len(patches), 8), frameon=False
     )
@@ -282,11 +284,10 @@ def _panels(one, classes):
     panels = []
     sides = ("truth", "missed", one.truth, one.mask), ("prediction", "false", one.mask, one.truth)
     for counts, (role, kind, shown, other) in zip(one.by_class, sides, strict=True):
-        most = [k for k in np.argsort(-counts, kind="stable") if counts[k]][:3]
-        names = list(classes)
-        parts = ", ".join(f"{names[k]} {counts[k]}" for k in most)
-        heading = f"z {one.z}, {role}: {counts.sum()} {kind}\n{parts}"
-        panels.append((heading, overlay_classes(one.image, shown, other, one.labeled)))
+        most = sorted(zip(counts, classes, strict=True), key=lambda pair: -pair[0])[:3]
+        far = ", ".join(f"{name} {number}" for number, name in most if number) or "nothing"
+        picture = overlay_classes(one.image, shown, other, one.labeled)
+        panels.append((f"z {one.z}, {role}\n{kind}: {far}", picture))
     return panels
 
 
@@ -297,7 +298,6 @@ def _legend(classes, all_labeled):
     colors = {"found": FOUND, "missed": MISSED, "false": FALSE}
     if classes is not None:
         colors = {name: class_color(number) for number, name in enumerate(classes)}
-        colors |= {"pale: right, solid: missed or false": "none"}
     if not all_labeled:
         colors["unlabeled: darker"] = "#505050"
     return [Patch(color=color, label=label) for label, color in colors.items()]

@@ -11,7 +11,8 @@ CLASSES = (
     *("#0072b2", "#009e73", "#e69f00", "#332288"),
 )
 SHADES = (0.0, 0.55, -0.45)  # of the first, second and third turn through CLASSES: share of white
-RIGHT, WRONG = 0.4, 0.95  # opacity of a class where it is right, and where it is not
+RIGHT, WRONG = 0.45, 0.95  # opacity of a class where it is right, and where it is not
+DIM = 0.75  # of the image under classes: on white, pale colors are all alike
 
 
 def class_color(number):
@@ -30,7 +31,7 @@ def overlay(image, truth, mask, labeled):
     image (H, W); truth, mask and labeled (H, W) bool.
     """
     kinds = (truth & mask, FOUND), (truth & ~mask, MISSED), (~truth & mask, FALSE)
-    return _paint(image, [(where, color, 0.65) for where, color in kinds], labeled)
+    return _paint(_gray(image), [(where, color, 0.65) for where, color in kinds], labeled)
 
 
 def overlay_classes(image, shown, other, labeled):
@@ -45,16 +46,20 @@ def overlay_classes(image, shown, other, labeled):
     for number, where in enumerate(shown):
         color = class_color(number)
         layers += [(where & ~wrong, color, RIGHT), (where & wrong, color, WRONG)]
-    return _paint(image, layers, labeled)
+    return _paint(DIM * _gray(image), layers, labeled)
 
 
-def _paint(image, layers, labeled):
-    """The image in gray under layers of (where, color, opacity), the last of each voxel seen."""
-    from matplotlib.colors import to_rgb
-
+def _gray(image):
+    """(H, W) in [0, 1]: the image between its 1st and 99th percentile."""
     image = np.asarray(image, np.float64)
     low, high = np.percentile(image, (1, 99))
-    gray = np.clip((image - low) / ((high - low) or 1.0), 0, 1)
+    return np.clip((image - low) / ((high - low) or 1.0), 0, 1)
+
+
+def _paint(gray, layers, labeled):
+    """(H, W, 3): gray under layers of (where, color, opacity), of which the last one is seen."""
+    from matplotlib.colors import to_rgb
+
     picture = np.repeat(gray[..., None], 3, axis=2)
     for where, color, opacity in layers:
         where = where & labeled
