@@ -130,7 +130,7 @@ def test_a_name_with_a_class_has_the_entry_of_its_score(name):
         ({"classes": {"artery": 3}}, "prediction: expected 0, the ids of artery 3, got 7"),
         ({"truth": 5}, "truth: expected 0, the ids of artery 3, vein 7, got 5"),
         ({"truth": 5, "ignore_label": 255}, "artery 3, vein 7 and 255 (ignored), got 5"),
-        ({"prediction": 255, "ignore_label": 255}, "prediction: expected 0, the ids of artery 3, v"),
+        ({"prediction": 255, "ignore_label": 255}, "prediction: expected 0, the ids of artery 3"),
         ({"prediction": 0.5}, "prediction: expected a volume of integer ids, got float"),
     ],
 )  # fmt: skip
