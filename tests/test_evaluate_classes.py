@@ -183,7 +183,7 @@ def test_overlays_of_classes_have_a_legend_and_truth_beside_prediction(folders, 
 
 def test_classes_that_are_absent_are_noted_with_their_cases(folders, capsys):
     write(folders / "truth" / "b.tif", two(2, vein=0))
-    assert evaluate(folders, *CLASSES, "organ=9", pred=("old",))[0] == 0
+    assert evaluate(folders, *CLASSES, "organ=9", "vessel=3+7", pred=("old",))[0] == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: no")]
     counted = "ratios are 1 there if the prediction has none either, else 0"
     assert notes == [
