@@ -83,23 +83,13 @@ def write_overlays(folder, pairs, rows, options, args):
             image = clip_fill(files.read_image(pair.image).array[0]) if pair.image else None
             masks = case.masks[method], case.truth
             slices = report.worst_slices(*masks, image, case.spacing, **how)
-            drawn.append((pair.id, rank_text(row, args.rank), slices))
+            drawn.append((pair.id, report.rank_text(row, args.rank), slices))
         path = Path(folder) / f"{method}.png"
         tolerance = f"{args.tolerance:g} {case.unit}".rstrip()
         with atomic.replacing(path) as partial:
             how_drawn = {"title": method, "tolerance": tolerance, "classes": classes}
             report.draw_slices(drawn, **how_drawn).savefig(partial)
         yield path
-
-
-def rank_text(row, rank):
-    """The score that ranks a case; of a mean over classes that of each class, too."""
-    score, which = split_name(rank)
-    texts = [f"{rank.replace('_', ' ')} {report.format_score(row[rank], rank)}"]
-    if which == MEAN:
-        others = [name for name in row if name != rank and split_name(name)[0] == score]
-        texts += [f"{split_name(n)[1]} {report.format_score(row[n], n)}" for n in others]
-    return "\n".join(texts)
 
 
 def number(kind, wanted, accepts):
@@ -361,8 +351,9 @@ def main(argv=None):
 
 def write_report(rows, pairs, options, args, notes):
     """Print and write everything; the exit status."""
-    # Without a terminal rich assumes 80 columns and would cut the ids.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    # Without a terminal rich assumes 80 columns and would cut the ids; [x] in one is no markup.
+    plain = {"highlight": False, "markup": False, "emoji": False}
+    console = Console(width=None if sys.stdout.isatty() else 200, **plain)
     for note in notes:
         print(f"note: {note}")
     all_rows, units = with_summaries(rows, args.scores), {row["unit"] for row in rows}
