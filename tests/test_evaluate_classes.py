@@ -220,8 +220,12 @@ def test_predictions_of_merged_classes_are_noted(folders, capsys):
     for case in "ab":
         write(folders / "merged" / f"{case}.tif", np.minimum(two(2), 1))
     assert evaluate(folders, pred=("merged",), truth="set")[0] == 0
-    said = "note: no vein in any prediction of prediction; if one value stands for several classes"
-    assert said in capsys.readouterr().out
+    said = "note: no vein in any prediction{}; if one value stands for several classes, name them"
+    assert said.format("") in capsys.readouterr().out
+    assert evaluate(folders, *CLASSES, "organ=1", pred=("merged", "new"))[0] == 0
+    noted = capsys.readouterr().out
+    assert "note: no artery and no vein in any prediction of merged; if one" in noted
+    assert "prediction of new" not in noted
 
 
 @pytest.mark.parametrize("role, name", [("new", "prediction"), ("truth", "truth")])
@@ -265,7 +269,6 @@ def test_a_truth_of_several_classes_without_options_points_to_classes(folders, c
         (("--classes", "mean=3"), "classes: expected names other than 'mean'"),
         (("--foreground", "vein"), "--foreground: expected the number of a class, got 'vein'"),
         ((*CLASSES, "--ignore-label", 7), "expected ids that are not 7, of unlabeled voxels"),
-        ((*CLASSES, "--otsu", "."), "--otsu: expected one foreground, got the classes artery, v"),
         ((*CLASSES, "--scores", "dice/vien"), "got dice/vien; the nearest is dice/vein"),
         ((*CLASSES, "--rank", "dice/vien"), "got dice/vien; the nearest is dice/vein"),
         (("--scores", "dice/vein"), "expected dice without a class, as no classes are given"),
@@ -274,7 +277,20 @@ def test_a_truth_of_several_classes_without_options_points_to_classes(folders, c
 def test_options_on_classes_that_cannot_be_are_one_sentence(folders, capsys, options, message):
     assert evaluate(folders, *options) == (2, None)
     errors = capsys.readouterr().err.splitlines()
-    assert any(message in error for error in errors)
+    assert message in errors[0] and errors[1:] == ["1 error; nothing was written"]
+
+
+def test_otsu_of_several_classes_is_refused(folders, capsys):
+    assert evaluate(folders, *CLASSES, "--otsu", folders / "truth") == (2, None)
+    refused = "--otsu: expected one foreground, got the classes artery, vein; name those that count"
+    assert capsys.readouterr().err.startswith(refused)
+    write(folders / "image" / "a.tif", two(2))
+    write(folders / "image" / "b.tif", two(2))
+    options = ("--foreground", 3, 7, "--otsu", folders / "image", "--scores", "dice")
+    for case in "ab":
+        write(folders / "new" / f"{case}.tif", np.minimum(two(2), 1))
+    status, rows = evaluate(folders, *options)
+    assert status == 0 and rows["a", "prediction"]["dice"] == "1.0"
 
 
 def test_classes_and_foreground_do_not_go_together(folders, capsys):
