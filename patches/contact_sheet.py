@@ -15,14 +15,13 @@ import torch
 from patches import augment, intensity, resample
 from patches.cache import VolumeCache
 from volumes import atomic
+from volumes.colors import class_color
 
 PICTURES, BLOCKS = 3, 3  # of each transformation; transformations side by side
 CANDIDATES = 16  # voxels of which the one with most border of the label around it is chosen
 INCHES, NARROWEST = 1.8, 1.4  # the longest side of a picture; the least width, for the texts
 LABEL, INVALID = "darkorange", (0.2, 0.35, 0.8, 0.5)  # colors
 COLUMNS = 8  # of the legend of several classes
-# Their borders, after Okabe and Ito: told apart by the color-blind too.
-COLORS = ("#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#56B4E9")
 LEGEND = (
     "Each picture: the patch's middle z slice (y down, x right), below it its middle y slice (z "
     "down, x right). {}: border of the label. Blue: not valid, that is unlabeled or outside."
@@ -155,8 +154,7 @@ def _draw(blocks, spacing, heading, names):
     head, body = figure.subfigures(2, 1, height_ratios=(top, rows * tall))
     head.text(0.01, 1 - 0.12 / top, heading, fontsize=9, va="top", parse_math=False)
     if len(names) > 1:
-        styles = [_line(index, len(names)) for index in range(len(names))]
-        lines = [Line2D([], [], color=color, linestyle=style) for color, style in styles]
+        lines = [Line2D([], [], color=class_color(index)) for index in range(len(names))]
         head.legend(lines, names, loc="lower left", ncols=COLUMNS, fontsize=9, frameon=False)
     grid = {"left": 0.03, "right": 0.97, "top": 1 - 0.3 / tall, "bottom": 0.35 / tall}
     grid |= {"height_ratios": (height, depth), "hspace": 0.05, "wspace": 0.05}
@@ -173,20 +171,12 @@ def _draw(blocks, spacing, heading, names):
     return figure
 
 
-def _line(index, count):
-    """The color and style of the border of one of several masks."""
-    if count == 1:
-        return LABEL, "solid"
-    style = ("solid", "dashed", "dotted")[index // len(COLORS) % 3]
-    return COLORS[index % len(COLORS)], style
-
-
 def _show(ax, image, masks, valid, aspect, limits):
     """One slice: grey, what is not valid tinted, the border of each mask as a line."""
     ax.imshow(image, cmap="gray", vmin=limits[0], vmax=limits[1], aspect=aspect)
     ax.imshow(np.where(valid[..., None], 0.0, INVALID), aspect=aspect)
     for index, mask in enumerate(masks):
-        color, style = _line(index, len(masks))
         if min(mask.shape) > 1 and mask.any() and not mask.all():
-            ax.contour(mask, [0.5], colors=color, linestyles=style, linewidths=1)
+            color = LABEL if len(masks) == 1 else class_color(index)
+            ax.contour(mask, [0.5], colors=[color], linewidths=1)
     ax.set(xticks=[], yticks=[])

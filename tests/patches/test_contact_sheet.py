@@ -234,11 +234,6 @@ def test_each_class_has_the_color_of_the_legend_and_one_alone_has_none():
     assert not alone.subfigs[0].legends
 
 
-def test_more_classes_than_colors_differ_in_style():
-    count = 3 * len(contact_sheet.COLORS)
-    assert len({contact_sheet._line(index, count) for index in range(count)}) == count
-
-
 def test_a_case_without_foreground_and_thinner_than_the_patch_has_a_sheet_too(tmp_path):
     write_sheet(tmp_path / "sheet.png", write_case(tmp_path, np.zeros((3, 1, 8), np.uint8)))
     assert (tmp_path / "sheet.png").is_file()
