@@ -8,7 +8,8 @@ Every term is `<name>_loss(logits, target, valid=None, *, ...) -> scalar float32
 
 One channel of logits is a foreground against the rest, by a sigmoid. K > 1 channels are classes by
 a softmax, 0 the background; target is then (B, 1, ...) class ids (K and above: of no class) or
-(B, K, ...) shares, and a term is the mean over the foreground classes.
+(B, K, ...) shares, and a term is the mean over the foreground classes, with `class_weights` (one
+number for each of them, None: all alike) the weighted mean.
 
 In an invalid voxel the gradient is exactly 0, and neither its logit nor its target, whatever they
 hold, can change the value. Without any valid voxel a term is 0, its gradient is 0 and backward
@@ -67,10 +68,24 @@ def _foreground(logits, target, valid):
     return probs, target[:, 1:], valid.expand_as(probs)
 
 
-def _mean_per_sample(values, valid):
+def _weighted(values, class_weights):
+    """Values (B, C, ...) times the weights of the C classes, scaled so that their mean is 1."""
+    if class_weights is None:
+        return values
+    if len(class_weights) != values.shape[1] or not min(class_weights) > 0:
+        raise ValueError(
+            f"class_weights: expected {values.shape[1]} positive numbers, one for each foreground "
+            f"class, got {list(class_weights)}"
+        )
+    weights = values.new_tensor(class_weights)
+    return values * (weights / weights.mean()).view(-1, *[1] * (values.ndim - 2))
+
+
+def _mean_per_sample(values, valid, class_weights=None):
     """The mean of (B, C) values over the samples that have a valid voxel; 0 if none has."""
     labeled = valid.flatten(2).any(2)
-    return torch.where(labeled, values, 0.0).sum() / labeled.sum().clamp(min=1)
+    values = torch.where(labeled, _weighted(values, class_weights), 0.0)
+    return values.sum() / labeled.sum().clamp(min=1)
 
 
 def _positive(name, value):
@@ -78,26 +93,36 @@ def _positive(name, value):
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
-def weighted_bce_loss(logits, target, valid=None, *, positive_weight=1.0):
+def weighted_bce_loss(logits, target, valid=None, *, positive_weight=1.0, class_weights=None):
     """Binary cross-entropy, foreground voxels counted `positive_weight` times.
 
     A mean over valid voxels with the weights 1 + (positive_weight - 1) * target, divided by their
     sum: the size of the loss stays, and a soft target stays the optimum. In nats, >= 0. Of K
-    classes: their cross-entropy, every foreground class weighted alike.
+    classes: their cross-entropy, in which a voxel of a foreground class counts `positive_weight`
+    times the weight of its class, whose mean over classes is 1.
     """
     _positive("positive_weight", positive_weight)
     logits, target, valid = _masked(logits, target, valid)
     if logits.shape[1] == 1:
-        foreground = target
         entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     else:
-        foreground = target[:, 1:].sum(1, keepdim=True)
         entropy = -(target * torch.log_softmax(logits, 1)).sum(1, keepdim=True)
-    weights = torch.where(valid, 1.0 + (positive_weight - 1.0) * foreground, 0.0)
+    extra = _extra_weights(target, positive_weight, class_weights)
+    weights = torch.where(valid, 1.0 + extra, 0.0)
     return (entropy * weights).sum() / weights.sum().clamp(min=1e-12)
 
 
-def soft_dice_loss(logits, target, valid=None, *, smooth=1e-5, batch=False):
+def _extra_weights(target, positive_weight=1.0, class_weights=None):
+    """By how much each voxel counts more than 1 in `weighted_bce_loss`, (B, 1, D, H, W)."""
+    foreground = target[:, -max(1, target.shape[1] - 1) :]  # all but the background, if it is there
+    if class_weights is None:
+        return (positive_weight - 1.0) * foreground.sum(1, keepdim=True)
+    return (positive_weight * _weighted(foreground, class_weights) - foreground).sum(
+        1, keepdim=True
+    )
+
+
+def soft_dice_loss(logits, target, valid=None, *, smooth=1e-5, batch=False, class_weights=None):
     """1 - soft Dice, (2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth), sums over valid voxels.
 
     V-Net's (Milletari et al. 2016) with plain instead of squared sums in the denominator. The mean
@@ -112,7 +137,8 @@ def soft_dice_loss(logits, target, valid=None, *, smooth=1e-5, batch=False):
     if batch:
         probs, target, valid = (x.movedim(1, 0).flatten(1, 2)[None] for x in (probs, target, valid))
     overlap, p, t = (x.flatten(2).sum(2) for x in (probs * target, probs, target))
-    return _mean_per_sample(1.0 - (2.0 * overlap + smooth) / (p + t + smooth), valid)
+    dice = (2.0 * overlap + smooth) / (p + t + smooth)
+    return _mean_per_sample(1.0 - dice, valid, class_weights)
 
 
 def soft_skeletons(logits, target, valid=None, *, iterations=ITERATIONS):
@@ -123,7 +149,10 @@ def soft_skeletons(logits, target, valid=None, *, iterations=ITERATIONS):
     return soft_skeleton(probs, iterations, valid), target_skeleton
 
 
-def cldice_loss(logits, target, valid=None, *, iterations=ITERATIONS, smooth=1.0, skeletons=None):
+def cldice_loss(
+    logits, target, valid=None, *, iterations=ITERATIONS, smooth=1.0, skeletons=None,
+    class_weights=None,
+):  # fmt: skip
     """1 - soft centreline Dice (clDice, Shit et al. 2021), per sample.
 
     The harmonic mean of the share of the prediction's skeleton that lies in the target, and of the
@@ -142,7 +171,7 @@ def cldice_loss(logits, target, valid=None, *, iterations=ITERATIONS, smooth=1.0
     precision = _share_inside(skeletons[0], target, smooth)
     sensitivity = _share_inside(skeletons[1], probs, smooth)
     cldice = 2.0 * precision * sensitivity / (precision + sensitivity)
-    return _mean_per_sample(1.0 - cldice, valid)
+    return _mean_per_sample(1.0 - cldice, valid, class_weights)
 
 
 def _share_inside(skeleton, mask, smooth):
@@ -151,7 +180,9 @@ def _share_inside(skeleton, mask, smooth):
     return (inside + smooth) / (whole + smooth)
 
 
-def morph_skeleton_loss(logits, target, valid=None, *, iterations=ITERATIONS, skeletons=None):
+def morph_skeleton_loss(
+    logits, target, valid=None, *, iterations=ITERATIONS, skeletons=None, class_weights=None
+):
     """Mean over valid voxels of |soft skeleton of the prediction - that of the target|, in [0, 1].
 
     iterations, skeletons: as in `cldice_loss`. The value is small, since few voxels are skeleton.
@@ -160,10 +191,13 @@ def morph_skeleton_loss(logits, target, valid=None, *, iterations=ITERATIONS, sk
     if skeletons is None:
         skeletons = soft_skeletons(logits, target, valid, iterations=iterations)
     _, _, valid = _foreground(logits, target, valid)
-    return (skeletons[0] - skeletons[1]).abs().sum() / valid.sum().clamp(min=1)
+    differences = _weighted((skeletons[0] - skeletons[1]).abs(), class_weights)
+    return differences.sum() / valid.sum().clamp(min=1)
 
 
-def skeleton_recall_loss(logits, target, valid=None, *, smooth=1.0, skeleton=None):
+def skeleton_recall_loss(
+    logits, target, valid=None, *, smooth=1.0, skeleton=None, class_weights=None
+):
     """1 - the share of the target's tubed skeleton that is predicted, per sample, in [0, 1].
 
     (sum(p k) + smooth) / (sum(k) + smooth) over valid voxels (Kirchhoff et al. 2024). skeleton:
@@ -184,12 +218,13 @@ def skeleton_recall_loss(logits, target, valid=None, *, smooth=1.0, skeleton=Non
                     f"got {tuple(skeleton.shape)}"
                 )
             tube = torch.minimum(torch.where(valid, skeleton.float(), 0.0), target)
-    return _mean_per_sample(1.0 - _share_inside(tube, probs, smooth), valid)
+    return _mean_per_sample(1.0 - _share_inside(tube, probs, smooth), valid, class_weights)
 
 
 def surface_distance_loss(
-    logits, target, valid=None, *, tolerance=2.0, spacing=(1.0, 1.0, 1.0), backend="native"
-):
+    logits, target, valid=None, *, tolerance=2.0, spacing=(1.0, 1.0, 1.0), backend="native",
+    class_weights=None,
+):  # fmt: skip
     """Probability far from the target, and target far from the prediction, up to a tolerance.
 
     mean(min(d_target / tolerance, 1) * p) + mean(min(d_pred / tolerance, 1) * target * (1 - p)),
@@ -222,12 +257,13 @@ def surface_distance_loss(
     with torch.no_grad():
         missed = distance(probs > 0.5).mul_(target)
         slope = distance(target > 0.5).sub_(missed)
+        slope, missed = _weighted(slope, class_weights), _weighted(missed, class_weights)
     # Where invalid, target and probs are 0, and so is the gradient of probs.
     total = (slope * probs).sum() + missed.sum()
     return total / (tolerance * valid.count_nonzero().clamp(min=1))
 
 
-def boundary_loss(logits, target, valid=None, *, smooth=1.0):
+def boundary_loss(logits, target, valid=None, *, smooth=1.0, class_weights=None):
     """How much the boundaries differ: sum |dp - dt| / (sum |dp| + sum |dt| + smooth), in [0, 1].
 
     d is the difference of two valid neighbours along an axis, so that the edge of the unlabeled
@@ -243,15 +279,16 @@ def boundary_loss(logits, target, valid=None, *, smooth=1.0):
         dp, dt = (torch.where(both, x.diff(dim=axis), 0.0) for x in (probs, target))
         differs = differs + (dp - dt).abs().flatten(2).sum(2)
         total = total + (dp.abs() + dt.abs()).flatten(2).sum(2)
-    return _mean_per_sample(differs / (total + smooth), valid)
+    return _mean_per_sample(differs / (total + smooth), valid, class_weights)
 
 
-def toploss_loss(logits, target, valid=None, *, window=(48, 48, 48), windows=2):
+def toploss_loss(logits, target, valid=None, *, window=(48, 48, 48), windows=2, class_weights=None):
     """Persistent homology of the probabilities against the target's Betti numbers, in [0, 1.5].
 
     The mean of `topology.persistence.topological_loss` (Hu et al. 2019) over windows of the batch.
     Windows of `window` voxels (z, y, x; less where the volume is smaller) cover each volume; those
-    `windows` of the whole batch with the largest sum of |p - target| are used. Components, loops
+    `windows` of the whole batch, and of all classes, with the largest sum of |p - target| are used,
+    each with the weight of its class. Components, loops
     and hollows that the target lacks are removed, those that the prediction lacks are restored,
     through the few critical voxels that decide them; see persistence.py for unlabeled voxels.
 
@@ -262,7 +299,9 @@ def toploss_loss(logits, target, valid=None, *, window=(48, 48, 48), windows=2):
             f"toploss: expected windows >= 1 and a window of three sizes >= 1, "
             f"got {windows} and {window}"
         )
-    volumes = [x.flatten(0, 1) for x in _foreground(logits, target, valid)]
+    volumes = _foreground(logits, target, valid)
+    weights = _weighted(torch.ones_like(volumes[0][:, :, 0, 0, 0]), class_weights).flatten()
+    volumes = [x.flatten(0, 1) for x in volumes]
     probs, target, _ = volumes
     with torch.no_grad():
         boxes = [(i, *box) for i in range(len(probs)) for box in _boxes(probs.shape[1:], window)]
@@ -273,7 +312,8 @@ def toploss_loss(logits, target, valid=None, *, window=(48, 48, 48), windows=2):
     worst = [boxes[i] for i in worst if sums[i] > 0]
     if not worst:
         return probs.sum() * 0.0
-    return topological_losses([[x[box] for x in volumes] for box in worst]).mean()
+    losses = topological_losses([[x[box] for x in volumes] for box in worst])
+    return (losses * weights[[number for number, *_ in worst]]).mean()
 
 
 def _boxes(shape, window):
@@ -310,8 +350,10 @@ def batch_weight(name, logits, target, valid, settings):
     _, target, valid = _masked(logits, target, valid)
     if name not in PER_VOXEL:
         return valid.flatten(1).any(1).sum().float()
-    foreground = target[:, -max(1, target.shape[1] - 1) :].sum()
-    return valid.sum() + (settings.get("positive_weight", 1.0) - 1.0) * foreground
+    if name != "weighted_bce":
+        return valid.sum().float()
+    how = {key: settings[key] for key in ("positive_weight", "class_weights") if key in settings}
+    return valid.sum() + _extra_weights(target, **how).sum()
 
 
 # The keyword argument that comes from the caller and not from the settings, where there is one.

@@ -123,7 +123,8 @@ class UNet3D(nn.Module):
     In training with deep_supervision, forward returns a list of logits, finest first, one per
     decoder stage that changes resolution; otherwise one tensor. D, H, W must be multiples of the
     product of the strides: ValueError otherwise.
-    checkpointing: activations of each block are recomputed in the backward pass.
+    checkpointing: activations of each block are recomputed in the backward pass. exclusive: the
+    channels are classes by a softmax, 0 the background; else each is a foreground by a sigmoid.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class UNet3D(nn.Module):
         dropout=0.0,
         deep_supervision=True,
         checkpointing=False,
+        exclusive=False,
     ):
         super().__init__()
         widths = [base * m for m in multipliers]
@@ -171,7 +173,9 @@ class UNet3D(nn.Module):
         self.apply(_initialise)
         for head in filter(None, self.heads):
             nn.init.normal_(head.weight, std=0.01)
-            nn.init.constant_(head.bias, math.log(PRIOR / (1 - PRIOR)))
+            sharing = out_channels - 1 if exclusive else 1  # classes that share the prior
+            nn.init.constant_(head.bias, math.log(PRIOR / (1 - PRIOR) / sharing))
+            nn.init.zeros_(head.bias[: int(exclusive)])
 
     def _run(self, stage, x):
         recompute = self.checkpointing and self.training
@@ -201,15 +205,17 @@ class UNet3D(nn.Module):
         return tuple(math.prod(factors) for factors in zip(*self.strides, strict=True))
 
 
-def build_network(in_channels, out_channels, *, strides, kernels, settings):
+def build_network(in_channels, out_channels, *, strides, kernels, settings, exclusive=False):
     """The network of a run, on the CPU; for another one, build it here.
 
     settings: {name: value} of the group `model` of settings.py. strides and kernels: see `fit`;
-    whatever the network is, patches must be multiples of the product of the strides.
+    whatever the network is, patches must be multiples of the product of the strides. exclusive:
+    whether the channels are classes by a softmax.
     """
     names = ("base", "multipliers", "blocks", "dropout", "deep_supervision", "checkpointing")
     shape = {name: settings[name] for name in names}
-    return UNet3D(in_channels, out_channels, strides=strides, kernels=kernels, **shape)
+    shape |= {"strides": strides, "kernels": kernels, "exclusive": exclusive}
+    return UNet3D(in_channels, out_channels, **shape)
 
 
 def _initialise(module):

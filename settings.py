@@ -6,7 +6,13 @@ are in the unit of the data (mm, micron, voxel).
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+
+def _tuples(value):
+    """YAML has no tuples, and strict types accept no list for one."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -21,11 +27,8 @@ PositiveRange = tuple[Positive, Positive]
 NonNegativeRange = tuple[NonNegative, NonNegative]
 Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
 Thresholds = Annotated[tuple[Probability, ...], Field(min_length=1, max_length=100)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_tuples), Field(min_length=1)]
 UNFOLDED = 0.075  # elastic amplitude, as a share of the control points' distance
-
-
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 class Group(BaseModel):
@@ -34,7 +37,6 @@ class Group(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _lists_are_tuples(cls, value):
-        """YAML has no tuples, and strict types accept no list for one."""
         return _tuples(value)
 
     @field_validator("*")
@@ -73,8 +75,10 @@ class Data(Group):
     fold: Whole = 0
     # What the network sees: a target spacing per axis; 0 or null keeps the axis as it is stored.
     spacing: tuple[NonNegative | None, NonNegative | None, NonNegative | None] = (0, 0, 0)
-    # Names of the classes that the network tells from all others; null: the only one there is.
+    # Names of the classes that are one foreground together; null: the network tells all apart.
     foreground: tuple[str, ...] | None = None
+    # Regions that may overlap, {name: names of its classes}, each told from all else.
+    regions: dict[str, Names] | None = None
     # Cache of the case files over all processes, in 10^9 bytes; 0: none; null: half of the memory
     # that is free at the start, at most what the training cases hold.
     cache_gb: NonNegative | None = None
@@ -88,6 +92,12 @@ class Data(Group):
         if self.clip_percentiles == "none":
             return None
         return tuple(float(p) for p in self.clip_percentiles.split("-"))
+
+    @model_validator(mode="after")
+    def _one_way_to_name_classes(self):
+        if self.foreground and self.regions:
+            raise ValueError("either data.foreground or data.regions, got both")
+        return self
 
     @model_validator(mode="after")
     def _fold_exists(self):
@@ -233,6 +243,8 @@ class Loss(Group):
     surface_distance: SurfaceDistance = SurfaceDistance()
     skeleton_recall: SkeletonRecall = SkeletonRecall()
     toploss: Toploss = Toploss()
+    # What each class or region counts beside the others, {name: weight}; unnamed: 1.
+    class_weights: dict[str, Positive] | None = None
 
 
 class Optim(Group):
@@ -294,7 +306,8 @@ class Inference(Group):
     overlap: Decay = 0.5
     flips: bool = False  # average over the 8 flips
     batch: Count = 2  # windows; torch convolves a batch of one at half the speed on a CPU
-    threshold: Probability | None = None  # null: what validation chose, 0.5 without
+    # Of regions one for all, or {name: threshold}; null: what validation chose, 0.5 without.
+    threshold: Probability | dict[str, Probability] | None = None
     save_probabilities: bool = False
 
 
@@ -302,8 +315,9 @@ class Postprocess(Group):
     """In this order, after the threshold: see scoring/postprocess.py."""
 
     hysteresis: Probability | None = None  # voxels above it stay if they touch kept ones
-    # Smaller components are removed, 0: none; null: what validation chose, 0 without.
-    min_component_voxels: Whole | None = None
+    # Smaller components are removed, 0: none; null: what validation chose, 0 without. Of several
+    # classes one number for all, or {name: number}.
+    min_component_voxels: Whole | dict[str, Whole] | None = None
     max_hole_voxels: Whole = 0  # holes of up to so many voxels are filled, in slices too
     closing_radius: NonNegative = 0.0  # of the ball that closes gaps, in the unit of the spacing
 
@@ -335,7 +349,7 @@ class Settings(Group):
 
     def terms(self):
         """The terms of `runtime.composite_loss.composite_loss`."""
-        terms = self.loss.model_dump()
+        terms = self.loss.model_dump(exclude={"class_weights"})
         surface = terms["surface_distance"]
         surface["tolerance"] = surface["tolerance"] or self.validation.tolerance
         return terms

@@ -133,7 +133,7 @@ class Worker:
         yield [
             *("evaluate.py", "--pred", f"{job.name}={predictions}", "--truth", plan.dataset.root),
             *("--cases", *(glob.escape(case.id) for case in cases)),
-            *("--foreground", *plan.foreground, "--tolerance", judge.tolerance),
+            *("--foreground", *plan.outputs.foreground, "--tolerance", judge.tolerance),
             *("--scores", *job.score_names, "--rank", judge.score),
             *("--out", run / "scores.json", "--overlays", run, "--overlay-cases", OVERLAY_CASES),
         ]

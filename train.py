@@ -139,10 +139,10 @@ def train(settings, resume, group):
                         timer.mark("transfer")
                         image, target, valid, skeleton = build.augment_batch(plan, samples)
                         timer.mark("augment")
-                        logits = micro_batch.forward(image)  # (B, 1, D, H, W), of all scales
+                        logits = micro_batch.forward(image)  # (B, K, D, H, W), of all scales
                         timer.mark("forward")
                         loss, components = composite_loss(
-                            logits, target, valid, plan.terms,
+                            logits, target, valid, plan.terms, **plan.classes,
                             spacing=[s["spacing"] for s in samples], skeleton=skeleton, step=step,
                             over_ranks=group.over_ranks(step, len(results)),
                         )  # fmt: skip

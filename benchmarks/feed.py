@@ -83,7 +83,7 @@ def our_patches(case, *, patch, spacing=(0, 0, 0)):
 def make_patch(sample, patch):
     boxes = (sample["image"], sample["label"])
     return resample.resample_patch(
-        *boxes, geometry=sample, patch=patch, foreground=[1], ignore_label=2
+        *boxes, geometry=sample, patch=patch, regions=[[1]], ignore_label=2
     )
 
 

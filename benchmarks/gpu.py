@@ -17,6 +17,7 @@ Exit status 1 if a bar is missed, 2 without a GPU, else 0. Leaves nothing on dis
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -39,6 +40,7 @@ import training_step
 from runtime import build as planning
 from runtime import config, sliding_window
 from runtime import folder as runs
+from runtime.outputs import Outputs
 from volumes import casefile, phantoms
 from volumes.processes import cores
 
@@ -193,7 +195,8 @@ def contenders(plan, drawn, steps):
 
 def time_of_plain(plan, build, drawn, steps):
     """Median seconds of a step of another package; None if it is not installed."""
-    network = planning.make_network(plan, outputs=2)
+    two_channels = Outputs({"foreground": (1,)}, exclusive=True)
+    network = planning.make_network(dataclasses.replace(plan, outputs=two_channels))
     step = build(network, plan.device)
     if step is None:
         return None

@@ -133,16 +133,17 @@ def functions(settings):
     }
 
 
-def augment_batch(samples, patch, *, foreground, ignore_label, device):
-    """Samples of data.PatchDataset to (image, target, valid, skeleton or None): (B, C, D, H, W)."""
+def augment_batch(samples, patch, *, device, **labels):
+    """Samples of data.PatchDataset to (image, target, valid, skeleton or None): (B, C, D, H, W).
+
+    labels: regions, ignore_label and exclusive, as in `resample.resample_patch`.
+    """
     images, masks = [], []
     for sample in samples:
         names = [name for name in ("image", "label", "skeleton") if name in sample]
         boxes = {name: sample[name].to(device, non_blocking=True) for name in names}
         boxes["image"] = intensity.within_float32(boxes["image"])
-        image, *own_masks = resample.resample_patch(
-            **boxes, geometry=sample, patch=patch, foreground=foreground, ignore_label=ignore_label
-        )
+        image, *own_masks = resample.resample_patch(**boxes, geometry=sample, patch=patch, **labels)
         scale = {key: sample[key] for key in ("mean", "std", "low", "high")}
         images.append(intensity.normalise(image, **scale))
         masks.append(own_masks)

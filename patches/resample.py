@@ -161,16 +161,19 @@ def spline_weights(positions, step, count):
 # ---------------------------------------------------------------------------- on the device
 
 
-def resample_patch(image, label, skeleton=None, *, geometry, patch, foreground, ignore_label):
+def resample_patch(
+    image, label, skeleton=None, *, geometry, patch, regions, ignore_label, exclusive=False
+):
     """Resample one patch from its box, on the box's device.
 
     image (C, d, h, w) any dtype, label (d, h, w) uint8 or None: the box [start, stop) of a volume;
     skeleton (d, h, w) uint8 or None: of all classes, as a case file holds it. geometry: a dict with
     the matrix, control, step and roll of a `Map`, the origin, start and inside of a `Place`, and
-    the volume's shape; foreground: class ids that are foreground.
-    Returns image (C, D, H, W) float32, target (1, D, H, W) float32 of 0 and 1, valid
-    (1, D, H, W) bool: inside the volume and labeled, and skeleton (1, D, H, W) float32 of 0 and 1,
-    within the target, or None without one. Outside, the image repeats its border.
+    the volume's shape; regions: class ids of each of R regions.
+    Returns image (C, D, H, W) float32, target (R, D, H, W) float32 of 0 and 1, or (1, D, H, W) of 0
+    and the numbers from 1 of regions that are exclusive, valid (1, D, H, W) bool: inside the volume
+    and labeled, and skeleton (1, D, H, W) float32 of 0 and 1, within the target, or None without
+    one. Outside, the image repeats its border.
     The image is interpolated linearly; label and skeleton take the nearest voxel, for the heaviest
     interpolated class breaks thin tubes: benchmarks/label_interpolation.py.
     """
@@ -188,11 +191,15 @@ def resample_patch(image, label, skeleton=None, *, geometry, patch, foreground, 
     label = masks[0]
     if ignore_label is not None:
         valid = valid & (label != ignore_label)
-    target = torch.zeros_like(valid)
-    for class_id in foreground:
-        target |= label == class_id
+    target = torch.zeros((len(regions), *patch), dtype=torch.bool, device=label.device)
+    for mask, ids in zip(target, regions, strict=True):
+        for class_id in ids:
+            mask |= label[0] == class_id
     target &= valid
-    tube = None if skeleton is None else (target & (masks[1] != 0)).float()
+    tube = None if skeleton is None else (target.any(0, keepdim=True) & (masks[1] != 0)).float()
+    if exclusive:
+        numbers = torch.arange(1, len(regions) + 1, device=label.device).view(-1, 1, 1, 1)
+        target = (target * numbers).sum(0, keepdim=True)
     return image, target.float(), valid, tube
 
 

@@ -21,6 +21,7 @@ from runtime import (
     composite_loss,
     distributed,
     evaluator,
+    outputs,
     sliding_window,
     splits,
     validation,
@@ -41,8 +42,9 @@ class Plan:
     precision_reason: str
     dataset: casefile.Dataset
     split: splits.Split
-    foreground: list  # class ids
+    outputs: outputs.Outputs  # what the network tells apart
     terms: dict  # of the loss
+    classes: dict  # what `composite_loss` must know of them
     spacing: tuple
     strides: list
     kernels: list
@@ -73,6 +75,7 @@ def resolve(settings, group=None):
     dataset = casefile.read_dataset(settings.data.root, settings.data.source)
     which = settings.data.model_dump(include={"train", "validation", "test", "folds", "fold"})
     split, notes = splits.choose_cases(dataset, **which)
+    told_apart = outputs.choose(dataset.classes, settings.data.foreground, settings.data.regions)
     terms = settings.terms()
     composite_loss.check_terms(terms, in_training=True)
     evaluator.check(settings.validation.score, settings.validation.scores)
@@ -107,8 +110,9 @@ def resolve(settings, group=None):
         precision_reason=precision_reason,
         dataset=dataset,
         split=split,
-        foreground=splits.foreground_ids(dataset.classes, settings.data.foreground),
+        outputs=told_apart,
         terms=terms,
+        classes=loss_of_classes(settings.loss.class_weights, told_apart),
         spacing=spacing,
         strides=strides,
         kernels=kernels,
@@ -116,6 +120,20 @@ def resolve(settings, group=None):
         cache_reason=str(available),
         notes=notes,
     )
+
+
+def loss_of_classes(wanted, told_apart):
+    """Arguments of `composite_loss`: wanted, loss.class_weights, in the order of the regions."""
+    if wanted is None:
+        return {"overlapping": told_apart.overlapping, "class_weights": None}
+    if not told_apart.several or (unknown := [n for n in wanted if n not in told_apart.regions]):
+        got = f"got {', '.join(unknown)}" if told_apart.several else "and there is one foreground"
+        raise ValueError(
+            "loss.class_weights: expected names among the classes or regions that the network "
+            f"tells apart ({', '.join(told_apart.regions)}), {got}"
+        )
+    weights = [wanted.get(name, 1.0) for name in told_apart.regions]
+    return {"overlapping": told_apart.overlapping, "class_weights": weights}
 
 
 def check_spacing(settings, split):
@@ -149,7 +167,7 @@ def make_patches(plan, **changes):
     """
     classes, ratio = plan.dataset.classes, plan.settings.sampling.class_ratio
     arguments = {
-        "foreground": data.class_weights(classes, plan.foreground, ratio),
+        "foreground": data.class_weights(classes, plan.outputs.foreground, ratio),
         "skeletons": composite_loss.takes_skeleton(plan.terms),
         **plan.settings.patch_arguments(),
         **augment.functions(plan.settings.augment.model_dump()),
@@ -160,14 +178,15 @@ def make_patches(plan, **changes):
     return data.PatchDataset(plan.split.train, **(arguments | changes))
 
 
-def make_network(plan, outputs=1):
-    """The settings' network for this many output channels, on the device, in training mode."""
+def make_network(plan):
+    """The settings' network, on the device, in training mode."""
     network = model.build_network(
         plan.split.train[0].channels,
-        outputs,
+        plan.outputs.channels,
         strides=plan.strides,
         kernels=plan.kernels,
         settings=plan.settings.model.model_dump(),
+        exclusive=plan.outputs.exclusive,
     )
     return network.to(plan.device)
 
@@ -178,7 +197,8 @@ def augment_batch(plan, samples):
     return augment.augment_batch(
         samples,
         plan.settings.sampling.patch,
-        foreground=plan.foreground,
+        regions=[*plan.outputs.regions.values()],
+        exclusive=plan.outputs.exclusive,
         ignore_label=plan.dataset.ignore_label,
         device=plan.device,
     )
@@ -221,7 +241,7 @@ def evaluation_spec(plan):
         hysteresis=post.hysteresis,
         max_hole_voxels=post.max_hole_voxels,
         closing_radius=post.closing_radius,
-        foreground=tuple(plan.foreground),
+        foreground=tuple(plan.outputs.foreground),
         tolerance=asked.tolerance,
         terms=plan.terms,
         tile=settings.sampling.patch,
@@ -357,6 +377,7 @@ def announce(plan, network, patches):
         f"{plan.dataset.unit}",
         f"network    {model.parameter_count(network) / 1e6:.2f} M parameters, strides "
         f"{plan.strides[1:]} for patch {settings.sampling.patch}",
+        *([f"classes    {plan.outputs.describe()}"] if plan.outputs.several else []),
         f"training   {steps} steps in {training.max_epochs} epochs, batch "
         f"{training.train_batch_size} x {training.accumulate}"
         + f" x {group.size} ranks" * (group.size > 1)
@@ -368,7 +389,9 @@ def announce(plan, network, patches):
 def metadata(plan):
     """All that infer.py must know of the data, as plain values."""
     return {
-        **splits.metadata(plan.dataset, plan.split, plan.foreground),
+        **splits.metadata(plan.dataset, plan.split),
+        "foreground": plan.outputs.foreground,
+        **outputs.plain(plan.outputs),
         "spacing": list(plan.settings.data.spacing),  # 0 or None: an axis as it is stored
         "measured": what_is_measured(plan),
         "typical": True,  # see data.normalisation

@@ -44,6 +44,8 @@ def composite_loss(
     valid,
     terms,
     *,
+    overlapping=False,
+    class_weights=None,
     scale_weights=None,
     spacing=(1.0, 1.0, 1.0),
     skeleton=None,
@@ -54,9 +56,11 @@ def composite_loss(
 
     outputs is a list of logits (B, K, ...), finest first, or one tensor; target, valid and skeleton
     (the target's tubed skeleton, for `skeleton_recall`, or None) are of the finest shape, and are
-    pooled to the others by `pool_target`. The spacing (z, y, x of the finest scale; one, or a list
-    of one for each sample) is multiplied by the pooling factor of each scale; soft skeletons are
-    shared by the terms of a scale.
+    pooled to the others by `pool_target`. Several channels are classes, as in losses.py. If they
+    are overlapping regions, target has as many, and a term is the mean over regions of what it is
+    for one foreground. class_weights: of classes or regions, None: all alike. The spacing (z, y, x
+    of the finest scale; one, or a list of one for each sample) is multiplied by the pooling factor
+    of each scale; soft skeletons are shared by the terms of a scale.
 
     scale_weights, one per output, default 1, 1/2, 1/4, ...; for each term they are divided by
     their sum over the scales on which it acts. step says which terms act: see `acting`.
@@ -77,14 +81,10 @@ def composite_loss(
     _check_scale_weights(scale_weights, len(outputs))
     acts_now = acting(terms, step)
     depths = {name: terms[name].get("scales") or len(outputs) for name in acts_now}
-    valid = None if valid is None else valid.bool()
-    finest = outputs[: max(depths.values(), default=1)]
-    scales = [_pooled(logits, target, valid, spacing, skeleton) for logits in finest]
-
-    parts = {}  # of each term: (its share, scale) of the scales on which it acts
-    for name, acts in acts_now.items():
-        shares = scale_weights[: depths[name] if acts else 1]
-        parts[name] = [(a / sum(shares), scales[i]) for i, a in enumerate(shares) if a > 0]
+    how = (target, valid, spacing, skeleton, overlapping, class_weights)
+    scales = [_pooled(logits, *how) for logits in outputs[: max(depths.values(), default=1)]]
+    weights = {n: scale_weights[: depths[n] if acts else 1] for n, acts in acts_now.items()}
+    parts = {name: _parts(some, scales, class_weights) for name, some in weights.items()}
     if over_ranks is not None:
         parts = _weighted(parts, acts_now, terms, over_ranks)
 
@@ -134,17 +134,33 @@ def takes_skeleton(terms, *, validation_only=False):
     return any(FROM_CALLER.get(name) == "skeleton" for name in used)
 
 
-def _pooled(logits, target, valid, spacing, skeleton):
-    """The `_Scale` of these logits, from target, valid, spacing and skeleton of the finest one."""
-    shape = logits.shape[2:]
+def _pooled(logits, target, valid, spacing, skeleton, overlapping, class_weights):
+    """The `_Scale`s of these logits, from target, valid, spacing and skeleton of the finest one:
+    one, or of overlapping regions one for each."""
+    shape, valid = logits.shape[2:], None if valid is None else valid.bool()
     factors = [n / m for n, m in zip(target.shape[2:], shape, strict=True)]
     spacings = spacing if isinstance(spacing[0], tuple) else [spacing]
     spacings = [tuple(s * f for s, f in zip(one, factors, strict=True)) for one in spacings]
     spacing = spacings if len(set(spacings)) > 1 else spacings[0]
     with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
-        pooled = pool_target(target, valid, shape, logits.shape[1])
         tube = None if skeleton is None else pool_target(skeleton, valid, shape)[0]
-    return _Scale(logits, *pooled, spacing, tube)
+        target, valid = pool_target(target, valid, shape, logits.shape[1])
+    if not overlapping:
+        return [_Scale(logits, target, valid, spacing, tube, class_weights)]
+    pairs = zip(logits.split(1, 1), target.split(1, 1), strict=True)
+    return [_Scale(*pair, valid, spacing, tube) for pair in pairs]
+
+
+def _parts(scale_weights, scales, class_weights):
+    """[(share, `_Scale`)] of the scales and regions on which a term acts; shares add up to 1."""
+    regions = len(scales[0])
+    weights = class_weights if class_weights and regions > 1 else [1.0] * regions
+    return [
+        (a / sum(scale_weights) * (b / sum(weights)), scale)
+        for a, of_regions in zip(scale_weights, scales, strict=False)
+        for b, scale in zip(weights, of_regions, strict=True)
+        if a > 0
+    ]
 
 
 def _weighted(parts, acts_now, terms, over_ranks):
@@ -152,7 +168,11 @@ def _weighted(parts, acts_now, terms, over_ranks):
     with torch.no_grad():
         weights = torch.stack(
             [
-                batch_weight(name if acts_now[name] else "boundary", *scale.arguments, terms[name])
+                batch_weight(
+                    name if acts_now[name] else "boundary",
+                    *scale.arguments,
+                    terms[name] | scale.weighting,
+                )
                 for name, pairs in parts.items()
                 for _, scale in pairs
             ]
@@ -165,14 +185,17 @@ def _weighted(parts, acts_now, terms, over_ranks):
 class _Scale:
     """One scale of deep supervision, and what its terms share."""
 
-    def __init__(self, logits, target, valid, spacing, skeleton):
+    def __init__(self, logits, target, valid, spacing, skeleton, class_weights=None):
         self.arguments = (logits, target, valid)
         self.spacing, self.skeleton = spacing, skeleton
+        self.weighting = {"class_weights": class_weights}
         self.skeletons = functools.cache(functools.partial(soft_skeletons, *self.arguments))
-        self.boundary = functools.cache(functools.partial(boundary_loss, *self.arguments))
+        boundary = functools.partial(boundary_loss, *self.arguments, **self.weighting)
+        self.boundary = functools.cache(boundary)
 
     def term(self, name, settings):
         keywords = {key: value for key, value in settings.items() if key not in DEFAULTS}
+        keywords |= self.weighting
         argument = FROM_CALLER.get(name)
         if argument == "skeletons":
             keywords[argument] = self.skeletons(iterations=settings.get("iterations", ITERATIONS))
@@ -181,29 +204,47 @@ class _Scale:
         return LOSSES[name](*self.arguments, **keywords)
 
 
-def validation_losses(probs, target, valid, terms, *, tile, spacing=(1.0, 1.0, 1.0), skeleton=None):
+def validation_losses(
+    probs,
+    target,
+    valid,
+    terms,
+    *,
+    tile,
+    overlapping=False,
+    class_weights=None,
+    spacing=(1.0, 1.0, 1.0),
+    skeleton=None,
+):
     """The validation-only terms of one whole volume, {"<name>_loss": value}; {} if there are none.
 
-    probs, target (D, H, W) float in [0, 1], valid (D, H, W) bool, skeleton (D, H, W) or None: as in
-    `composite_loss`. The mean over tiles of at most `tile` voxels (z, y, x) of the volume as it is
-    stored, weighted by their valid voxels. 0 where no voxel is valid.
+    probs (K, D, H, W) and target (1 or K, D, H, W) float in [0, 1] or class ids, valid (D, H, W)
+    bool, skeleton (D, H, W) or None, the rest: as in `composite_loss`. The mean over tiles of at
+    most `tile` voxels (z, y, x) of the volume as it is stored, weighted by their valid voxels. 0
+    where no voxel is valid.
     """
     wanted = _validated(terms)
     if not wanted:
         return {}
     check_terms(wanted)
+    acting = {
+        name: term | {"weight": 1.0, "validation_only": False} for name, term in wanted.items()
+    }
     sums, weight = dict.fromkeys(wanted, 0.0), 0
-    steps = [range(0, n, size) for n, size in zip(probs.shape, tile, strict=True)]
+    steps = [range(0, n, size) for n, size in zip(valid.shape, tile, strict=True)]
     for corner in itertools.product(*steps):
-        box = tuple(slice(a, a + size) for a, size in zip(corner, tile, strict=True))
+        box = (..., *(slice(a, a + size) for a, size in zip(corner, tile, strict=True)))
         count = int(valid[box].sum())
         if count:
-            logits = torch.logit(probs[box].float(), eps=1e-6)
-            tube = None if skeleton is None else skeleton[box][None, None]
-            arguments = (x[None, None] for x in (logits, target[box], valid[box]))
-            scale = _Scale(*arguments, spacing, tube)
-            for name, term in wanted.items():
-                sums[name] += count * float(scale.term(name, term))
+            p = probs[box].float()
+            logits = torch.logit(p, eps=1e-6) if overlapping or len(p) == 1 else p.clamp(1e-6).log()
+            _, components = composite_loss(
+                logits[None], target[box][None], valid[box][None, None], acting,
+                overlapping=overlapping, class_weights=class_weights, spacing=spacing,
+                skeleton=None if skeleton is None else skeleton[box][None, None],
+            )  # fmt: skip
+            for name in wanted:
+                sums[name] += count * float(components[name])
             weight += count
     return {f"{name}_loss": value / max(weight, 1) for name, value in sums.items()}
 
@@ -246,7 +287,7 @@ def check_terms(terms, *, in_training=False):
             raise ValueError(f"loss term {name!r} is unknown; {_nearest(name, list(LOSSES))}")
         known = [*(LOSSES[name].__kwdefaults__ or {}), *DEFAULTS]
         for key in term:
-            if key not in known or key == FROM_CALLER.get(name):
+            if key not in known or key in (FROM_CALLER.get(name), "class_weights"):
                 raise ValueError(f"loss term {name!r} has no {key!r}; {_nearest(key, known)}")
         fault = _fault({**DEFAULTS, **term})
         if fault:

@@ -169,7 +169,7 @@ def _validation_losses(spec, prediction, truth):
         with casefile.opened(case) as file:
             skeleton = torch.from_numpy(file["skeleton"][:])
     valid = truth != (-1 if case.ignore_label is None else case.ignore_label)
-    tensors = map(torch.from_numpy, (prediction.probs, truth == 1, valid))
+    tensors = map(torch.from_numpy, (prediction.probs[None], (truth == 1)[None], valid))
     return composite_loss.validation_losses(
         *tensors, spec.terms, tile=spec.tile, spacing=case.spacing, skeleton=skeleton
     )

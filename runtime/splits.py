@@ -1,4 +1,4 @@
-"""Which cases train, validate and test, and which classes are foreground."""
+"""Which cases train, validate and test."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,14 +56,13 @@ def _matches(dataset, key, patterns, faults):
     return matches
 
 
-def metadata(dataset, split, foreground):
+def metadata(dataset, split):
     """What a checkpoint says of the data it was trained on: plain values."""
     return {
         "root": str(Path(dataset.root).resolve()),
         **{key: [c.id for c in members] for key, members in vars(split).items()},
         "channels": split.train[0].channels,
         "classes": dict(dataset.classes),
-        "foreground": list(foreground),
         "ignore_label": dataset.ignore_label,
         "unit": dataset.unit,
     }
@@ -104,16 +103,3 @@ def _split_faults(split):
     channels = {c.channels for c in split.train + split.validation}
     if len(channels) > 1:
         yield f"data.root: expected one number of channels in all cases, got {sorted(channels)}"
-
-
-def foreground_ids(classes, wanted):
-    """Ids of the classes that are foreground; ValueError if there are several and none is named."""
-    named = {name: number for name, number in classes.items() if number != 0}
-    unknown = [name for name in wanted or () if name not in named]
-    if unknown or (not wanted and len(named) > 1):
-        got = f"got {', '.join(unknown)}" if unknown else "got none"
-        raise ValueError(
-            f"data.foreground: expected names among {', '.join(named)} ({got}); the network tells "
-            "one foreground from the background, name the classes that belong to it"
-        )
-    return [named[name] for name in wanted] if wanted else list(named.values())

@@ -64,9 +64,9 @@ def still(stored, **changes):
     return patches(stored, augmentation=None, **changes)
 
 
-def augment_batch(samples, patch=(4, 12, 12), foreground=(1,)):
+def augment_batch(samples, patch=(4, 12, 12), regions=((1,),)):
     return augment.augment_batch(
-        samples, patch, foreground=foreground, ignore_label=2, device=torch.device("cpu")
+        samples, patch, regions=regions, ignore_label=2, device=torch.device("cpu")
     )
 
 

@@ -309,9 +309,9 @@ def sample(number, *, image_size=9):
     }
 
 
-def augment_batch(samples, foreground=(1, 3)):
+def augment_batch(samples, regions=((1, 3),)):
     return augment.augment_batch(
-        samples, (4, 5, 6), foreground=foreground, ignore_label=2, device=torch.device("cpu")
+        samples, (4, 5, 6), regions=regions, ignore_label=2, device=torch.device("cpu")
     )
 
 

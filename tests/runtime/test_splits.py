@@ -67,35 +67,18 @@ def test_cases_without_label_are_named_and_a_bracket_in_an_id_means_itself(tmp_p
     assert not any("without label" in note for note in notes)
 
 
-def test_several_classes_need_a_named_foreground():
-    classes = {"background": 0, "artery": 1, "vein": 2}
-    assert splits.foreground_ids({"background": 0, "sheet": 1}, None) == [1]
-    assert splits.foreground_ids(classes, ("vein",)) == [2]
-    for wanted in (None, ("nerve",)):
-        with pytest.raises(
-            ValueError, match=r"data\.foreground: expected names among artery, vein"
-        ):
-            splits.foreground_ids(classes, wanted)
-
-
-def test_an_empty_list_of_foreground_classes_is_none():
-    with pytest.raises(ValueError, match=r"data\.foreground"):
-        splits.foreground_ids({"background": 0, "a": 1, "b": 2}, ())
-
-
 def test_metadata_are_plain_and_name_the_cases_of_each_part(root):
     dataset = casefile.read_dataset(root)
     split, _ = splits.choose_cases(
         dataset, train=("a",), validation=("b",), test=("bar3",), folds=0, fold=0
     )
-    assert splits.metadata(dataset, split, [1]) == {
+    assert splits.metadata(dataset, split) == {
         "root": str(root.resolve()),
         "train": ["bar0", "bar1"],
         "validation": ["bar2"],
         "test": ["bar3"],
         "channels": 1,
         "classes": {"background": 0, "bar": 1},
-        "foreground": [1],
         "ignore_label": None,
         "unit": "",
     }

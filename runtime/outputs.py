@@ -1,0 +1,119 @@
+"""What a network tells apart: one foreground, several classes, or regions that share classes.
+
+    outputs = choose({"background": 0, "artery": 3, "vein": 7})
+    outputs.regions, outputs.channels           # {"artery": (3,), "vein": (7,)}, 3
+    outputs.paint({"artery": mask, "vein": other})
+
+A region is a name and the ids of the classes that belong to it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """regions: {name: class ids}; each is a foreground channel of the network.
+
+    exclusive: a voxel is of one region or of the background, channel 0: a softmax. Else each
+    region has a sigmoid of its own.
+    """
+
+    regions: dict[str, tuple[int, ...]]
+    exclusive: bool = False
+
+    @property
+    def channels(self):
+        """How many the network has."""
+        return len(self.regions) + self.exclusive
+
+    @property
+    def several(self):
+        return len(self.regions) > 1
+
+    @property
+    def overlapping(self):
+        return self.several and not self.exclusive
+
+    @property
+    def foreground(self):
+        """The ids of all classes that are in a region."""
+        return list(dict.fromkeys(i for ids in self.regions.values() for i in ids))
+
+    @property
+    def written(self):
+        """{name: id in a mask}: 1 of one foreground; else the first class of each region that is
+        in no later one, for those are painted over it. None where there is no such class."""
+        if not self.several:
+            return dict.fromkeys(self.regions, 1)
+        rows = list(self.regions.values())
+        later = [{i for ids in rows[n:] for i in ids} for n in range(1, len(rows) + 1)]
+        own = [[i for i in ids if i not in others] for ids, others in zip(rows, later, strict=True)]
+        return {name: next(iter(ids), None) for name, ids in zip(self.regions, own, strict=True)}
+
+    def paint(self, masks):
+        """Ids (D, H, W) uint8 of {region: bool (D, H, W)}, in the order of the regions."""
+        painted = np.zeros(next(iter(masks.values())).shape, np.uint8)
+        for name, number in self.written.items():
+            painted[masks[name]] = number
+        return painted
+
+    def describe(self):
+        """A line for people on several regions, without their names' heading."""
+        kind = "one of these in each voxel" if self.exclusive else "regions that may overlap"
+        rows = [
+            f"{name} ({'+'.join(map(str, ids))}, written as {self.written[name]})"
+            if ids != (self.written[name],)
+            else f"{name} ({ids[0]})"
+            for name, ids in self.regions.items()
+        ]
+        return f"{', '.join(rows)}: {kind}"
+
+
+def choose(classes, foreground=None, regions=None):
+    """The `Outputs` for the classes {name: id} of a data set; ValueError, one sentence.
+
+    foreground: names of classes that are one foreground together; regions: {name: names of
+    classes}, which may overlap. None of both: every class is a region, and they exclude each other.
+    """
+    named = {name: number for name, number in classes.items() if number != 0}
+    if regions:
+        for name, members in regions.items():
+            _check_names(f"data.regions.{name}", members, named)
+        outputs = Outputs({n: tuple(named[m] for m in own) for n, own in regions.items()})
+        if bare := [name for name, number in outputs.written.items() if number is None]:
+            raise ValueError(
+                "data.regions: expected of each region a class that is in no later one, for masks "
+                f"are painted in this order, got none of {', '.join(bare)}; put it after those "
+                "that hold all of its classes, or leave it out"
+            )
+        return outputs
+    if foreground:
+        _check_names("data.foreground", foreground, named)
+        return Outputs({"+".join(foreground): tuple(named[name] for name in foreground)})
+    if not named:
+        return Outputs({"foreground": ()})
+    return Outputs({name: (number,) for name, number in named.items()}, exclusive=len(named) > 1)
+
+
+def _check_names(key, names, named):
+    unknown = [name for name in names if name not in named]
+    if unknown or not names:
+        raise ValueError(
+            f"{key}: expected names among {', '.join(named)}, got {', '.join(unknown) or 'none'}"
+        )
+
+
+def plain(outputs):
+    """What a checkpoint holds of them."""
+    regions = {name: list(ids) for name, ids in outputs.regions.items()}
+    return {"regions": regions, "exclusive": outputs.exclusive}
+
+
+def of_metadata(data):
+    """The `Outputs` of what a checkpoint says of its data; older ones know one foreground."""
+    regions = data.get("regions", {"foreground": data["foreground"]})
+    return Outputs(
+        {name: tuple(ids) for name, ids in regions.items()}, data.get("exclusive", False)
+    )

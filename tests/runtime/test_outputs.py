@@ -1,0 +1,68 @@
+"""What a network tells apart: chosen from the classes of the data, written as ids."""
+
+import numpy as np
+import pytest
+
+from runtime import outputs
+from runtime.outputs import Outputs
+
+CLASSES = {"background": 0, "artery": 3, "vein": 7, "nerve": 1}
+
+
+def test_one_class_is_one_foreground():
+    one = outputs.choose({"background": 0, "sheet": 1})
+    assert (one.regions, one.channels, one.exclusive) == ({"sheet": (1,)}, 1, False)
+    assert outputs.choose({"background": 0}).foreground == []
+
+
+def test_named_classes_are_one_foreground_together_written_as_1():
+    one = outputs.choose(CLASSES, foreground=("vein", "artery"))
+    assert (one.foreground, one.channels, one.several) == ([7, 3], 1, False)
+    assert one.paint({"vein+artery": np.ones((1, 2, 2), bool)}).tolist() == [[[1, 1], [1, 1]]]
+
+
+@pytest.mark.parametrize("foreground", [None, ()])
+def test_several_classes_exclude_each_other_if_nothing_is_named(foreground):
+    three = outputs.choose(CLASSES, foreground)
+    assert three.regions == {"artery": (3,), "vein": (7,), "nerve": (1,)}
+    assert (three.channels, three.exclusive, three.overlapping) == (4, True, False)
+    assert three.written == {"artery": 3, "vein": 7, "nerve": 1}
+
+
+def test_regions_are_painted_in_order_with_the_first_class_that_no_later_one_has():
+    regions = {"vessel": ("artery", "vein"), "artery": ("artery",)}
+    two = outputs.choose(CLASSES, regions=regions)
+    assert (two.channels, two.exclusive, two.overlapping) == (2, False, True)
+    assert two.foreground == [3, 7] and two.written == {"vessel": 7, "artery": 3}
+    masks = {"vessel": np.array([[[1, 1, 0]]], bool), "artery": np.array([[[0, 1, 1]]], bool)}
+    painted = two.paint(masks)
+    assert painted.tolist() == [[[7, 3, 3]]] and painted.dtype == np.uint8
+    assert "vessel (3+7, written as 7), artery (3): regions" in two.describe()
+
+
+def test_a_region_that_later_ones_cover_is_refused():
+    regions = {"vessel": ("artery", "vein"), "artery": ("artery",), "vein": ("vein",)}
+    with pytest.raises(ValueError, match=r"in no later one.*, got none of vessel; put it after"):
+        outputs.choose(CLASSES, regions=regions)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ({"foreground": ("nerv",)}, "data.foreground: expected names among artery, vein, nerve, "),
+        ({"foreground": ("background",)}, "got background"),
+        ({"regions": {"all": ("artery", "x")}}, "data.regions.all: .*, got x"),
+    ],
+)
+def test_a_name_of_no_class_is_refused(wanted, expected):
+    with pytest.raises(ValueError, match=expected):
+        outputs.choose(CLASSES, **wanted)
+
+
+def test_a_checkpoint_tells_them_and_an_old_one_has_one_foreground():
+    for some in (
+        outputs.choose(CLASSES),
+        outputs.choose(CLASSES, regions={"a": ("artery", "vein"), "b": ("vein",)}),
+    ):
+        assert outputs.of_metadata({"foreground": some.foreground, **outputs.plain(some)}) == some
+    assert outputs.of_metadata({"foreground": [2, 5]}) == Outputs({"foreground": (2, 5)})
