@@ -75,7 +75,8 @@ def resolve(settings, group=None):
     dataset = casefile.read_dataset(settings.data.root, settings.data.source)
     which = settings.data.model_dump(include={"train", "validation", "test", "folds", "fold"})
     split, notes = splits.choose_cases(dataset, **which)
-    told_apart = outputs.choose(dataset.classes, settings.data.foreground, settings.data.regions)
+    named = settings.data.foreground, settings.data.regions, dataset.regions
+    told_apart = outputs.choose(dataset.classes, *named)
     terms = settings.terms()
     composite_loss.check_terms(terms, in_training=True)
     evaluator.check(settings.validation.score, settings.validation.scores)
