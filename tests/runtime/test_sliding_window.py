@@ -429,7 +429,7 @@ def test_a_network_with_another_number_of_channels_is_refused(channels):
 
 
 def test_classes_of_slabs_are_those_of_the_whole_volume_in_any_range_of_rows():
-    volume, networks = random_volume(19, 9, 9), [channels_of(0, 9, -9), channels_of(4, 0, 1)]
+    volume, networks = random_volume(19, 9, 9) - 0.5, [channels_of(0, 9, -9), channels_of(4, 0, 1)]
     how = {"channels": 3, "exclusive": True, "flips": True, "ratio": (1.3, 1, 1)}
     whole = predict_volume(networks, volume, (6, 6, 6), **how)
     classes = whole.argmax(axis=0)
