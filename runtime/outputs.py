@@ -7,6 +7,7 @@
 A region is a name and the ids of the classes that belong to it.
 """
 
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,6 +107,15 @@ def _check_names(key, names, named):
         )
 
 
+def most_probable(probs):
+    """The channel of the highest of probabilities (K, D, H, W), the first of equals: uint8."""
+    best, channels = probs[0].copy(), np.zeros(probs.shape[1:], np.uint8)
+    for channel, other in enumerate(probs[1:], start=1):
+        np.putmask(channels, other > best, channel)
+        np.maximum(best, other, out=best)
+    return channels
+
+
 def plain(outputs):
     """What a checkpoint holds of them."""
     regions = {name: list(ids) for name, ids in outputs.regions.items()}
@@ -118,3 +128,32 @@ def of_metadata(data):
     return Outputs(
         {name: tuple(ids) for name, ids in regions.items()}, data.get("exclusive", False)
     )
+
+
+def check_settings(outputs, settings):
+    """ValueError, a sentence per fault, for what prediction cannot do with these outputs."""
+    faults = []
+    for key in ("inference.threshold", "postprocess.min_component_voxels"):
+        value = operator.attrgetter(key)(settings)
+        named = value if isinstance(value, dict) else {}
+        if unknown := [name for name in named if name not in outputs.regions]:
+            faults.append(
+                f"{key}: expected names among {', '.join(outputs.regions)}, got "
+                f"{', '.join(unknown)}"
+            )
+    if settings.inference.save_probabilities and outputs.several:
+        if bad := [name for name in outputs.regions if name in (".", "..") or "/" in name]:
+            faults.append(
+                "inference.save_probabilities: expected names of regions that folders can have, "
+                f"got {', '.join(bad)}; set it to false"
+            )
+    if outputs.exclusive:
+        names = ", ".join(outputs.regions)
+        for key in ("inference.threshold", "postprocess.hysteresis"):
+            if (value := operator.attrgetter(key)(settings)) is not None:
+                faults.append(
+                    f"{key}: expected none, for a voxel gets the most probable of {names} and the "
+                    f"background, without a threshold, got {value}; set it to null"
+                )
+    if faults:
+        raise ValueError("\n".join(faults))

@@ -1,11 +1,13 @@
-"""From probabilities to a mask: hysteresis, small components, holes, closing.
+"""From probabilities to masks: hysteresis, small components, holes, closing.
 
     low, high = probs >= settings["hysteresis"], probs >= threshold      # (D, H, W) bool
     mask = apply(high, low, spacing=spacing, **settings)
+    masks = apply_to_regions({"artery": high, "vein": other}, spacing=spacing, **settings)
 
 Each step is off unless its setting says otherwise.
 """
 
+import functools
 import itertools
 
 import cc3d
@@ -18,38 +20,87 @@ BEFORE = "threshold"  # the name of the mask that no step has touched
 
 def apply(high, low=None, *, spacing=None, **settings):
     """The mask (D, H, W) bool after all steps; arguments as in `stages`."""
-    return list(stages(high, low, spacing=spacing, **settings))[-1][1]
+    low = None if low is None else {"": low}
+    return apply_to_regions({"": high}, low, spacing=spacing, **settings)[""]
 
 
-def stages(
-    high,
-    low=None,
+def stages(high, low=None, *, spacing=None, **settings):
+    """Yields (name, mask (D, H, W) bool) of the threshold, then of each step that is on.
+
+    high: voxels above the threshold; low: those above that of hysteresis, if given; settings: as
+    in `stages_of_regions`, whose case of one region this is. The input stays as it is.
+    """
+    low = None if low is None else {"": low}
+    for name, masks in stages_of_regions({"": high}, low, spacing=spacing, **settings):
+        yield name, masks[""]
+
+
+def apply_to_regions(high, low=None, **settings):
+    """{region: mask (D, H, W) bool} after all steps; arguments as in `stages_of_regions`.
+
+    These are the masks that a prediction consists of, and that validation scores.
+    """
+    masks = {name: np.asarray(mask, bool) for name, mask in high.items()}
+    for _, step, background_only in _steps(masks, low, **settings):
+        _change(masks, step, background_only)
+    return masks
+
+
+def stages_of_regions(high, low=None, **settings):
+    """Yields (name, {region: mask (D, H, W) bool}) of the threshold, then of each step that is on.
+
+    high: {region: its voxels}; low: {region: those above the threshold of hysteresis}, if given.
+    settings: those of the group `postprocess`, where min_component_voxels is one number for all
+    regions, or {region: number}, 0 for those it lacks; spacing (z, y, x), None for voxels: the unit
+    of the radius; exclusive. The input stays as it is.
+
+    Each region goes through the steps as if it were alone, but for regions that exclude each other
+    (no voxel is in two masks of high, and there is no hysteresis): small components become
+    background, and holes and gaps are filled only where the background was before any region was
+    filled. A voxel that several regions would fill goes to the first of them.
+    """
+    masks = {name: np.asarray(mask, bool) for name, mask in high.items()}
+    yield BEFORE, dict(masks)
+    for name, step, background_only in _steps(masks, low, **settings):
+        _change(masks, step, background_only)
+        yield name, dict(masks)
+
+
+def _steps(
+    regions,
+    low,
     *,
+    exclusive=False,
     spacing=None,
     hysteresis=None,
     min_component_voxels=0,
     max_hole_voxels=0,
     closing_radius=0.0,
 ):
-    """Yields (name, mask (D, H, W) bool) of the threshold, then of each step that is on.
-
-    high: voxels above the threshold; low: those above that of hysteresis, if given; spacing (z, y,
-    x), None for voxels: the unit of the radius. The input stays as it is.
-    """
-    mask = np.asarray(high, bool)
-    yield BEFORE, mask
+    """Yields (name, step(region, mask), whether it changes the background alone) of those on."""
+    sizes = min_component_voxels
+    sizes = sizes if isinstance(sizes, dict) else dict.fromkeys(regions, sizes)
     if hysteresis is not None:
-        mask = apply_hysteresis(mask, low)
-        yield "hysteresis", mask
-    if min_component_voxels > 1:
-        mask = remove_small_components(mask, min_component_voxels)
-        yield "min_component_voxels", mask
+        yield "hysteresis", lambda region, mask: apply_hysteresis(mask, low[region]), False
+    if max(sizes.values(), default=0) > 1:
+        name = "min_component_voxels"
+        yield name, lambda region, mask: remove_small_components(mask, sizes.get(region, 0)), False
     if max_hole_voxels > 0:
-        mask = fill_holes(mask, max_hole_voxels)
-        yield "max_hole_voxels", mask
+        yield "max_hole_voxels", lambda _, mask: fill_holes(mask, max_hole_voxels), exclusive
     if closing_radius > 0:
-        mask = close(mask, closing_radius, spacing)
-        yield "closing_radius", mask
+        yield "closing_radius", lambda _, mask: close(mask, closing_radius, spacing), exclusive
+
+
+def _change(masks, step, background_only):
+    """Put the result of step(region, mask) in place of each mask, so that few are in memory."""
+    background = ~functools.reduce(np.logical_or, masks.values()) if background_only else None
+    for region, mask in masks.items():
+        changed = step(region, mask)
+        if background_only:
+            added = changed & background
+            background &= ~added
+            changed = mask | added
+        masks[region] = changed
 
 
 def apply_hysteresis(high, low):
@@ -66,6 +117,8 @@ def apply_hysteresis(high, low):
 
 def remove_small_components(mask, min_voxels):
     """mask (D, H, W) bool without its 26-connected components of fewer than min_voxels voxels."""
+    if min_voxels <= 1:
+        return mask
     labels, count = partitions.label(mask)
     kept = np.bincount(labels.reshape(-1), minlength=count + 1) >= min_voxels
     kept[0] = False

@@ -106,14 +106,16 @@ def make_cases(root, **images):
     casefile.write_dataset(root, **about, case_ids=list(images))
 
 
-def expected_probs(image, ratio=(1, 1, 1), seed=1):
-    """What the untrained network says of an image (D, H, W), put together from the modules."""
+def expected_probs(image, ratio=(1, 1, 1), seed=1, network=None, **how):
+    """What an untrained network says of an image (D, H, W), put together from the modules: (D, H,
+    W), or (K, D, H, W) of a network of several channels."""
     about = data.normalisation(casefile.intensity_statistics(image[None]), (0.5, 99.5))
     normalize = functools.partial(intensity.normalise, **about)
-    network = network_of(seed)[0]
-    return sliding_window.predict_volume(
-        network, image[None], PATCH, normalize=normalize, ratio=ratio
-    )[0]
+    network = network or network_of(seed)[0]
+    probs = sliding_window.predict_volume(
+        network, image[None], PATCH, normalize=normalize, ratio=ratio, **how
+    )
+    return probs if how else probs[0]
 
 
 def infer_ok(*arguments):
@@ -394,11 +396,11 @@ def test_prediction_goes_on_with_less_memory_and_the_next_volume_begins_there(
         write_nifti(tmp_path / "scans" / f"{name}.nii.gz", image)
     call, failed = sliding_window._call, []
 
-    def small(network, patches, precision):
+    def small(network, patches, *rest):
         if len(patches) > 1 or not failed or failed[-1] > 1:
             failed.append(len(patches))
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return call(network, patches, precision)
+        return call(network, patches, *rest)
 
     monkeypatch.setattr(sliding_window, "_call", small)
     infer_ok("--ckpt", run(), "--input", tmp_path / "scans", "inference.batch=4")
@@ -411,7 +413,7 @@ def test_prediction_goes_on_with_less_memory_and_the_next_volume_begins_there(
 def test_a_window_that_fits_in_no_way_is_one_sentence(run, tmp_path, capsys, monkeypatch):
     write_nifti(tmp_path / "a.nii.gz", image_of((9, 20, 18)))
 
-    def never(network, patches, precision):
+    def never(network, patches, *rest):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(sliding_window, "_call", never)
