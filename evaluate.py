@@ -6,10 +6,12 @@
         --scores vesuvius_score toposcore surface_dice voi_score --overlays runs/overlays
     python evaluate.py --pred new=runs/b/predictions old=runs/a/predictions --truth data/x \\
         --otsu data/x --out scores.csv scores.json
+    python evaluate.py --pred predictions --truth labels --classes artery=1 vein=2 vessel=1+2
 
 Each PATH is a file, a folder, a pattern, or a folder made by prepare.py; predictions, truth and
 images are matched by case id. Several predictions of the same cases are ranked, and compared case
 by case. What each score means is explained in scoring/metrics.py; --list-scores names them all.
+With --classes, or a folder made by prepare.py with several, each class is scored, and the mean.
 
 Leaves the files of --out (a row per case and method, then mean, median and worst; or the same and
 the leaderboards of all scores as JSON) and of --overlays (METHOD.png).
@@ -33,6 +35,7 @@ from rich.progress import Progress
 
 from monitoring import machine
 from scoring import inputs, metrics, parallel, report
+from scoring.classes import MEAN, checked, full_names, id_of, parsed, split_name
 from volumes import atomic, files
 from volumes.processes import run_script
 from volumes.statistics import clip_fill
@@ -70,7 +73,8 @@ def write_json(path, rows, names, notes):
 def write_overlays(folder, pairs, rows, options, args):
     """METHOD.png for each predicted method; yields the paths."""
     by_id = {pair.id: pair for pair in pairs}
-    how = {"tolerance": args.tolerance, "ignore_label": options.ignore_label}
+    classes = options.classes
+    how = {"tolerance": args.tolerance, "ignore_label": options.ignore_label, "classes": classes}
     for method in pairs[0].predictions:
         drawn = []
         for row in report.worst_first(rows, method, args.rank)[: args.overlay_cases]:
@@ -79,13 +83,23 @@ def write_overlays(folder, pairs, rows, options, args):
             image = clip_fill(files.read_image(pair.image).array[0]) if pair.image else None
             masks = case.masks[method], case.truth
             slices = report.worst_slices(*masks, image, case.spacing, **how)
-            score = report.format_score(row[args.rank], args.rank)
-            drawn.append((pair.id, f"{args.rank.replace('_', ' ')} {score}", slices))
+            drawn.append((pair.id, rank_text(row, args.rank), slices))
         path = Path(folder) / f"{method}.png"
         tolerance = f"{args.tolerance:g} {case.unit}".rstrip()
         with atomic.replacing(path) as partial:
-            report.draw_slices(drawn, title=method, tolerance=tolerance).savefig(partial)
+            how_drawn = {"title": method, "tolerance": tolerance, "classes": classes}
+            report.draw_slices(drawn, **how_drawn).savefig(partial)
         yield path
+
+
+def rank_text(row, rank):
+    """The score that ranks a case; of a mean over classes that of each class, too."""
+    score, which = split_name(rank)
+    texts = [f"{rank.replace('_', ' ')} {report.format_score(row[rank], rank)}"]
+    if which == MEAN:
+        others = [name for name in row if name != rank and split_name(name)[0] == score]
+        texts += [f"{split_name(n)[1]} {report.format_score(row[n], n)}" for n in others]
+    return "\n".join(texts)
 
 
 def number(kind, wanted, accepts):
@@ -144,12 +158,20 @@ def parse(argv):
         help="predicted masks; several are compared")  # fmt: skip
     add("--truth", required=True, metavar="PATH", help="true masks, or a prepared dataset")
     add("--ignore-label", type=int, metavar="V", help="value of unlabeled voxels in the truth")
-    add("--foreground", type=int, nargs="+", metavar="V", help="classes of the truth that count")
+    add("--classes", nargs="+", metavar="NAME=ID", help="classes to score each, or regions "
+        "NAME=ID+ID (default: those of a prepared dataset, if it has several)")  # fmt: skip
+    add(
+        "--foreground",
+        nargs="+",
+        metavar="ID",
+        help="classes of the truth that count as one; of a prepared dataset, also names",
+    )
     add("--cases", nargs="+", default=[], metavar="ID", help="ids, or patterns, to score alone")
     add("--spacing", type=positive, nargs=3, metavar=("Z", "Y", "X"),
         help="default: the header of the truth, else of the prediction, else 1 1 1")  # fmt: skip
     add("--scores", type=score_name, nargs="+", default=SCORES, metavar="NAME",
-        help=f"default: {' '.join(SCORES)}; also surface_dice@4 at another tolerance")  # fmt: skip
+        help=f"default: {' '.join(SCORES)}; also surface_dice@4 at another tolerance, and "
+        "dice/CLASS or dice/mean of several classes")  # fmt: skip
     add("--tolerance", type=non_negative, default=2.0, metavar="T",
         help="of surface Dice, in the unit of the spacing (default 2)")  # fmt: skip
     add("--rank", type=score_name, metavar="NAME",
@@ -175,6 +197,9 @@ class ListScores(argparse.Action):
         for name, kind in metrics.SCORES.items():
             also = f"  (also {name}@{kind.number.upper()})" if kind.number else ""
             print(f"{name:24}{kind.better or 'describes':12}{kind.cost}{also}")
+        print(
+            "\nWith several classes /CLASS or /mean may follow: dice/artery, surface_dice@4/mean."
+        )
         parser.exit()
 
 
@@ -184,7 +209,9 @@ def check(parser, args):
         parser.error("--invert: expected --otsu PATH with it")
     if args.images and args.otsu:
         parser.error("--images: expected either this or --otsu, whose images are shown too")
-    if args.ignore_label in (0, 1):
+    if args.classes and args.foreground:
+        parser.error("--classes: expected either this or --foreground")
+    if args.ignore_label in ((0,) if args.classes else (0, 1)):
         parser.error(f"--ignore-label: expected neither 0 nor 1, got {args.ignore_label}")
     if folder := next((path for path in args.out if Path(path).is_dir()), None):
         parser.error(f"--out: expected a file to write, got the folder {folder}")
@@ -203,6 +230,34 @@ def check(parser, args):
     args.scores = tuple(dict.fromkeys([*args.scores, args.rank]))
 
 
+def settle_classes(args, dataset):
+    """({name: ids} of the classes to score each, or None; ids that count as one foreground).
+
+    Completes the names of args.scores and args.rank. ValueError where these do not go together.
+    """
+    known = {name: i for name, i in dataset.classes.items() if i} if dataset else {}
+    classes, foreground = None, ()
+    if args.foreground:
+        foreground = tuple(id_of(text, known, "--foreground") for text in args.foreground)
+    elif args.classes or len(known) > 1:
+        classes = parsed(args.classes, known) if args.classes else known
+        classes = checked(classes, args.ignore_label)
+    if not classes and args.ignore_label == 1:
+        raise ValueError(
+            f"{args.truth}: expected another value than 1 of unlabeled voxels, as 1 is foreground; "
+            "name the classes with --classes NAME=ID ..."
+        )
+    if classes and args.otsu:
+        raise ValueError(
+            f"--otsu: expected one foreground, got the classes {', '.join(classes)}; "
+            "name those that count together with --foreground"
+        )
+    args.scores = full_names(args.scores, classes)
+    if classes and split_name(args.rank)[1] is None:
+        args.rank = f"{args.rank}/{MEAN}"
+    return classes, foreground
+
+
 def unwritable(paths):
     """An error for each path that no file can be written to."""
     for path in map(Path, paths):
@@ -211,17 +266,41 @@ def unwritable(paths):
             yield f"{path}: expected a file to write, but {there} is no folder that may be written"
 
 
-def notes_on(pairs, results):
+def notes_on(pairs, results, classes):
     """What a reader of the results must know, as sentences."""
     cases = {}
     for pair, result in zip(pairs, results, strict=True):
         for note in dict.fromkeys(result.masks.notes):
             cases.setdefault(note, []).append(pair.id)
     notes = [f"{note}: {inputs.listed(ids)}" for note, ids in cases.items()]
+    if classes:
+        notes += absences(pairs, results, classes)
     rows = [row for result in results for row in result.rows]
     if any(row["tolerance"] < min(map(float, row["spacing"].split())) for row in rows):
         notes.append(f"the tolerance {rows[0]['tolerance']:g} is less than one voxel")
     return notes
+
+
+def absences(pairs, results, classes):
+    """A note on each class that the truth of a case lacks, or all predictions of a method."""
+    lacking = [result.masks.absent for result in results]
+    without = {
+        c: [p.id for p, a in zip(pairs, lacking, strict=True) if c in a[None]] for c in classes
+    }
+    for name, cases in without.items():
+        where = inputs.listed(cases) if len(cases) < len(pairs) else "all cases"
+        if cases:
+            yield (
+                f"no {name} in the truth of {where}: ratios are 1 there if the prediction has none "
+                "either, else 0"
+            )
+    for method in pairs[0].predictions:
+        never = [c for c in classes if all(c in a[method] for a in lacking)]
+        if never := [c for c in never if len(without[c]) < len(pairs)]:
+            yield (
+                f"no {' and no '.join(never)} in any prediction of {method}; if one value stands "
+                "for several classes in it, name them with --foreground"
+            )
 
 
 def score(pairs, options, args):
@@ -243,9 +322,16 @@ def main(argv=None):
         errors.append(f"{args.truth}: expected a label of a predicted case, got none of any")
     if args.ignore_label is None and dataset is not None:
         args.ignore_label = dataset.ignore_label
+    classes, foreground = None, ()
+    try:
+        classes, foreground = settle_classes(args, dataset)
+    except ValueError as error:
+        errors.append(str(error))
+        pairs = []
     options = inputs.ReadOptions(
         ignore_label=args.ignore_label,
-        foreground=tuple(args.foreground or ()),
+        foreground=foreground,
+        classes=classes,
         spacing=args.spacing,
         # A spacing given by hand, here or at preparation, wins over that of other files.
         check_spacing=args.spacing is None and dataset is None,
@@ -266,7 +352,7 @@ def main(argv=None):
     if scored:
         pairs, results = zip(*scored, strict=True)
         rows = [row for result in results for row in result.rows]
-        notes += notes_on(pairs, results)
+        notes += notes_on(pairs, results, options.classes)
         status = write_report(rows, pairs, options, args, notes) or status
     for failure in failures:
         print(failure, file=sys.stderr)

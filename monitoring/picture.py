@@ -15,11 +15,11 @@ from monitoring import health
 from monitoring.formatting import finite, format_bytes, mean
 from monitoring.machine import MemoryLimit
 from monitoring.records import RunRecords
+from volumes.colors import overlay
 
 SMOOTH_FROM = 120  # points of a curve: of more, the mean over a fortieth of them is drawn too
 PIXELS = 640  # of a side of a slice, about
 LOG_FROM = 8.0  # times the lowest value that the highest must be for a logarithmic axis
-FOUND, MISSED, FALSE = "#009e73", "#e0520e", "#56b4e9"  # distinct for color-blind eyes too
 MARK, TROUBLE = "#909090", "#d70000"
 
 
@@ -238,18 +238,3 @@ def _slices(axes, slices, threshold):
     for axis, title in zip(axes, titles, strict=True):
         axis.set_axis_off()
         axis.set_title(title, fontsize=10)
-
-
-def overlay(image, truth, mask, labeled):
-    """(H, W, 3) picture: FOUND, MISSED and FALSE in their colors, darkened where unlabeled."""
-    from matplotlib.colors import to_rgb
-
-    image = np.asarray(image, np.float64)
-    low, high = np.percentile(image, (1, 99))
-    gray = np.clip((image - low) / ((high - low) or 1.0), 0, 1)
-    picture = np.repeat(gray[..., None], 3, axis=2)
-    for is_truth, is_mask, color in ((1, 1, FOUND), (1, 0, MISSED), (0, 1, FALSE)):
-        where = (truth == is_truth) & (mask == is_mask) & labeled
-        picture[where] = 0.35 * picture[where] + 0.65 * np.asarray(to_rgb(color))
-    picture[~labeled] *= 0.5
-    return picture

@@ -1,4 +1,5 @@
-"""The inputs of evaluate.py: files matched by case id; masks read, checked and made 0 and 1.
+"""The inputs of evaluate.py: files matched by case id; masks read and checked, and made 0 and 1
+unless classes are named.
 
     pairs, dataset = match([("new", "runs/new/predictions")], "labels", None, errors, notes)
     masks = read(pairs[0], ReadOptions(ignore_label=2), errors)
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scoring import metrics
+from scoring.classes import described, ids_of, voxels_of
 from volumes import casefile, files
 from volumes.statistics import clip_fill
 from volumes.volume import WHITE, compare, is_spacing, with_unit
@@ -37,6 +39,7 @@ class ReadOptions:
 
     ignore_label: int | None = None  # of unlabeled voxels in the truth
     foreground: tuple | None = None  # classes of the truth that count, None: it has one
+    classes: dict | None = None  # {name: ids} of those that are scored each, None: one foreground
     spacing: tuple | None = None  # z, y, x, instead of that of the files
     check_spacing: bool = True  # whether files must agree on it
     otsu: bool = False  # whether the image is thresholded too
@@ -45,13 +48,14 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Masks:
-    """The masks of a case."""
+    """The masks of a case, of 0 and 1 or, with classes, of their ids."""
 
-    masks: dict  # {method: (D, H, W) of 0 and 1}
+    masks: dict  # {method: (D, H, W)}
     truth: np.ndarray | None  # the same, and ignore_label
     spacing: tuple  # z, y, x
     unit: str
     notes: list  # on their headers and values
+    absent: dict  # {method, or None for the truth: [classes without a voxel]}
 
 
 def find_sources(text, role, errors, notes):
@@ -221,8 +225,15 @@ def read(pair, options, errors):
             got = with_unit(volume.spacing, volume.unit)
             errors.append(f"{volume.path}: expected a spacing above 0, got {got}; give --spacing")
     ignored = options.ignore_label
-    masks = {m: _binary(p, None, "predictions", notes, errors) for m, p in predictions.items()}
-    true_mask = _binary(_of_classes(truth, options), ignored, "truths", notes, errors)
+    absent = {}
+    if options.classes:
+        masks = {m: p.array for m, p in predictions.items()}
+        true_mask = truth.array
+        for role, volume in {**predictions, None: truth}.items():
+            absent[role] = _absent(volume, options, role is None, errors)
+    else:
+        masks = {m: _binary(p, None, "predictions", notes, errors) for m, p in predictions.items()}
+        true_mask = _binary(_merged(truth, options), ignored, "truths", notes, errors)
     if ignored is not None and (true_mask == ignored).all():
         errors.append(
             f"{truth.path}: expected labeled voxels, got {ignored} (ignored) in all of them; "
@@ -239,7 +250,7 @@ def read(pair, options, errors):
             notes.append("the truth has no spacing, that of the prediction is used (--spacing)")
     elif not options.spacing:
         notes.append("no file has a spacing, 1 1 1 is used (--spacing)")
-    return Masks(masks, true_mask, tuple(spacing), unit, notes)
+    return Masks(masks, true_mask, tuple(spacing), unit, notes, absent)
 
 
 def _read(reader, path, errors):
@@ -249,7 +260,7 @@ def _read(reader, path, errors):
         errors.append(str(error))
 
 
-def _of_classes(truth, options):
+def _merged(truth, options):
     """The truth with 1 where any of the classes that count is, if they are named."""
     if not options.foreground:
         return truth
@@ -257,6 +268,25 @@ def _of_classes(truth, options):
     if options.ignore_label is not None:
         classes = np.where(truth.array == options.ignore_label, truth.array, classes)
     return dataclasses.replace(truth, array=classes)
+
+
+def _absent(volume, options, is_truth, errors):
+    """Names of the classes that no voxel of a volume has; an error if it has other values."""
+    ignored = options.ignore_label if is_truth else None
+    known = [0, *ids_of(options.classes), *([] if ignored is None else [ignored])]
+    voxels, others = voxels_of(volume.array, known)
+    if others:
+        also = "" if ignored is None else f" and {ignored} (ignored)"
+        advice = "name every class with --classes NAME=ID ..."
+        if not is_truth:
+            advice += ", or score classes that are merged in predictions with --foreground"
+        elif ignored is None:
+            advice += ", and the value of unlabeled voxels with --ignore-label"
+        errors.append(
+            f"{volume.path}: expected 0 and the classes {described(options.classes)}{also}, got "
+            f"{', '.join(map(str, others[:8]))}; {advice}"
+        )
+    return [name for name, ids in options.classes.items() if not any(voxels[i] for i in ids)]
 
 
 def _binary(volume, ignored, role, notes, errors):
@@ -267,11 +297,9 @@ def _binary(volume, ignored, role, notes, errors):
         notes.append(f"{role} of 0 and {most} read as 0 and 1")
         return np.where(array == most, array.dtype.type(1), array)
     if not np.isin(array, [0, 1, *others]).all():
-        advice = "give a mask of one class"
-        if role == "truths":
-            advice += ", or name with --foreground the classes that count"
-            if ignored is None:
-                advice += ", and the value of unlabeled voxels with --ignore-label"
+        advice = "give a mask of one class, or name its classes with --classes NAME=ID ..."
+        if role == "truths" and ignored is None:
+            advice += ", and the value of unlabeled voxels with --ignore-label"
         wanted = ", ".join(map(str, [0, 1, *others]))
         values = ", ".join(map(str, np.unique(array)[:8]))
         errors.append(f"{volume.path}: expected the values {wanted}, got {values}; {advice}")

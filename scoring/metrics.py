@@ -3,6 +3,7 @@
     scores = score(prediction, truth, spacing)                       # the cheap ones
     scores = score(prediction, truth, spacing, names=["assd", "surface_dice@4", "toposcore"])
     scores = score(prediction, truth, spacing, ignore_label=2)       # 2: nobody labeled the voxel
+    scores = score(prediction, truth, spacing, classes={"artery": 1, "vein": 2})
     parts = vesuvius_score(prediction, truth)
 
 Scores equal their published reference implementations on the same masks, and share no code with
@@ -19,13 +20,24 @@ from dataclasses import dataclass
 import numpy as np
 
 from scoring import homology, partitions, surface
+from scoring.classes import (
+    MEAN,
+    checked,
+    described,
+    full_names,
+    ids_of,
+    mask_of,
+    split_name,
+    voxels_of,
+)
 
 VOXEL = (1.0, 1.0, 1.0)
 
 
 def score(
-    prediction, truth, spacing=VOXEL, ignore_label=None, tolerance=2.0, *, names=None, threads=2
-):
+    prediction, truth, spacing=VOXEL, ignore_label=None, tolerance=2.0, *, names=None, classes=None,
+    threads=2,
+):  # fmt: skip
     """Scores of a mask: {name: float or int} in the order of `names`, none of them NaN or infinite.
 
     prediction (D, H, W): bool or integers 0 and 1. truth (D, H, W): the same, and `ignore_label`
@@ -57,14 +69,46 @@ def score(
     errors what the other one has. VOI then sees one undivided component on the empty side, so that
     voi_score is 1 if the other is of one piece, as published. For an F1 see `homology.matching_f1`.
 
-    ValueError, before any work, for masks, options and names that are not as above.
+    classes: {name: id, or several ids of a region}; regions may overlap. Both volumes then hold
+    these ids, 0 for background, and the truth ignore_label, which may be 1 if no class is. Each
+    class is scored as a mask of its own: {"dice/artery": ..., "dice/vein": ..., "dice/mean": ...}
+    for the name dice, the mean over classes last; the name dice/artery gives that one alone.
+
+    ValueError, before any work, for masks, options and names that are not as above, and for values
+    that are no class.
     """
     if isinstance(names, str):
         raise ValueError(f"names: expected a list of names of scores, got the text {names!r}")
     entries = {name: entry(name) for name in (DEFAULT if names is None else names)}
-    prediction, truth = labeled_masks(prediction, truth, ignore_label)
-    pair = Comparison(prediction, truth, spacing, tolerance, threads)
+    how = spacing, tolerance, threads
+    if classes is not None:
+        return _class_scores(prediction, truth, ignore_label, how, entries, classes)
+    full_names(entries, None)
+    pair = Comparison(*labeled_masks(prediction, truth, ignore_label), *how)
     return {name: kind.of(pair, *number) for name, (kind, number) in entries.items()}
+
+
+def _class_scores(prediction, truth, ignore_label, how, entries, classes):
+    """`score` of several classes: the masks of one class at a time are in memory."""
+    classes = checked(classes, ignore_label)
+    wanted = [split_name(name) for name in full_names(entries, classes)]
+    prediction, truth = _checked_arrays(prediction, truth, ignore_label, (0, *ids_of(classes)))
+    _check_ids("prediction", prediction, classes, None)
+    _check_ids("truth", truth, classes, ignore_label)
+    labeled = None if ignore_label is None else truth != ignore_label
+    kinds = {split_name(name)[0]: kind for name, kind in entries.items()}
+    scores = {}
+    for name, ids in classes.items():
+        masks = [mask_of(prediction, ids), mask_of(truth, ids)]
+        if labeled is not None:
+            masks[0] &= labeled
+        pair = Comparison(*masks, *how)
+        for base in dict.fromkeys(base for base, which in wanted if which in (name, MEAN)):
+            kind, number = kinds[base]
+            scores[base, name] = kind.of(pair, *number)
+    for base in [base for base, which in wanted if which == MEAN]:
+        scores[base, MEAN] = float(np.mean([scores[base, name] for name in classes]))
+    return {f"{base}/{which}": scores[base, which] for base, which in wanted}
 
 
 def mean_scores(rows):
@@ -93,17 +137,7 @@ def vesuvius_score(prediction, truth, ignore_label=2, *, threads=2):
 
 def labeled_masks(prediction, truth, ignore_label):
     """Both as bool masks (D, H, W) that are False where truth is ignore_label; see `score`."""
-    prediction, truth = np.asarray(prediction), np.asarray(truth)
-    if prediction.shape != truth.shape or truth.ndim != 3:
-        raise ValueError(
-            f"expected prediction and truth of one shape (D, H, W), got {prediction.shape} and "
-            f"{truth.shape}"
-        )
-    if not (ignore_label is None or _is_integer(ignore_label)) or ignore_label in (0, 1):
-        raise ValueError(
-            f"ignore_label: expected neither 0 nor 1 but another integer or None, got "
-            f"{ignore_label}"
-        )
+    prediction, truth = _checked_arrays(prediction, truth, ignore_label, (0, 1))
     ignored = None if ignore_label is None else truth == ignore_label
     allowed = f"0, 1 and {ignore_label} (ignored)"
     if ignored is None:
@@ -111,6 +145,22 @@ def labeled_masks(prediction, truth, ignore_label):
     prediction = _as_mask("prediction", prediction, "0 and 1", None)
     truth = _as_mask("truth", truth, allowed, ignored)
     return [prediction if ignored is None else prediction & ~ignored, truth]
+
+
+def _checked_arrays(prediction, truth, ignore_label, taken):
+    """Both as arrays of one shape (D, H, W); ignore_label must be none of the values taken."""
+    prediction, truth = np.asarray(prediction), np.asarray(truth)
+    if prediction.shape != truth.shape or truth.ndim != 3:
+        raise ValueError(
+            f"expected prediction and truth of one shape (D, H, W), got {prediction.shape} and "
+            f"{truth.shape}"
+        )
+    if not (ignore_label is None or _is_integer(ignore_label)) or ignore_label in taken:
+        raise ValueError(
+            f"ignore_label: expected neither {' nor '.join(map(str, taken))} but another integer "
+            f"or None, got {ignore_label}"
+        )
+    return prediction, truth
 
 
 def _is_integer(value):
@@ -129,6 +179,18 @@ def _as_mask(name, values, allowed, ignored):
         values = ", ".join(map(str, np.unique(values)[:8]))
         raise ValueError(f"{name}: expected the values {allowed}, got {values}")
     return mask
+
+
+def _check_ids(name, values, classes, ignore_label):
+    """ValueError for values that are neither 0, nor an id of the classes, nor ignore_label."""
+    if values.dtype != bool and not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{name}: expected a volume of integer ids, got {values.dtype}")
+    ignored = [] if ignore_label is None else [ignore_label]
+    _, others = voxels_of(values, [0, *ids_of(classes), *ignored])
+    if others:
+        also = "".join(f" and {value} (ignored)" for value in ignored)
+        got = ", ".join(map(str, others[:8]))
+        raise ValueError(f"{name}: expected 0, the ids of {described(classes)}{also}, got {got}")
 
 
 class Comparison:
@@ -283,8 +345,11 @@ class Score:
 
 
 def entry(name):
-    """(the `Score`, its numbers after @ as a tuple) of a name; ValueError for a name of none."""
-    base, at, number = str(name).partition("@")
+    """(the `Score`, its numbers after @ as a tuple) of a name; ValueError for a name of none.
+
+    A name such as dice/artery is that of dice.
+    """
+    base, at, number = split_name(name)[0].partition("@")
     kind = SCORES.get(base)
     if kind is None:
         near = difflib.get_close_matches(base, SCORES, n=1, cutoff=0.0)

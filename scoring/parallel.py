@@ -50,7 +50,14 @@ class Scorer:
         details = {"tolerance": self.tolerance, "spacing": spacing, "unit": case.unit}
         how = (case.spacing, self.options.ignore_label, self.tolerance)
         for method, mask in ({} if only_check else case.masks).items():
-            scores = metrics.score(mask, case.truth, *how, names=self.names, threads=self.threads)
+            scores = metrics.score(
+                mask,
+                case.truth,
+                *how,
+                names=self.names,
+                classes=self.options.classes,
+                threads=self.threads,
+            )
             rows.append({"case": pair.id, "method": method} | scores | details)
         return Result(rows, errors, dataclasses.replace(case, masks={}, truth=None))
 

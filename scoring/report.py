@@ -8,6 +8,7 @@ Methods are compared case by case; intervals are of the bootstrap over cases (Ef
 """
 
 import csv
+import itertools
 import statistics
 from typing import NamedTuple
 
@@ -15,12 +16,12 @@ import numpy as np
 from rich.table import Table
 
 from scoring import metrics
+from scoring.classes import mask_of, split_name
 from scoring.dilation import dilate
 from volumes import atomic
+from volumes.colors import FALSE, FOUND, MISSED, class_color, overlay, overlay_classes
 
 FEW = 10  # cases below which such an interval is known to be too narrow
-COLUMNS = 3  # slices of a case in a picture
-FOUND, MISSED, FALSE = "#009e73", "#e0520e", "#56b4e9"  # distinct for color-blind readers too
 
 
 class Standing(NamedTuple):
@@ -132,17 +133,23 @@ def write_csv(path, rows):
 
 
 def print_scores(console, rows, names, unit, cases):
-    """A row for each of rows; a line separates those after the first `cases`."""
-    heads = ["case", "method"] if len(methods_of(rows)) > 1 else ["case"]
+    """A row for each of rows, and of each class that names have; a line separates those after the
+    first `cases`, and with classes the cases."""
+    known = {split_name(name): name for name in names}
+    scores, classes = (list(dict.fromkeys(parts)) for parts in zip(*known, strict=True))
+    several, methods = classes != [None], len(methods_of(rows))
     table = Table()
-    for head in heads:
+    for head in ["case"] + ["class"] * several + ["method"] * (methods > 1):
         table.add_column(head, no_wrap=True)
-    for name in names:
-        table.add_column(_heading(name, rows[0]["tolerance"], unit), justify="right")
-    for i, row in enumerate(rows):
-        if i == cases:
+    for score in scores:
+        table.add_column(_heading(score, rows[0]["tolerance"], unit), justify="right")
+    for start in range(0, len(rows), methods):
+        if start == cases or several:
             table.add_section()
-        table.add_row(*(row[head] for head in heads), *(format_score(row[n], n) for n in names))
+        for which, row in itertools.product(classes, rows[start : start + methods]):
+            cells = [row["case"]] + [which] * several + [row["method"]] * (methods > 1)
+            found = [known.get((score, which)) for score in scores]
+            table.add_row(*cells, *(name and format_score(row[name], name) for name in found))
     console.print(table)
 
 
@@ -184,76 +191,113 @@ def format_score(value, name):
 
 
 class Slice(NamedTuple):
-    """One z slice of a case: (H, W) arrays, the last three bool, and counts of far errors."""
+    """One z slice of a case; K is 1 without classes. Counts are of far errors."""
 
     z: int
-    image: np.ndarray
-    truth: np.ndarray
+    image: np.ndarray  # (H, W)
+    truth: np.ndarray  # (K, H, W) bool, and the prediction
     mask: np.ndarray
-    labeled: np.ndarray
+    labeled: np.ndarray  # (H, W) bool
     missed: int
     false: int
+    by_class: np.ndarray  # (2, K): those missed and those false of each class
 
 
-def worst_slices(prediction, truth, image, spacing, *, tolerance, ignore_label):
+def worst_slices(prediction, truth, image, spacing, *, tolerance, ignore_label, classes=None):
     """`Slice`s of a case, the worst first; those next to a chosen one are passed over.
 
     prediction, truth, image (D, H, W); image may be None. A voxel counts as missed if it is further
     than the tolerance from all predicted ones, as false if it is from all true ones. Where there
-    is none, slices follow with most wrong voxels, then with most truth.
+    is none, slices follow with most wrong voxels, then with most truth. classes: {name: ids}, each
+    counted as a mask of its own.
     """
-    labeled = truth != (-1 if ignore_label is None else ignore_label)
-    prediction, truth = (prediction == 1) & labeled, (truth == 1) & labeled
-    missed = truth & ~dilate(prediction, tolerance, spacing)
-    false = prediction & ~dilate(truth, tolerance, spacing)
-    per_slice = [m.sum(axis=(1, 2)) for m in (missed | false, truth ^ prediction, truth)]
-    order = np.lexsort([-counts for counts in reversed(per_slice)])
+    labeled = np.ones(truth.shape, bool) if ignore_label is None else truth != ignore_label
+    regions = [(1,)] if classes is None else list(classes.values())
+    how = {"labeled": labeled, "spacing": spacing, "tolerance": tolerance}
+    counts = np.stack([_errors_by_slice(prediction, truth, ids, **how) for ids in regions], axis=1)
+    missed, false, wrong, true = counts.sum(axis=1)  # (4, K, D)
+    order = np.lexsort([-true, -wrong, -(missed + false)])
     gap, chosen = max(1, len(truth) // 20), []
     for z in map(int, order):
-        if len(chosen) < COLUMNS and all(abs(z - other) > gap for other in chosen):
+        if len(chosen) < _columns(classes) and all(abs(z - other) > gap for other in chosen):
             chosen.append(z)
     image = np.zeros(truth.shape, np.uint8) if image is None else image
     slices = []
     for z in chosen:
-        arrays = np.asarray(image[z], float), truth[z], prediction[z], labeled[z]
-        slices.append(Slice(z, *arrays, int(missed[z].sum()), int(false[z].sum())))
+        masks = [
+            np.stack([mask_of(v[z], i) for i in regions]) & labeled[z] for v in (truth, prediction)
+        ]
+        arrays = np.asarray(image[z], float), *masks, labeled[z]
+        slices.append(Slice(z, *arrays, int(missed[z]), int(false[z]), counts[:2, :, z]))
     return slices
 
 
-def draw_slices(cases, *, title, tolerance):
-    """A matplotlib figure with a row for each of [(case id, its score as text, [`Slice`])]."""
+def _errors_by_slice(prediction, truth, ids, *, labeled, spacing, tolerance):
+    """(4, D): voxels of a class in each slice that are missed, false, wrong at all, and true."""
+    prediction, truth = mask_of(prediction, ids) & labeled, mask_of(truth, ids) & labeled
+    missed = truth & ~dilate(prediction, tolerance, spacing)
+    false = prediction & ~dilate(truth, tolerance, spacing)
+    return np.array([m.sum(axis=(1, 2)) for m in (missed, false, truth ^ prediction, truth)])
+
+
+def _columns(classes):
+    """Slices of a case in a picture: of several classes each is drawn twice."""
+    return 3 if classes is None else 2
+
+
+def draw_slices(cases, *, title, tolerance, classes=None):
+    """A matplotlib figure with a row for each of [(case id, its score as text, [`Slice`])].
+
+    A slice is one panel, or the truth beside the prediction if there are classes: {name: ids}.
+    """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     height, width = cases[0][2][0].image.shape
-    size = COLUMNS * 3.6 + 0.7, len(cases) * (3.6 * height / width + 0.3) + 0.8
+    columns = _columns(classes) * (1 if classes is None else 2)
+    size = columns * 3.6 + 0.7, len(cases) * (3.6 * height / width + 0.3) + 0.8
     figure = Figure(size, dpi=110, layout="constrained")
-    axes = figure.subplots(len(cases), COLUMNS, squeeze=False)
+    axes = figure.subplots(len(cases), columns, squeeze=False)
     for row, (case, score, slices) in zip(axes, cases, strict=True):
         for panel in row:
             panel.set(xticks=[], yticks=[], frame_on=False)
-        for panel, one in zip(row, slices, strict=False):
-            panel.imshow(_overlay(one), interpolation="antialiased")
-            panel.set_title(f"z {one.z}: {one.missed} missed, {one.false} false", fontsize=9)
+        drawn = [panel for one in slices for panel in _panels(one, classes)]
+        for panel, (heading, picture) in zip(row, drawn, strict=False):
+            panel.imshow(picture, interpolation="antialiased")
+            panel.set_title(heading, fontsize=9)
         row[0].set_ylabel(f"{case}\n{score}", fontsize=9)
-    colors = {"found": FOUND, "missed": MISSED, "false": FALSE}
-    if not all(one.labeled.all() for _, _, slices in cases for one in slices):
-        colors["unlabeled: darker"] = "#505050"
-    patches = [Patch(color=color, label=label) for label, color in colors.items()]
-    figure.suptitle(f"{title}: the worst slices; counts of voxels off by more than {tolerance}")
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+    all_labeled = all(one.labeled.all() for _, _, slices in cases for one in slices)
+    patches = _legend(classes, all_labeled)
+    colors = "" if classes is None else "solid: wrong, pale: right; "
+    counts = f"counts of voxels off by more than {tolerance}"
+    figure.suptitle(f"{title}: the worst slices; {colors}{counts}")
+    figure.legend(
+        handles=patches, loc="outside lower center", ncols=min(len(patches), 8), frameon=False
+    )
     return figure
 
 
-def _overlay(one):
-    """(H, W, 3) of a `Slice`: the image in gray, errors in their colors, darker where unlabeled."""
-    from matplotlib.colors import to_rgb
+def _panels(one, classes):
+    """[(heading, picture)] of a `Slice`."""
+    if classes is None:
+        picture = overlay(one.image, one.truth[0], one.mask[0], one.labeled)
+        return [(f"z {one.z}: {one.missed} missed, {one.false} false", picture)]
+    panels = []
+    sides = ("truth", "missed", one.truth, one.mask), ("prediction", "false", one.mask, one.truth)
+    for counts, (role, kind, shown, other) in zip(one.by_class, sides, strict=True):
+        most = sorted(zip(counts, classes, strict=True), key=lambda pair: -pair[0])[:3]
+        far = ", ".join(f"{name} {number}" for number, name in most if number) or "nothing"
+        picture = overlay_classes(one.image, shown, other, one.labeled)
+        panels.append((f"z {one.z}, {role}\n{kind}: {far}", picture))
+    return panels
 
-    low, high = np.percentile(one.image, (1, 99))
-    gray = np.clip((one.image - low) / ((high - low) or 1.0), 0, 1)
-    colored = np.repeat(gray[..., None], 3, axis=2)
-    for in_truth, in_mask, color in ((1, 1, FOUND), (1, 0, MISSED), (0, 1, FALSE)):
-        where = (one.truth == in_truth) & (one.mask == in_mask) & one.labeled
-        colored[where] = 0.35 * colored[where] + 0.65 * np.asarray(to_rgb(color))
-    colored[~one.labeled] *= 0.5
-    return colored
+
+def _legend(classes, all_labeled):
+    """The patches of a legend."""
+    from matplotlib.patches import Patch
+
+    colors = {"found": FOUND, "missed": MISSED, "false": FALSE}
+    if classes is not None:
+        colors = {name: class_color(number) for number, name in enumerate(classes)}
+    if not all_labeled:
+        colors["unlabeled: darker"] = "#505050"
+    return [Patch(color=color, label=label) for label, color in colors.items()]

@@ -15,10 +15,11 @@ ROOT = Path(__file__).parents[1]
 # The files of each folder. A file that is not listed here fails, and so does a name without a file.
 ROOMS = {
     "volumes": "files volume tiff nifti hdf5 layouts ingest phantoms skeletons statistics casefile "
-    "inputs submission atomic processes",
+    "inputs submission colors atomic processes",
     "topology": "distance soft_skeleton persistence",
     "monitoring": "machine records recorder health panels picture formatting",
-    "scoring": "metrics surface dilation partitions homology postprocess inputs parallel report",
+    "scoring": "metrics classes surface dilation partitions homology postprocess inputs parallel "
+    "report",
     "patches": "cache resample intensity augment contact_sheet feed transfer",
     "runtime": "config build composite_loss run evaluations checkpoint folder log signals "
     "microbatch nonfinite timer memory_guard sliding_window splits evaluator validation jobs "
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "settings": set(),
     "volumes": set(),
     "topology": set(),
-    "monitoring": set(),
+    "monitoring": {"volumes"},
     "scoring": {"volumes"},
     "patches": {"volumes", "settings", "monitoring"},
     "data": {"patches", "volumes", "monitoring"},
