@@ -99,11 +99,14 @@ def _class_scores(prediction, truth, ignore_label, how, entries, classes):
     kinds = {split_name(name)[0]: kind for name, kind in entries.items()}
     scores = {}
     for name, ids in classes.items():
+        bases = dict.fromkeys(base for base, which in wanted if which in (name, MEAN))
+        if not bases:
+            continue
         masks = [mask_of(prediction, ids), mask_of(truth, ids)]
         if labeled is not None:
             masks[0] &= labeled
         pair = Comparison(*masks, *how)
-        for base in dict.fromkeys(base for base, which in wanted if which in (name, MEAN)):
+        for base in bases:
             kind, number = kinds[base]
             scores[base, name] = kind.of(pair, *number)
     for base in [base for base, which in wanted if which == MEAN]:

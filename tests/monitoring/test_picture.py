@@ -4,7 +4,6 @@ import warnings
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -246,25 +245,6 @@ def test_the_picture_is_wide_enough_to_read_and_has_a_row_more_with_slices(tmp_p
         assert drawn.size == (1200, 920)
         assert len(np.unique(np.asarray(drawn)[650:900, 900:1100, :3].reshape(-1, 3), axis=0)) > 100
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "progress.png"]
-
-
-def test_found_missed_and_false_voxels_have_their_colors_and_unlabeled_ones_none():
-    given = slices()
-    flat = np.zeros((40, 60), np.float32)
-    shown = picture.overlay(flat, given["truth"], given["probs"] >= 0.5, given["labeled"])
-    for z, color in ((17, picture.FOUND), (12, picture.MISSED), (22, picture.FALSE)):
-        assert shown[z, 45] == pytest.approx(0.65 * np.array(to_rgb(color)))
-        assert tuple(shown[z, 10]) == (0, 0, 0)
-    assert tuple(shown[30, 45]) == (0, 0, 0)
-
-
-def test_unlabeled_voxels_are_half_as_bright():
-    given = slices()
-    nothing = np.zeros_like(given["truth"])
-    shown = picture.overlay(given["image"], nothing, nothing, given["labeled"])
-    bright = picture.overlay(given["image"], nothing, nothing, np.ones_like(nothing))
-    assert shown[:, :30] == pytest.approx(bright[:, :30] / 2)
-    assert shown[:, 30:] == pytest.approx(bright[:, 30:])
 
 
 def test_a_large_slice_is_drawn(tmp_path, panels):
