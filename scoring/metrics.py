@@ -91,7 +91,6 @@ def score(
 def _class_scores(prediction, truth, ignore_label, how, entries, classes):
     """`score` of several classes: the masks of one class at a time are in memory."""
     classes = checked(classes, ignore_label)
-    full_names(entries, classes)
     prediction, truth = _checked_arrays(prediction, truth, ignore_label, (0, *ids_of(classes)))
     _check_ids("prediction", prediction, classes, None)
     _check_ids("truth", truth, classes, ignore_label)
