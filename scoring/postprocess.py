@@ -1,11 +1,13 @@
-"""From probabilities to a mask: hysteresis, small components, holes, closing.
+"""From probabilities to masks: hysteresis, small components, holes, closing.
 
     low, high = probs >= settings["hysteresis"], probs >= threshold      # (D, H, W) bool
     mask = apply(high, low, spacing=spacing, **settings)
+    masks = apply_to_regions({"artery": high, "vein": other}, spacing=spacing, **settings)
 
 Each step is off unless its setting says otherwise.
 """
 
+import functools
 import itertools
 
 import cc3d
@@ -18,38 +20,87 @@ BEFORE = "threshold"  # the name of the mask that no step has touched
 
 def apply(high, low=None, *, spacing=None, **settings):
     """The mask (D, H, W) bool after all steps; arguments as in `stages`."""
-    return list(stages(high, low, spacing=spacing, **settings))[-1][1]
+    *_, (_, mask) = stages(high, low, spacing=spacing, **settings)
+    return mask
 
 
-def stages(
+def stages(high, low=None, *, spacing=None, **settings):
+    """Yields (name, mask (D, H, W) bool) of the threshold, then of each step that is on.
+
+    high: voxels above the threshold; low: those above that of hysteresis, if given; settings: as
+    in `stages_of_regions`, whose case of one region this is. The input stays as it is.
+    """
+    low = None if low is None else {"": low}
+    for name, masks in stages_of_regions({"": high}, low, spacing=spacing, **settings):
+        yield name, masks[""]
+
+
+def apply_to_regions(high, low=None, *, exclusive=False, spacing=None, **settings):
+    """{region: mask (D, H, W) bool} after all steps; arguments as in `stages_of_regions`.
+
+    These are the masks that a prediction consists of, and that validation scores.
+    """
+    *_, (_, masks) = stages_of_regions(high, low, exclusive=exclusive, spacing=spacing, **settings)
+    return masks
+
+
+def stages_of_regions(
     high,
     low=None,
     *,
+    exclusive=False,
     spacing=None,
     hysteresis=None,
     min_component_voxels=0,
     max_hole_voxels=0,
     closing_radius=0.0,
 ):
-    """Yields (name, mask (D, H, W) bool) of the threshold, then of each step that is on.
+    """Yields (name, {region: mask (D, H, W) bool}) of the threshold, then of each step that is on.
 
-    high: voxels above the threshold; low: those above that of hysteresis, if given; spacing (z, y,
-    x), None for voxels: the unit of the radius. The input stays as it is.
+    high: {region: its voxels}; low: {region: those above the threshold of hysteresis}, if given.
+    min_component_voxels: one number for all regions, or {region: number}, 0 for those it lacks.
+    spacing (z, y, x), None for voxels: the unit of the radius. The input stays as it is.
+
+    Each region goes through the steps as if it were alone, but for regions that exclude each other
+    (no voxel is in two masks of high, and there is no hysteresis): small components become
+    background, and holes and gaps are filled only where the background was before any region was
+    filled. A voxel that several regions would fill goes to the first of them.
     """
-    mask = np.asarray(high, bool)
-    yield BEFORE, mask
+    masks, sizes = {name: np.asarray(mask, bool) for name, mask in high.items()}, {}
+    for name in masks:
+        several = isinstance(min_component_voxels, dict)
+        sizes[name] = min_component_voxels.get(name, 0) if several else min_component_voxels
+    fill = _fill_background if exclusive else _fill_each
+    yield BEFORE, masks
     if hysteresis is not None:
-        mask = apply_hysteresis(mask, low)
-        yield "hysteresis", mask
-    if min_component_voxels > 1:
-        mask = remove_small_components(mask, min_component_voxels)
-        yield "min_component_voxels", mask
+        masks = {name: apply_hysteresis(mask, low[name]) for name, mask in masks.items()}
+        yield "hysteresis", masks
+    if max(sizes.values()) > 1:
+        masks = {
+            name: remove_small_components(mask, sizes[name]) if sizes[name] > 1 else mask
+            for name, mask in masks.items()
+        }
+        yield "min_component_voxels", masks
     if max_hole_voxels > 0:
-        mask = fill_holes(mask, max_hole_voxels)
-        yield "max_hole_voxels", mask
+        masks = fill(masks, lambda mask: fill_holes(mask, max_hole_voxels))
+        yield "max_hole_voxels", masks
     if closing_radius > 0:
-        mask = close(mask, closing_radius, spacing)
-        yield "closing_radius", mask
+        masks = fill(masks, lambda mask: close(mask, closing_radius, spacing))
+        yield "closing_radius", masks
+
+
+def _fill_each(masks, fill):
+    return {name: fill(mask) for name, mask in masks.items()}
+
+
+def _fill_background(masks, fill):
+    """{region: mask} filled where no region is, the first region first."""
+    background, filled = ~functools.reduce(np.logical_or, masks.values()), {}
+    for name, mask in masks.items():
+        added = fill(mask) & background
+        background &= ~added
+        filled[name] = mask | added
+    return filled
 
 
 def apply_hysteresis(high, low):

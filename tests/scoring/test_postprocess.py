@@ -133,3 +133,71 @@ def test_isolated_voxels_of_a_thin_volume_are_components(shape):
     assert (postprocess.apply_hysteresis(mask, mask) == mask).all()
     assert not postprocess.remove_small_components(mask, 2).any()
     assert (postprocess.remove_small_components(mask, 1) == mask).all()
+
+
+# ---------------------------------------------------------------------------- regions
+
+
+def regions(**boxes):
+    masks = {name: empty() for name in boxes}
+    for name, box in boxes.items():
+        masks[name][box] = True
+    return masks
+
+
+def test_regions_that_may_overlap_are_each_processed_as_if_alone():
+    rng = np.random.default_rng(0)
+    high = {name: rng.random((9, 12, 12)) > 0.6 for name in ("vessel", "artery")}
+    low = {name: mask | (rng.random(mask.shape) > 0.8) for name, mask in high.items()}
+    steps = {"hysteresis": 0.3, "max_hole_voxels": 4, "closing_radius": 1.0}
+    sizes = {"vessel": 9, "artery": 2}
+    masks = postprocess.apply_to_regions(high, low, min_component_voxels=sizes, **steps)
+    for name in high:
+        alone = postprocess.apply(high[name], low[name], min_component_voxels=sizes[name], **steps)
+        assert np.array_equal(masks[name], alone)
+    assert not np.array_equal(masks["vessel"], high["vessel"])
+
+
+def test_each_region_has_a_size_of_its_own_and_0_where_none_is_given():
+    bar = np.s_[3, 4, 0:4]
+    high = regions(artery=bar, vein=bar, other=bar)
+    masks = postprocess.apply_to_regions(high, min_component_voxels={"artery": 5, "vein": 4})
+    assert [mask.sum() for mask in masks.values()] == [0, 4, 4]
+    masks = postprocess.apply_to_regions(high, min_component_voxels=5)
+    assert [mask.sum() for mask in masks.values()] == [0, 0, 0]
+
+
+def test_a_hole_is_filled_but_for_voxels_of_another_class():
+    high = {"artery": hollow(), **regions(vein=np.s_[3, 4, 4])}
+    masks = postprocess.apply_to_regions(high, exclusive=True, max_hole_voxels=27)
+    assert masks["artery"].sum() == 125 - 1 and not masks["artery"][3, 4, 4]
+    assert masks["vein"].sum() == 1
+
+
+def test_a_removed_component_is_background_that_another_class_may_fill():
+    high = {"artery": hollow(), **regions(vein=np.s_[3, 4, 4])}
+    how = {"exclusive": True, "max_hole_voxels": 27, "min_component_voxels": {"vein": 2}}
+    masks = postprocess.apply_to_regions(high, **how)
+    assert masks["artery"].sum() == 125 and not masks["vein"].any()
+
+
+def test_a_voxel_that_two_classes_would_fill_goes_to_the_first():
+    sheets = regions(artery=np.s_[3], vein=np.s_[:, :, 4])
+    sheets["artery"][:, :, 4] = sheets["vein"][3] = False  # each has a slit where they cross
+    for names in (["artery", "vein"], ["vein", "artery"]):
+        high = {name: sheets[name] for name in names}
+        masks = postprocess.apply_to_regions(high, exclusive=True, closing_radius=1.5)
+        assert [masks[name][3, :, 4].sum() for name in names] == [9, 0]
+
+
+def test_filling_takes_no_voxel_from_another_class_and_gives_none_two():
+    rng = np.random.default_rng(1)
+    classes = rng.integers(0, 4, (9, 12, 12))
+    high = {name: classes == i for i, name in enumerate("abc", start=1)}
+    how = {"max_hole_voxels": 30, "closing_radius": 1.5}
+    masks = postprocess.apply_to_regions(high, exclusive=True, **how)
+    assert sum(mask.astype(int) for mask in masks.values()).max() == 1
+    for i, name in enumerate("abc", start=1):
+        assert np.array_equal(high[name], classes == i)  # the input stays
+        assert masks[name][classes == i].all()
+        assert masks[name].sum() > high[name].sum()
