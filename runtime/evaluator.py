@@ -71,6 +71,15 @@ class Prediction:
     probs: np.ndarray | None = None  # (K, D, H, W) float32 if a validation-only term needs them
 
 
+def empty_prediction(spec, case):
+    """A `Prediction` of a case whose arrays are to be filled."""
+    outputs, probs = spec.outputs, None
+    regions = (len(outputs.regions),) * outputs.overlapping
+    if spec.validation_terms:
+        probs = np.empty((outputs.channels, *case.shape), np.float32)
+    return Prediction(case, np.empty((*regions, *case.shape), np.uint8), probs)
+
+
 def encode(spec, probs):
     """Probabilities (K, D, H, W) in one byte a voxel and region, of which masks are made.
 
@@ -265,6 +274,29 @@ def directions(spec):
     """{score: "higher", "lower" or None}, whichever is better, for all that `evaluate` reports."""
     better = {name: metrics.entry(name)[0].better for name in spec.reported}
     return better | {f"{name}_loss": "lower" for name in spec.validation_terms}
+
+
+def per_region(given, candidates, regions):
+    """{region: the number that the settings give it, or else all candidates}.
+
+    given: one number for all, {region: number}, or None.
+    """
+    own = given if isinstance(given, dict) else dict.fromkeys(regions, given)
+    return {n: tuple(candidates) if own.get(n) is None else (own[n],) for n in regions}
+
+
+def absent_regions(outputs, cases):
+    """A note for people if some of several regions have no voxel in any of these cases."""
+    absent = [
+        name
+        for name, ids in outputs.regions.items()
+        if not any(case.counts.get(i) for case in cases for i in ids)
+    ]
+    note = (
+        f"validation: no case has a voxel of {', '.join(absent)}; their scores only say "
+        "whether the prediction has any"
+    )
+    return [note] * bool(cases and absent and outputs.several)
 
 
 def full_names(metric, names, outputs):

@@ -12,6 +12,7 @@ import torch
 
 import data
 from runtime import signals, validation
+from runtime.outputs import Outputs
 from runtime.validation import Evaluation, Validator
 from volumes import casefile
 
@@ -189,7 +190,17 @@ def test_the_slice_with_most_labeled_foreground_is_shown():
     truth = np.zeros((4, 5, 6), np.uint8)
     truth[1, :, 0:2], truth[2, 0:3], truth[3] = 1, 1, 2
     image = np.arange(truth.size, dtype=np.uint16).reshape(truth.shape)[None]
-    slices = validation.middle_slices(image, truth, ignore_label=2)
-    assert slices["z"] == 2 and slices["labeled"].all() and slices["truth"].sum() == 18
+    slices = validation.middle_slices(image, truth, Outputs({"bar": (1,)}), ignore_label=2)
+    assert slices["z"] == 2 and slices["labeled"].all() and slices["truth"]["bar"].sum() == 18
     assert np.array_equal(slices["image"], image[0, 2])
-    assert validation.middle_slices(image, truth, None)["z"] == 3
+    assert validation.middle_slices(image, truth, Outputs({"all": (1, 2)}), None)["z"] == 3
+
+
+def test_the_slice_that_is_shown_has_much_of_every_class_the_rare_ones_too():
+    label = np.zeros((4, 5, 6), np.uint8)
+    label[1:3, :, 0:3], label[1, 0, 0], label[3] = 3, 0, 3  # most of class 3 in the last slice
+    label[2, 0, 5] = 7
+    regions = Outputs({"artery": (3,), "vein": (7,)}, exclusive=True)
+    slices = validation.middle_slices(label[None], label, regions, ignore_label=255)
+    assert slices["z"] == 2
+    assert {name: mask.sum() for name, mask in slices["truth"].items()} == {"artery": 15, "vein": 1}
