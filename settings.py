@@ -360,16 +360,33 @@ class Settings(Group):
         clip = self.data.percentiles
         return {**shape, "spacing": self.data.spacing, "clip": clip, "seed": self.run.seed}
 
-    def with_chosen(self, chosen):
-        """These settings, with what validation chose ({} if nothing) where they leave it open."""
+    def with_chosen(self, chosen, regions, *, exclusive=False):
+        """These settings, with what validation chose ({} if nothing) where they leave it open.
+
+        regions: names of what the network tells apart. Of several ones threshold and size are
+        {region: number} then; regions that exclude each other have no threshold.
+        """
         copy = self.model_copy(deep=True)
-        if copy.inference.threshold is None:
-            copy.inference.threshold = chosen.get("threshold", 0.5)
-        if copy.postprocess.min_component_voxels is None:
-            copy.postprocess.min_component_voxels = chosen.get("min_component_voxels", 0)
+        if not exclusive:
+            asked = copy.inference.threshold, chosen.get("threshold"), 0.5
+            copy.inference.threshold = _of_each(regions, asked)
+        asked = copy.postprocess.min_component_voxels, chosen.get("min_component_voxels"), 0
+        copy.postprocess.min_component_voxels = _of_each(regions, asked)
         return copy
 
     def window_arguments(self):
         """Arguments of `runtime.sliding_window.predict_volume`."""
         arguments = self.inference.model_dump(include={"window", "overlap", "batch", "flips"})
         return {**arguments, "window": self.inference.window or self.sampling.patch}
+
+
+def _of_each(regions, values):
+    """{region: number} by the first of the values that has one for it; of one region the number.
+
+    A value is one number for all, {region: number} or None.
+    """
+    numbers = {}
+    for name in regions:
+        own = [value.get(name) if isinstance(value, dict) else value for value in values]
+        numbers[name] = next(number for number in own if number is not None)
+    return numbers if len(numbers) > 1 else numbers.popitem()[1]

@@ -159,7 +159,7 @@ def joint_settings(members, overrides):
     for member in members:
         with collect_errors(faults):
             settings = config.build(config.apply_overrides(member.config, overrides))
-            settings = settings.with_chosen(member.chosen)
+            settings = settings.with_chosen(member.chosen, ["foreground"])
             settings.inference.window = settings.inference.window or settings.sampling.patch
             strides = member.data["strides"]
             model.check_divides("inference.window", settings.inference.window, strides)

@@ -7,6 +7,7 @@
 A region is a name and the ids of the classes that belong to it.
 """
 
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,3 +118,26 @@ def of_metadata(data):
     return Outputs(
         {name: tuple(ids) for name, ids in regions.items()}, data.get("exclusive", False)
     )
+
+
+def check_settings(outputs, settings):
+    """ValueError, a sentence per fault, for what prediction cannot do with these outputs."""
+    faults = []
+    for key in ("inference.threshold", "postprocess.min_component_voxels"):
+        value = operator.attrgetter(key)(settings)
+        named = value if isinstance(value, dict) else {}
+        if unknown := [name for name in named if name not in outputs.regions]:
+            faults.append(
+                f"{key}: expected names among {', '.join(outputs.regions)}, got "
+                f"{', '.join(unknown)}"
+            )
+    if outputs.exclusive:
+        names = ", ".join(outputs.regions)
+        for key in ("inference.threshold", "postprocess.hysteresis"):
+            if (value := operator.attrgetter(key)(settings)) is not None:
+                faults.append(
+                    f"{key}: expected none, for a voxel gets the most probable of {names} and the "
+                    f"background, without a threshold, got {value}; set it to null"
+                )
+    if faults:
+        raise ValueError("\n".join(faults))

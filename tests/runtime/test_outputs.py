@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from runtime import outputs
+from runtime import config, outputs
 from runtime.outputs import Outputs
 
 CLASSES = {"background": 0, "artery": 3, "vein": 7, "nerve": 1}
@@ -66,3 +66,63 @@ def test_a_checkpoint_tells_them_and_an_old_one_has_one_foreground():
     ):
         assert outputs.of_metadata({"foreground": some.foreground, **outputs.plain(some)}) == some
     assert outputs.of_metadata({"foreground": [2, 5]}) == Outputs({"foreground": (2, 5)})
+
+
+# ---------------------------------------------------------------------------- settings
+
+SHEETS = Outputs({"recto": (1,), "verso": (2,)})
+
+
+def settings_of(threshold=None, size=None, hysteresis=None):
+    post = {"min_component_voxels": size, "hysteresis": hysteresis}
+    return config.build({"inference": {"threshold": threshold}, "postprocess": post})
+
+
+@pytest.mark.parametrize(
+    ("own", "chosen", "expected"),
+    [
+        (None, {}, {"recto": 0.5, "verso": 0.5}),
+        (None, {"recto": 0.3, "verso": 0.6}, {"recto": 0.3, "verso": 0.6}),
+        (0.4, {"recto": 0.3, "verso": 0.6}, {"recto": 0.4, "verso": 0.4}),
+        ({"verso": 0.0}, {"recto": 0.3, "verso": 0.6}, {"recto": 0.3, "verso": 0.0}),
+        ({"verso": 0.9}, {}, {"recto": 0.5, "verso": 0.9}),
+    ],
+)
+def test_each_region_has_its_own_threshold_else_the_chosen_one_else_a_half(own, chosen, expected):
+    settings = settings_of(own).with_chosen({"threshold": chosen} if chosen else {}, SHEETS.regions)
+    assert settings.inference.threshold == expected
+    assert settings.postprocess.min_component_voxels == {"recto": 0, "verso": 0}
+
+
+def test_one_foreground_has_one_number_by_its_name_or_without():
+    for own, expected in ((None, 20), (0, 0), ({"sheet": 5}, 5), ({}, 20)):
+        settings = settings_of(size=own).with_chosen({"min_component_voxels": 20}, ["sheet"])
+        assert settings.postprocess.min_component_voxels == expected
+        assert settings.inference.threshold == 0.5
+
+
+def test_classes_that_exclude_each_other_have_no_threshold():
+    chosen = {"min_component_voxels": {"recto": 3, "verso": 0}}
+    settings = settings_of().with_chosen(chosen, SHEETS.regions, exclusive=True)
+    assert settings.inference.threshold is None
+    assert settings.postprocess.min_component_voxels == {"recto": 3, "verso": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "exclusive", "message"),
+    [
+        ({"threshold": 0.5}, True, "inference.threshold: expected none, .* recto, verso and the b"),
+        ({"hysteresis": 0.2}, True, "postprocess.hysteresis: expected none, .* got 0.2; set it to"),
+        ({"threshold": {"rekto": 0.5}}, False, "threshold: .* among recto, verso, got rekto"),
+        ({"size": {"rekto": 5}}, True, "min_component_voxels: .* among recto, verso, got rekto"),
+    ],
+)
+def test_what_prediction_cannot_do_is_one_sentence(changes, exclusive, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        outputs.check_settings(Outputs(SHEETS.regions, exclusive), settings_of(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_name_regions_pass():
+    outputs.check_settings(SHEETS, settings_of({"recto": 0.4}, {"verso": 9}, 0.2))
+    outputs.check_settings(Outputs(SHEETS.regions, True), settings_of(size={"verso": 9}))
