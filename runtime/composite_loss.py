@@ -81,13 +81,10 @@ def composite_loss(
     _check_scale_weights(scale_weights, len(outputs))
     acts_now = acting(terms, step)
     depths = {name: terms[name].get("scales") or len(outputs) for name in acts_now}
-    valid = None if valid is None else valid.bool()
-    finest = outputs[: max(depths.values(), default=1)]
     how = (target, valid, spacing, skeleton, overlapping, class_weights)
-    scales = [_pooled(logits, *how) for logits in finest]
-    of_regions = class_weights if overlapping and class_weights else [1.0] * len(scales[0])
+    scales = [_pooled(logits, *how) for logits in outputs[: max(depths.values(), default=1)]]
     weights = {n: scale_weights[: depths[n] if acts else 1] for n, acts in acts_now.items()}
-    parts = {name: _parts(some, of_regions, scales) for name, some in weights.items()}
+    parts = {name: _parts(some, scales, class_weights) for name, some in weights.items()}
     if over_ranks is not None:
         parts = _weighted(parts, acts_now, terms, over_ranks)
 
@@ -140,7 +137,7 @@ def takes_skeleton(terms, *, validation_only=False):
 def _pooled(logits, target, valid, spacing, skeleton, overlapping, class_weights):
     """The `_Scale`s of these logits, from target, valid, spacing and skeleton of the finest one:
     one, or of overlapping regions one for each."""
-    shape = logits.shape[2:]
+    shape, valid = logits.shape[2:], None if valid is None else valid.bool()
     factors = [n / m for n, m in zip(target.shape[2:], shape, strict=True)]
     spacings = spacing if isinstance(spacing[0], tuple) else [spacing]
     spacings = [tuple(s * f for s, f in zip(one, factors, strict=True)) for one in spacings]
@@ -154,12 +151,14 @@ def _pooled(logits, target, valid, spacing, skeleton, overlapping, class_weights
     return [_Scale(*pair, valid, spacing, tube) for pair in pairs]
 
 
-def _parts(scale_weights, region_weights, scales):
+def _parts(scale_weights, scales, class_weights):
     """[(share, `_Scale`)] of the scales and regions on which a term acts; shares add up to 1."""
+    regions = len(scales[0])
+    weights = class_weights if class_weights and regions > 1 else [1.0] * regions
     return [
-        (a / sum(scale_weights) * (b / sum(region_weights)), scale)
-        for a, regions in zip(scale_weights, scales, strict=False)
-        for b, scale in zip(region_weights, regions, strict=True)
+        (a / sum(scale_weights) * (b / sum(weights)), scale)
+        for a, of_regions in zip(scale_weights, scales, strict=False)
+        for b, scale in zip(weights, of_regions, strict=True)
         if a > 0
     ]
 

@@ -70,7 +70,9 @@ class Run:
         self.news, self.agreed_stop, self.shared = {}, None, {}
         self.metadata, self.notes = build.metadata(plan), list(plan.notes)
         if patches.missing:
-            self.notes.append(f"sampling: no training case has a voxel of class {patches.missing}")
+            missing = [n for n, i in plan.dataset.classes.items() if i in patches.missing]
+            text = f"sampling: no training case has a voxel of {', '.join(missing)}"
+            self.notes.append(text)
         with checked(self.group):
             build.check_alike(plan, self.metadata)
             self._open(resume)

@@ -165,6 +165,36 @@ def test_ignored_voxels_of_several_classes_get_zero_gradient(loss):
     assert torch.equal(*values)
 
 
+@EVERY_LOSS
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0]])
+def test_a_term_of_three_classes_is_the_mean_of_one_for_each_against_the_rest(loss, weights):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 4, 5, 6, generator=generator)
+    target = torch.randint(0, 4, (2, 1, 4, 5, 6), generator=generator)
+    valid = draw()[2]
+    chosen = [1.0, 1.0, 1.0] if weights is None else weights
+    if loss is weighted_bce_loss:  # the cross-entropy of all classes
+        entropy = F.cross_entropy(logits, target[:, 0], reduction="none")[valid[:, 0]]
+        counts = torch.tensor([1.0, *(w * 3 / sum(chosen) for w in chosen)])[target[valid]]
+        expected = (entropy * counts).sum() / counts.sum()
+    else:
+        rest = torch.logit(torch.softmax(logits, 1).double())
+        how = {"windows": 2} if loss is LOSSES["toploss"] else {}  # one for each sample
+        values = [loss(rest[:, [c]], (target == c).float(), valid, **how) for c in (1, 2, 3)]
+        expected = sum(w * v for w, v in zip(chosen, values, strict=True)) / sum(chosen)
+    how = {"windows": 6} if loss is LOSSES["toploss"] else {}
+    value = loss(logits, target, valid, class_weights=weights, **how)
+    torch.testing.assert_close(value, expected.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 0.0]])
+def test_weights_that_are_not_one_for_each_class_are_refused(weights):
+    logits = torch.zeros(1, 4, 2, 2, 2)
+    for loss in EVERY.values():
+        with pytest.raises(ValueError, match="expected 3 positive numbers, one for each"):
+            loss(logits, torch.ones(1, 1, 2, 2, 2), class_weights=weights)
+
+
 # ---------------------------------------------------------------------------- terms
 
 

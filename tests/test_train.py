@@ -508,7 +508,7 @@ def test_a_class_that_no_case_holds_is_said(root, tmp_path, capsys):
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     named = settings(tmp_path, tmp_path, "data.foreground=[bar, vein]", "training.max_steps=0")
     assert train.main(named) == 0
-    assert "no training case has a voxel of class [5]" in capsys.readouterr().out
+    assert "no training case has a voxel of vein" in capsys.readouterr().out
 
 
 def test_the_cache_keeps_what_the_setting_says(root, tmp_path):

@@ -59,7 +59,7 @@ def smooth(shape, seed=0):
     return (ndimage.gaussian_filter(noise, 2.5) * 100).astype(np.float32)
 
 
-def make_patch(image, label, mapping, center, patch, *, ignore_label=None, skeleton=None):
+def make_patch(image, label, mapping, center, patch, *, skeleton=None, **how):
     """((image, target, valid, skeleton), place): from the box alone, as a worker ships it."""
     place = resample.place_patch(mapping, center, patch, image.shape[1:])
     box = tuple(slice(a, b) for a, b in zip(place.start, place.stop, strict=True))
@@ -69,8 +69,7 @@ def make_patch(image, label, mapping, center, patch, *, ignore_label=None, skele
         None if skeleton is None else torch.from_numpy(skeleton[box]),
         geometry={**mapping._asdict(), **place._asdict(), "shape": image.shape[1:]},
         patch=patch,
-        regions=[[1]],
-        ignore_label=ignore_label,
+        **{"regions": [[1]], "ignore_label": None} | how,
     )
     return patches, place
 
@@ -218,6 +217,28 @@ def test_the_image_is_drawn_from_any_dtype_as_float32(dtype):
         )
         (found, *_), _ = make_patch(image.astype(dtype), label, mapping, (5, 6, 7), (4, 5, 6))
         assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_the_target_is_a_mask_for_each_region_or_the_number_of_the_class(copied):
+    shape = (9, 12, 15)
+    image = np.ones((1, *shape), np.float32)
+    label = np.random.default_rng(3).choice([0, 3, 7, 9, 255], size=shape).astype(np.uint8)
+    skeleton = np.random.default_rng(4).integers(0, 2, shape).astype(np.uint8)
+    at = image, label, of(np.eye(3) if copied else 0.9 * np.eye(3)), (5, 6, 7), (4, 5, 6)
+
+    def target_of(regions, **more):
+        how = {"skeleton": skeleton, "ignore_label": 255, "regions": regions}
+        (_, target, valid, tube), _ = make_patch(*at, **how, **more)
+        return target, valid, tube
+
+    alone = {i: target_of([[i]]) for i in (3, 7, 9)}
+    regions, valid, tube = target_of([[3, 7], [7]])
+    assert torch.equal(regions, torch.cat([alone[3][0] + alone[7][0], alone[7][0]]))
+    classes, _, tube_of_classes = target_of([[7], [3]], exclusive=True)
+    assert torch.equal(classes, alone[7][0] + 2 * alone[3][0]) and classes.max() == 2
+    assert all(torch.equal(valid, other) for _, other, _ in alone.values())
+    assert torch.equal(tube, alone[3][2] + alone[7][2]) and torch.equal(tube, tube_of_classes)
 
 
 def test_a_volume_without_a_label_gives_no_target_and_nothing_valid():

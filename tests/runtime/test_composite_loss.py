@@ -103,8 +103,9 @@ def test_composite_gives_ignored_voxels_no_gradient_at_any_scale():
 # ---------------------------------------------------------------------------- steps
 
 
+@pytest.mark.parametrize("kind", ["one", "classes", "regions"])
 @pytest.mark.parametrize("name", [*LOSSES, "boundary"])
-def test_the_mean_over_ranks_is_the_loss_of_one_batch_of_all_their_samples(name):
+def test_the_mean_over_ranks_is_the_loss_of_one_batch_of_all_their_samples(name, kind):
     if name == "toploss":
         pytest.skip("it chooses its windows among those of a whole batch")
     term = {"weight": 0.7, "scales": 2}
@@ -113,18 +114,29 @@ def test_the_mean_over_ranks_is_the_loss_of_one_batch_of_all_their_samples(name)
     if name == "boundary":
         terms, step = {"cldice": {"weight": 0.7, "interval": 2, "off_step": "boundary"}}, 1
     generator = torch.Generator().manual_seed(0)
-    fine, target = torch.randn(4, 1, 8, 8, 8, generator=generator), torch.zeros(4, 1, 8, 8, 8)
+    channels = {"one": 1, "classes": 3, "regions": 2}[kind]
+    fine, target = (
+        torch.randn(4, channels, 8, 8, 8, generator=generator),
+        torch.zeros(4, 1, 8, 8, 8),
+    )
     target[:, :, 2:6, 3:5] = 1.0
+    how = {}
+    if kind == "classes":
+        target[:, :, 3:5, 4:7] = 2.0
+    if kind == "regions":
+        target = torch.cat([target, target.flip(2, 3)], 1)
+    if kind != "one":
+        how = {"class_weights": [1.0, 3.0], "overlapping": kind == "regions"}
     valid = torch.rand(4, 1, 8, 8, 8, generator=generator) < 0.9
     valid[0, :, 1:], valid[1] = False, False  # few voxels of one sample, none of another
     scales = [fine, F.avg_pool3d(fine, 2)]
-    whole, components = composite_loss(scales, target, valid, terms, step=step)
+    whole, components = composite_loss(scales, target, valid, terms, step=step, **how)
 
     def of_rank(rank, over_ranks):
         part = slice(2 * rank, 2 * rank + 2)
         one = [scale[part] for scale in scales]
         arguments = one, target[part], valid[part], terms
-        return composite_loss(*arguments, step=step, over_ranks=over_ranks)
+        return composite_loss(*arguments, step=step, over_ranks=over_ranks, **how)
 
     weights = []
     for rank in range(2):
@@ -343,7 +355,53 @@ def test_several_classes_are_shares_at_the_coarse_scale():
     torch.testing.assert_close(total, expected)
 
 
+@pytest.mark.parametrize("class_weights", [None, [1.0, 4.0]])
+def test_overlapping_regions_are_each_a_foreground_of_its_own(class_weights):
+    generator = torch.Generator().manual_seed(0)
+    fine = torch.randn(2, 2, 6, 8, 8, generator=generator).requires_grad_()
+    coarse = torch.randn(2, 2, 3, 4, 4, generator=generator).requires_grad_()
+    target = (torch.rand(2, 2, 6, 8, 8, generator=generator) > 0.7).float()
+    valid = torch.rand(2, 1, 6, 8, 8, generator=generator) > 0.2
+    skeleton = (torch.rand(2, 1, 6, 8, 8, generator=generator) > 0.5).float()
+    terms = {name: {"weight": 0.5, "scales": 1} for name in LOSSES if name != "weighted_bce"}
+    terms["weighted_bce"] = {"weight": 1.0}
+    how = {"spacing": (2.0, 1.0, 1.0), "skeleton": skeleton}
+    total, components = composite_loss(
+        [fine, coarse], target, valid, terms, overlapping=True, class_weights=class_weights, **how
+    )
+    each = [
+        composite_loss([x[:, [r]] for x in (fine, coarse)], target[:, [r]], valid, terms, **how)
+        for r in range(2)
+    ]
+    shares = [w / sum(class_weights or [1, 1]) for w in class_weights or [1, 1]]
+    for name, value in components.items():
+        expected = sum(s * found[name] for s, (_, found) in zip(shares, each, strict=True))
+        torch.testing.assert_close(value, expected)
+    total.backward()
+    assert bool((fine.grad[~valid.expand_as(fine)] == 0).all())
+    assert bool((fine.grad[:, 0] != 0).any()) and bool((fine.grad[:, 1] != 0).any())
+
+
 # ---------------------------------------------------------------------------- validation
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_validation_losses_of_several_classes_are_those_of_training(overlapping):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 5, 6, generator=generator)
+    ids = torch.randint(0, 3, (1, 4, 5, 6), generator=generator)
+    target = torch.cat([ids > 0, ids > 1, ids == 1]) if overlapping else ids
+    valid = torch.rand(4, 5, 6, generator=generator) > 0.2
+    terms = {name: {"weight": 1.0} for name in ("weighted_bce", "surface_distance")}
+    later = {name: term | {"validation_only": True} for name, term in terms.items()}
+    weights = [1.0, 2.0, 3.0] if overlapping else [1.0, 3.0]
+    how = {"overlapping": overlapping, "class_weights": weights}
+    probs = torch.sigmoid(logits) if overlapping else torch.softmax(logits, 0)
+    values = validation_losses(probs, target, valid, later, tile=(4, 5, 6), **how)
+    _, expected = composite_loss(logits[None], target[None], valid[None, None], terms, **how)
+    assert values == {
+        f"{name}_loss": pytest.approx(float(expected[name]), rel=1e-4) for name in terms
+    }
 
 
 def test_validation_only_terms_never_train():
