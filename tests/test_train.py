@@ -190,7 +190,7 @@ def test_validation_terms_see_labeled_voxels_and_the_stored_skeleton(root, tmp_p
     ((target, valid, options),) = seen
     with h5py.File(root / "bar2.h5") as file:
         label, skeleton = file["label"][:], file["skeleton"][:]
-    assert np.array_equal(target.numpy(), label == 1)
+    assert np.array_equal(target[0].numpy(), label == 1)
     assert np.array_equal(valid.numpy(), label != 2)
     assert np.array_equal(options["skeleton"].numpy(), skeleton)
     assert options["spacing"] == (2.0, 1.0, 1.0)
