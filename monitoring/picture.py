@@ -119,7 +119,11 @@ def _scores(axis, run):
         values = [value for _, value in points if finite(value) is not None]
         if name.endswith("_loss") or not values or min(values) < 0 or max(values) > 1:
             continue  # a loss, a count, or a distance
-        style = {"color": class_color(of_classes.index(name))} if name in of_classes else {}
+        style = {}
+        if name in of_classes:
+            style = {"color": class_color(of_classes.index(name))}
+        elif of_classes:  # these have all the colors
+            style = {"color": "black"} if name == main else {"ls": "--"}
         _curve(axis, points, name, main=name == main, marker="o", ms=3, **style)
         # The untrained network sets no scale.
         shown += [v for step, v in points if step > 0 and finite(v) is not None] or values
@@ -233,7 +237,7 @@ def _slices(axes, slices, threshold):
     image, labeled = slices["image"][small], slices["labeled"][small]
     truth, mask = (np.stack([*slices[key].values()])[small] for key in ("truth", "mask"))
     axes[0].imshow(image, cmap="gray")
-    titles = ["image, the slice with most foreground"]
+    titles = [f"image, the slice with most {'foreground' if len(truth) == 1 else 'of all classes'}"]
     if len(truth) == 1:
         shown = axes[1].imshow(slices["probs"][0][small], cmap="magma", vmin=0, vmax=1)
         bar = axes[1].figure.colorbar(shown, ax=axes[1], fraction=0.05, pad=0.02)

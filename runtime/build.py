@@ -79,6 +79,7 @@ def resolve(settings, group=None):
     terms = settings.terms()
     composite_loss.check_terms(terms, in_training=True)
     evaluator.full_names(settings.validation.score, settings.validation.scores, told_apart)
+    outputs.check_settings(told_apart, settings)
     if composite_loss.takes_skeleton(terms):
         casefile.check_skeletons(split.train)
     if composite_loss.takes_skeleton(terms, validation_only=True):
@@ -244,9 +245,7 @@ def evaluation_spec(plan):
         names=names,
         outputs=plan.outputs,
         thresholds={} if plan.outputs.exclusive else thresholds,
-        sizes=evaluator.per_region(
-            post.min_component_voxels, sorted(asked.min_component_voxels), regions
-        ),
+        sizes=evaluator.per_region(post.min_component_voxels, sizes, regions),
         hysteresis=post.hysteresis,
         max_hole_voxels=post.max_hole_voxels,
         closing_radius=post.closing_radius,

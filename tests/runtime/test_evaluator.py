@@ -51,7 +51,7 @@ def spec_of(*, outputs=ONE, thresholds=(0.5, 0.4, 0.6), sizes=(0,), **changes):
 
 
 def result_of(tmp_path, spec, *pairs, ignore_label=2):
-    """The result for [(label, probs), ...]; probs (D, H, W) of one foreground, else (K, D, H, W)."""
+    """The result for [(label, probs), ...]; probs (D, H, W), or (K, D, H, W)."""
     predictions = []
     for number, (label, probs) in enumerate(pairs):
         case = make_case(tmp_path, label, ignore_label, case_id=f"c{number}")
