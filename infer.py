@@ -12,8 +12,9 @@
 Of several checkpoints the probabilities are averaged. Parts share out volumes and slabs of volumes;
 the part that finds the last slab of a volume writes it, with the bits that one process gives.
 
-Leaves <output>/<id> in the format of the source, uint8 0 and 1 on the image's own grid with its
-spacing and affine; with inference.save_probabilities=true also <output>/probabilities/<id>.
+Leaves <output>/<id> in the format of the source, on the image's own grid with its spacing and
+affine: uint8 0 and 1, or the ids of the label where the network tells several classes apart. With
+inference.save_probabilities=true also <output>/probabilities/<id>, or <class>/<id> in there.
 Without --output these go to the run's predictions/. --submission writes the masks a second time,
 in the format of the Vesuvius Challenge, and reads them back. Every input is checked before the
 first is predicted. Parts keep slabs in <output>/.parts/ and go on from there when started again.
@@ -35,7 +36,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import data
-from runtime import config, ensemble, parts
+from runtime import config, ensemble, outputs, parts
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import resolve_device, resolve_precision
 from volumes.files import read_label, write_volume
@@ -92,7 +93,8 @@ def prepare_to_predict(arguments, part):
         root = [metadata["root"], *roots][-1]
         inputs, notes = check_inputs(arguments.input, metadata, root, output)
         if arguments.submission:
-            faults += submission_faults(arguments.submission, [volume.id for volume in inputs])
+            ids, regions = [volume.id for volume in inputs], outputs.of_metadata(metadata).regions
+            faults += submission_faults(arguments.submission, ids, regions)
     for volume in inputs if not faults else ():
         if volume.spacing is not None:
             grid = (volume.spacing, metadata["spacing"], volume.unit)
@@ -100,18 +102,32 @@ def prepare_to_predict(arguments, part):
             faults += data.spacing_faults(volume.path, volume.shape, window, *grid)
     if faults:
         raise InputErrors(*faults)
-    inference, post = settings.inference, settings.postprocess.model_dump()
-    steps = ", ".join(f"{key} {value}" for key, value in post.items() if value)
+    predictor = ensemble.Predictor(members, settings, metadata, device, precision)
     lines = [
         f"device     {device} ({device_reason}), precision {precision} ({precision_reason})",
         *(f"checkpoint {m.path}, step {m.step}, {m.weights}" for m in members),
+        *([f"classes    {predictor.outputs.describe()}"] if predictor.outputs.several else []),
         *([joint_line] if joint_line else []),
-        f"windows    {list(inference.window)}, overlap {inference.overlap}, "
-        f"{'8 flips' if inference.flips else 'no flips'}, threshold {inference.threshold}, "
-        f"{steps or 'no postprocessing'}",
+        f"windows    {_describe(settings)}",
     ]
-    predictor = ensemble.Predictor(members, settings, metadata, device, precision)
     return predictor, inputs, output, lines + notes
+
+
+def _describe(settings):
+    """How windows become a mask, for people."""
+    inference, words = settings.inference, []
+    threshold = f"threshold {ensemble.in_words(inference.threshold)}"
+    for key, value in settings.postprocess.model_dump().items():
+        if any(value.values()) if isinstance(value, dict) else value:
+            words.append(f"{key} {ensemble.in_words(value)}")
+    return ", ".join(
+        [
+            f"{list(inference.window)}, overlap {inference.overlap}",
+            "8 flips" if inference.flips else "no flips",
+            "the most probable class" if inference.threshold is None else threshold,
+            *(words or ["no postprocessing"]),
+        ]
+    )
 
 
 # ---------------------------------------------------------------------------- prediction
@@ -135,17 +151,23 @@ def failures_named(volume):
 
 def write_prediction(predictor, volume, whole, output):
     """Write the results of a volume from its whole layers: (files, a clause about them)."""
-    target, probs = volume.prediction_path(output), whole.pop("probs", None)
+    target, several = volume.prediction_path(output), predictor.outputs.several
     grid = {key: getattr(volume, key) for key in ("spacing", "unit", "affine", "header")}
-    mask, paths = predictor.mask(volume, **whole), [target]
+    probs, paths = predictor.regions_of(whole, "probs"), [target]
+    masks = predictor.masks(volume, whole)
+    mask = predictor.outputs.paint(masks)
+    shares = {name if several else "foreground": own.mean() for name, own in masks.items()}
+    del masks
     try:
-        if probs is not None:
-            paths.append(output / "probabilities" / target.name)
-            write_volume(paths[-1], probs, **grid)
+        for name, own in probs.items():
+            folder = output / "probabilities" / (name if several else "")
+            paths.append(folder / target.name)
+            write_volume(paths[-1], own, **grid)
         write_volume(target, mask, **grid)
     except Exception as error:  # each format's writer has its own
         raise CannotGoOn(f"the prediction cannot be written ({error})") from error
-    return paths, f"{100 * mask.mean():.2f} % foreground, {target}"
+    shares = ", ".join(f"{100 * share:.2f} % {name}" for name, share in shares.items())
+    return paths, f"{shares}, {target}"
 
 
 def predict_whole(predictor, volume, output, console):

@@ -6,7 +6,16 @@ are in the unit of the data (mm, micron, voxel).
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 
 def _tuples(value):
@@ -14,10 +23,19 @@ def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
+def _one_or_each(number):
+    """The type of a number, or of {region: number}; a fault is that of one of them."""
+    one, each = Annotated[number, Tag("<one>")], Annotated[dict[str, number], Tag("<each>")]
+    which = Discriminator(lambda value: "<each>" if isinstance(value, dict) else "<one>")
+    return Annotated[one | each, which]
+
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Probabilities = _one_or_each(Probability)
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
+Wholes = _one_or_each(Whole)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -307,7 +325,7 @@ class Inference(Group):
     flips: bool = False  # average over the 8 flips
     batch: Count = 2  # windows; torch convolves a batch of one at half the speed on a CPU
     # Of regions one for all, or {name: threshold}; null: what validation chose, 0.5 without.
-    threshold: Probability | dict[str, Probability] | None = None
+    threshold: Probabilities | None = None
     save_probabilities: bool = False
 
 
@@ -317,7 +335,7 @@ class Postprocess(Group):
     hysteresis: Probability | None = None  # voxels above it stay if they touch kept ones
     # Smaller components are removed, 0: none; null: what validation chose, 0 without. Of several
     # classes one number for all, or {name: number}.
-    min_component_voxels: Whole | dict[str, Whole] | None = None
+    min_component_voxels: Wholes | None = None
     max_hole_voxels: Whole = 0  # holes of up to so many voxels are filled, in slices too
     closing_radius: NonNegative = 0.0  # of the ball that closes gaps, in the unit of the spacing
 
@@ -360,7 +378,7 @@ class Settings(Group):
         clip = self.data.percentiles
         return {**shape, "spacing": self.data.spacing, "clip": clip, "seed": self.run.seed}
 
-    def with_chosen(self, chosen, regions, *, exclusive=False):
+    def with_chosen(self, chosen, regions, exclusive=False):
         """These settings, with what validation chose ({} if nothing) where they leave it open.
 
         regions: names of what the network tells apart. Of several ones threshold and size are

@@ -153,6 +153,8 @@ def _predict_slabs(plan, report):
             case.intensity,
             wanted=settings.data.spacing,
             clip=settings.data.percentiles,
+            channels=plan.outputs.channels,
+            exclusive=plan.outputs.exclusive,
             device=plan.device,
             precision=plan.precision,
             report=report,

@@ -110,7 +110,8 @@ def _example(key):
 
 def _sentence(error, model):
     """One pydantic error as: key: expected, got, what to do."""
-    key = ".".join(str(p) for p in error["loc"] if not str(p).startswith(("tuple", "none")))
+    kinds = ("tuple", "none", "<")  # of a value that may be of one kind or another
+    key = ".".join(str(p) for p in error["loc"] if not str(p).startswith(kinds))
     got = repr(error["input"])
     if error["type"] == "extra_forbidden":
         if not difflib.get_close_matches(

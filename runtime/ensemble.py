@@ -11,11 +11,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import model
-from runtime import checkpoint, config, parts
+from runtime import checkpoint, config, outputs, parts
 from runtime.folder import newest_run_folder
 from runtime.jobs import Ledger
 from runtime.sliding_window import network_ratio, predict_case, window_rows
@@ -97,12 +96,14 @@ def _of_sweep(folder):
 def build_network(state, path):
     """(network, which weights) of a checkpoint, in eval mode on the CPU; ValueError names path."""
     metadata, settings = state["data"], config.build(state["config"])
+    told_apart = outputs.of_metadata(metadata)
     network = model.build_network(
         metadata["channels"],
-        1,
+        told_apart.channels,
         strides=metadata["strides"],
         kernels=metadata["kernels"],
         settings=settings.model.model_dump(),
+        exclusive=told_apart.exclusive,
     )
     averaged = state["ema"] is not None and settings.optim.ema > 0  # 0: a copy of the last step's
     try:
@@ -125,6 +126,7 @@ def _layout_faults(first, other):
             {
                 "channels": metadata["channels"],
                 "foreground": sorted(names[number] for number in metadata["foreground"]),
+                "regions": _regions(outputs.of_metadata(metadata), names),
                 "unit": metadata["unit"],
                 "data.spacing": [size or 0.0 for size in metadata["spacing"]],
                 "data.clip_percentiles": settings.data.clip_percentiles,
@@ -146,6 +148,16 @@ def _layout_faults(first, other):
         )
 
 
+def _regions(told_apart, names):
+    """What a network tells apart, in words; names: {id: class}."""
+    if not told_apart.several:
+        return "one foreground"
+    kind = "one in each voxel" if told_apart.exclusive else "that may overlap"
+    rows = told_apart.regions.items()
+    rows = [f"{name} ({'+'.join(names[number] for number in ids)})" for name, ids in rows]
+    return f"{', '.join(rows)}, {kind}"
+
+
 # ---------------------------------------------------------------------------- putting together
 
 
@@ -156,10 +168,13 @@ def joint_settings(members, overrides):
     runs (device, windows at once) is said by the first. line: for people, None without an ensemble.
     """
     faults, each = [], []
+    told_apart = outputs.of_metadata(members[0].data)
     for member in members:
         with collect_errors(faults):
             settings = config.build(config.apply_overrides(member.config, overrides))
-            settings = settings.with_chosen(member.chosen, ["foreground"])
+            outputs.check_settings(told_apart, settings)
+            about = told_apart.regions, told_apart.exclusive
+            settings = settings.with_chosen(member.chosen, *about)
             settings.inference.window = settings.inference.window or settings.sampling.patch
             strides = member.data["strides"]
             model.check_divides("inference.window", settings.inference.window, strides)
@@ -179,11 +194,29 @@ def joint_settings(members, overrides):
     for key, digits in CHOSEN.items():
         group, name = key.split(".")
         values = [attrgetter(key)(settings) for settings in each]
-        if len(set(values)) > 1:
-            setattr(getattr(joint, group), name, round(statistics.mean(values), digits))
-        clauses.append(f"{name} {attrgetter(key)(joint)} of {', '.join(map(str, values))}")
+        if values[0] is None:  # the threshold of classes
+            continue
+        if any(value != values[0] for value in values):
+            setattr(getattr(joint, group), name, _mean(values, digits))
+        clauses.append(
+            f"{name} {in_words(attrgetter(key)(joint))} of {', '.join(map(in_words, values))}"
+        )
     line = f"ensemble   mean of {len(members)} networks' probabilities; {'; '.join(clauses)}"
     return joint, line if len(members) > 1 else None
+
+
+def _mean(values, digits):
+    """Of numbers, or of {region: number}."""
+    if isinstance(values[0], dict):
+        return {name: _mean([value[name] for value in values], digits) for name in values[0]}
+    return round(statistics.mean(values), digits)
+
+
+def in_words(value):
+    """A number, or {region: number}, as it can be given on the command line."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {number}' for name, number in value.items())}}}"
+    return str(value)
 
 
 def joint_metadata(members):
@@ -207,11 +240,13 @@ class Predictor:
 
     def __init__(self, members, settings, metadata, device, precision):
         self.members, self.settings, self.metadata = members, settings, metadata
+        self.outputs = outputs.of_metadata(metadata)
         self.networks = [member.network.to(device) for member in members]
         # remembered: what memory the volumes before have needed, for all that follow.
         self.how = {"device": device, "precision": precision, "remembered": {}}
         self.how |= {"wanted": metadata["spacing"], "clip": settings.data.percentiles}
         self.how["typical"] = metadata.get("typical", False)  # not in those of older versions
+        self.how |= {"channels": self.outputs.channels, "exclusive": self.outputs.exclusive}
         self.how |= settings.window_arguments()
 
     def rows(self, volume):
@@ -221,26 +256,54 @@ class Predictor:
         return window_rows(volume.shape, inference.window, inference.overlap, ratio)
 
     def slabs(self, volume, **how):
-        """Finished slabs in order: (z0, {name: (d, H, W)}); how: arguments of predict_slabs.
-
-        high: bool, above the threshold; low: above that of hysteresis, if there is one; probs:
-        float32, if inference.save_probabilities asks for them.
-        """
-        inference, hysteresis = self.settings.inference, self.settings.postprocess.hysteresis
+        """Finished slabs in order: (z0, {layer: (d, H, W)}); how: arguments of predict_slabs."""
         with volume.voxels() as image:
             about = (image, volume.spacing, volume.intensity)
-            for z0, (probs,) in predict_case(self.networks, *about, **self.how, **how):
-                layers = {"high": probs >= inference.threshold}
-                if hysteresis is not None:
-                    layers["low"] = probs >= hysteresis
-                if inference.save_probabilities:
-                    layers["probs"] = probs
+            for z0, probs in predict_case(self.networks, *about, **self.how, **how):
+                layers = self._layers(probs)
+                del probs  # while the next slab is made
                 yield z0, layers
 
-    def mask(self, volume, high, low=None):
-        """The mask (D, H, W) uint8 of 0 and 1 of a whole volume."""
-        post = self.settings.postprocess.model_dump()
-        return postprocess.apply(high, low, spacing=volume.spacing, **post).astype(np.uint8)
+    def _layers(self, probs):
+        """The layers of a slab of probabilities (K, d, H, W). Of each region, see `_layer`:
+
+        high: bool, above the threshold; low: above that of hysteresis, if there is one; probs:
+        float32, if inference.save_probabilities asks for them. Of classes that exclude each other
+        one layer, classes, in place of high and low: uint8, see `outputs.most_probable`.
+        """
+        inference, hysteresis = self.settings.inference, self.settings.postprocess.hysteresis
+        layers, exclusive = {}, self.outputs.exclusive
+        if exclusive:
+            layers["classes"] = outputs.most_probable(probs)
+        for name, own in zip(self.outputs.regions, probs[int(exclusive) :], strict=True):
+            if not exclusive:
+                threshold = inference.threshold
+                threshold = threshold[name] if self.outputs.several else threshold
+                layers[self._layer("high", name)] = own >= threshold
+            if hysteresis is not None:
+                layers[self._layer("low", name)] = own >= hysteresis
+            if inference.save_probabilities:
+                layers[self._layer("probs", name)] = own
+        return layers
+
+    def _layer(self, kind, region):
+        return f"{kind}/{region}" if self.outputs.several else kind
+
+    def regions_of(self, whole, kind):
+        """Take {region: (D, H, W)} of one kind out of whole layers: high, low or probs; {} if there
+        are none."""
+        if kind == "high" and self.outputs.exclusive:
+            classes = whole.pop("classes")
+            return {name: classes == i for i, name in enumerate(self.outputs.regions, start=1)}
+        layers = {name: self._layer(kind, name) for name in self.outputs.regions}
+        return {name: whole.pop(layer) for name, layer in layers.items() if layer in whole}
+
+    def masks(self, volume, whole):
+        """{region: mask (D, H, W) bool} of a volume, taken out of its whole layers."""
+        post, exclusive = self.settings.postprocess.model_dump(), self.outputs.exclusive
+        layers = self.regions_of(whole, "high"), self.regions_of(whole, "low")
+        how = {"exclusive": exclusive, "spacing": volume.spacing}
+        return postprocess.apply_to_regions(*layers, **how, **post)
 
     @functools.cached_property
     def digits(self):

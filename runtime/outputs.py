@@ -106,6 +106,15 @@ def _check_names(key, names, named):
         )
 
 
+def most_probable(probs):
+    """The channel of the highest of probabilities (K, D, H, W), the first of equals: uint8."""
+    best, channels = probs[0].copy(), np.zeros(probs.shape[1:], np.uint8)
+    for channel, other in enumerate(probs[1:], start=1):
+        np.putmask(channels, other > best, channel)
+        np.maximum(best, other, out=best)
+    return channels
+
+
 def plain(outputs):
     """What a checkpoint holds of them."""
     regions = {name: list(ids) for name, ids in outputs.regions.items()}
@@ -130,6 +139,12 @@ def check_settings(outputs, settings):
             faults.append(
                 f"{key}: expected names among {', '.join(outputs.regions)}, got "
                 f"{', '.join(unknown)}"
+            )
+    if settings.inference.save_probabilities and outputs.several:
+        if bad := [name for name in outputs.regions if name in (".", "..") or "/" in name]:
+            faults.append(
+                "inference.save_probabilities: expected names of regions that folders can have, "
+                f"got {', '.join(bad)}; set it to false"
             )
     if outputs.exclusive:
         names = ", ".join(outputs.regions)

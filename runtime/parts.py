@@ -8,8 +8,9 @@
         store.join(write)                     # joins them, once
 
 A slab is what `sliding_window.predict_slabs` yields for a row of windows, as layers: {name: (d, H,
-W) of bool or float32}. Its bits do not depend on which process predicts it, so the joined volume is
-that of one process. A slab that is there is not done again. In the folder of the predictions:
+W) of bool, uint8 or float32}. Its bits do not depend on which process predicts it, so the joined
+volume is that of one process. A slab that is there is not done again. In the folder of the
+predictions:
 
     .parts/a.nii.gz/<fingerprint>/4.npz   a slab
     .parts/a.nii.gz.json                  what was joined; its lock is held while that is done
@@ -195,7 +196,7 @@ class SlabStore:
                     for name in file:
                         if f"{name}.shape" in file:
                             shape, planes = file[f"{name}.shape"], file[name]
-                            if planes.dtype == np.uint8:
+                            if planes.ndim == 1:  # bits
                                 planes = np.unpackbits(planes, count=shape.prod()).view(bool)
                             layers[name] = planes.reshape(shape)
                     z0 = int(file["z0"])

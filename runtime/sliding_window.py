@@ -2,17 +2,17 @@
 of planes that they still touch is in memory.
 
     probs = predict_volume(network, volume, (72, 136, 136))           # (1, D, H, W) float32
-    for z0, planes in predict_slabs(network, volume, (72, 136, 136)):  # (1, d, H, W), z in order
-        ...
+    for z0, planes in predict_slabs(network, volume, (72, 136, 136), channels=2):
+        ...                                          # (2, d, H, W), z in order: of two regions
 
 Windows stand on a Cartesian grid of starts. The Gaussian weight of a window is a product of three
 1-D weights, and each axis is normalised over its own windows (weight divided by the sum of the
 weights at that voxel). A product of three partitions of unity is one too, so no volume of summed
 weights is kept and no floor under a small sum is needed: the border has its full weight.
 
-Memory on the device: a slab of floor(window_z * ratio_z) x H x W float32, beside what the network
-needs for one batch. If the device has less, fewer windows go at once, and then the slab lies on the
-CPU: see `WindowFit`.
+Memory on the device: a slab of K x floor(window_z * ratio_z) x H x W float32, beside what the
+network needs for one batch. If the device has less, fewer windows go at once, and then the slab
+lies on the CPU: see `WindowFit`.
 """
 
 import functools
@@ -189,27 +189,28 @@ def _read_patch(volume, spans, normalize, device):
     return patch if normalize is None else normalize(patch)
 
 
-def _call(network, patches, precision):
-    """Logits (B, 1, *window) of a batch; the one place where the network runs."""
+def _call(network, patches, precision, channels):
+    """Logits (B, K, *window) of a batch; the one place where the network runs."""
     dtype = PRECISIONS[precision]
     with torch.autocast(patches.device.type, dtype=dtype, enabled=dtype is not None):
         logits = listed(network(patches))[0]
-    expected = (patches.shape[0], 1, *patches.shape[2:])
+    expected = (patches.shape[0], channels, *patches.shape[2:])
     if tuple(logits.shape) != expected:
         raise ValueError(
             f"network: expected logits of shape {expected} for an input of "
-            f"{tuple(patches.shape)}, got {tuple(logits.shape)}; give a network with one output "
-            "channel that keeps the window's shape"
+            f"{tuple(patches.shape)}, got {tuple(logits.shape)}; give a network with {channels} "
+            f"output channel{'s' * (channels > 1)} that keeps the window's shape"
         )
     return logits
 
 
-def _probabilities(networks, patches, flips, precision):
-    """Probabilities (B, 1, *window) float32: the mean over networks, and the 8 flips if wanted."""
+def _probabilities(networks, patches, flips, precision, channels, exclusive):
+    """Probabilities (B, K, *window) float32: the mean over networks, and the 8 flips if wanted."""
     views = [*product(networks, FLIPS if flips else FLIPS[:1])]
     total = 0.0
     for network, axes in views:
-        probs = _call(network, patches.flip(axes), precision).float().sigmoid()
+        logits = _call(network, patches.flip(axes), precision, channels).float()
+        probs = logits.softmax(dim=1) if exclusive else logits.sigmoid()
         total = total + probs.flip(axes)
     return total / len(views)
 
@@ -218,7 +219,7 @@ def _probabilities(networks, patches, flips, precision):
 def _add_windows(slab, volume, windows, predict, normalize, device):
     """Add the blended probabilities of a batch of windows of one z row to its slab, or none.
 
-    slab (1, d, H, W) begins at the plane where the windows begin; windows are (z, y, x) spans.
+    slab (K, d, H, W) begins at the plane where the windows begin; windows are (z, y, x) spans.
     """
     patches = torch.stack([_read_patch(volume, spans, normalize, device) for spans in windows])
     weighted = []
@@ -306,6 +307,8 @@ def predict_slabs(
     window,
     overlap=0.5,
     *,
+    channels=1,
+    exclusive=False,
     ratio=(1, 1, 1),
     normalize=None,
     batch=1,
@@ -317,14 +320,14 @@ def predict_slabs(
     report=nothing,
     rows=None,
 ):
-    """Finished planes of the prediction in order of z: (z0, probs (1, d, H, W) float32 numpy).
+    """Finished planes of the prediction in order of z: (z0, probs (K, d, H, W) float32 numpy).
 
     The planes are disjoint and cover the volume, or those of some `window_rows`: a range of their
     numbers. Planes have the same bits in whatever range they are predicted.
 
-    network(patches (B, C, *window) float32) -> logits (B, 1, *window), or a list of logits of
+    network(patches (B, C, *window) float32) -> logits (B, K, *window), or a list of logits of
     which the first counts; the caller has put it on the device and in eval mode. Of a list of
-    networks it is the mean of the probabilities.
+    networks it is the mean of the probabilities. K: channels, exclusive by a softmax or sigmoids.
     volume (C, D, H, W): array or HDF5 dataset, any real dtype; only boxes are read from it. An
     axis shorter than the window is padded with its edge voxels, cut off afterwards.
     window (z, y, x) in voxels of the network; ratio (z, y, x): the network's voxel size over the
@@ -340,8 +343,8 @@ def predict_slabs(
     ValueError, at the call and naming all faults, for arguments that cannot work.
     """
     _check(volume, window, overlap, ratio, precision, batch)
-    networks = listed(network)
-    predict = functools.partial(_probabilities, networks, flips=flips, precision=precision)
+    how = {"flips": flips, "precision": precision, "channels": channels, "exclusive": exclusive}
+    predict = functools.partial(_probabilities, listed(network), **how)
     axes = [
         axis_spans(size, int(length), overlap, float(r), device)
         for size, length, r in zip(volume.shape[1:], window, ratio, strict=True)
@@ -349,15 +352,14 @@ def predict_slabs(
     remembered = {} if remembered is None else remembered
     fit = WindowFit(volume.shape[1:], batch, device, remembered, report)
     rows = range(len(axes[0])) if rows is None else rows
-    return _slabs(volume, axes, rows, predict, normalize, fit, progress)
+    return _slabs(volume, axes, rows, channels, predict, normalize, fit, progress)
 
 
-def _slabs(volume, axes, rows, predict, normalize, fit, progress):
+def _slabs(volume, axes, rows, channels, predict, normalize, fit, progress):
     """The generator behind predict_slabs, whose arguments are checked by then."""
     spans, *plane = axes
     columns = list(product(*plane))
-    depth, height, width = volume.shape[1:]
-    ends = [*(z.start for z in spans[1:]), depth]
+    ends = [*(z.start for z in spans[1:]), volume.shape[1]]
     # Rows before the first that is wanted reach into its planes.
     reach = sum(z.stop > spans[rows.start].start for z in spans[: rows.start])
     slab, done, total = None, 0, (reach + len(rows)) * len(columns)
@@ -367,8 +369,8 @@ def _slabs(volume, axes, rows, predict, normalize, fit, progress):
             windows = [(z, y, x) for y, x in columns[first : first + fit.batch]]
             try:
                 if slab is None:
-                    planes = z.stop - z.start
-                    slab = torch.zeros(1, planes, height, width, device=fit.slab_device)
+                    shape = (channels, z.stop - z.start, *volume.shape[2:])
+                    slab = torch.zeros(shape, device=fit.slab_device)
                 _add_windows(slab, volume, windows, predict, normalize, fit.device)
             except RuntimeError as error:
                 fit.lower(error)
@@ -379,7 +381,7 @@ def _slabs(volume, axes, rows, predict, normalize, fit, progress):
         done += len(columns)
         finished = ends[row] - z.start
         if row >= rows.start:
-            yield z.start, slab[:, :finished].cpu().numpy().copy()
+            yield z.start, slab[:, :finished].to("cpu", copy=True).numpy()
         # Plane by plane, because a second slab may not fit.
         kept = slab.shape[1] - finished
         for plane in range(kept):
@@ -407,12 +409,12 @@ def predict_case(network, image, spacing, intensity, *, wanted, clip, typical=Tr
     return predict_slabs(network, image, normalize=functools.partial(normalise, **scale), **how)
 
 
-def predict_volume(network, volume, window, overlap=0.5, **settings):
-    """Probabilities (1, D, H, W) float32 numpy of a whole volume, in its own voxels.
+def predict_volume(network, volume, window, overlap=0.5, *, channels=1, **how):
+    """Probabilities (K, D, H, W) float32 numpy of a whole volume, in its own voxels.
 
     Arguments and errors as in `predict_slabs`. Host memory: the result itself.
     """
-    probs = np.empty((1, *volume.shape[1:]), np.float32)
-    for z0, planes in predict_slabs(network, volume, window, overlap, **settings):
+    probs = np.empty((channels, *volume.shape[1:]), np.float32)
+    for z0, planes in predict_slabs(network, volume, window, overlap, channels=channels, **how):
         probs[:, z0 : z0 + planes.shape[1]] = planes
     return probs

@@ -394,11 +394,11 @@ def test_prediction_goes_on_with_less_memory_and_the_next_volume_begins_there(
         write_nifti(tmp_path / "scans" / f"{name}.nii.gz", image)
     call, failed = sliding_window._call, []
 
-    def small(network, patches, precision):
+    def small(network, patches, *rest):
         if len(patches) > 1 or not failed or failed[-1] > 1:
             failed.append(len(patches))
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return call(network, patches, precision)
+        return call(network, patches, *rest)
 
     monkeypatch.setattr(sliding_window, "_call", small)
     infer_ok("--ckpt", run(), "--input", tmp_path / "scans", "inference.batch=4")
@@ -411,7 +411,7 @@ def test_prediction_goes_on_with_less_memory_and_the_next_volume_begins_there(
 def test_a_window_that_fits_in_no_way_is_one_sentence(run, tmp_path, capsys, monkeypatch):
     write_nifti(tmp_path / "a.nii.gz", image_of((9, 20, 18)))
 
-    def never(network, patches, precision):
+    def never(network, patches, *rest):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(sliding_window, "_call", never)

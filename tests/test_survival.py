@@ -119,7 +119,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
 def test_a_signal_does_not_wait_for_validation_to_end(root, tmp_path, monkeypatch):
     windows_seen = []
 
-    def slow(network, patches, precision):
+    def slow(network, patches, *rest):
         windows_seen.append(1)
         os.kill(os.getpid(), signal.SIGTERM)
         return patches[:, :1] * 0
@@ -353,11 +353,11 @@ def test_validation_that_finds_no_memory_takes_fewer_windows_and_remembers(
 ):
     call, failed = sliding_window._call, []
 
-    def small(network, patches, precision):
+    def small(network, patches, *rest):
         if len(patches) > 1 or len(failed) < 2:
             failed.append(len(patches))
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return call(network, patches, precision)
+        return call(network, patches, *rest)
 
     assert train.main(settings(root, tmp_path / "whole", "training.max_epochs=1")) == 0
     monkeypatch.setattr(sliding_window, "_call", small)

@@ -69,9 +69,17 @@ class Submission:
         self.checksums[case] = zlib.crc32(mask)
 
 
-def submission_faults(path, cases):
-    """What keeps a submission of these ids from being written to path, as sentences."""
+def submission_faults(path, cases, regions=()):
+    """What keeps a submission of these ids from being written to path, as sentences.
+
+    regions: names of what the network tells apart.
+    """
     path = Path(path)
+    if len(regions) > 1:
+        yield (
+            f"--submission {path}: expected a network of one foreground, for such masks are of 0 "
+            f"and 1, got one that tells {', '.join(regions)} apart; leave --submission out"
+        )
     if path.suffix.lower() != ".zip" or path.is_dir():
         yield f"--submission {path}: expected the name of a .zip file"
     parent = next(p for p in path.absolute().parents if p.exists())
