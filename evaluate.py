@@ -83,23 +83,13 @@ def write_overlays(folder, pairs, rows, options, args):
             image = clip_fill(files.read_image(pair.image).array[0]) if pair.image else None
             masks = case.masks[method], case.truth
             slices = report.worst_slices(*masks, image, case.spacing, **how)
-            drawn.append((pair.id, rank_text(row, args.rank), slices))
+            drawn.append((pair.id, report.rank_text(row, args.rank), slices))
         path = Path(folder) / f"{method}.png"
         tolerance = f"{args.tolerance:g} {case.unit}".rstrip()
         with atomic.replacing(path) as partial:
             how_drawn = {"title": method, "tolerance": tolerance, "classes": classes}
             report.draw_slices(drawn, **how_drawn).savefig(partial)
         yield path
-
-
-def rank_text(row, rank):
-    """The score that ranks a case; of a mean over classes that of each class, too."""
-    score, which = split_name(rank)
-    texts = [f"{rank.replace('_', ' ')} {report.format_score(row[rank], rank)}"]
-    if which == MEAN:
-        others = [name for name in row if name != rank and split_name(name)[0] == score]
-        texts += [f"{split_name(n)[1]} {report.format_score(row[n], n)}" for n in others]
-    return "\n".join(texts)
 
 
 def number(kind, wanted, accepts):
@@ -160,12 +150,8 @@ def parse(argv):
     add("--ignore-label", type=int, metavar="V", help="value of unlabeled voxels in the truth")
     add("--classes", nargs="+", metavar="NAME=ID", help="classes to score each, or regions "
         "NAME=ID+ID (default: those of a prepared dataset, if it has several)")  # fmt: skip
-    add(
-        "--foreground",
-        nargs="+",
-        metavar="ID",
-        help="classes of the truth that count as one; of a prepared dataset, also names",
-    )
+    add("--foreground", nargs="+", metavar="ID",
+        help="classes of the truth that count as one; of a prepared one also names")  # fmt: skip
     add("--cases", nargs="+", default=[], metavar="ID", help="ids, or patterns, to score alone")
     add("--spacing", type=positive, nargs=3, metavar=("Z", "Y", "X"),
         help="default: the header of the truth, else of the prediction, else 1 1 1")  # fmt: skip
@@ -197,9 +183,7 @@ class ListScores(argparse.Action):
         for name, kind in metrics.SCORES.items():
             also = f"  (also {name}@{kind.number.upper()})" if kind.number else ""
             print(f"{name:24}{kind.better or 'describes':12}{kind.cost}{also}")
-        print(
-            "\nWith several classes /CLASS or /mean may follow: dice/artery, surface_dice@4/mean."
-        )
+        print("\nOf several classes, /CLASS or /mean may follow: dice/artery, surface_dice@4/mean")
         parser.exit()
 
 
@@ -284,9 +268,10 @@ def notes_on(pairs, results, classes):
 def absences(pairs, results, classes):
     """A note on each class that the truth of a case lacks, or all predictions of a method."""
     lacking = [result.masks.absent for result in results]
-    without = {
-        c: [p.id for p, a in zip(pairs, lacking, strict=True) if c in a[None]] for c in classes
-    }
+    without = {name: [] for name in classes}  # cases
+    for pair, absent in zip(pairs, lacking, strict=True):
+        for name in absent[None]:
+            without[name].append(pair.id)
     for name, cases in without.items():
         where = inputs.listed(cases) if len(cases) < len(pairs) else "all cases"
         if cases:
@@ -297,9 +282,10 @@ def absences(pairs, results, classes):
     for method in pairs[0].predictions:
         never = [c for c in classes if all(c in a[method] for a in lacking)]
         if never := [c for c in never if len(without[c]) < len(pairs)]:
+            which = f"any prediction of {method}" if len(lacking[0]) > 2 else "any prediction"
             yield (
-                f"no {' and no '.join(never)} in any prediction of {method}; if one value stands "
-                "for several classes in it, name them with --foreground"
+                f"no {' and no '.join(never)} in {which}; if one value stands for several classes, "
+                "name them with --foreground"
             )
 
 
@@ -326,7 +312,8 @@ def main(argv=None):
     try:
         classes, foreground = settle_classes(args, dataset)
     except ValueError as error:
-        errors.append(str(error))
+        if pairs or not errors:  # else the truth was not read: nobody knows its classes
+            errors.append(str(error))
         pairs = []
     options = inputs.ReadOptions(
         ignore_label=args.ignore_label,
@@ -361,8 +348,9 @@ def main(argv=None):
 
 def write_report(rows, pairs, options, args, notes):
     """Print and write everything; the exit status."""
-    # Without a terminal rich assumes 80 columns and would cut the ids.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    # Without a terminal rich assumes 80 columns and would cut the ids; [x] in one is no markup.
+    plain = {"highlight": False, "markup": False, "emoji": False}
+    console = Console(width=None if sys.stdout.isatty() else 200, **plain)
     for note in notes:
         print(f"note: {note}")
     all_rows, units = with_summaries(rows, args.scores), {row["unit"] for row in rows}

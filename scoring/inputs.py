@@ -298,8 +298,10 @@ def _binary(volume, ignored, role, notes, errors):
         return np.where(array == most, array.dtype.type(1), array)
     if not np.isin(array, [0, 1, *others]).all():
         advice = "give a mask of one class, or name its classes with --classes NAME=ID ..."
-        if role == "truths" and ignored is None:
-            advice += ", and the value of unlabeled voxels with --ignore-label"
+        if role == "truths":
+            advice += ", or with --foreground those that count as one"
+            if ignored is None:
+                advice += ", and the value of unlabeled voxels with --ignore-label"
         wanted = ", ".join(map(str, [0, 1, *others]))
         values = ", ".join(map(str, np.unique(array)[:8]))
         errors.append(f"{volume.path}: expected the values {wanted}, got {values}; {advice}")

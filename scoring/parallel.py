@@ -49,15 +49,9 @@ class Scorer:
         spacing = " ".join(f"{s:g}" for s in case.spacing)
         details = {"tolerance": self.tolerance, "spacing": spacing, "unit": case.unit}
         how = (case.spacing, self.options.ignore_label, self.tolerance)
+        which = {"names": self.names, "classes": self.options.classes}
         for method, mask in ({} if only_check else case.masks).items():
-            scores = metrics.score(
-                mask,
-                case.truth,
-                *how,
-                names=self.names,
-                classes=self.options.classes,
-                threads=self.threads,
-            )
+            scores = metrics.score(mask, case.truth, *how, **which, threads=self.threads)
             rows.append({"case": pair.id, "method": method} | scores | details)
         return Result(rows, errors, dataclasses.replace(case, masks={}, truth=None))
 

@@ -10,13 +10,14 @@ Methods are compared case by case; intervals are of the bootstrap over cases (Ef
 import csv
 import itertools
 import statistics
+import textwrap
 from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
 
 from scoring import metrics
-from scoring.classes import mask_of, split_name
+from scoring.classes import MEAN, mask_of, split_name
 from scoring.dilation import dilate
 from volumes import atomic
 from volumes.colors import FALSE, FOUND, MISSED, class_color, overlay, overlay_classes
@@ -190,6 +191,17 @@ def format_score(value, name):
     return f"{value:.3f}"
 
 
+def rank_text(row, rank):
+    """The score that ranks a case, and if it is a mean over classes those of the worst three."""
+    score, which = split_name(rank)
+    texts = [f"{rank.replace('_', ' ')} {format_score(row[rank], rank)}"]
+    if which == MEAN:
+        others = [name for name in row if name != rank and split_name(name)[0] == score]
+        worst = sorted(others, key=lambda name: _sign(rank) * row[name])[:3]
+        texts += [f"{split_name(name)[1]} {format_score(row[name], name)}" for name in worst]
+    return "\n".join(texts)
+
+
 class Slice(NamedTuple):
     """One z slice of a case; K is 1 without classes. Counts are of far errors."""
 
@@ -251,6 +263,7 @@ def draw_slices(cases, *, title, tolerance, classes=None):
     A slice is one panel, or the truth beside the prediction if there are classes: {name: ids}.
     """
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     height, width = cases[0][2][0].image.shape
     columns = _columns(classes) * (1 if classes is None else 2)
@@ -273,6 +286,8 @@ def draw_slices(cases, *, title, tolerance, classes=None):
     figure.legend(
         handles=patches, loc="outside lower center", ncols=min(len(patches), 8), frameon=False
     )
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a $ in a name begins no formula
     return figure
 
 
@@ -284,8 +299,9 @@ def _panels(one, classes):
     panels = []
     sides = ("truth", "missed", one.truth, one.mask), ("prediction", "false", one.mask, one.truth)
     for counts, (role, kind, shown, other) in zip(one.by_class, sides, strict=True):
-        most = sorted(zip(counts, classes, strict=True), key=lambda pair: -pair[0])[:3]
-        far = ", ".join(f"{name} {number}" for number, name in most if number) or "nothing"
+        most = sorted(zip(counts, classes, strict=True), key=lambda pair: -pair[0])
+        far = ", ".join(f"{number} {name}" for number, name in most if number) or "nothing"
+        far = textwrap.shorten(far, 42, placeholder=" ...")
         picture = overlay_classes(one.image, shown, other, one.labeled)
         panels.append((f"z {one.z}, {role}\n{kind}: {far}", picture))
     return panels

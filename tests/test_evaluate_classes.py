@@ -1,10 +1,12 @@
 """evaluate.py on several classes: rows, tables and files per class, notes, and every fault."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 
+from scoring import report
 from tests.test_evaluate import bar, read_csv, run, write
 from volumes import casefile
 
@@ -45,6 +47,19 @@ def evaluate(folders, *options, pred=("new",), truth="truth"):
     paths = [folders / name for name in pred]
     status = run("--pred", *paths, "--truth", folders / truth, "--out", out, *options)
     return status, read_csv(out) if out.exists() else None
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn, once they are."""
+    figures, draw = [], report.draw_slices
+
+    def draw_and_keep(*arguments, **how):
+        figures.append(draw(*arguments, **how))
+        return figures[-1]
+
+    monkeypatch.setattr(report, "draw_slices", draw_and_keep)
+    return figures
 
 
 # ---------------------------------------------------------------------------- what it writes
@@ -156,13 +171,7 @@ def test_a_class_of_20_voxels_beside_a_large_one_counts_as_much_in_the_mean(tmp_
     assert float(row["dice/mean"]) == pytest.approx((1 + 16 / 28) / 2, abs=1e-6)
 
 
-def test_overlays_of_classes_have_a_legend_and_truth_beside_prediction(folders, monkeypatch):
-    from scoring import report
-
-    drawn, draw = [], report.draw_slices
-    monkeypatch.setattr(
-        report, "draw_slices", lambda *a, **how: drawn.append(draw(*a, **how)) or drawn[-1]
-    )
+def test_overlays_of_classes_have_a_legend_and_truth_beside_prediction(folders, drawn):
     pictures = folders / "pictures"
     assert (
         evaluate(folders, *CLASSES, "--tolerance", 0, "--overlays", pictures, pred=("old",))[0] == 0
@@ -172,10 +181,22 @@ def test_overlays_of_classes_have_a_legend_and_truth_beside_prediction(folders, 
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["artery", "vein"]
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     # The worst case first: in b the vein of 2 voxels is missed, in a both ends of the artery.
-    assert titles[:2] == ["z 1, truth\nmissed: vein 2", "z 1, prediction\nfalse: nothing"]
-    assert "z 1, truth\nmissed: artery 1" in titles and "z 1, prediction\nfalse: artery 1" in titles
+    assert titles[:2] == ["z 1, truth\nmissed: 2 vein", "z 1, prediction\nfalse: nothing"]
+    assert "z 1, truth\nmissed: 1 artery" in titles and "z 1, prediction\nfalse: 1 artery" in titles
     (label,) = {axis.get_ylabel() for axis in figure.axes if axis.get_ylabel().startswith("b\n")}
-    assert label == "b\nsurface dice/mean 0.500\nartery 1.000\nvein 0.000"
+    assert label == "b\nsurface dice/mean 0.500\nvein 0.000\nartery 1.000"
+
+
+def test_class_names_of_odd_characters_are_drawn_and_printed(folders, capsys, drawn):
+    options = ("--classes", "a$x^$ /b=3", "_[red]=7", "--overlays", folders / "pictures")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        status, rows = evaluate(folders, *options, "--scores", "dice")
+    assert status == 0 and rows["a", "prediction"]["dice/a$x^$ /b"] == "1.0"
+    printed = capsys.readouterr().out
+    assert "a$x^$ /b" in printed and "_[red]" in printed
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert names == ["a$x^$ /b", "_[red]"]
 
 
 # ---------------------------------------------------------------------------- notes and faults
@@ -183,7 +204,7 @@ def test_overlays_of_classes_have_a_legend_and_truth_beside_prediction(folders, 
 
 def test_classes_that_are_absent_are_noted_with_their_cases(folders, capsys):
     write(folders / "truth" / "b.tif", two(2, vein=0))
-    assert evaluate(folders, *CLASSES, "organ=9", pred=("old",))[0] == 0
+    assert evaluate(folders, *CLASSES, "organ=9", "vessel=3+7", pred=("old",))[0] == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: no")]
     counted = "ratios are 1 there if the prediction has none either, else 0"
     assert notes == [
@@ -199,8 +220,12 @@ def test_predictions_of_merged_classes_are_noted(folders, capsys):
     for case in "ab":
         write(folders / "merged" / f"{case}.tif", np.minimum(two(2), 1))
     assert evaluate(folders, pred=("merged",), truth="set")[0] == 0
-    said = "note: no vein in any prediction of prediction; if one value stands for several classes"
-    assert said in capsys.readouterr().out
+    said = "note: no vein in any prediction{}; if one value stands for several classes, name them"
+    assert said.format("") in capsys.readouterr().out
+    assert evaluate(folders, *CLASSES, "organ=1", pred=("merged", "new"))[0] == 0
+    noted = capsys.readouterr().out
+    assert "note: no artery and no vein in any prediction of merged; if one" in noted
+    assert "prediction of new" not in noted
 
 
 @pytest.mark.parametrize("role, name", [("new", "prediction"), ("truth", "truth")])
@@ -244,7 +269,6 @@ def test_a_truth_of_several_classes_without_options_points_to_classes(folders, c
         (("--classes", "mean=3"), "classes: expected names other than 'mean'"),
         (("--foreground", "vein"), "--foreground: expected the number of a class, got 'vein'"),
         ((*CLASSES, "--ignore-label", 7), "expected ids that are not 7, of unlabeled voxels"),
-        ((*CLASSES, "--otsu", "."), "--otsu: expected one foreground, got the classes artery, v"),
         ((*CLASSES, "--scores", "dice/vien"), "got dice/vien; the nearest is dice/vein"),
         ((*CLASSES, "--rank", "dice/vien"), "got dice/vien; the nearest is dice/vein"),
         (("--scores", "dice/vein"), "expected dice without a class, as no classes are given"),
@@ -253,7 +277,20 @@ def test_a_truth_of_several_classes_without_options_points_to_classes(folders, c
 def test_options_on_classes_that_cannot_be_are_one_sentence(folders, capsys, options, message):
     assert evaluate(folders, *options) == (2, None)
     errors = capsys.readouterr().err.splitlines()
-    assert any(message in error for error in errors)
+    assert message in errors[0] and errors[1:] == ["1 error; nothing was written"]
+
+
+def test_otsu_of_several_classes_is_refused(folders, capsys):
+    assert evaluate(folders, *CLASSES, "--otsu", folders / "truth") == (2, None)
+    refused = "--otsu: expected one foreground, got the classes artery, vein; name those that count"
+    assert capsys.readouterr().err.startswith(refused)
+    write(folders / "image" / "a.tif", two(2))
+    write(folders / "image" / "b.tif", two(2))
+    options = ("--foreground", 3, 7, "--otsu", folders / "image", "--scores", "dice")
+    for case in "ab":
+        write(folders / "new" / f"{case}.tif", np.minimum(two(2), 1))
+    status, rows = evaluate(folders, *options)
+    assert status == 0 and rows["a", "prediction"]["dice"] == "1.0"
 
 
 def test_classes_and_foreground_do_not_go_together(folders, capsys):
