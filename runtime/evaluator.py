@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from runtime import composite_loss
-from runtime.outputs import Outputs
+from runtime.outputs import Outputs, most_probable
 from scoring import classes, metrics, postprocess
 from volumes import casefile
 
@@ -87,7 +87,7 @@ def encode(spec, probs):
     classes that exclude each other the channel of the highest probability, (D, H, W).
     """
     if spec.outputs.exclusive:
-        return probs.argmax(axis=0).astype(np.uint8)
+        return most_probable(probs)
     counts = threshold_counts(probs, spec.all_thresholds)
     return counts if spec.outputs.several else counts[0]
 
