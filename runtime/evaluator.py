@@ -304,7 +304,7 @@ def full_names(metric, names, outputs):
 
     ValueError, a sentence, for a name of no score or region, and for a metric that cannot choose.
     """
-    regions = outputs.regions if outputs.several else None
+    regions = classes.checked(outputs.regions) if outputs.several else None
     for name in (metric, *names):
         try:
             metrics.entry(name)

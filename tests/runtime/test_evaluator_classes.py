@@ -2,10 +2,12 @@
 
 import json
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
+import infer
 import train
 from runtime import composite_loss, evaluator
 from runtime.outputs import Outputs
@@ -13,7 +15,7 @@ from scoring import metrics, postprocess
 from tests.runtime.test_evaluator import make_case, result_of, spec_of
 from tests.test_survival import kills, run_folder
 from tests.test_train import SHAPE, events, settings, weights_of
-from volumes import casefile
+from volumes import casefile, files
 
 CLASSES = Outputs({"artery": (3,), "vein": (7,)}, exclusive=True)
 REGIONS = Outputs({"vessel": (3, 7), "artery": (3,)})
@@ -168,6 +170,8 @@ def test_a_score_of_no_class_and_one_that_describes_a_class_are_refused(score, s
         evaluator.full_names("dice", ("recall/nerve",), CLASSES)
     found = evaluator.full_names("dice/vein", ("recall/artery",), CLASSES)
     assert found == ("dice/vein", ("dice/vein", "recall/artery"))
+    with pytest.raises(ValueError, match="names other than 'mean'"):
+        evaluator.full_names("dice", (), Outputs({"mean": (1,), "vein": (2,)}))
 
 
 @pytest.mark.parametrize("outputs", [CLASSES, REGIONS])
@@ -236,6 +240,23 @@ def test_a_run_of_several_classes_resumes_bit_for_bit(root, tmp_path, regions):
     standing = first["loop"]["evaluations"]
     assert standing["best_score"] == max(one["surface_dice/mean"] for one in scores.values())
     assert ("threshold" in standing["chosen"]) == (regions == OVERLAPPING)
+
+
+def test_scores_are_those_of_the_masks_that_infer_writes(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = ["training.max_epochs=1", "validation.untrained=false", "optim.lr=0.1"]
+    changes += ["validation.min_component_voxels=[20]", "postprocess.max_hole_voxels=9"]
+    assert train.main(settings(root, tmp_path, *changes)) == 0
+    (told,) = events(run_folder(tmp_path), "evaluation")
+    best = str(run_folder(tmp_path) / "checkpoints" / "best.pt")
+    assert infer.main(["--ckpt", best, "--input", str(root / "x2.h5"), "--output", "out"]) == 0
+    mask = files.read_image(tmp_path / "out" / "x2.nii.gz").array[0].astype(np.uint8)
+    with h5py.File(root / "x2.h5") as file:
+        label = file["label"][:]
+    regions = {"artery": (3,), "vein": (7,), "nerve": (9,)}
+    names = ("surface_dice", "dice", "precision", "recall", "components", "components_truth")
+    expected = metrics.score(mask, label, (2, 1, 1), 255, names=names, classes=regions)
+    assert mask.any() and told["scores"] == pytest.approx(expected)
 
 
 def test_a_class_that_no_validation_case_holds_is_said_by_name(root, tmp_path, capsys):
