@@ -80,10 +80,7 @@ def resolve(settings, group=None):
     composite_loss.check_terms(terms, in_training=True)
     evaluator.full_names(settings.validation.score, settings.validation.scores, told_apart)
     outputs.check_settings(told_apart, settings)
-    if composite_loss.takes_skeleton(terms):
-        casefile.check_skeletons(split.train)
-    if composite_loss.takes_skeleton(terms, validation_only=True):
-        casefile.check_skeletons(split.validation)
+    check_skeletons(terms, split)
     check_spacing(settings, split)
     spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
     for case_spacing in spacings:
@@ -135,6 +132,13 @@ def loss_of_classes(wanted, told_apart):
         )
     weights = [wanted.get(name, 1.0) for name in told_apart.regions]
     return {"overlapping": told_apart.overlapping, "class_weights": weights}
+
+
+def check_skeletons(terms, split):
+    """ValueError that names the cases without the skeleton that a term needs."""
+    for validation_only, cases in ((False, split.train), (True, split.validation)):
+        if composite_loss.takes_skeleton(terms, validation_only=validation_only):
+            casefile.check_skeletons(cases)
 
 
 def check_spacing(settings, split):
