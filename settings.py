@@ -306,8 +306,8 @@ class Training(Group):
 class Validation(Group):
     every: Count = 1  # epochs
     untrained: bool = True  # also before the first step: the baseline
-    # Of scoring.metrics.SCORES: picks best.pt, threshold and size. Of several classes its mean picks
-    # best.pt, or with a name such as dice/artery that of one.
+    # Of scoring.metrics.SCORES: picks best.pt, threshold and size. Of several classes the mean
+    # picks best.pt, or that of one, by a name such as dice/artery.
     score: str = "surface_dice"
     scores: tuple[str, ...] = ("dice", "precision", "recall", "components", "components_truth")
     tolerance: Positive = 2.0  # of surface_dice, in the unit of the spacing

@@ -292,10 +292,8 @@ def write_contact_sheet(plan, path):
         patch=settings.sampling.patch,
         spacing=data.network_spacing(case.spacing, settings.data.spacing),
         scale=data.normalisation(case.intensity, settings.data.percentiles),
-        classes={
-            "regions": [*plan.outputs.regions.values()],
-            "ignore_label": plan.dataset.ignore_label,
-        },
+        regions=plan.outputs.regions,
+        ignore_label=plan.dataset.ignore_label,
         seed=settings.run.seed,
         name=settings.run.name,
     )

@@ -15,14 +15,16 @@ import torch
 from patches import augment, intensity, resample
 from patches.cache import VolumeCache
 from volumes import atomic
+from volumes.colors import class_color
 
 PICTURES, BLOCKS = 3, 3  # of each transformation; transformations side by side
 CANDIDATES = 16  # voxels of which the one with most border of the label around it is chosen
 INCHES, NARROWEST = 1.8, 1.4  # the longest side of a picture; the least width, for the texts
 LABEL, INVALID = "darkorange", (0.2, 0.35, 0.8, 0.5)  # colors
+COLUMNS = 8  # of the legend of several classes
 LEGEND = (
     "Each picture: the patch's middle z slice (y down, x right), below it its middle y slice (z "
-    "down, x right). Orange: border of the label. Blue: not valid, that is unlabeled or outside."
+    "down, x right). {}: border of the label. Blue: not valid, that is unlabeled or outside."
 )
 SHOWN = {  # transformation: the setting of its range, and what the title says of it
     "flip": (None, "per axis"),
@@ -44,43 +46,50 @@ SHOWN = {  # transformation: the setting of its range, and what the title says o
 }
 
 
-def write_sheet(path, case, settings, *, patch, spacing, scale, classes, seed=0, name=""):
+def write_sheet(
+    path, case, settings, *, patch, spacing, scale, regions, ignore_label, seed=0, name=""
+):
     """Write the PNG, on the CPU: a function of the arguments alone.
 
     case: a labeled `Case`; settings: plain dict of the `augment` settings; patch: voxels; spacing:
-    of the patch, z, y, x; scale: mean, std, low and high for intensity.normalise; classes: dict of
-    regions and ignore_label for augment.augment_batch; name: for the heading.
+    of the patch, z, y, x; scale: mean, std, low and high for intensity.normalise; regions: {name:
+    class ids}, whose borders are drawn; name: for the heading.
     """
     cache, rng = VolumeCache([case], 0), np.random.default_rng(seed)
-    sample = functools.partial(
-        _sample, rng, case, cache, patch=patch, spacing=spacing, scale=scale, classes=classes
-    )
-    ids = [i for region in classes["regions"] for i in region]
-    key = next((c for c in ids if case.counts.get(c)), "background")
-    if not case.counts.get(key):
+    labels = {"regions": [*regions.values()], "ignore_label": ignore_label}
+    about = {"patch": patch, "spacing": spacing, "scale": scale, "labels": labels}
+    sample = functools.partial(_sample, rng, case, cache, **about)
+    ids = dict.fromkeys(i for region in labels["regions"] for i in region if case.counts.get(i))
+    keys = list(ids) or ["background"]
+    if not case.counts.get(keys[0]):
         raise ValueError(f"case {case.id}: expected labeled voxels to show a patch of, got none")
-    rows = rng.integers(case.counts[key], size=CANDIDATES)
-    centers = [cache.row(case, key, int(row)) for row in rows]
+    keys = keys if len(regions) > 1 else keys[:1]
+    rows = [(key, row) for key in keys for row in rng.integers(case.counts[key], size=CANDIDATES)]
+    centers = [cache.row(case, key, int(row)) for key, row in rows]
     center = max(centers, key=lambda center: _border(sample(center, None)[1]))
-    image, target, valid, _ = sample(center, None)
-    blocks = [("original", [(image, 0 * target, valid, ""), (image, target, valid, "label")])]
+    image, masks, valid, _ = sample(center, None)
+    blocks = [("original", [(image, 0 * masks, valid, ""), (image, masks, valid, "label")])]
     for title, variants in _variants(settings, spacing):
         blocks.append((title, [sample(center, variant) for variant in variants]))
     heading = (
         f"{name}, case {case.id}, seed {seed}: patch of {tuple(patch)} voxels of {tuple(spacing)} "
-        f"{case.unit} around voxel {tuple(center.tolist())} (z, y, x)\n{LEGEND}"
+        f"{case.unit} around voxel {tuple(center.tolist())} (z, y, x)\n"
+        + LEGEND.format("Lines" if len(regions) > 1 else "Orange")
     )
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path) as partial:
-            _draw(blocks, spacing, heading).savefig(partial, format="png")
+            _draw(blocks, spacing, heading, list(regions)).savefig(partial, format="png")
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"{path}: expected a file to write, got {reason}") from error
 
 
-def _sample(rng, case, cache, center, settings, *, patch, spacing, scale, classes):
-    """(image, target, valid, caption) of a patch around a voxel; settings None: as it is stored."""
+def _sample(rng, case, cache, center, settings, *, patch, spacing, scale, labels):
+    """(image, masks, valid, caption) of a patch around a voxel; settings None: as it is stored.
+
+    image, valid (d, h, w); masks (R, d, h, w): of each region.
+    """
     spatial = augment.sample_spatial_params(
         rng, case.spacing, spacing, patch=patch, settings=settings
     )
@@ -92,10 +101,10 @@ def _sample(rng, case, cache, center, settings, *, patch, spacing, scale, classe
     sample["image"] = torch.from_numpy(boxes["image"].astype(np.float32))
     sample["label"] = torch.from_numpy(boxes["label"])
     sample |= spatial._asdict() | place._asdict() | scale
-    *arrays, _ = augment.augment_batch([sample], patch, device="cpu", **classes)
+    image, masks, valid, _ = augment.augment_batch([sample], patch, device="cpu", **labels)
     caption = [f"{name} {params[name]:.2f}" for name in intensity.NAMES if name in params]
     caption += [f"roll {spatial.roll}"] if spatial.roll else []
-    return *(array[0, 0].numpy() for array in arrays), ", ".join(caption)
+    return image[0, 0].numpy(), masks[0].numpy(), valid[0, 0].numpy(), ", ".join(caption)
 
 
 def _variants(settings, spacing):
@@ -118,15 +127,20 @@ def _variants(settings, spacing):
     return [*blocks, ("all as configured", [settings] * PICTURES)]
 
 
-def _border(target):
-    """Voxels of label border in the two slices that are shown: thin things have much of it."""
-    cuts = (target[target.shape[0] // 2], target[:, target.shape[1] // 2])
-    return sum(int((np.diff(cut, axis=axis) != 0).sum()) for cut in cuts for axis in (0, 1))
+def _border(masks):
+    """(masks that show, voxels of border) in the slices that are shown: thin things have much."""
+    lengths = []
+    for mask in masks:
+        cuts = (mask[mask.shape[0] // 2], mask[:, mask.shape[1] // 2])
+        edges = (np.diff(cut, axis=axis) != 0 for cut in cuts for axis in (0, 1))
+        lengths.append(sum(int(edge.sum()) for edge in edges))
+    return np.count_nonzero(lengths), sum(lengths)
 
 
-def _draw(blocks, spacing, heading):
+def _draw(blocks, spacing, heading, names):
     """The figure. Black and white are wider than the original, so that changes are seen."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     original = blocks[0][1][0][0]
     low, high = np.percentile(original, (0.5, 99.5))
@@ -135,9 +149,13 @@ def _draw(blocks, spacing, heading):
     depth, height, width = sizes * INCHES / sizes.max()
     rows, tall = -(-len(blocks) // BLOCKS), height + depth + 0.7  # inches of a block
     wide = PICTURES * max(width, NARROWEST) + 0.3
-    figure = Figure(figsize=(BLOCKS * wide, rows * tall + 0.6), dpi=100)
-    head, body = figure.subfigures(2, 1, height_ratios=(0.6, rows * tall))
-    head.text(0.01, 0.8, heading, fontsize=9, va="top", parse_math=False)
+    top = 0.6 + (0.2 * -(-len(names) // COLUMNS) if len(names) > 1 else 0)
+    figure = Figure(figsize=(BLOCKS * wide, rows * tall + top), dpi=100)
+    head, body = figure.subfigures(2, 1, height_ratios=(top, rows * tall))
+    head.text(0.01, 1 - 0.12 / top, heading, fontsize=9, va="top", parse_math=False)
+    if len(names) > 1:
+        lines = [Line2D([], [], color=class_color(index)) for index in range(len(names))]
+        head.legend(lines, names, loc="lower left", ncols=COLUMNS, fontsize=9, frameon=False)
     grid = {"left": 0.03, "right": 0.97, "top": 1 - 0.3 / tall, "bottom": 0.35 / tall}
     grid |= {"height_ratios": (height, depth), "hspace": 0.05, "wspace": 0.05}
     for panel, (title, pictures) in zip(body.subfigures(rows, BLOCKS).flat, blocks, strict=False):
@@ -145,7 +163,7 @@ def _draw(blocks, spacing, heading):
         axes = panel.subplots(2, PICTURES, gridspec_kw=grid)
         for column, (*arrays, caption) in zip(axes.T, pictures, strict=False):
             for axis, ax in enumerate(column):
-                cuts = (np.take(array, array.shape[axis] // 2, axis) for array in arrays)
+                cuts = (np.take(array, array.shape[axis - 3] // 2, axis - 3) for array in arrays)
                 _show(ax, *cuts, spacing[1 - axis] / spacing[2], (low - margin, high + margin))
             column[1].set_xlabel(textwrap.fill(caption, 26), fontsize=7)
         for ax in axes[:, len(pictures) :].flat:
@@ -153,10 +171,12 @@ def _draw(blocks, spacing, heading):
     return figure
 
 
-def _show(ax, image, target, valid, aspect, limits):
-    """One slice: grey, what is not valid tinted, the border of the label as a line."""
+def _show(ax, image, masks, valid, aspect, limits):
+    """One slice: grey, what is not valid tinted, the border of each mask as a line."""
     ax.imshow(image, cmap="gray", vmin=limits[0], vmax=limits[1], aspect=aspect)
     ax.imshow(np.where(valid[..., None], 0.0, INVALID), aspect=aspect)
-    if min(target.shape) > 1 and target.any() and not target.all():
-        ax.contour(target, [0.5], colors=LABEL, linewidths=1)
+    for index, mask in enumerate(masks):
+        if min(mask.shape) > 1 and mask.any() and not mask.all():
+            color = LABEL if len(masks) == 1 else class_color(index)
+            ax.contour(mask, [0.5], colors=[color], linewidths=1)
     ax.set(xticks=[], yticks=[])

@@ -74,7 +74,8 @@ def resolve(settings, group=None):
     dataset = casefile.read_dataset(settings.data.root, settings.data.source)
     which = settings.data.model_dump(include={"train", "validation", "test", "folds", "fold"})
     split, notes = splits.choose_cases(dataset, **which)
-    told_apart = outputs.choose(dataset.classes, settings.data.foreground, settings.data.regions)
+    named = settings.data.foreground, settings.data.regions, dataset.regions
+    told_apart = outputs.choose(dataset.classes, *named)
     notes += evaluator.absent_regions(told_apart, validation_cases(settings, split))
     terms = settings.terms()
     composite_loss.check_terms(terms, in_training=True)
@@ -238,26 +239,8 @@ def validation_cases(settings, split):
 
 def evaluation_spec(plan):
     """What validation asks of predictions: an `evaluator.EvaluationSpec`."""
-    settings, regions = plan.settings, plan.outputs.regions
-    asked, post = settings.validation, settings.postprocess
-    default, sizes = evaluator.DEFAULT_THRESHOLD, sorted(asked.min_component_voxels)
-    thresholds = sorted(asked.thresholds, key=lambda t: (abs(t - default), t))
-    thresholds = evaluator.per_region(settings.inference.threshold, thresholds, regions)
-    metric, names = evaluator.full_names(asked.score, asked.scores, plan.outputs)
-    return evaluator.EvaluationSpec(
-        metric=metric,
-        names=names,
-        outputs=plan.outputs,
-        thresholds={} if plan.outputs.exclusive else thresholds,
-        sizes=evaluator.per_region(post.min_component_voxels, sizes, regions),
-        hysteresis=post.hysteresis,
-        max_hole_voxels=post.max_hole_voxels,
-        closing_radius=post.closing_radius,
-        tolerance=asked.tolerance,
-        terms=plan.terms,
-        class_weights=plan.classes["class_weights"],
-        tile=settings.sampling.patch,
-    )
+    weights = plan.classes["class_weights"]
+    return evaluator.make_spec(plan.settings, plan.outputs, terms=plan.terms, class_weights=weights)
 
 
 def what_is_measured(plan):

@@ -276,7 +276,29 @@ def directions(spec):
     return better | {f"{name}_loss": "lower" for name in spec.validation_terms}
 
 
-def per_region(given, candidates, regions):
+def make_spec(settings, outputs, **loss):
+    """The `EvaluationSpec` of settings; loss: its terms and class_weights."""
+    asked, post, regions = settings.validation, settings.postprocess, outputs.regions
+    thresholds = sorted(asked.thresholds, key=lambda t: (abs(t - DEFAULT_THRESHOLD), t))
+    thresholds = _per_region(settings.inference.threshold, thresholds, regions)
+    sizes = _per_region(post.min_component_voxels, sorted(asked.min_component_voxels), regions)
+    metric, names = full_names(asked.score, asked.scores, outputs)
+    return EvaluationSpec(
+        metric=metric,
+        names=names,
+        outputs=outputs,
+        thresholds={} if outputs.exclusive else thresholds,
+        sizes=sizes,
+        hysteresis=post.hysteresis,
+        max_hole_voxels=post.max_hole_voxels,
+        closing_radius=post.closing_radius,
+        tolerance=asked.tolerance,
+        tile=settings.sampling.patch,
+        **loss,
+    )
+
+
+def _per_region(given, candidates, regions):
     """{region: the number that the settings give it, or else all candidates}.
 
     given: one number for all, {region: number}, or None.

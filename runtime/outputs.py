@@ -72,30 +72,31 @@ class Outputs:
         return f"{', '.join(rows)}: {kind}"
 
 
-def choose(classes, foreground=None, regions=None):
+def choose(classes, foreground=None, regions=None, declared=None):
     """The `Outputs` for the classes {name: id} of a data set; ValueError, one sentence.
 
     foreground: names of classes that are one foreground together; regions: {name: names of
-    classes}, which may overlap. None of both: every class is a region, and they exclude each other.
+    classes}, which may overlap; declared: {name: ids} of the data set's own regions. None of these:
+    every class is a region, and they exclude each other.
     """
     named = {name: number for name, number in classes.items() if number != 0}
-    if regions:
-        for name, members in regions.items():
-            _check_names(f"data.regions.{name}", members, named)
-        outputs = Outputs({n: tuple(named[m] for m in own) for n, own in regions.items()})
-        if bare := [name for name, number in outputs.written.items() if number is None]:
-            raise ValueError(
-                "data.regions: expected of each region a class that is in no later one, for masks "
-                f"are painted in this order, got none of {', '.join(bare)}; put it after those "
-                "that hold all of its classes, or leave it out"
-            )
-        return outputs
     if foreground:
         _check_names("data.foreground", foreground, named)
         return Outputs({"+".join(foreground): tuple(named[name] for name in foreground)})
-    if not named:
-        return Outputs({"foreground": ()})
-    return Outputs({name: (number,) for name, number in named.items()}, exclusive=len(named) > 1)
+    if not regions and not declared:
+        named = {name: (number,) for name, number in named.items()} or {"foreground": ()}
+        return Outputs(named, exclusive=len(named) > 1)
+    for name, members in (regions or {}).items():
+        _check_names(f"data.regions.{name}", members, named)
+    of_names = {n: tuple(named[member] for member in own) for n, own in (regions or {}).items()}
+    outputs = Outputs(of_names or declared)
+    if bare := [name for name, number in outputs.written.items() if number is None]:
+        raise ValueError(
+            "data.regions: expected of each region a class that is in no later one, for masks are "
+            f"painted in this order, got none of {', '.join(bare)}; put it after those that hold "
+            "all of its classes, or leave it out"
+        )
+    return outputs
 
 
 def _check_names(key, names, named):

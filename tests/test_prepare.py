@@ -340,7 +340,7 @@ def test_all_faults_of_a_folder_are_named_at_once_and_nothing_is_written(raw, ou
         "nan.nii.gz": "3 voxels of NaN or Inf",
         "cut.nii.gz": "cannot be read",
         "flat.tif": "which is no volume",
-        "case value": "label values [0, 1, 2], got also 7",
+        "value.nii.gz": "the values [0, 1, 2], got also 7 in ",
         "case missing": "expected a label of this id",
         "case stray": "expected an image of this id",
         "case twice": "expected one file of this id, got 2",
@@ -359,7 +359,7 @@ def test_value_2_without_a_meaning_suggests_both_options(raw, out, capsys):
     (fault, _) = refused(capsys, out, "--images", raw, "--labels", raw)
     assert "got also 2" in fault
     assert "--ignore-label 2" in fault
-    assert "--classes NAME" in fault
+    assert "--classes class_1=1 class_2=2" in fault
 
 
 def test_headers_that_disagree_are_faults(raw, out, capsys):

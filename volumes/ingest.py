@@ -54,6 +54,7 @@ class Rules:
     """
 
     classes: dict[str, int]
+    regions: dict[str, tuple[int, ...]]
     ignore_label: int | None
     spacing: tuple[float, float, float] | None
     unit: str | None
@@ -65,9 +66,14 @@ class Rules:
 
 @dataclass
 class Outcome:
-    """What became of one raw case: files written (as summary rows), notes, faults."""
+    """What became of one raw case: files written (as summary rows), notes, faults.
+
+    label: (path, values, those that are not declared) of its label; with one of these no file is
+    written, and all of them make one sentence for the whole folder (classes.undeclared).
+    """
 
     id: str
+    label: tuple = ("", (), ())
     rows: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -84,8 +90,8 @@ def prepare_case(case, rules):
     if outcome.faults:
         return outcome
     spacing, unit = _spacing_and_unit(case.id, image, label, rules, outcome)
-    classes = None if label is None else _class_ids(case.id, label.array, rules, outcome)
-    if outcome.faults:
+    classes = None if label is None else _class_ids(label, rules, outcome)
+    if outcome.faults or outcome.label[2]:
         return outcome
     pieces = _pieces(case.id, image.array.shape[1], rules.crops, outcome.faults)
     intensity = {}
@@ -196,30 +202,19 @@ def _spacing_and_unit(name, image, label, rules, outcome):
     return spacing, wanted or unit
 
 
-def _class_ids(name, label, rules, outcome):
+def _class_ids(label, rules, outcome):
     """The label as uint8 class ids; a mask of {0, 255} or {0, 254} becomes {0, 1}."""
     # Plane by plane: a sorted copy of a whole volume would cost several times the volume.
-    values = sorted(set().union(*(np.unique(plane).tolist() for plane in label)))
-    declared = {*rules.classes.values(), rules.ignore_label} - {None}
+    array = label.array
+    values = sorted(set().union(*(np.unique(plane).tolist() for plane in array)))
+    declared = {*rules.classes.values(), rules.ignore_label}
     unknown = [value for value in values if value not in declared]
-    if len(rules.classes) == 2 and len(unknown) == 1 and unknown[0] in WHITE and 1 not in values:
+    is_mask = {*rules.classes.values()} == {0, 1} and len(unknown) == 1 and 1 not in values
+    if is_mask and unknown[0] in WHITE:
         outcome.notes.append(f"label values {{0, {unknown[0]}}} read as classes {{0, 1}}")
-        label = np.where(label == unknown[0], 1, label)
-    elif unknown:
-        advice = "name every class with --classes NAME ..., or correct the label"
-        if len(unknown) > 20:
-            advice = "these look like numbered objects; store a mask of classes"
-        elif unknown[0] < 0:
-            advice = "store ids of 0 to 255, unlabeled voxels as one of their own (--ignore-label)"
-        elif rules.ignore_label is None and len(unknown) == 1:
-            value = unknown[0]
-            advice = f"give --ignore-label {value} if {value} means unlabeled, or name every class "
-            advice += "with --classes NAME ..."
-        outcome.faults.append(
-            f"case {name}: expected label values {sorted(declared)}, got also "
-            f"{few([str(value) for value in unknown])}; {advice}"
-        )
-    return label.astype(np.uint8)
+        array, unknown = np.where(array == unknown[0], 1, array), []
+    outcome.label = (label.path, values, unknown)
+    return array.astype(np.uint8)
 
 
 def _pieces(name, depth, crops, faults):
@@ -266,13 +261,17 @@ def _check_contrast(name, intensity, labeled, outcome):
 
 
 def _summary(image, label, spacing, unit, rules):
-    """What the table of prepare.py says of a case besides its id and group."""
+    """What the table of prepare.py says of a case besides its id and group; ids: in its label."""
     channels, *shape = image.shape
-    foreground, unlabeled = "no label", ""
+    foreground, unlabeled, ids = "no label", "", None
     if label is not None:
         percent = 100 * np.bincount(label.reshape(-1), minlength=256) / label.size
-        foreground = f"{sum(percent[i] for i in rules.classes.values() if i):.2f}"
+        named = {name: percent[i] for name, i in rules.classes.items() if i}
+        foreground = f"{sum(named.values()):.2f}"
+        if len(named) > 1:
+            foreground = few([f"{name} {share:.3g}" for name, share in named.items()])
         unlabeled = f"{0 if rules.ignore_label is None else percent[rules.ignore_label]:.1f}"
+        ids = set(np.flatnonzero(percent).tolist())
     return {
         "shape": "x".join(str(n) for n in (image.shape if channels > 1 else shape)),
         "spacing": with_unit(spacing, unit),
@@ -280,4 +279,5 @@ def _summary(image, label, spacing, unit, rules):
         "dtype": str(image.dtype),
         "fg %": foreground,
         "unlabeled %": unlabeled,
+        "ids": ids,
     }

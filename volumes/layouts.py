@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from volumes import classes
 from volumes.files import (
     Source,
     few,
@@ -44,6 +45,7 @@ class Layout:
 
     cases: list[RawCase] = field(default_factory=list)
     classes: dict[str, int] | None = None
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ignore_label: int | None = None
     channels: int = 0  # of each case; 0: any number
     notes: list[str] = field(default_factory=list)
@@ -173,12 +175,14 @@ def _find_nnunet(root, test_images, layout):
     """imagesTr and labelsTr with dataset.json; files `<id>_0000`, `<id>_0001` are channels."""
     try:
         declared = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
-        layout.classes, layout.ignore_label = _declared_classes(declared["labels"])
+        layout.classes, layout.regions, layout.ignore_label = classes.from_labels(
+            declared["labels"], declared.get("regions_class_order")
+        )
         layout.channels = len(declared.get("channel_names") or declared.get("modality") or ())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputErrors(
             f"{root / 'dataset.json'}: expected nnU-Net's or MSD's description with `labels` as "
-            f"names and whole numbers, got {type(error).__name__}: {error}"
+            f"names and whole numbers or lists of them, got {type(error).__name__}: {error}"
         ) from error
     labels = None
     if os.path.lexists(root / "labelsTr"):
@@ -217,20 +221,6 @@ def _declared_otherwise(declared, cases, path):
         yield f"{path}: `training` lists {len(missing)} cases that have no file: {few(missing)}"
     if names and (more := [i for i in ids if i not in names]):
         yield f"{path}: `training` does not list, taken too: {few(more)}"
-
-
-def _declared_classes(labels):
-    """(classes, ignore label) from {"name": id} of nnU-Net v2 or {"id": "name"} of MSD."""
-    if all(str(key).isdigit() for key in labels):
-        if len(set(labels.values())) < len(labels):
-            raise ValueError(f"two classes of one name ({labels})")
-        labels = {name: int(key) for key, name in labels.items()}
-    if not all(isinstance(value, int) for value in labels.values()):
-        raise ValueError("classes made of regions (lists of ids), which need one id per class")
-    if len(set(labels.values())) < len(labels):
-        raise ValueError(f"two classes of one id ({labels})")
-    ignore = labels.pop("ignore", None)
-    return {"background": 0, **{name: i for name, i in labels.items() if i != 0}}, ignore
 
 
 def stack_channels(sources, ids, faults):

@@ -10,6 +10,7 @@ import itertools
 import math
 
 import numpy as np
+from scipy import ndimage
 
 
 def tubed_skeleton(mask, radius=2.0, spacing=(1.0, 1.0, 1.0)):
@@ -31,6 +32,20 @@ def tubed_skeleton(mask, radius=2.0, spacing=(1.0, 1.0, 1.0)):
     if len(spacing) != 3 or not all(s > 0 for s in spacing):
         raise ValueError(f"spacing: expected three numbers above 0 (z, y, x), got {spacing}")
     return _within(thin(mask), mask, radius * min(spacing), spacing)
+
+
+def tubed_skeletons(label, ids, spacing=(1.0, 1.0, 1.0)):
+    """The tubed skeletons of several classes of a label, in one mask: (D, H, W) bool.
+
+    label (D, H, W) uint8; ids: of the classes. Each class has its own, within itself, so that
+    classes that touch or lie inside each other keep theirs: cut to a class, the mask is that of the
+    class. Cut to a region of several classes it is the union of theirs.
+    """
+    tubes, boxes = np.zeros(label.shape, bool), ndimage.find_objects(label)
+    for class_id in ids:
+        box = boxes[class_id - 1]  # a mask is thinned alike in any volume around it
+        tubes[box] |= tubed_skeleton(label[box] == class_id, spacing=spacing)
+    return tubes
 
 
 def thin(mask):

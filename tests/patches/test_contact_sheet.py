@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
 from patches import contact_sheet
 from settings import Augment
@@ -71,11 +72,17 @@ def test_titles_tell_probability_and_range_as_configured():
 
 
 def test_border_counts_thin_things_and_not_what_fills_the_patch():
-    assert contact_sheet._border(np.zeros((4, 6, 6))) == 0
-    assert contact_sheet._border(np.ones((4, 6, 6))) == 0
-    sheet = np.zeros((4, 6, 6))
+    nothing, sheet = np.zeros((4, 6, 6)), np.zeros((4, 6, 6))
+    assert contact_sheet._border([nothing]) == contact_sheet._border([nothing + 1]) == (0, 0)
     sheet[:, :, 2] = 1  # two sides: 6 voxels long in the z slice, 4 in the y slice
-    assert contact_sheet._border(sheet) == 2 * 6 + 2 * 4
+    assert contact_sheet._border([sheet]) == (1, 2 * 6 + 2 * 4)
+
+
+def test_a_patch_of_two_classes_counts_before_one_with_more_border_of_one_class():
+    much, little = np.zeros((2, 4, 6, 6)), np.zeros((2, 4, 6, 6))
+    much[0, :, ::2] = 1
+    little[0, 2, 3, 3] = little[1, 2, 3, 4] = 1
+    assert contact_sheet._border(little) > contact_sheet._border(much)
 
 
 # ---------------------------------------------------------------------------- patches
@@ -97,7 +104,7 @@ def write_case(folder, label):
     return casefile.read_case(folder / "a.h5")
 
 
-def write_sheet(path, case, seed=0, **changes):
+def write_sheet(path, case, seed=0, regions=None, **changes):
     contact_sheet.write_sheet(
         path,
         case,
@@ -105,7 +112,8 @@ def write_sheet(path, case, seed=0, **changes):
         patch=(6, 16, 16),
         spacing=case.spacing,
         scale={"mean": [100.0], "std": [20.0], "low": None, "high": None},
-        classes={"regions": [[1]], "ignore_label": 2},
+        regions=regions or {"label": (1,)},
+        ignore_label=2,
         seed=seed,
         name="small",
     )
@@ -116,7 +124,7 @@ def blocks_of(tmp_path, monkeypatch):
     """Function of label and settings: {title: [(image, target, valid, caption)]} of the sheet."""
     drawn = {}
 
-    def keep(blocks, spacing, heading):
+    def keep(blocks, spacing, heading, names):
         drawn.update(blocks)
         raise OSError("not drawn")
 
@@ -156,6 +164,15 @@ def test_grey_value_transformations_leave_the_label_where_it_is(blocks_of):
             assert np.array_equal(own_target, target) and np.array_equal(own_valid, valid)
 
 
+def test_each_region_has_a_mask_of_its_own(blocks_of):
+    label = np.where(np.indices((10, 24, 24))[2] > 12, 3, 1).astype(np.uint8) * (curved() == 1)
+    regions = {"whole": (1, 3), "part": (3,), "none": (7,)}
+    _, (_, masks, valid, _) = blocks_of(label, regions=regions)["original"]
+    whole, part, nothing = masks
+    assert valid.all() and part.any() and not nothing.any()
+    assert (whole > part).any() and not (part > whole).any()
+
+
 def test_settings_reach_the_patches(blocks_of):
     pictures = blocks_of(gamma=0.5, gamma_range=(2.0, 2.0))["gamma: p 0.5, exponent 2 to 2"]
     assert {caption for *_, caption in pictures} == {"gamma 2.00"}
@@ -186,8 +203,8 @@ def test_a_sheet_shows_label_and_invalid_voxels_and_is_the_same_again(tmp_path):
 
 
 def test_coarse_slices_are_shown_as_thick_as_they_are():
-    patch = (np.zeros((2, 4, 4)), np.zeros((2, 4, 4)), np.ones((2, 4, 4), bool), "")
-    figure = contact_sheet._draw([("original", [patch])], (5.0, 1.0, 2.0), "heading")
+    patch = (np.zeros((2, 4, 4)), np.zeros((1, 2, 4, 4)), np.ones((2, 4, 4), bool), "")
+    figure = contact_sheet._draw([("original", [patch])], (5.0, 1.0, 2.0), "heading", ("",))
     body = figure.subfigs[1]
     (z_slice, *_), (y_slice, *_) = np.reshape(body.subfigs[0].axes, (2, contact_sheet.PICTURES))
     assert (z_slice.get_aspect(), y_slice.get_aspect()) == (0.5, 2.5)
@@ -196,9 +213,25 @@ def test_coarse_slices_are_shown_as_thick_as_they_are():
 
 
 def test_the_grey_range_is_wider_than_the_patch_even_if_that_is_constant():
-    patch = (np.full((1, 3, 3), 2.0), np.zeros((1, 3, 3)), np.ones((1, 3, 3), bool), "")
-    figure = contact_sheet._draw([("original", [patch])], (1.0, 1.0, 1.0), "heading")
+    patch = (np.full((1, 3, 3), 2.0), np.zeros((1, 1, 3, 3)), np.ones((1, 3, 3), bool), "")
+    figure = contact_sheet._draw([("original", [patch])], (1.0, 1.0, 1.0), "heading", ("",))
     assert figure.subfigs[1].subfigs[0].axes[0].images[0].get_clim() == (1.5, 2.5)
+
+
+def test_each_class_has_the_color_of_the_legend_and_one_alone_has_none():
+    masks = np.zeros((3, 2, 8, 8))
+    masks[0, :, 1:6, 1:6] = masks[2, :, 2:4, 2:4] = 1  # the second is not in the patch
+    patch = (np.zeros((2, 8, 8)), masks, np.ones((2, 8, 8), bool), "")
+    names = ("cord", "nerve", "grey")
+    figure = contact_sheet._draw([("original", [patch])], (1.0, 1.0, 1.0), "heading", names)
+    (legend,) = figure.subfigs[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == list(names)
+    lines = [to_hex(line.get_color()) for line in legend.get_lines()]
+    drawn = figure.subfigs[1].subfigs[0].axes[0].collections
+    assert [to_hex(contour.get_edgecolor()[0]) for contour in drawn] == [lines[0], lines[2]]
+    assert len(set(lines)) == 3
+    alone = contact_sheet._draw([("original", [patch])], (1.0, 1.0, 1.0), "heading", ("",))
+    assert not alone.subfigs[0].legends
 
 
 def test_a_case_without_foreground_and_thinner_than_the_patch_has_a_sheet_too(tmp_path):

@@ -40,6 +40,14 @@ def test_regions_are_painted_in_order_with_the_first_class_that_no_later_one_has
     assert "vessel (3+7, written as 7), artery (3): regions" in two.describe()
 
 
+def test_regions_that_the_data_declare_hold_unless_the_settings_name_others():
+    declared = {"whole": (3, 7), "vein": (7,)}
+    assert outputs.choose(CLASSES, declared=declared) == Outputs(declared)
+    assert outputs.choose(CLASSES, ("nerve",), declared=declared).foreground == [1]
+    named = {"all": ("nerve", "vein"), "vein": ("vein",)}
+    assert outputs.choose(CLASSES, None, named, declared).regions["all"] == (1, 7)
+
+
 def test_a_region_that_later_ones_cover_is_refused():
     regions = {"vessel": ("artery", "vein"), "artery": ("artery",), "vein": ("vein",)}
     with pytest.raises(ValueError, match=r"in no later one.*, got none of vessel; put it after"):

@@ -7,7 +7,15 @@ import pytest
 from scipy import ndimage
 from surface_distance import compute_surface_dice_at_tolerance, compute_surface_distances
 
-from volumes.phantoms import PHANTOMS, scroll, smooth_field, vessels
+from volumes.phantoms import (
+    CLASSES,
+    PHANTOMS,
+    arteries_veins,
+    scroll,
+    smooth_field,
+    spinal_cord,
+    vessels,
+)
 
 SHAPES = [(10, 64, 64), (24, 96, 96), (17, 33, 40), (3, 5, 5)]
 
@@ -66,15 +74,17 @@ def test_a_quarter_to_a_half_of_a_scroll_is_unlabeled_and_no_vessel_is():
 def test_otsu_scores_badly_on_the_surface(kind):
     for index in range(2):
         phantom = PHANTOMS[kind]((96, 96, 96) if kind == "scroll" else (48, 96, 96), 0, index)
-        valid = phantom.label != 2
+        valid = phantom.label != phantom.ignore_label
         mask = (phantom.image >= otsu(phantom.image[valid])) & valid
-        assert surface_dice(mask, phantom.label == 1, phantom.spacing) < 0.6
+        structure = valid & (phantom.label > 0)
+        assert surface_dice(mask, structure, phantom.spacing) < 0.6
 
 
 @pytest.mark.parametrize("kind", PHANTOMS)
 def test_the_structure_is_brighter_than_what_surrounds_it(kind):
     phantom = PHANTOMS[kind]((48, 64, 64), 1, 0)
-    valid, structure = phantom.label != 2, phantom.label == 1
+    valid = phantom.label != phantom.ignore_label
+    structure = valid & (phantom.label > 0)
     image = phantom.image.astype(np.float32)
     local = image - ndimage.gaussian_filter(image, 6)
     noise = local[valid & ~structure].std()
@@ -94,6 +104,40 @@ def test_a_vessel_tree_is_in_one_piece():
         _, pieces = ndimage.label(label, np.ones((3, 3, 3)))
         # One tree; a branch that leaves the volume may come back.
         assert 1 <= pieces <= 3
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_every_class_of_a_phantom_is_in_every_case_of_usable_size(kind, shape):
+    ids = set(CLASSES[kind].values())
+    assert all(set(np.unique(PHANTOMS[kind](shape, 0, index).label)) == ids for index in range(5))
+
+
+def test_arteries_are_brighter_and_thinner_than_veins_and_a_nerve_is_rare_and_brightest():
+    shares, greys, depths = np.zeros(4), np.zeros(4), np.zeros(4)
+    for index in range(3):
+        phantom = arteries_veins((32, 80, 80), 0, index)
+        image = phantom.image - ndimage.gaussian_filter(phantom.image.astype(np.float32), 12)
+        for i in range(1, 4):
+            mask = phantom.label == i
+            shares[i] += mask.mean() / 3
+            greys[i] += image[mask].mean() / 3
+            away = ndimage.distance_transform_edt(mask, sampling=phantom.spacing)
+            depths[i] += np.percentile(away[mask], 90) / 3
+    assert greys[3] > greys[1] > 1.5 * greys[2] > 0
+    assert depths[2] > 1.2 * depths[1]
+    assert 0.0005 < shares[3] < 0.2 * shares[1]
+
+
+def test_grey_matter_lies_within_white_matter_and_is_darker():
+    for index in range(3):
+        phantom = spinal_cord((24, 64, 64), 0, index)
+        cord, grey = phantom.label > 0, phantom.label == 2
+        assert ndimage.label(cord)[1] == 1
+        assert not (ndimage.binary_dilation(grey, np.ones((1, 3, 3))) & ~cord).any()
+        assert 0.15 < grey.sum() / cord.sum() < 0.6
+        image = phantom.image.astype(np.float32)
+        assert image[phantom.label == 1].mean() > 1.1 * image[grey].mean()
 
 
 def test_smooth_field_has_unit_variance_and_its_grain():

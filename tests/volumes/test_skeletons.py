@@ -131,6 +131,39 @@ def test_a_sheet_that_runs_into_the_unlabeled_region_keeps_its_skeleton_up_to_th
     assert (line.any(0)[3:17, 12]).all()  # at most one voxel short of the edge
 
 
+def grown_bars():
+    """Two bars of three voxels side by side, 200 and 7, and one of 3 within a block of 9."""
+    label = np.zeros((14, 20, 40), np.uint8)
+    label[3:6, 3:6, 2:38], label[3:6, 6:9, 2:38] = 200, 7
+    label[7:14, 11:18, 2:38] = 9
+    label[9:12, 13:16, 2:38] = 3
+    return label
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.0, 1.0, 1.0)])
+def test_classes_that_touch_or_lie_in_each_other_keep_the_skeletons_they_have_alone(spacing):
+    label = grown_bars()
+    tubes = skeletons.tubed_skeletons(label, [3, 7, 9, 200], spacing)
+    for class_id in (3, 7, 9, 200):
+        alone = skeletons.tubed_skeleton(label == class_id, spacing=spacing)
+        assert alone.any() and np.array_equal(tubes & (label == class_id), alone)
+    assert not tubes[label == 0].any()
+    together = skeletons.tubed_skeleton(label > 0, spacing=spacing)
+    assert not np.array_equal(tubes, together)
+
+
+def test_one_class_has_the_skeleton_of_the_whole_volume_bit_for_bit():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        label = np.zeros((9, 14, 15), np.uint8)
+        share = rng.uniform(0.2, 0.9)
+        label[tuple(slice(*sorted(rng.choice(n, 2, False))) for n in label.shape)] = 1
+        label[rng.random(label.shape) > share] = 0
+        whole = skeletons.tubed_skeleton(label == 1, spacing=(2.0, 1.0, 1.0))
+        assert np.array_equal(skeletons.tubed_skeletons(label, [1], (2.0, 1.0, 1.0)), whole)
+    assert not skeletons.tubed_skeletons(np.zeros((3, 3, 3), np.uint8), []).any()
+
+
 def test_what_is_wrong_with_the_numbers_is_said():
     with pytest.raises(ValueError, match=r"mask: expected \(D, H, W\) bool, got \(3, 3\) bool"):
         skeletons.tubed_skeleton(np.ones((3, 3), bool))
@@ -162,14 +195,15 @@ def write(folder, label, **changes):
     return casefile.read_case(folder / "a.h5")
 
 
-def test_a_case_file_holds_the_tube_of_all_classes_and_not_of_the_unlabeled(tmp_path):
+def test_a_case_file_holds_the_tube_of_each_class_and_not_of_the_unlabeled(tmp_path):
     label = two_classes()
+    label[3:8, 9:12, :16] = 3  # it touches class 1
     case = write(tmp_path, label)
     assert case.skeleton
     with h5py.File(case.path) as file:
         stored = file["skeleton"]
         assert stored.dtype == np.uint8 and stored.compression == "lzf"
-        expected = skeletons.tubed_skeleton((label == 1) | (label == 3))
+        expected = skeletons.tubed_skeleton(label == 1) | skeletons.tubed_skeleton(label == 3)
         assert np.array_equal(stored[:], expected)
         assert expected[label == 1].any() and expected[label == 3].any()
 
@@ -226,7 +260,7 @@ def make_batch(samples, foreground=(1,)):
     return augment.augment_batch(
         samples,
         (8, 12, 12),
-        foreground=foreground,
+        regions=[foreground],
         ignore_label=2,
         device=torch.device("cpu"),
     )
@@ -264,7 +298,7 @@ def test_the_skeleton_is_resampled_for_the_foreground_that_is_trained_alone(tmp_
     samples = [patches(case, skeletons=True, patch=(12, 20, 24))[0, 0]]
     for classes in ([1], [3], [1, 3]):
         _, target, _, skeleton = augment.augment_batch(
-            samples, (12, 20, 24), foreground=classes, ignore_label=2, device=torch.device("cpu")
+            samples, (12, 20, 24), regions=[classes], ignore_label=2, device=torch.device("cpu")
         )
         tube = skeletons.tubed_skeleton(np.isin(two_classes(), (1, 3)))
         assert np.array_equal(skeleton[0, 0], tube & np.isin(two_classes(), classes))
