@@ -56,7 +56,9 @@ SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 
 def resolve_settings(members, overrides):
     """`ensemble.joint_settings`; also a ValueError for keys that training has decided."""
-    keys = {text.partition("=")[0] for text in overrides} & set(config.valid_keys())
+    given = {text.partition("=")[0] for text in overrides}
+    # A key may go on below a setting: data.regions.vessel.
+    keys = {key for key in given for own in config.valid_keys() if f"{key}.".startswith(f"{own}.")}
     if fixed := sorted(key for key in keys if not key.startswith(SETTABLE)):
         sentence = (
             f"expected a setting of inference (those under {', '.join(SETTABLE)}), got one that "

@@ -213,7 +213,7 @@ def _mean(values, digits):
 
 
 def in_words(value):
-    """A number, or {region: number}, as it can be given on the command line."""
+    """A number, or {region: number}, as YAML."""
     if isinstance(value, dict):
         return f"{{{', '.join(f'{name}: {number}' for name, number in value.items())}}}"
     return str(value)

@@ -106,14 +106,16 @@ def make_cases(root, **images):
     casefile.write_dataset(root, **about, case_ids=list(images))
 
 
-def expected_probs(image, ratio=(1, 1, 1), seed=1):
-    """What the untrained network says of an image (D, H, W), put together from the modules."""
+def expected_probs(image, ratio=(1, 1, 1), seed=1, network=None, **how):
+    """What an untrained network says of an image (D, H, W), put together from the modules: (D, H,
+    W), or (K, D, H, W) of a network of several channels."""
     about = data.normalisation(casefile.intensity_statistics(image[None]), (0.5, 99.5))
     normalize = functools.partial(intensity.normalise, **about)
-    network = network_of(seed)[0]
-    return sliding_window.predict_volume(
-        network, image[None], PATCH, normalize=normalize, ratio=ratio
-    )[0]
+    network = network or network_of(seed)[0]
+    probs = sliding_window.predict_volume(
+        network, image[None], PATCH, normalize=normalize, ratio=ratio, **how
+    )
+    return probs if how else probs[0]
 
 
 def infer_ok(*arguments):

@@ -134,3 +134,19 @@ def test_what_prediction_cannot_do_is_one_sentence(changes, exclusive, message):
 def test_settings_that_name_regions_pass():
     outputs.check_settings(SHEETS, settings_of({"recto": 0.4}, {"verso": 9}, 0.2))
     outputs.check_settings(Outputs(SHEETS.regions, True), settings_of(size={"verso": 9}))
+
+
+def test_the_most_probable_channel_is_the_first_of_equals():
+    probs = np.random.default_rng(0).integers(0, 4, (5, 3, 6, 7)).astype(np.float32) / 4
+    before = probs.copy()
+    channels = outputs.most_probable(probs)
+    np.testing.assert_array_equal(channels, probs.argmax(axis=0))
+    np.testing.assert_array_equal(probs, before)
+    assert channels.dtype == np.uint8
+
+
+def test_probabilities_of_regions_need_names_of_folders():
+    asked = config.build({"inference": {"save_probabilities": True}})
+    for name in ("a/b", ".."):
+        with pytest.raises(ValueError, match=f"folders can have, got {name}; set it to false"):
+            outputs.check_settings(Outputs({"a": (1,), name: (2,)}), asked)

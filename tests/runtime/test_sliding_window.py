@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from runtime import outputs
 from runtime.microbatch import nothing
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import (
@@ -400,3 +401,51 @@ def test_device_and_precision_are_resolved_with_a_reason():
             resolve_device(name)
     assert resolve_precision("bf16", torch.device("cpu"))[0] == "bf16"
     assert resolve_precision("fp16", torch.device("cpu"))[0] == "fp32"
+
+
+# ---------------------------------------------------------------------------- several channels
+
+
+def channels_of(*scales):
+    """A network whose logits are multiples of its input, a channel for each."""
+    return lambda x: torch.cat([scale * x[:, :1] for scale in scales], dim=1)
+
+
+def test_channels_have_a_sigmoid_each_or_one_softmax_if_exclusive():
+    volume, scales = random_volume(5, 6, 7), (0.0, 1.0, -2.0)
+    logits = torch.from_numpy(volume * np.reshape(scales, (3, 1, 1, 1))).float()
+    for exclusive, expected in ((False, logits.sigmoid()), (True, logits.softmax(dim=0))):
+        how = {"channels": 3, "exclusive": exclusive}
+        probs = predict_volume(channels_of(*scales), volume, (4, 4, 4), **how)
+        assert probs.shape == (3, 5, 6, 7) and probs.dtype == np.float32
+        np.testing.assert_allclose(probs, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_network_with_another_number_of_channels_is_refused(channels):
+    volume = random_volume(4, 4, 4)
+    with pytest.raises(ValueError, match=f"got .1, 2, 4, 4, 4.; .* {channels} output channel"):
+        predict_volume(channels_of(1.0, 2.0), volume, (4, 4, 4), channels=channels)
+
+
+def test_classes_of_slabs_are_those_of_the_whole_volume_in_any_range_of_rows():
+    volume, networks = random_volume(19, 9, 9) - 0.5, [channels_of(0, 9, -9), channels_of(4, 0, 1)]
+    how = {"channels": 3, "exclusive": True, "flips": True, "ratio": (1.3, 1, 1)}
+    whole = predict_volume(networks, volume, (6, 6, 6), **how)
+    classes = whole.argmax(axis=0)
+    assert len(np.unique(classes)) > 1
+    rows, _ = window_rows(volume.shape[1:], (6, 6, 6), 0.5, how["ratio"])
+    for part in (range(rows), range(1, 3), range(3, rows)):
+        for z0, planes in predict_slabs(networks, volume, (6, 6, 6), rows=part, **how):
+            there = slice(z0, z0 + planes.shape[1])
+            np.testing.assert_array_equal(planes, whole[:, there])
+            np.testing.assert_array_equal(outputs.most_probable(planes), classes[there])
+
+
+def test_networks_are_averaged_by_their_probabilities_of_classes():
+    volume, a, b = np.ones((1, 4, 4, 4), np.float32), (0.0, 6.0), (0.0, -1.0)
+    how = {"channels": 2, "exclusive": True}
+    probs = predict_volume([channels_of(*a), channels_of(*b)], volume, (4, 4, 4), **how)
+    mean = (1 / (1 + math.exp(-6)) + 1 / (1 + math.exp(1))) / 2
+    np.testing.assert_allclose(probs[1], mean, atol=1e-6)
+    np.testing.assert_allclose(probs.sum(axis=0), 1, atol=1e-6)
