@@ -11,7 +11,7 @@
 Each PATH is a file, a folder, a pattern, or a folder made by prepare.py; predictions, truth and
 images are matched by case id. Several predictions of the same cases are ranked, and compared case
 by case. What each score means is explained in scoring/metrics.py; --list-scores names them all.
-With --classes, or a folder made by prepare.py with several, each class is scored, and the mean.
+With --classes, or a folder made by prepare.py that has several, each is scored, and their mean.
 
 Leaves the files of --out (a row per case and method, then mean, median and worst; or the same and
 the leaderboards of all scores as JSON) and of --overlays (METHOD.png).
@@ -149,7 +149,7 @@ def parse(argv):
     add("--truth", required=True, metavar="PATH", help="true masks, or a prepared dataset")
     add("--ignore-label", type=int, metavar="V", help="value of unlabeled voxels in the truth")
     add("--classes", nargs="+", metavar="NAME=ID", help="classes to score each, or regions "
-        "NAME=ID+ID (default: those of a prepared dataset, if it has several)")  # fmt: skip
+        "NAME=ID+ID (default: those of a prepared dataset that has several)")  # fmt: skip
     add("--foreground", nargs="+", metavar="ID",
         help="classes of the truth that count as one; of a prepared one also names")  # fmt: skip
     add("--cases", nargs="+", default=[], metavar="ID", help="ids, or patterns, to score alone")
@@ -224,8 +224,8 @@ def settle_classes(args, dataset):
     if args.foreground:
         foreground = tuple(id_of(text, known, "--foreground") for text in args.foreground)
     elif args.classes or len(known) > 1:
-        classes = parsed(args.classes, known) if args.classes else known
-        classes = checked(classes, args.ignore_label)
+        given = parsed(args.classes, known) if args.classes else dataset.regions or known
+        classes = checked(given, args.ignore_label)
     if not classes and args.ignore_label == 1:
         raise ValueError(
             f"{args.truth}: expected another value than 1 of unlabeled voxels, as 1 is foreground; "

@@ -135,7 +135,7 @@ def write_csv(path, rows):
 
 def print_scores(console, rows, names, unit, cases):
     """A row for each of rows, and of each class that names have; a line separates those after the
-    first `cases`, and with classes the cases."""
+    first `cases`, and with several classes the cases."""
     known = {split_name(name): name for name in names}
     scores, classes = (list(dict.fromkeys(parts)) for parts in zip(*known, strict=True))
     several, methods = classes != [None], len(methods_of(rows))
@@ -145,7 +145,7 @@ def print_scores(console, rows, names, unit, cases):
     for score in scores:
         table.add_column(_heading(score, rows[0]["tolerance"], unit), justify="right")
     for start in range(0, len(rows), methods):
-        if start == cases or several:
+        if start == cases or len(classes) > 1:
             table.add_section()
         for which, row in itertools.product(classes, rows[start : start + methods]):
             cells = [row["case"]] + [which] * several + [row["method"]] * (methods > 1)

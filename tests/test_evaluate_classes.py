@@ -29,7 +29,7 @@ def folders(tmp_path):
     return tmp_path
 
 
-def dataset(root, labels, classes, ignore_label=None):
+def dataset(root, labels, classes, ignore_label=None, regions=None):
     """A prepared dataset of labels {id: label}."""
     root.mkdir()
     for case, label in labels.items():
@@ -37,7 +37,7 @@ def dataset(root, labels, classes, ignore_label=None):
         image = label[None] + np.arange(label.shape[2], dtype=np.uint8)
         casefile.write_case(root / f"{case}.h5", image, label, ignore_label=ignore_label, **about)
     about = {"classes": {"background": 0} | classes, "unit": "micron", "ignore_label": ignore_label}
-    casefile.write_dataset(root, **about, case_ids=list(labels))
+    casefile.write_dataset(root, **about, regions=regions, case_ids=list(labels))
     return root
 
 
@@ -143,6 +143,16 @@ def test_a_prepared_dataset_of_several_classes_gives_them_and_its_ignore_label(f
     assert status == 0 and row["dice/artery"] == row["dice/vein"] == row["dice/mean"] == "1.0"
     status, rows = evaluate(folders, "--classes", "x=artery+vein", "y=3", truth="set")
     assert status == 0 and rows["a", "prediction"]["dice/x"] == "1.0"
+
+
+def test_the_regions_of_a_prepared_dataset_are_scored_if_it_has_some(folders):
+    regions = {"vessel": (7, 3), "artery": (3,)}
+    classes = {"artery": 3, "vein": 7}
+    dataset(folders / "set", {"a": two(2), "b": two(2)}, classes, regions=regions)
+    _, rows = evaluate(folders, "--scores", "dice", pred=("old",), truth="set")
+    row = rows["a", "prediction"]
+    assert list(row)[2:5] == ["dice/vessel", "dice/artery", "dice/mean"]
+    assert float(row["dice/vessel"]) == pytest.approx(2 * 5 / 12, abs=1e-6)
 
 
 def test_foreground_merges_classes_by_name_or_number(folders):
