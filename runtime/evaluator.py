@@ -17,7 +17,7 @@ import torch
 from runtime import composite_loss
 from runtime.outputs import Outputs, most_probable
 from scoring import classes, metrics, postprocess
-from volumes import casefile
+from volumes import casefile, files
 
 DEFAULT_THRESHOLD = 0.5
 CHOICES = ("threshold", "min_component_voxels")
@@ -308,17 +308,23 @@ def _per_region(given, candidates, regions):
 
 
 def absent_regions(outputs, cases):
-    """A note for people if some of several regions have no voxel in any of these cases."""
-    absent = [
-        name
+    """A list of one note for people, which names the cases that lack some of several regions; []
+    if none does."""
+    absent = {
+        name: [case.id for case in cases if not any(case.counts.get(i) for i in ids)]
         for name, ids in outputs.regions.items()
-        if not any(case.counts.get(i) for case in cases for i in ids)
+    }
+    parts = [
+        f"{name} in {'any case' if len(some) == len(cases) else files.few(some)}"
+        for name, some in absent.items()
+        if some
     ]
-    note = (
-        f"validation: no case has a voxel of {', '.join(absent)}; their scores only say "
-        "whether the prediction has any"
-    )
-    return [note] * bool(cases and absent and outputs.several)
+    if not parts or not outputs.several:
+        return []
+    return [
+        f"validation: no voxel of {', of '.join(parts)}; each ratio is 1 there if the prediction "
+        "has none either, else 0"
+    ]
 
 
 def full_names(metric, names, outputs):

@@ -259,11 +259,25 @@ def test_scores_are_those_of_the_masks_that_infer_writes(root, tmp_path, monkeyp
     assert mask.any() and told["scores"] == pytest.approx(expected)
 
 
+def test_regions_that_cases_lack_are_listed_with_these(tmp_path):
+    label, _ = slabs()
+    labels = [label, np.where(label == 7, 0, label), np.zeros_like(label)]
+    cases = [make_case(tmp_path, one, 255, f"c{i}") for i, one in enumerate(labels)]
+    outputs = Outputs({"artery": (3,), "both": (7, 3), "gone": (8,)}, exclusive=True)
+    (note,) = evaluator.absent_regions(outputs, cases)
+    assert note.startswith(
+        "validation: no voxel of artery in c2, of both in c2, of gone in any case;"
+    )
+    assert evaluator.absent_regions(CLASSES, cases[:1]) == []
+    assert evaluator.absent_regions(Outputs({"gone": (8,)}), cases) == []
+    assert evaluator.absent_regions(outputs, []) == []
+
+
 def test_a_class_that_no_validation_case_holds_is_said_by_name(root, tmp_path, capsys):
     changes = ["training.max_steps=0", "monitor.picture=true"]
     assert train.main(settings(root, tmp_path, *changes)) == 0
     text = capsys.readouterr().out
-    assert text.count("validation: no case has a voxel of nerve;") == 1
+    assert text.count("validation: no voxel of nerve in any case; each ratio is 1 there") == 1
     (line,) = [line for line in text.splitlines() if line.startswith("evaluation of step 0")]
     names = ["surface_dice/artery", "surface_dice/vein", "surface_dice/nerve", "surface_dice/mean"]
     others = ("dice", "precision", "recall", "components", "components_truth")
