@@ -306,7 +306,9 @@ class Training(Group):
 class Validation(Group):
     every: Count = 1  # epochs
     untrained: bool = True  # also before the first step: the baseline
-    score: str = "surface_dice"  # of scoring.metrics.SCORES: picks best.pt, threshold and size
+    # Of scoring.metrics.SCORES: picks best.pt, threshold and size. Of several classes the mean
+    # picks best.pt, or that of one, by a name such as dice/artery.
+    score: str = "surface_dice"
     scores: tuple[str, ...] = ("dice", "precision", "recall", "components", "components_truth")
     tolerance: Positive = 2.0  # of surface_dice, in the unit of the spacing
     # The best of these are chosen, unless inference.threshold and postprocess.min_component_voxels

@@ -99,11 +99,11 @@ class Worker:
             self.free.put(gpu)
         entry = {"run": job.name, "index": job.index, "variant": job.variant, "fold": job.fold}
         entry |= {"seed": job.seed, "settings": job.changes, "status": status, "reason": reason}
-        scored = job.score_names if status == "done" else ()
-        scores = {name: comparison.mean(job.cases(), name) for name in scored}
+        rows = job.cases() if status == "done" else None
+        scores = {name: comparison.mean(rows, name) for name in job.names_in(rows)} if rows else {}
         entry |= {"scores": scores, **figures(job), "time": round(time.time(), 3)}
         self.ledger.append(entry)
-        result = reason or f"{job.judge.score} {scores[job.judge.score]:.4f}"
+        result = reason or "{} {:.4f}".format(*next(iter(scores.items())))
         spent = f"{duration(entry['seconds'])} of training, {format_bytes(entry['peak_memory'])}"
         console.print(f"{job.name} {status}: {result} ({spent})")
 
@@ -133,7 +133,7 @@ class Worker:
         yield [
             *("evaluate.py", "--pred", f"{job.name}={predictions}", "--truth", plan.dataset.root),
             *("--cases", *(glob.escape(case.id) for case in cases)),
-            *("--foreground", *plan.outputs.foreground, "--tolerance", judge.tolerance),
+            *(*classes_of(plan.outputs), "--tolerance", judge.tolerance),
             *("--scores", *job.score_names, "--rank", judge.score),
             *("--out", run / "scores.json", "--overlays", run, "--overlay-cases", OVERLAY_CASES),
         ]
@@ -153,6 +153,14 @@ class Worker:
         lines = text.decode(errors="replace").strip().split("\n")
         code = process.returncode
         return code, "; ".join(lines) if code == WRONG_INPUT else lines[-1]
+
+
+def classes_of(outputs):
+    """The option of evaluate.py that says what a run tells apart."""
+    if not outputs.several:
+        return "--foreground", *outputs.foreground
+    regions = outputs.regions.items()
+    return "--classes", *(f"{name}={'+'.join(map(str, ids))}" for name, ids in regions)
 
 
 def visible_gpus():
@@ -202,7 +210,8 @@ def do_all(worker, chosen):
 def write_report(all_jobs, ledger, path):
     """Print the tables of the runs that are done; write table.csv and report.html."""
     first, entries, place = all_jobs[0], ledger.entries(), ledger.path.parent
-    done, names, folders = ledger.done(all_jobs), first.score_names, {}
+    done, folders = ledger.done(all_jobs), {}
+    names = first.names_in(done[0].cases()) if done else first.score_names
     for job in all_jobs:
         if job not in done and entries.get(job.name, {}).get("status") == "done":
             reason = "its scores.json is gone, damaged or of other scores; start the sweep again"

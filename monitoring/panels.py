@@ -17,7 +17,7 @@ from rich.text import Text
 
 from monitoring import health
 from monitoring.formatting import clock, duration, format_bytes, format_share, number, sparkline
-from monitoring.records import RunRecords
+from monitoring.records import RunRecords, few_names
 
 COLUMN, MOST_COLUMNS = 55, 3  # characters of a column at least, unless it is the only one
 ROWS = 40, 12, 7, 4, 2, 1  # of each list, tried until the height is enough
@@ -196,7 +196,12 @@ def score(view):
     if not run.evaluations:
         return Text("no evaluation yet", FAINT)
     step, last = run.evaluations[-1]
-    for name in sorted(last, key=lambda name: (name != main, run.best(name)[0] is None, name)):
+    base = str(main).partition("/")[0]
+
+    def order(name):
+        return name != main, name.partition("/")[0] != base, run.best(name)[0] is None, name
+
+    for name in sorted(few_names(last, main), key=order):
         value, best_step = run.best(name)
         best = "" if value is None else f"best {number(value)} at {best_step}"
         style = "bold" if name == main else ""

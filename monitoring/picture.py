@@ -14,8 +14,8 @@ import numpy as np
 from monitoring import health
 from monitoring.formatting import finite, format_bytes, mean
 from monitoring.machine import MemoryLimit
-from monitoring.records import RunRecords
-from volumes.colors import overlay
+from monitoring.records import RunRecords, few_names
+from volumes.colors import class_color, overlay, overlay_classes
 
 SMOOTH_FROM = 120  # points of a curve: of more, the mean over a fortieth of them is drawn too
 PIXELS = 640  # of a side of a slice, about
@@ -26,7 +26,8 @@ MARK, TROUBLE = "#909090", "#d70000"
 def draw_progress(folder, title, slices=None, threshold=0.5):
     """Write progress.png of a run folder from its files.
 
-    slices: of one plane of a case, arrays (H, W): "image", "probs", and bool "truth" and "labeled".
+    slices: of one plane of a case, "image" and bool "labeled" (H, W); "truth" and "mask", {region:
+    (H, W) bool}; "probs" (K, H, W), of which one foreground is drawn. threshold: the one of that.
     """
     from matplotlib.figure import Figure
 
@@ -110,12 +111,20 @@ def _losses(axis, run):
 
 
 def _scores(axis, run):
-    shown = []
-    for name, points in _by_name(run.evaluations).items():
+    shown, main, curves = [], run.start.get("score"), _by_name(run.evaluations)
+    base = f"{str(main).partition('/')[0]}/"
+    of_classes = [name for name in curves if name.startswith(base) and name != f"{base}mean"]
+    for name in few_names(curves, main):
+        points = curves[name]
         values = [value for _, value in points if finite(value) is not None]
         if name.endswith("_loss") or not values or min(values) < 0 or max(values) > 1:
             continue  # a loss, a count, or a distance
-        _curve(axis, points, name, main=name == run.start.get("score"), marker="o", ms=3)
+        style = {}
+        if name in of_classes:
+            style = {"color": class_color(of_classes.index(name))}
+        elif of_classes:  # these have all the colors
+            style = {"color": "black"} if name == main else {"ls": "--"}
+        _curve(axis, points, name, main=name == main, marker="o", ms=3, **style)
         # The untrained network sets no scale.
         shown += [v for step, v in points if step > 0 and finite(v) is not None] or values
         value, step = run.best(name)
@@ -221,20 +230,34 @@ def _marks(axis, run):
 
 
 def _slices(axes, slices, threshold):
-    """Image, probability, and how the prediction compares with the truth."""
+    """Image, probability, and how the prediction compares with the truth; of several regions
+    image, truth and prediction."""
     step = max(1, max(slices["image"].shape) // PIXELS)
-    planes = [slices[name][::step, ::step] for name in ("image", "probs", "truth", "labeled")]
-    image, probs, truth, labeled = planes
+    small = np.s_[..., ::step, ::step]
+    image, labeled = slices["image"][small], slices["labeled"][small]
+    truth, mask = (np.stack([*slices[key].values()])[small] for key in ("truth", "mask"))
     axes[0].imshow(image, cmap="gray")
-    shown = axes[1].imshow(probs, cmap="magma", vmin=0, vmax=1)
-    bar = axes[1].figure.colorbar(shown, ax=axes[1], fraction=0.05, pad=0.02)
-    bar.ax.axhline(threshold, color="white", lw=1.5)
-    axes[2].imshow(overlay(image, truth, probs >= threshold, labeled))
-    titles = (
-        "image, the slice with most foreground",
-        "probability, threshold in white",
-        "green: found, orange: missed, blue: false, dark: unlabeled",
-    )
+    titles = [f"image, the slice with most {'foreground' if len(truth) == 1 else 'of all classes'}"]
+    if len(truth) == 1:
+        shown = axes[1].imshow(slices["probs"][0][small], cmap="magma", vmin=0, vmax=1)
+        bar = axes[1].figure.colorbar(shown, ax=axes[1], fraction=0.05, pad=0.02)
+        bar.ax.axhline(threshold, color="white", lw=1.5)
+        axes[2].imshow(overlay(image, truth[0], mask[0], labeled))
+        titles.append("probability, threshold in white")
+        titles.append("green: found, orange: missed, blue: false, dark: unlabeled")
+    else:
+        axes[1].imshow(overlay_classes(image, truth, mask, labeled))
+        axes[2].imshow(overlay_classes(image, mask, truth, labeled))
+        titles.append("truth; solid: missed, dark: unlabeled")
+        titles.append("prediction; solid: false")
+        _class_legend(axes[0], slices["truth"])
     for axis, title in zip(axes, titles, strict=True):
         axis.set_axis_off()
         axis.set_title(title, fontsize=10)
+
+
+def _class_legend(axis, names):
+    from matplotlib.patches import Patch
+
+    patches = [Patch(color=class_color(number), label=name) for number, name in enumerate(names)]
+    axis.legend(handles=patches, fontsize=9, loc="upper right", framealpha=0.8)

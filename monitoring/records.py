@@ -99,6 +99,21 @@ class RunRecords:
         return (max if better == "higher" else min)(pairs, key=lambda pair: pair[0])
 
 
+def few_names(names, main):
+    """Those of some names of scores that a person is shown, in their order.
+
+    Of several classes the mean of each score (dice/mean), and the main one of every class, too.
+    """
+    base = str(main).partition("/")[0]
+    return [
+        name
+        for name in names
+        if name.partition("/")[0] == base
+        or name.endswith("/mean")
+        or f"{name.partition('/')[0]}/mean" not in names
+    ]
+
+
 class GrowingFile:
     """The whole lines of a file that others append to, or replace."""
 

@@ -4,7 +4,6 @@ plan = resolve(settings)                # all checks; ValueError or FileNotFound
 patches, network = make_patches(plan), make_network(plan)
 """
 
-import dataclasses
 import functools
 import statistics
 from dataclasses import dataclass
@@ -77,13 +76,12 @@ def resolve(settings, group=None):
     split, notes = splits.choose_cases(dataset, **which)
     named = settings.data.foreground, settings.data.regions, dataset.regions
     told_apart = outputs.choose(dataset.classes, *named)
+    notes += evaluator.absent_regions(told_apart, validation_cases(settings, split))
     terms = settings.terms()
     composite_loss.check_terms(terms, in_training=True)
-    evaluator.check(settings.validation.score, settings.validation.scores)
-    if composite_loss.takes_skeleton(terms):
-        casefile.check_skeletons(split.train)
-    if composite_loss.takes_skeleton(terms, validation_only=True):
-        casefile.check_skeletons(split.validation)
+    evaluator.full_names(settings.validation.score, settings.validation.scores, told_apart)
+    outputs.check_settings(told_apart, settings)
+    check_skeletons(terms, split)
     check_spacing(settings, split)
     spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
     for case_spacing in spacings:
@@ -135,6 +133,13 @@ def loss_of_classes(wanted, told_apart):
         )
     weights = [wanted.get(name, 1.0) for name in told_apart.regions]
     return {"overlapping": told_apart.overlapping, "class_weights": weights}
+
+
+def check_skeletons(terms, split):
+    """ValueError that names the cases without the skeleton that a term needs."""
+    for validation_only, cases in ((False, split.train), (True, split.validation)):
+        if composite_loss.takes_skeleton(terms, validation_only=validation_only):
+            casefile.check_skeletons(cases)
 
 
 def check_spacing(settings, split):
@@ -227,35 +232,30 @@ def make_batches(plan, patches, run):
     )
 
 
+def validation_cases(settings, split):
+    """Those that are predicted in validation."""
+    return split.validation[: settings.validation.max_cases]
+
+
 def evaluation_spec(plan):
     """What validation asks of predictions: an `evaluator.EvaluationSpec`."""
-    settings = plan.settings
-    asked, post = settings.validation, settings.postprocess
-    threshold, size = settings.inference.threshold, post.min_component_voxels
-    default = evaluator.DEFAULT_THRESHOLD
-    default_first = sorted(asked.thresholds, key=lambda t: (abs(t - default), t))
-    return evaluator.EvaluationSpec(
-        metric=asked.score,
-        names=asked.scores,
-        thresholds=tuple(default_first) if threshold is None else (threshold,),
-        sizes=tuple(sorted(asked.min_component_voxels)) if size is None else (size,),
-        hysteresis=post.hysteresis,
-        max_hole_voxels=post.max_hole_voxels,
-        closing_radius=post.closing_radius,
-        foreground=tuple(plan.outputs.foreground),
-        tolerance=asked.tolerance,
-        terms=plan.terms,
-        tile=settings.sampling.patch,
-    )
+    weights = plan.classes["class_weights"]
+    return evaluator.make_spec(plan.settings, plan.outputs, terms=plan.terms, class_weights=weights)
 
 
 def what_is_measured(plan):
     """What a score of validation means: plain values, which are equal where scores compare."""
-    left_out = ("names", "terms", "tile")  # other scores and losses
-    spec = dataclasses.asdict(evaluation_spec(plan))
-    about = {key: value for key, value in spec.items() if key not in left_out}
-    cases = plan.split.validation[: plan.settings.validation.max_cases]
-    return about | {"cases": {case.id: casefile.fingerprint(case) for case in cases}}
+    spec = evaluation_spec(plan)
+    keys = ("metric", "thresholds", "sizes", "hysteresis", "max_hole_voxels", "closing_radius")
+    about = {key: getattr(spec, key) for key in keys}
+    if plan.outputs.several:
+        about |= outputs.plain(plan.outputs)
+    else:
+        about |= {key: next(iter(about[key].values())) for key in ("thresholds", "sizes")}
+        about["foreground"] = tuple(plan.outputs.foreground)
+    cases = validation_cases(plan.settings, plan.split)
+    fingerprints = {case.id: casefile.fingerprint(case) for case in cases}
+    return about | {"tolerance": spec.tolerance, "cases": fingerprints}
 
 
 def trained_cases(plan):
@@ -334,7 +334,7 @@ def make_validator(plan, run):
     background = settings.validation.background
     window_fits = run.evaluations.standing.window_fits
     return validation.Validator(
-        plan.split.validation[: settings.validation.max_cases],
+        validation_cases(settings, plan.split),
         evaluation_spec(plan),
         background=plan.device.type == "cuda" if background is None else background,
         report=run.report,

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from monitoring import picture
+from monitoring.records import few_names
 from runtime import checkpoint, evaluator
 
 CANDIDATE, BEST = "candidate.pt", "best.pt"
@@ -134,16 +135,27 @@ class Evaluations:
             unread=evaluation.unread,
         )
         if result["scores"]:
-            scores = " ".join(f"{name} {value:.4g}" for name, value in result["scores"].items())
+            names = few_names(result["scores"], self.validator.spec.metric)
+            scores = " ".join(f"{name} {result['scores'][name]:.4g}" for name in names)
             run.show.print(f"evaluation of step {step}: {scores}")
         self.standing.pending = None
         self.standing.without_better += 1
         if chosen and not evaluation.unread:
-            self._choose(step, result["scores"].get(self.settings.score), chosen)
+            self._choose(step, result["scores"].get(self.validator.spec.metric), chosen)
         run.save()
         if run.settings.monitor.picture:
+            slices = evaluation.slices and self._with_masks(evaluation.slices, chosen)
             threshold = chosen.get("threshold", evaluator.DEFAULT_THRESHOLD)
-            picture.draw_progress(run.folder, run.folder.name, evaluation.slices, threshold)
+            picture.draw_progress(run.folder, run.folder.name, slices, threshold)
+
+    def _with_masks(self, slices, chosen):
+        """Slices with "mask", {region: (H, W) bool} at the thresholds that were chosen."""
+        spec, default = self.validator.spec, evaluator.DEFAULT_THRESHOLD
+        thresholds = chosen.get("threshold", default)
+        if not isinstance(thresholds, dict):
+            thresholds = dict.fromkeys(spec.outputs.regions, thresholds)
+        encoded = evaluator.encode(spec, slices["probs"])
+        return slices | {"mask": evaluator.masks(spec, encoded, thresholds)}
 
     def _choose(self, step, score, chosen):
         self.standing.chosen = chosen

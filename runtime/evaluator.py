@@ -15,37 +15,46 @@ import numpy as np
 import torch
 
 from runtime import composite_loss
-from scoring import metrics, postprocess
-from volumes import casefile
+from runtime.outputs import Outputs, most_probable
+from scoring import classes, metrics, postprocess
+from volumes import casefile, files
 
 DEFAULT_THRESHOLD = 0.5
 CHOICES = ("threshold", "min_component_voxels")
+UNLABELED = 2  # in the truth of a region, which is 0 and 1 else
 
 
 @dataclass(frozen=True)
 class EvaluationSpec:
     """What is evaluated, and how; plain values."""
 
-    metric: str  # the score that chooses
-    names: tuple  # further scores that are reported
-    # The best of these are chosen, the first of equals.
-    thresholds: tuple = (DEFAULT_THRESHOLD,)
-    sizes: tuple = (0,)
-    # As in `postprocess.stages`.
+    metric: str  # the score that chooses; of several regions dice/artery or dice/mean
+    names: tuple  # further scores that are reported, each with its region, too
+    outputs: Outputs
+    # The best of these are chosen for each region, the first of equals: {region: values}. Classes
+    # that exclude each other have no threshold.
+    thresholds: dict
+    sizes: dict
+    # As in `postprocess.stages_of_regions`.
     hysteresis: float | None = None
     max_hole_voxels: int = 0
     closing_radius: float = 0.0
-    foreground: tuple = (1,)  # classes of the truth
     tolerance: float = 2.0  # of surfaces
     # Of `composite_loss.validation_losses`.
     terms: dict = dataclasses.field(default_factory=dict)
+    class_weights: list | None = None
     tile: tuple = (64, 64, 64)
 
     @property
     def all_thresholds(self):
         """All thresholds that masks are made at, rising; DEFAULT_THRESHOLD is always reported."""
         weak = () if self.hysteresis is None else (self.hysteresis,)
-        return tuple(sorted({*self.thresholds, *weak, DEFAULT_THRESHOLD}))
+        return tuple(sorted({*sum(self.thresholds.values(), weak), DEFAULT_THRESHOLD}))
+
+    @property
+    def reported(self):
+        """The names of all scores."""
+        return self.names if self.metric in self.names else (self.metric, *self.names)
 
     @property
     def validation_terms(self):
@@ -58,8 +67,29 @@ class Prediction:
     """A predicted case."""
 
     case: casefile.Case
-    counts: np.ndarray  # (D, H, W) uint8: see `threshold_counts`
-    probs: np.ndarray | None = None  # (D, H, W) float32 if a validation-only term needs them
+    encoded: np.ndarray  # see `encode`
+    probs: np.ndarray | None = None  # (K, D, H, W) float32 if a validation-only term needs them
+
+
+def empty_prediction(spec, case):
+    """A `Prediction` of a case whose arrays are to be filled."""
+    outputs, probs = spec.outputs, None
+    regions = (len(outputs.regions),) * outputs.overlapping
+    if spec.validation_terms:
+        probs = np.empty((outputs.channels, *case.shape), np.float32)
+    return Prediction(case, np.empty((*regions, *case.shape), np.uint8), probs)
+
+
+def encode(spec, probs):
+    """Probabilities (K, D, H, W) in one byte a voxel and region, of which masks are made.
+
+    Of one foreground (D, H, W) and of regions that may overlap (R, D, H, W) `threshold_counts`; of
+    classes that exclude each other the channel of the highest probability, (D, H, W).
+    """
+    if spec.outputs.exclusive:
+        return most_probable(probs)
+    counts = threshold_counts(probs, spec.all_thresholds)
+    return counts if spec.outputs.several else counts[0]
 
 
 def threshold_counts(probs, thresholds):
@@ -68,6 +98,17 @@ def threshold_counts(probs, thresholds):
     for threshold in thresholds:
         counts += probs >= threshold
     return counts
+
+
+def masks(spec, encoded, thresholds):
+    """{region: mask} of what `encode` made of a volume or a slice, at {region: threshold}: of the
+    regions that are asked for. Classes that exclude each other have None for a threshold."""
+    numbers, outputs = {name: i for i, name in enumerate(spec.outputs.regions)}, spec.outputs
+    if outputs.exclusive:
+        return {name: encoded == numbers[name] + 1 for name in thresholds}
+    counts = encoded if outputs.several else encoded[None]
+    reached = spec.all_thresholds.index
+    return {name: counts[numbers[name]] > reached(t) for name, t in thresholds.items()}
 
 
 def evaluate(spec, predictions):
@@ -80,21 +121,26 @@ def evaluate(spec, predictions):
         unread             ids of the cases whose labels cannot be read; they do not count
 
     The threshold is chosen first, then, with it, the size of components. Without any prediction
-    the first of the choices is the result.
+    the first of the choices is the result. Several regions are chosen for one after the other, each
+    by its own score; choices and values are then {region: value}, without those of a threshold
+    where classes exclude each other.
     """
     readable, unread = [], []
     for prediction in predictions:
         try:
-            _read_truth(spec, prediction.case)
+            _read_label(prediction.case)
             readable.append(prediction)
         except casefile.Unreadable:
             unread.append(prediction.case.id)
-    threshold, _ = _best(spec, readable, [(t, spec.sizes[0]) for t in spec.thresholds])
-    threshold, size = _best(spec, readable, [(threshold, size) for size in spec.sizes])
-    steps = {p.case.id: _score_steps(spec, p, threshold, size) for p in readable}
-    return {
-        "threshold": threshold,
-        "min_component_voxels": size,
+    thresholds = {name: spec.thresholds.get(name, (None,)) for name in spec.outputs.regions}
+    chosen = {name: (some[0], spec.sizes[name][0]) for name, some in thresholds.items()}
+    for name, (_, size) in chosen.items():
+        choices = [(threshold, size) for threshold in thresholds[name]]
+        chosen[name] = _best(spec, readable, chosen, name, choices)
+        choices = [(chosen[name][0], size) for size in spec.sizes[name]]
+        chosen[name] = _best(spec, readable, chosen, name, choices)
+    steps = {p.case.id: _score_steps(spec, p, chosen) for p in readable}
+    return {key: value for key, value in _told(spec, chosen).items() if value is not None} | {
         "scores": metrics.mean_scores([rows[-1][2] for rows in steps.values()]),
         "cases": {case: rows[-1][2] for case, rows in steps.items()},
         "steps": [
@@ -105,73 +151,115 @@ def evaluate(spec, predictions):
     }
 
 
-def _read_truth(spec, case):
+def _told(spec, chosen):
+    """{what is chosen: its value, of several regions {region: value}}; None for no threshold."""
+    told = {key: {n: pair[i] for n, pair in chosen.items()} for i, key in enumerate(CHOICES)}
+    if not spec.outputs.several:
+        return {key: next(iter(values.values())) for key, values in told.items()}
+    return told | {"threshold": None} if spec.outputs.exclusive else told
+
+
+def _read_label(case):
     with casefile.opened(case) as file:
-        return casefile.read_truth(file, spec.foreground, case.ignore_label)
+        return file["label"][:]
 
 
-def _best(spec, predictions, settings):
-    """The (threshold, size) whose mean score is best, the first of equals."""
-    if len(settings) == 1 or not predictions:
-        return settings[0]
-    sums = np.zeros(len(settings))
+def _truth(case, label, ids):
+    """The truth (D, H, W) of the classes with these ids: 0, 1 and UNLABELED."""
+    truth = np.isin(label, ids).astype(np.uint8)
+    if case.ignore_label is not None:
+        truth[label == case.ignore_label] = UNLABELED
+    return truth
+
+
+def _best(spec, predictions, chosen, name, choices):
+    """The (threshold, size) of a region whose mean score is best, the first of equals.
+
+    chosen: those of all regions so far, for classes that exclude each other share the voxels.
+    """
+    if len(choices) == 1 or not predictions:
+        return choices[0]
+    sums, metric = np.zeros(len(choices)), classes.split_name(spec.metric)[0]
+    others = chosen if spec.outputs.exclusive else {}
     for prediction in predictions:
-        truth = _read_truth(spec, prediction.case)
-        for i, setting in enumerate(settings):
-            *_, (_, mask) = _stages(spec, prediction, *setting)
-            sums[i] += _scores(spec, prediction.case, mask, truth, (spec.metric,))[spec.metric]
-    best = np.argmin if metrics.entry(spec.metric)[0].better == "lower" else np.argmax
-    return settings[int(best(np.round(sums, 12)))]
+        case = prediction.case
+        truth = _truth(case, _read_label(case), spec.outputs.regions[name])
+        for i, choice in enumerate(choices):
+            *_, (_, found) = _stages(spec, prediction, others | {name: choice})
+            sums[i] += _score(spec, case, found[name], truth, (metric,))[metric]
+    best = np.argmin if metrics.entry(metric)[0].better == "lower" else np.argmax
+    return choices[int(best(np.round(sums, 12)))]
 
 
-def _stages(spec, prediction, threshold, size):
-    """(name, mask) of a prediction at a threshold and after each step that is on."""
-    counts, thresholds = prediction.counts, spec.all_thresholds
-    high, weak = counts > thresholds.index(threshold), spec.hysteresis
-    low = None if weak is None else counts > thresholds.index(weak)
-    return postprocess.stages(
-        high,
+def _stages(spec, prediction, chosen):
+    """(step, {region: mask}) of a prediction at {region: (threshold, size)}, and after each step
+    that is on."""
+    weak, low = spec.hysteresis, None
+    if weak is not None:
+        low = masks(spec, prediction.encoded, dict.fromkeys(chosen, weak))
+    return postprocess.stages_of_regions(
+        masks(spec, prediction.encoded, {name: t for name, (t, _) in chosen.items()}),
         low,
+        exclusive=spec.outputs.exclusive,
         spacing=prediction.case.spacing,
         hysteresis=weak,
-        min_component_voxels=size,
+        min_component_voxels={name: size for name, (_, size) in chosen.items()},
         max_hole_voxels=spec.max_hole_voxels,
         closing_radius=spec.closing_radius,
     )
 
 
-def _scores(spec, case, mask, truth, names):
-    how = (case.spacing, case.ignore_label, spec.tolerance)
-    return metrics.score(mask, truth, *how, names=names)
+def _score(spec, case, mask, truth, names):
+    return metrics.score(mask, truth, case.spacing, UNLABELED, spec.tolerance, names=names)
 
 
-def _score_steps(spec, prediction, threshold, size):
+def _scores(spec, case, found, label):
+    """All scores of {region: mask}."""
+
+    def of(name, names):
+        truth = _truth(case, label, spec.outputs.regions[name])
+        return _score(spec, case, found[name], truth, names)
+
+    if not spec.outputs.several:
+        return of(*found, spec.reported)
+    return metrics.by_class(spec.reported, found, of)
+
+
+def _score_steps(spec, prediction, chosen):
     """[(step, value, scores)] of a prediction: see `evaluate`."""
-    case, truth = prediction.case, _read_truth(spec, prediction.case)
-    names = dict.fromkeys((spec.metric, *spec.names))
-    values = dataclasses.asdict(spec)
-    values |= {postprocess.BEFORE: threshold, "min_component_voxels": size}
-    rows = []
-    if threshold != DEFAULT_THRESHOLD:
-        step, mask = next(_stages(spec, prediction, DEFAULT_THRESHOLD, size))
-        rows.append((step, DEFAULT_THRESHOLD, _scores(spec, case, mask, truth, names)))
-    for step, mask in _stages(spec, prediction, threshold, size):
-        rows.append((step, values[step], _scores(spec, case, mask, truth, names)))
+    case, label = prediction.case, _read_label(prediction.case)
+    told, rows = _told(spec, chosen), []
+    if any(threshold not in (None, DEFAULT_THRESHOLD) for threshold, _ in chosen.values()):
+        default = {name: (DEFAULT_THRESHOLD, size) for name, (_, size) in chosen.items()}
+        step, found = next(_stages(spec, prediction, default))
+        rows.append((step, DEFAULT_THRESHOLD, _scores(spec, case, found, label)))
+    for step, found in _stages(spec, prediction, chosen):
+        value = told[step] if step in told else getattr(spec, step)
+        rows.append((step, value, _scores(spec, case, found, label)))
     if prediction.probs is not None:
-        rows[-1][2].update(_validation_losses(spec, prediction, truth))
+        rows[-1][2].update(_validation_losses(spec, prediction, label))
     return rows
 
 
-def _validation_losses(spec, prediction, truth):
+def _validation_losses(spec, prediction, label):
     """The validation-only terms of the loss."""
-    case, skeleton = prediction.case, None
+    case, skeleton, outputs = prediction.case, None, spec.outputs
     if composite_loss.takes_skeleton(spec.terms, validation_only=True):
         with casefile.opened(case) as file:
             skeleton = torch.from_numpy(file["skeleton"][:])
-    valid = truth != (-1 if case.ignore_label is None else case.ignore_label)
-    tensors = map(torch.from_numpy, (prediction.probs[None], (truth == 1)[None], valid))
+    target = np.stack([np.isin(label, ids) for ids in outputs.regions.values()])
+    if outputs.exclusive:
+        numbers = np.arange(1, outputs.channels, dtype=np.uint8).reshape(-1, 1, 1, 1)
+        target = (target * numbers).sum(0, dtype=np.uint8, keepdims=True)
+    valid = label != (-1 if case.ignore_label is None else case.ignore_label)
     return composite_loss.validation_losses(
-        *tensors, spec.terms, tile=spec.tile, spacing=case.spacing, skeleton=skeleton
+        *map(torch.from_numpy, (prediction.probs, target, valid)),
+        spec.terms,
+        tile=spec.tile,
+        overlapping=outputs.overlapping,
+        class_weights=spec.class_weights,
+        spacing=case.spacing,
+        skeleton=skeleton,
     )
 
 
@@ -184,18 +272,77 @@ def is_better(score, best, metric):
 
 def directions(spec):
     """{score: "higher", "lower" or None}, whichever is better, for all that `evaluate` reports."""
-    better = {name: metrics.entry(name)[0].better for name in (spec.metric, *spec.names)}
+    better = {name: metrics.entry(name)[0].better for name in spec.reported}
     return better | {f"{name}_loss": "lower" for name in spec.validation_terms}
 
 
-def check(metric, names):
-    """ValueError, a sentence, for a name of no score, and for a metric that cannot choose."""
+def make_spec(settings, outputs, **loss):
+    """The `EvaluationSpec` of settings; loss: its terms and class_weights."""
+    asked, post, regions = settings.validation, settings.postprocess, outputs.regions
+    thresholds = sorted(asked.thresholds, key=lambda t: (abs(t - DEFAULT_THRESHOLD), t))
+    thresholds = _per_region(settings.inference.threshold, thresholds, regions)
+    sizes = _per_region(post.min_component_voxels, sorted(asked.min_component_voxels), regions)
+    metric, names = full_names(asked.score, asked.scores, outputs)
+    return EvaluationSpec(
+        metric=metric,
+        names=names,
+        outputs=outputs,
+        thresholds={} if outputs.exclusive else thresholds,
+        sizes=sizes,
+        hysteresis=post.hysteresis,
+        max_hole_voxels=post.max_hole_voxels,
+        closing_radius=post.closing_radius,
+        tolerance=asked.tolerance,
+        tile=settings.sampling.patch,
+        **loss,
+    )
+
+
+def _per_region(given, candidates, regions):
+    """{region: the number that the settings give it, or else all candidates}.
+
+    given: one number for all, {region: number}, or None.
+    """
+    own = given if isinstance(given, dict) else dict.fromkeys(regions, given)
+    return {n: tuple(candidates) if own.get(n) is None else (own[n],) for n in regions}
+
+
+def absent_regions(outputs, cases):
+    """A list of one note for people, which names the cases that lack some of several regions; []
+    if none does."""
+    absent = {
+        name: [case.id for case in cases if not any(case.counts.get(i) for i in ids)]
+        for name, ids in outputs.regions.items()
+    }
+    parts = [
+        f"{name} in {'any case' if len(some) == len(cases) else files.few(some)}"
+        for name, some in absent.items()
+        if some
+    ]
+    if not parts or not outputs.several:
+        return []
+    return [
+        f"validation: no voxel of {', of '.join(parts)}; each ratio is 1 there if the prediction "
+        "has none either, else 0"
+    ]
+
+
+def full_names(metric, names, outputs):
+    """(the name of the score that chooses the best state, those of all scores), with regions.
+
+    ValueError, a sentence, for a name of no score or region, and for a metric that cannot choose.
+    """
+    regions = classes.checked(outputs.regions) if outputs.several else None
     for name in (metric, *names):
         try:
             metrics.entry(name)
+            classes.full_names([name], regions)
         except ValueError as error:
             key = "validation.score" if name == metric else "validation.scores"
             raise ValueError(f"{key}: {error}") from None
     if metrics.entry(metric)[0].better is None:
         expected = "expected a score where higher or lower is better"
         raise ValueError(f"validation.score: {expected}, got {metric}, which describes a mask")
+    mean = outputs.several and classes.split_name(metric)[1] is None
+    all_names = classes.full_names((metric, *names), regions)
+    return f"{metric}/{classes.MEAN}" if mean else metric, all_names

@@ -22,6 +22,7 @@ from pydantic import Field
 from monitoring.records import append_line, read_lines
 from runtime import build, config
 from runtime.folder import newest_run_folder, try_lock
+from scoring.classes import MEAN, split_name
 from settings import Group, Settings, Validation, Whole
 from volumes.volume import collect_errors
 
@@ -76,6 +77,13 @@ class Job:
         """What it is scored by, the main score first."""
         return list(dict.fromkeys([self.judge.score, *self.judge.scores]))
 
+    def names_in(self, rows):
+        """The scores that tables show of the rows of scores.json: of several classes the means, and
+        the main score of each."""
+        main, *others = [n if n in rows[0] else f"{n}/{MEAN}" for n in self.score_names]
+        of_classes = [n for n in rows[0] if n.startswith(f"{split_name(main)[0]}/")]
+        return list(dict.fromkeys([main, *of_classes, *others]))
+
     def cases(self):
         """What evaluate.py says of each case; None if the file is gone, damaged, or lacks one of
         these scores at this tolerance. The run is then scored again."""
@@ -84,9 +92,9 @@ class Job:
         try:
             text = (self.folder / "scores.json").read_text(encoding="utf-8")
             rows = json.loads(text)["cases"]
-            finite = all(math.isfinite(row[name]) for row in rows for name in self.score_names)
+            finite = all(math.isfinite(row[name]) for row in rows for name in self.names_in(rows))
             tolerances = {row["tolerance"] for row in rows if row["case"]}
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, LookupError):
             return None
         return rows if finite and tolerances == {self.judge.tolerance} else None
 
@@ -221,6 +229,12 @@ def check(jobs):
         if cases != ids[first, job.fold]:
             fault = f"data: expected the held-out cases of {first}, got {cases}"
             faults[job.variant].append(fault)
+        own, others = (plans[name, job.fold].outputs for name in (job.variant, first))
+        if (own.several or others.several) and own.regions != others.regions:
+            faults[job.variant].append(
+                f"data: expected the classes of {first} ({', '.join(others.regions)}), got "
+                f"{', '.join(own.regions)}; scores of others do not compare"
+            )
         faults[job.variant] += _changed(job, cases)
     _raise_any(faults)
     return {job.name: plans[job.variant, job.fold] for job in jobs}

@@ -10,8 +10,9 @@ Events of training, which a resumed run writes again from where its state was sa
                  part of a step; skipped: steps without an update
     epoch        loss: means over the epoch; patches: shares of them; cache: what it holds,
                  and how often it was hit since the start
-    evaluation   scores: means; cases: those of each; chosen: threshold and size of components;
-                 steps: means before and after each step of postprocess.py; unread: cases left out
+    evaluation   scores: means; cases: those of each; chosen: threshold and size of components, of
+                 several regions {region: number}; steps: means before and after each step of
+                 postprocess.py; unread: cases left out
 
 Events of the run's history, which stay:
 

@@ -209,7 +209,7 @@ class Run:
             steps=self.stop_step,
             iterations=self.iterations,
             log_every=self.settings.monitor.log_every,
-            score=self.settings.validation.score,
+            score=validator.spec.metric,
             measured=self.metadata["measured"],
             better=evaluator.directions(validator.spec),
             resumed=self.resumed_from is not None,
@@ -235,7 +235,7 @@ class Run:
 
     def _say_goodbye(self):
         self.console.print(f"done: step {self.step} in {self.seconds:.0f} s of training")
-        best, score = self.evaluations.standing, self.settings.validation.score
+        best, score = self.evaluations.standing, self.evaluations.validator.spec.metric
         if best.best_score is not None:
             self.console.print(
                 f"best: {score} {best.best_score:.4f} at step {best.best_step}, in best.pt"

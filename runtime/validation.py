@@ -94,9 +94,8 @@ class Validator:
             if case.id in unread:
                 continue
             if self.group.first and owner:
-                probs = np.empty(case.shape, np.float32) if self.spec.validation_terms else None
-                prediction = evaluator.Prediction(case, np.empty(case.shape, np.uint8), probs)
-            for array in (prediction.counts, prediction.probs) if prediction and owner else ():
+                prediction = evaluator.empty_prediction(self.spec, case)
+            for array in (prediction.encoded, prediction.probs) if prediction and owner else ():
                 if array is not None:
                     self.group.move(array, owner)
             found.append(prediction)
@@ -165,32 +164,35 @@ def predict(network, case, spec, *, spacing, clip, window, with_slices=False, **
     spacing, clip: as in `data.PatchDataset`; window: arguments of `sliding_window.predict_slabs`
     that come from the settings, how: its others. casefile.Unreadable if a file cannot be read.
     """
-    counts, slices = np.empty(case.shape, np.uint8), None
-    probs = np.empty(case.shape, np.float32) if spec.validation_terms else None
+    prediction, slices = evaluator.empty_prediction(spec, case), None
     with casefile.opened(case) as file:
         if with_slices:
-            truth = casefile.read_truth(file, spec.foreground, case.ignore_label)
-            slices = middle_slices(file["image"], truth, case.ignore_label)
+            slices = middle_slices(file["image"], file["label"][:], spec.outputs, case.ignore_label)
             slices["image"] = clip_fill(slices["image"], case.intensity)
         arguments = network, file["image"], case.spacing, case.intensity
+        how |= {"channels": spec.outputs.channels, "exclusive": spec.outputs.exclusive}
         how |= {"wanted": spacing, "clip": clip}
         for z0, planes in sliding_window.predict_case(*arguments, **window, **how):
             part = slice(z0, z0 + planes.shape[1])
-            counts[part] = evaluator.threshold_counts(planes[0], spec.all_thresholds)
-            if probs is not None:
-                probs[part] = planes[0]
+            prediction.encoded[..., part, :, :] = evaluator.encode(spec, planes)
+            if prediction.probs is not None:
+                prediction.probs[:, part] = planes
             if slices is not None and z0 <= slices["z"] < part.stop:
-                slices["probs"] = planes[0, slices["z"] - z0].copy()
-    return evaluator.Prediction(case, counts, probs), slices
+                slices["probs"] = planes[:, slices["z"] - z0].copy()
+    return prediction, slices
 
 
-def middle_slices(image, truth, ignore_label):
-    """The z slice with the most foreground of a case, as a dict of (H, W) arrays, and "z".
+def middle_slices(image, label, outputs, ignore_label):
+    """The z slice that shows most of the regions of a case, as a dict of (H, W) arrays, and "z";
+    "truth" is {region: (H, W) bool}.
 
-    image (C, D, H, W), an array or dataset, of which one slice is read; truth (D, H, W) class ids.
+    image (C, D, H, W), an array or dataset, of which one slice is read; label (D, H, W) class ids;
+    outputs: an `outputs.Outputs`.
     """
-    labeled = truth != (-1 if ignore_label is None else ignore_label)
-    truth = (truth > 0) & labeled
-    z = int(np.argmax(truth.sum(axis=(1, 2))))
+    labeled = label != (-1 if ignore_label is None else ignore_label)
+    truth = {n: np.isin(label, ids) & labeled for n, ids in outputs.regions.items()}
+    counts = [mask.sum(axis=(1, 2)) for mask in truth.values()]
+    z = int(np.argmax(sum(count / max(1, count.sum()) for count in counts)))
     image = np.asarray(image[0, z], np.float64)
-    return {"z": z, "image": image, "truth": truth[z], "labeled": labeled[z]}
+    shown = {name: mask[z] for name, mask in truth.items()}
+    return {"z": z, "image": image, "truth": shown, "labeled": labeled[z]}

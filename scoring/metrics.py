@@ -91,26 +91,35 @@ def score(
 def _class_scores(prediction, truth, ignore_label, how, entries, classes):
     """`score` of several classes: the masks of one class at a time are in memory."""
     classes = checked(classes, ignore_label)
-    wanted = [split_name(name) for name in full_names(entries, classes)]
     prediction, truth = _checked_arrays(prediction, truth, ignore_label, (0, *ids_of(classes)))
     _check_ids("prediction", prediction, classes, None)
     _check_ids("truth", truth, classes, ignore_label)
     labeled = None if ignore_label is None else truth != ignore_label
     kinds = {split_name(name)[0]: kind for name, kind in entries.items()}
-    scores = {}
-    for name, ids in classes.items():
-        bases = dict.fromkeys(base for base, which in wanted if which in (name, MEAN))
-        if not bases:
-            continue
-        masks = [mask_of(prediction, ids), mask_of(truth, ids)]
+
+    def score_of(name, wanted):
+        masks = [mask_of(values, classes[name]) for values in (prediction, truth)]
         if labeled is not None:
             masks[0] &= labeled
         pair = Comparison(*masks, *how)
-        for base in bases:
-            kind, number = kinds[base]
-            scores[base, name] = kind.of(pair, *number)
+        return {base: kinds[base][0].of(pair, *kinds[base][1]) for base in wanted}
+
+    return by_class(entries, classes, score_of)
+
+
+def by_class(names, classes, score_of):
+    """Scores of several classes and their means, {name: value} in the order of `full_names`.
+
+    score_of(class, names) gives {name: value} of one class alone.
+    """
+    wanted = [split_name(name) for name in full_names(names, classes)]
+    scores = {}
+    for one in classes:
+        bases = dict.fromkeys(base for base, which in wanted if which in (one, MEAN))
+        for base, value in (score_of(one, bases) if bases else {}).items():
+            scores[base, one] = value
     for base in [base for base, which in wanted if which == MEAN]:
-        scores[base, MEAN] = float(np.mean([scores[base, name] for name in classes]))
+        scores[base, MEAN] = float(np.mean([scores[base, one] for one in classes]))
     return {f"{base}/{which}": scores[base, which] for base, which in wanted}
 
 

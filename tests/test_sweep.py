@@ -21,7 +21,9 @@ import yaml
 
 import sweep
 from runtime import build, comparison, config, jobs
+from runtime.outputs import Outputs
 from scoring import report
+from scoring.classes import parsed
 from tests.test_training_step import make_root
 
 ROOT, FORK = Path(__file__).parents[1], multiprocessing.get_context("fork")
@@ -330,8 +332,12 @@ import json, sys
 from pathlib import Path
 words = sys.argv
 name, out = words[2].split("=")[0], Path(words[words.index("--out") + 1])
-cases = words[words.index("--cases") + 1 : words.index("--foreground")]
+option = "--classes" if "--classes" in words else "--foreground"
+cases = words[words.index("--cases") + 1 : words.index(option)]
+classes = [word.split("=")[0] for word in words[words.index(option) + 1 :] if "=" in word]
 first = words[words.index("--scores") + 1 : words.index("--rank")]
+if classes:
+    first = [f"{name}/{which}" for name in first for which in (*classes, "mean")]
 value = 0.75 if name.startswith("b") else 0.5
 about = dict(method=name, tolerance=float(words[words.index("--tolerance") + 1]))
 rows = [dict(case=case) | about | dict.fromkeys(first, value) for case in cases]
@@ -729,6 +735,52 @@ def test_the_page_has_all_tables_and_pictures_and_needs_nothing_else(scripts, tw
     (folder / "report.html").unlink()
     assert sweep.main([two_by_two, "--report"]) == 0
     assert (folder / "report.html").read_text() == text and len(begun(scripts)) == 4
+
+
+@pytest.fixture
+def of_classes(tmp_path):
+    """The config of tiny runs on four cases of two classes."""
+    root = tmp_path / "classes"
+    root.mkdir()
+    content = {"root": str(make_root(root, rim=True))}
+    return write(tmp_path / "classes.yaml", TINY | {"data": content})
+
+
+def test_several_classes_are_compared_by_their_means_and_by_the_main_score_of_each(
+    scripts, of_classes, capsys
+):
+    path = write_sweep(of_classes, variants={"a": None, "b": {"optim.lr": 0.1}}, folds=2)
+    assert sweep.main([path]) == 0
+    text = capsys.readouterr().out
+    assert "b_fold1_seed0 done: surface_dice/mean 0.7500" in text
+    names = ["surface_dice/mean", "surface_dice/slab", "surface_dice/rim"]
+    names += [f"{name}/mean" for name in SCORES[1:]]
+    assert list(ledger_of(path)["a_fold0_seed0"]["scores"]) == names
+    folder, (job, *_) = jobs.expand(path)
+    page = (folder / "report.html").read_text()
+    for name in names:
+        assert f"<th>{name.replace('_', ' ')}</th>" in page
+    assert sweep.main([path, "--report"]) == 0 and len(begun(scripts)) == 4
+    rows = [{name: 0.5 for name in job.cases()[0] if name != "dice/mean"} | {"tolerance": 2.0}]
+    (job.folder / "scores.json").write_text(json.dumps({"cases": rows}))
+    assert job.cases() is None
+
+
+def test_evaluate_is_told_the_ids_of_every_region():
+    regions = {"vessel": (3, 7), "artery": (3,)}
+    option, *texts = sweep.classes_of(Outputs(regions))
+    assert option == "--classes" and texts == ["vessel=3+7", "artery=3"]
+    assert parsed(texts, {}) == regions
+    assert sweep.classes_of(Outputs({"vessel": (3, 7)})) == ("--foreground", 3, 7)
+
+
+def test_variants_that_tell_other_classes_apart_are_refused(of_classes, tmp_path, capsys):
+    variants = {"all": None, "one": {"data.foreground": ["rim"]}}
+    variants["same"] = {"data.regions": {"slab": ["slab"], "rim": ["rim"]}}  # with sigmoids
+    assert sweep.main([write_sweep(of_classes, variants=variants, folds=2)]) == 2
+    fault = "variants.one: data: expected the classes of all (slab, rim), got rim; scores of others"
+    assert capsys.readouterr().err.strip() == f"{fault} do not compare"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_report_before_any_run_is_one_sentence(two_by_two, capsys):

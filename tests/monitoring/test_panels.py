@@ -136,6 +136,18 @@ def test_scores_are_shown_with_the_best_and_the_one_that_chooses_first(shown):
     ]
 
 
+def test_of_classes_the_main_score_of_each_is_shown_and_of_others_the_mean(tmp_path):
+    values = {"artery": 0.75, "vein": 0.25, "mean": 0.5}
+    scores = {f"{name}/{which}": v for name in ("dice", "recall") for which, v in values.items()}
+    better = dict.fromkeys(scores, "higher")
+    log = [start(score="dice/mean", better=better), event("evaluation", 10, scores=scores)]
+    write_lines(tmp_path / "log.jsonl", log)
+    rows = panel(view_of(tmp_path, 302), panels.score)
+    assert [row.split()[0] for row in rows] == [
+        "dice/mean", "dice/artery", "dice/vein", "recall/mean", "at",
+    ]  # fmt: skip
+
+
 def test_the_time_of_a_step_is_shown_in_shares_the_largest_first(shown):
     hint, *parts = panel(shown, panels.time)
     assert hint.startswith("waiting for data: more training.workers or")

@@ -4,12 +4,15 @@ import warnings
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
 from monitoring import picture
 from tests.monitoring.test_health import GB, event
 from tests.monitoring.test_records import line, start, step, write_lines
+from volumes.colors import class_color, overlay_classes
 
 TITLES = ("loss", "validation", "learning rate", "seconds per step", "memory", "CPU")
 
@@ -124,6 +127,20 @@ def test_scores_are_drawn_with_the_best_of_the_one_that_chooses(tmp_path, panels
     assert curve(result["loss"], "cldice, validation") == {0: 0.3, 10: 0.3, 20: 0.3, 30: 0.3}
 
 
+def test_of_classes_the_mean_of_each_score_is_drawn_and_the_main_one_of_each_class_in_its_color(
+    tmp_path, panels
+):
+    values = {"artery": 0.8, "vein": 0.6, "mean": 0.7}
+    scores = {f"{name}/{which}": v for name in ("dice", "recall") for which, v in values.items()}
+    log = [event("evaluation", step, scores=scores) for step in (10, 20)]
+    write_lines(tmp_path / "log.jsonl", [start(score="dice/mean", better={}), *log])
+    axis = panels()["validation"]
+    assert texts(axis) == ["dice/artery", "dice/vein", "dice/mean", "recall/mean"]
+    drawn = {one.get_label(): to_rgb(one.get_color()) for one in axis.lines}
+    assert drawn["dice/artery"] == class_color(0) and drawn["dice/vein"] == class_color(1)
+    assert drawn["dice/mean"] == (0, 0, 0)
+
+
 def test_the_learning_rate_is_drawn(tmp_path, panels):
     write_lines(tmp_path / "log.jsonl", [step(10, lr=0.004), step(20, lr=0.002), step(30)])
     assert curve(panels()["learning"], "learning rate") == {10: 0.004, 20: 0.002}
@@ -232,7 +249,8 @@ def slices(height=40, width=60):
     labeled = np.ones_like(truth)
     labeled[:, : width // 2] = False
     image = np.arange(height * width, dtype=np.float32).reshape(height, width)
-    return {"image": image, "truth": truth, "labeled": labeled, "probs": probs}
+    masks = {"truth": {"bar": truth}, "mask": {"bar": probs >= 0.5}}
+    return {"image": image, "labeled": labeled, "probs": probs[None], **masks}
 
 
 def test_the_picture_is_wide_enough_to_read_and_has_a_row_more_with_slices(tmp_path, panels):
@@ -245,6 +263,26 @@ def test_the_picture_is_wide_enough_to_read_and_has_a_row_more_with_slices(tmp_p
         assert drawn.size == (1200, 920)
         assert len(np.unique(np.asarray(drawn)[650:900, 900:1100, :3].reshape(-1, 3), axis=0)) > 100
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "progress.png"]
+
+
+def test_a_slice_of_classes_shows_truth_and_prediction_in_a_color_for_each_with_a_legend(
+    tmp_path, panels, monkeypatch
+):
+    given = slices()
+    artery, vein = given["truth"]["bar"], np.roll(given["truth"]["bar"], 20, axis=0)
+    given["truth"] = {"artery": artery, "vein": vein}
+    given["mask"] = {"artery": artery | vein, "vein": vein & False}
+    drawn = []
+    monkeypatch.setattr(
+        Axes, "imshow", lambda axis, shown, **how: drawn.append((axis, np.asarray(shown)))
+    )
+    panels(slices=given)
+    (image, plain), (_, truth), (_, prediction) = drawn
+    assert plain.ndim == 2 and texts(image) == ["artery", "vein"]
+    both = [given[key] for key in ("image", "labeled")]
+    masks = [np.stack([*given[key].values()]) for key in ("truth", "mask")]
+    assert np.array_equal(truth, overlay_classes(both[0], *masks, both[1]))
+    assert np.array_equal(prediction, overlay_classes(both[0], *masks[::-1], both[1]))
 
 
 def test_a_large_slice_is_drawn(tmp_path, panels):

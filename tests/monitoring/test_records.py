@@ -216,3 +216,13 @@ def test_the_best_is_that_since_a_score_means_what_it_does_now(tmp_path, change,
     again = start(better={"dice": "higher"}, measured=measured | change)
     write_lines(tmp_path / "log.jsonl", [first, scores[0], again, scores[1]])
     assert read(tmp_path).best("dice") == best
+
+
+def test_of_several_classes_few_scores_are_shown():
+    several = [f"{name}/{which}" for name in ("dice", "recall") for which in ("a", "b", "mean")]
+    assert records.few_names(several, "dice/mean") == [*several[:3], "recall/mean"]
+    assert records.few_names(several, "recall/b") == ["dice/mean", *several[3:]]
+    asked = ["dice/mean", "assd/a", "cldice_loss"]  # of a score without a mean what was asked for
+    assert records.few_names(asked, "dice/mean") == asked
+    assert records.few_names(["dice", "recall"], "dice") == ["dice", "recall"]
+    assert records.few_names(["dice"], None) == ["dice"]

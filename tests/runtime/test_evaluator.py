@@ -12,6 +12,7 @@ import pytest
 import infer
 import train
 from runtime import checkpoint, evaluator, validation
+from runtime.outputs import Outputs
 from scoring import metrics
 from tests.test_survival import after_step, kills, run_folder
 from tests.test_train import SHAPE, events, root, settings, weights_of
@@ -36,18 +37,26 @@ def sheet():
     return label, probs
 
 
-def spec_of(**changes):
-    base = {"metric": "dice", "names": ("precision",), "thresholds": (0.5, 0.4, 0.6), "sizes": (0,)}
-    return evaluator.EvaluationSpec(**(base | changes))
+ONE = Outputs({"sheet": (1,)})
 
 
-def result_of(tmp_path, spec, *pairs):
-    """The result for [(label, probs), ...]."""
+def spec_of(*, outputs=ONE, thresholds=(0.5, 0.4, 0.6), sizes=(0,), **changes):
+    """The same choices for all regions, unless they are {region: choices}."""
+    base = {"metric": "dice", "names": ("dice", "precision"), "outputs": outputs}
+    choices = {
+        key: some if isinstance(some, dict) else dict.fromkeys(outputs.regions, some)
+        for key, some in (("thresholds", thresholds), ("sizes", sizes))
+    }
+    return evaluator.EvaluationSpec(**(base | choices | changes))
+
+
+def result_of(tmp_path, spec, *pairs, ignore_label=2):
+    """The result for [(label, probs), ...]; probs (D, H, W), or (K, D, H, W)."""
     predictions = []
     for number, (label, probs) in enumerate(pairs):
-        case = make_case(tmp_path, label, case_id=f"c{number}")
-        counts = evaluator.threshold_counts(probs, spec.all_thresholds)
-        predictions.append(evaluator.Prediction(case, counts))
+        case = make_case(tmp_path, label, ignore_label, case_id=f"c{number}")
+        encoded = evaluator.encode(spec, probs if probs.ndim == 4 else probs[None])
+        predictions.append(evaluator.Prediction(case, encoded))
     return evaluator.evaluate(spec, predictions)
 
 
@@ -149,7 +158,7 @@ def test_of_no_case_there_are_no_scores_and_the_first_choices():
 def test_a_label_that_cannot_be_read_is_named_and_counts_nowhere(tmp_path):
     spec = spec_of(thresholds=(0.5,))
     label, probs = sheet()
-    found = evaluator.threshold_counts(probs, spec.all_thresholds)
+    found = evaluator.encode(spec, probs[None])
     there, gone = (make_case(tmp_path, label, case_id=name) for name in ("there", "gone"))
     os.unlink(gone.path)
     told = evaluator.evaluate(spec, [evaluator.Prediction(c, found) for c in (there, gone)])
@@ -167,8 +176,9 @@ def test_a_label_that_cannot_be_read_is_named_and_counts_nowhere(tmp_path):
 )
 def test_names_of_no_score_are_refused(metric, names, said):
     with pytest.raises(ValueError, match=said):
-        evaluator.check(metric, names)
-    evaluator.check("vesuvius_score", ("surface_dice@4", "assd", "components"))
+        evaluator.full_names(metric, names, ONE)
+    found = evaluator.full_names("vesuvius_score", ("surface_dice@4", "assd", "components"), ONE)
+    assert found == ("vesuvius_score", ("vesuvius_score", "surface_dice@4", "assd", "components"))
 
 
 # ---------------------------------------------------------------------------- runs

@@ -212,7 +212,8 @@ def test_a_best_state_that_was_lost_does_not_keep_a_run_from_leaving_with_its_st
 def finished(run, *results):
     """Let the evaluations of a run end with these, one after another."""
     for result in results:
-        run.evaluations.validator = SimpleNamespace(result=lambda wait, r=result: r)
+        spec = SimpleNamespace(metric=run.settings.validation.score)
+        run.evaluations.validator = SimpleNamespace(result=lambda wait, r=result: r, spec=spec)
         run.evaluations.finish(wait=True)
 
 

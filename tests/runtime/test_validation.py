@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import data
-from runtime import signals, validation
+from runtime import evaluator, signals, validation
+from runtime.outputs import Outputs
 from runtime.validation import Evaluation, Validator
 from volumes import casefile
 
@@ -102,6 +103,43 @@ def test_a_case_that_cannot_be_read_is_tried_again_named_and_left_out(made):
     assert text == "case a: expected a file; this evaluation goes without it"
 
 
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_predictions_of_classes_come_from_the_rank_that_made_them(exclusive):
+    regions = Outputs({"artery": (3,), "vein": (7,)}, exclusive=exclusive)
+    spec = evaluator.EvaluationSpec(
+        "dice/mean", (), regions, {}, {}, terms={"cldice": {"validation_only": True}}
+    )
+    cases = [SimpleNamespace(id=name, shape=(2, 3, 4)) for name in "abc"]
+    predictions = {case.id: evaluator.empty_prediction(spec, case) for case in cases}
+    for number, one in enumerate(predictions.values()):
+        one.encoded[:], one.probs[:] = number, number / 4
+    assert predictions["a"].encoded.shape == (() if exclusive else (2,)) + (2, 3, 4)
+    assert predictions["a"].probs.shape == (2 + exclusive, 2, 3, 4)
+    sent = [predictions["b"].encoded, predictions["b"].probs]
+    second = Rank(sent, first=False)
+    one = Validator(cases, spec, background=True, report=None, poll=None, group=second)
+    one._brought_together({"b": predictions["b"]}, unread=["c"])
+    one.group = Rank(second.moved, first=True)
+    found = one._brought_together({"a": predictions["a"]}, unread=["c"])
+    assert [prediction.case.id for prediction in found] == ["a", "b"]
+    assert np.array_equal(found[1].encoded, sent[0]) and np.array_equal(found[1].probs, sent[1])
+
+
+class Rank:
+    """One of two, which gets these arrays from the other, or sends them."""
+
+    size = 2
+
+    def __init__(self, arrays, first):
+        self.arrays, self.first, self.moved = iter(arrays), first, []
+
+    def move(self, array, owner):
+        assert owner == 1
+        if self.first:
+            array[:] = next(self.arrays)
+        self.moved.append(array)
+
+
 def test_without_cases_there_is_no_process_and_an_evaluation_without_scores(made):
     one = made(background=True)
     one.v.start(network(), 0)
@@ -189,7 +227,17 @@ def test_the_slice_with_most_labeled_foreground_is_shown():
     truth = np.zeros((4, 5, 6), np.uint8)
     truth[1, :, 0:2], truth[2, 0:3], truth[3] = 1, 1, 2
     image = np.arange(truth.size, dtype=np.uint16).reshape(truth.shape)[None]
-    slices = validation.middle_slices(image, truth, ignore_label=2)
-    assert slices["z"] == 2 and slices["labeled"].all() and slices["truth"].sum() == 18
+    slices = validation.middle_slices(image, truth, Outputs({"bar": (1,)}), ignore_label=2)
+    assert slices["z"] == 2 and slices["labeled"].all() and slices["truth"]["bar"].sum() == 18
     assert np.array_equal(slices["image"], image[0, 2])
-    assert validation.middle_slices(image, truth, None)["z"] == 3
+    assert validation.middle_slices(image, truth, Outputs({"all": (1, 2)}), None)["z"] == 3
+
+
+def test_the_slice_that_is_shown_has_much_of_every_class_the_rare_ones_too():
+    label = np.zeros((4, 5, 6), np.uint8)
+    label[1:3, :, 0:3], label[1, 0, 0], label[3] = 3, 0, 3  # most of class 3 in the last slice
+    label[2, 0, 5] = 7
+    regions = Outputs({"artery": (3,), "vein": (7,)}, exclusive=True)
+    slices = validation.middle_slices(label[None], label, regions, ignore_label=255)
+    assert slices["z"] == 2
+    assert {name: mask.sum() for name, mask in slices["truth"].items()} == {"artery": 15, "vein": 1}
