@@ -2,8 +2,18 @@
 
 import gc
 import signal
+import sys
+from multiprocessing import forkserver
 
 import pytest
+
+
+def pytest_collection_finish():
+    if "tests.processes" in sys.modules:
+        forkserver.ensure_running()  # it imports packages meanwhile
+    # Each run ends with a collection of garbage. It would look at all modules and tests.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -11,10 +21,3 @@ def _signals_as_in_a_terminal():
     """Under nohup, or behind an & in a script, SIGHUP and SIGINT are ignored from the start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _modules_and_tests_are_no_garbage():
-    """Each run ends with a collection of garbage, which would look at all that stays as well."""
-    gc.collect()
-    gc.freeze()

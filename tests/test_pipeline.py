@@ -3,14 +3,14 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+
+from tests import processes
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("LAMINA_SHARED", ROOT.parent / "shared"))
@@ -26,8 +26,7 @@ TINY = [
 
 
 def script(name, *arguments, cwd, status=0):
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = processes.run([ROOT / name, *arguments], cwd=cwd)
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
