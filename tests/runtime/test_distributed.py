@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
