@@ -21,3 +21,11 @@ def _signals_as_in_a_terminal():
     """Under nohup, or behind an & in a script, SIGHUP and SIGINT are ignored from the start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def _no_handler_of_dead_workers():
+    """A DataLoader leaves one, which would raise an error in a later test that kills a worker."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, handler)
