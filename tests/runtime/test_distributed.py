@@ -120,8 +120,8 @@ with distributed.joined(1) as group:
     group.seed_step(5, 1)
     assert numbers[rank] == torch.rand(1).item() and len(set(numbers)) == 3
 
-    distributed.LOOK, group.minutes = 0.1, 0.5 / 60
-    end = time.monotonic() + 1.5
+    distributed.LOOK, group.minutes = 0.1, 1 / 60
+    end = time.monotonic() + 2
     while rank == 1 and time.monotonic() < end:  # it works for longer, and shows it
         group.word()
     group.wait_for_all(group.word)
