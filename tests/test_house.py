@@ -4,6 +4,7 @@ Every import counts, also one inside a function. tests/ and benchmarks/ may impo
 """
 
 import ast
+import functools
 import graphlib
 import importlib
 from pathlib import Path
@@ -146,11 +147,12 @@ def of_room(room, faults):
 # ---------------------------------------------------------------------------- this house
 
 EVERY_ROOM = pytest.mark.parametrize("room", [*ROOMS, *TOP.split(), *SCRIPTS])
+faults_here = functools.cache(lambda check: check(ROOT))
 
 
 @EVERY_ROOM
 def test_imports_point_down_and_no_script_is_imported(room):
-    assert of_room(room, wrong_arrows(ROOT)) == []
+    assert of_room(room, faults_here(wrong_arrows)) == []
 
 
 def test_no_imports_go_in_a_circle():
@@ -159,7 +161,7 @@ def test_no_imports_go_in_a_circle():
 
 @EVERY_ROOM
 def test_a_room_holds_the_files_that_are_listed(room):
-    assert of_room(room, wrong_places(ROOT)) == []
+    assert of_room(room, faults_here(wrong_places)) == []
 
 
 def test_nothing_else_stands_at_the_top():
@@ -169,7 +171,7 @@ def test_nothing_else_stands_at_the_top():
 
 @EVERY_ROOM
 def test_no_file_and_no_function_is_too_long(room):
-    assert of_room(room, too_long(ROOT)) == []
+    assert of_room(room, faults_here(too_long)) == []
 
 
 def test_every_text_file_has_an_encoding():

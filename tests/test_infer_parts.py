@@ -1,8 +1,6 @@
 """Predictions that several processes make together: infer.py --part, and under torchrun."""
 
 import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 
 import infer
 from runtime import checkpoint, ensemble, parts
+from tests import processes
 from tests.test_infer import (
     faults_of,
     image_of,
@@ -104,13 +103,12 @@ def test_parts_share_out_the_slabs_of_one_volume(run, tmp_path, capsys, monkeypa
 def test_a_part_that_is_killed_and_started_again_does_no_slab_twice(run, tmp_path, monkeypatch):
     about = ["--ckpt", str(run()), "--input", str(scans(tmp_path)), *SETTINGS, "--output"]
     out = tmp_path / "out"
-    command = [sys.executable, "-c", SLOW, *about, str(out), "--part", "1/2"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = processes.Script(["-c", SLOW, *about, out, "--part", "1/2"], cwd=ROOT)
     while len(slabs_in(out)) < 1:
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
-    process.wait()
+    process.communicate()
     done, ranges = slabs_in(out), predicted_rows(monkeypatch)
     assert 1 <= len(done) < 3 and not (out / "a.nii.gz").exists()
     infer_ok(*about, out, "--part", "2/2")
@@ -129,10 +127,9 @@ def test_torchrun_makes_each_rank_a_part_and_none_ends_before_the_others(run, tm
     damage(tmp_path / "cases" / "a.h5")
     out = tmp_path / "out"
     (tmp_path / "slow.py").write_text(SLOW)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += [tmp_path / "slow.py", *about, out]
-    how = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
-    done = subprocess.run(list(map(str, command)), **how, timeout=120)
+    words = ["-c", "from torch.distributed.run import main; main()", "--nproc-per-node=2"]
+    words += [tmp_path / "slow.py", *about, out]
+    done = processes.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 1
     assert "part 1/2: a: " in done.stderr and "a.h5: expected a volume that can" in done.stderr
     expected = files_of(tmp_path / "one")

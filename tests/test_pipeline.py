@@ -3,8 +3,6 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -12,13 +10,15 @@ import nibabel
 import numpy as np
 import pytest
 
+from tests import processes
+
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("LAMINA_SHARED", ROOT.parent / "shared"))
 TINY = [
     "run.threads=1",
-    "model.base=6",
+    "model.base=4",
     "model.multipliers=[1,2]",
-    "sampling.patch=[16,48,48]",
+    "sampling.patch=[16,32,32]",
     "training.workers=0",
     "monitor.tensorboard=false",
     "monitor.picture=false",
@@ -26,8 +26,7 @@ TINY = [
 
 
 def script(name, *arguments, cwd, status=0):
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = processes.run([ROOT / name, *arguments], cwd=cwd)
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -44,7 +43,7 @@ def test_a_trained_network_beats_the_untrained_one_and_otsu_on_an_unseen_phantom
     (tmp_path / "c.yaml").write_text(
         "data: {root: d, validation: [scroll_003], test: [scroll_004]}\n"
         "optim: {lr: 1e-2}\nvalidation: {untrained: false}\n"
-        "training: {max_epochs: 1, train_iterations_per_epoch: 60}\n"
+        "training: {max_epochs: 1, train_iterations_per_epoch: 40}\n"
     )
     untrained = ("run.name=u", "training.max_steps=0")
     script("train.py", "c.yaml", *TINY, *untrained, cwd=tmp_path)
@@ -62,7 +61,7 @@ def test_a_trained_network_beats_the_untrained_one_and_otsu_on_an_unseen_phantom
     best_other = max(scores["untrained"]["dice"], scores["otsu"]["dice"])
     assert scores["prediction"]["dice"] > max(0.5, best_other + 0.1)
     log = [json.loads(line) for line in (tmp_path / "runs/c/log.jsonl").read_text().splitlines()]
-    assert log[-1]["event"] == "end" and log[-1]["step"] == 60
+    assert log[-1]["event"] == "end" and log[-1]["step"] == 40
 
 
 def test_the_full_scroll_run_without_data_says_where_they_come_from(tmp_path):

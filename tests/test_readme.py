@@ -18,6 +18,7 @@ from losses import LOSSES
 from runtime import config, ending, jobs
 from scoring.metrics import SCORES
 from settings import Settings
+from tests import processes
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -90,8 +91,8 @@ def settings_in(words):
 @functools.cache
 def options_of(script):
     """The options of a script, from the usage that its --help prints."""
-    command = [sys.executable, ROOT / f"{script}.py", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = processes.run([ROOT / f"{script}.py", "--help"])
+    assert done.returncode == 0, done.stderr
     return set(re.findall(r"--[a-z][a-z-]*", done.stdout.split("\n\n")[0])) | {"--help"}
 
 
@@ -251,8 +252,8 @@ def test_the_exit_statuses_are_those_of_a_run(page):
 
 
 def test_a_misspelled_setting_is_one_sentence_and_exit_status_2(tmp_path):
-    command = [sys.executable, ROOT / "train.py", ROOT / "configs/vessels.yaml", "optim.rl=1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    words = [ROOT / "train.py", ROOT / "configs/vessels.yaml", "optim.rl=1"]
+    done = processes.run(words, cwd=tmp_path)
     assert done.returncode == 2 and "optim.lr" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
@@ -343,8 +344,7 @@ def test_the_five_commands_for_your_own_data_work(tmp_path):
             continue
         _, script, *arguments = words
         arguments += small.split() if script == "train.py" else []
-        command = [sys.executable, ROOT / script, *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = processes.run([ROOT / script, *arguments], cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert (tmp_path / "runs/mine/checkpoints/last.pt").is_file()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["unseen.nii.gz"]

@@ -29,11 +29,11 @@ def test_a_job_goes_back_into_the_queue_until_its_run_is_done(root, tmp_path):
         (tmp_path / name).chmod(0o755)
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    environment |= {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "n1"}
-    for hours, status in (("1e-9", 1), ("1", 0)):
+    environment |= {"SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "n1"}
+    for hours, gpus, status in (("1e-9", "2", 1), ("1", "1", 0)):
         done = subprocess.run(
             ["bash", ROOT / "docs" / "slurm.sh", "job.yaml", "run.name=long"],
-            env=environment | {"MAX_HOURS": hours},
+            env=environment | {"MAX_HOURS": hours, "SLURM_GPUS_ON_NODE": gpus},
             cwd=tmp_path,
             capture_output=True,
             text=True,

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -19,13 +18,21 @@ import torch
 import data
 import model
 import train
+from benchmarks import kills
 from runtime import checkpoint, evaluator, memory_guard, sliding_window
+from tests import processes
 from tests.test_train import events, root, same_state, settings, weights_of
 
 __all__ = ["root"]  # a fixture
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import kills  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def straight(root, tmp_path_factory):
+    """A run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert train.main(settings(root, folder)) == 0
+    return folder
 
 
 def run_folder(tmp_path):
@@ -52,30 +59,27 @@ def after_step(monkeypatch, step, act):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not(root, tmp_path, workers):
-    content = settings(root, tmp_path, f"training.workers={workers}").plain()
-    content["training"] |= {"train_iterations_per_epoch": 8, "save_minutes": 0.005}
-    content["run"]["name"] = ""  # the config file's
-    (tmp_path / "quickstart.yaml").write_text(json.dumps(content))
-    for name, moments in (("straight", []), ("killed", ["start", "write", "later"])):
-        folder = tmp_path / name
-        command = [sys.executable, ROOT / "train.py", tmp_path / "quickstart.yaml", "--resume"]
-        command = [*map(str, command), f"run.folder={folder}"]
-        for moment in moments:
-            kill_at(moment, command, folder)
-        kills.straight(command)
-    one, other = (tmp_path / name / "quickstart" for name in ("straight", "killed"))
-    assert kills.differences(one, other) == []
-    assert events(other, "start")[-1]["resumed"]
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not(
+    root, tmp_path, straight, workers
+):
+    changes = (f"training.workers={workers}", "training.save_minutes=0.005")
+    (tmp_path / "c.yaml").write_text(json.dumps(settings(root, tmp_path, *changes).plain()))
+    words = [ROOT / "train.py", tmp_path / "c.yaml", "--resume"]
+    for moment in ("start", "write", "later"):
+        kill_at(moment, words, tmp_path / "runs")
+    done = processes.run(words)
+    assert done.returncode == 0, done.stderr
+    assert kills.differences(run_folder(straight), run_folder(tmp_path)) == []
+    assert events(run_folder(tmp_path), "start")[-1]["resumed"]
 
 
-def kill_at(moment, command, folder):
+def kill_at(moment, words, folder):
     conditions = {
         "start": lambda: any(folder.glob("*/log.jsonl")),
         "write": lambda: any(folder.glob("*/checkpoints/.partial_*")),
-        "later": lambda: kills.reached(folder, 12),
+        "later": lambda: kills.reached(folder, 5),
     }
-    process = kills.run(command)
+    process = processes.Script(words)
     assert kills.wait_until(conditions[moment], process), process.communicate()[1]
     process.kill()
     process.communicate()
@@ -98,9 +102,8 @@ def test_a_signal_ends_a_run_after_its_step_with_its_state(
 
 @pytest.mark.parametrize("way", ["file", "hours", "signal"])
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
-    root, tmp_path, monkeypatch, way
+    root, tmp_path, straight, monkeypatch, way
 ):
-    assert train.main(settings(root, tmp_path / "straight")) == 0
     stopped = settings(root, tmp_path, *["training.max_hours=1e-9"] * (way == "hours"))
     if way == "file":
         monkeypatch.setattr(train.signals, "LOOK", 0.0)
@@ -112,8 +115,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     assert not (run_folder(tmp_path) / "stop").exists()
     monkeypatch.undo()
     assert train.main(settings(root, tmp_path), resume=True) == 0
-    folder = run_folder(tmp_path / "straight")
-    assert kills.differences(folder, run_folder(tmp_path)) == []
+    assert kills.differences(run_folder(straight), run_folder(tmp_path)) == []
 
 
 def test_a_signal_does_not_wait_for_validation_to_end(root, tmp_path, monkeypatch):
@@ -169,8 +171,9 @@ def broken(path, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "deleted"])
-def test_a_damaged_state_is_told_and_the_one_before_gone_on_from(root, tmp_path, capsys, how):
-    assert train.main(settings(root, tmp_path / "straight")) == 0
+def test_a_damaged_state_is_told_and_the_one_before_gone_on_from(
+    root, tmp_path, straight, capsys, how
+):
     assert train.main(settings(root, tmp_path, "training.max_steps=9")) == 0
     folder = run_folder(tmp_path) / "checkpoints"
     os.replace(folder / "last.previous.pt", folder / "kept")
@@ -182,7 +185,7 @@ def test_a_damaged_state_is_told_and_the_one_before_gone_on_from(root, tmp_path,
     said = capsys.readouterr().out
     assert "last.previous.pt at step" in said and "newest state that can be read" in said
     assert "last.pt: expected a Lamina checkpoint" in said
-    a, b = (weights_of(run_folder(where)) for where in (tmp_path / "straight", tmp_path))
+    a, b = (weights_of(run_folder(where)) for where in (straight, tmp_path))
     assert same_state(a["model"], b["model"]) and same_state(a["ema"], b["ema"])
     assert (folder / "last.pt.broken").exists() == (how != "deleted")
 
@@ -205,9 +208,9 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(root, tmp_
 # ---------------------------------------------------------------------------- workers
 
 
-def test_killing_a_worker_is_reported_and_changes_no_weight(root, tmp_path, monkeypatch, capsys):
-    changes = ["training.workers=2", "augment.noise=1.0"]
-    assert train.main(settings(root, tmp_path / "straight", *changes)) == 0
+def test_killing_a_worker_is_reported_and_changes_no_weight(
+    root, tmp_path, straight, monkeypatch, capsys
+):
     pools = []
     start = data.Batches.__init__
 
@@ -223,7 +226,7 @@ def test_killing_a_worker_is_reported_and_changes_no_weight(root, tmp_path, monk
     killed = []
     monkeypatch.setattr(data.Batches, "__init__", watched)
     after_step(monkeypatch, 2, kill_one)
-    assert train.main(settings(root, tmp_path, *changes)) == 0
+    assert train.main(settings(root, tmp_path, "training.workers=2")) == 0
     (report,) = troubles(tmp_path, "worker died")
     assert report["pid"] == killed[0] and report["exitcode"] == -signal.SIGKILL
     for part in (
@@ -236,8 +239,7 @@ def test_killing_a_worker_is_reported_and_changes_no_weight(root, tmp_path, monk
     ):
         assert part in report["text"]
     assert report["text"] in capsys.readouterr().out
-    folder = run_folder(tmp_path / "straight")
-    assert kills.differences(folder, run_folder(tmp_path)) == []
+    assert kills.differences(run_folder(straight), run_folder(tmp_path)) == []
 
 
 def copy_of(root, tmp_path):

@@ -356,7 +356,8 @@ def test_a_batch_that_finds_no_memory_is_taken_back_by_the_script(tmp_path, monk
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(tuning, "LADDERS", dict.fromkeys(tuning.LADDERS, ()) | {tuning.BATCH: (4,)})
     config_file, out = write_config(make_root(tmp_path)), str(tmp_path / "tuned.yaml")
-    monkeypatch.setattr(tuning.Tuner, "checkpointing", lambda self: None)
+    for phase in ("precision", "checkpointing"):
+        monkeypatch.setattr(tuning.Tuner, phase, lambda self: None)
     words = ["training.accumulate=2", "training.workers=0", "model.base=4", "run.threads=1"]
     before = {*tmp_path.iterdir()}
     assert tune.cli([config_file, *words, "--steps", "15", "--out", out]) == 0

@@ -339,6 +339,8 @@ def test_giving_back_case_after_case_yields_no_wrong_voxels(tmp_path):
     for step in range(100, -1, -1):
         cache.shrink(size * step // 100)
         assert cache.counts()["bytes"] <= size * step // 100
+        time.sleep(0.002)
+    while cache.counts()["misses"] <= 20:
         time.sleep(0.01)
     stop.set()
     finish(workers)

@@ -38,7 +38,7 @@ def check_same(some, others):
 # ---------------------------------------------------------------------------- the same batches
 
 
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_batches_are_the_same_with_any_number_of_workers(stored, workers):
     check_same(batches(stored, 1, 6), batches(stored, 1, 6, workers=workers))
 

@@ -116,9 +116,8 @@ def until(condition):
 # ---------------------------------------------------------------------------- kills
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_workers_killed_at_random_moments_lose_no_batch(made, seed):
-    chance = random.Random(seed)
+def test_workers_killed_at_random_moments_lose_no_batch(made):
+    chance = random.Random(0)
     batches, reports = made(last=60, workers=2)
 
     def kill_now_and_then():
@@ -189,7 +188,7 @@ def test_a_worker_may_be_killed_while_it_is_started_with_much_to_be_told(made):
 
 
 def test_a_worker_killed_with_a_lock_of_torch_does_not_block_the_end(made):
-    batches, _ = made()
+    batches, _ = made(workers=1)
     next(batches)
     batches._stream._workers_done_event._cond.acquire()  # as a worker does for a moment
     ended = threading.Thread(target=batches.close, daemon=True)
@@ -218,7 +217,7 @@ def test_a_worker_without_memory_is_reported_and_the_others_go_on(made, tmp_path
 
 
 def test_a_bug_in_a_worker_is_raised_with_its_traceback(made, tmp_path):
-    batches, reports = made(Samples(tmp_path, {(0, 3): "bug"}))
+    batches, reports = made(Samples(tmp_path, {(0, 3): "bug"}), workers=1)
     seen = [next(batches)]
     with pytest.raises(feed.WorkerError, match=r"(?s)worker \d \(pid \d+\):.*ZeroDivisionError: s"):
         next(batches)
@@ -227,7 +226,7 @@ def test_a_bug_in_a_worker_is_raised_with_its_traceback(made, tmp_path):
 
 
 def test_signals_that_ask_a_run_to_stop_do_not_reach_workers(made):
-    batches, reports = made()
+    batches, reports = made(workers=1)
     seen = [next(batches)]
     for worker in batches.workers:
         for number in processes.STOP_SIGNALS:
@@ -237,7 +236,7 @@ def test_signals_that_ask_a_run_to_stop_do_not_reach_workers(made):
 
 
 def test_closing_leaves_nothing_open(made):
-    made(last=2)[0].close()  # what multiprocessing opens once
+    made(last=2, workers=1)[0].close()  # what multiprocessing opens once
     processes = set(psutil.Process().children())
     before, threads = descriptors(), threading.active_count()
     batches, _ = made()
@@ -265,8 +264,8 @@ import sys, time
 sys.path.insert(0, {root!r})
 if __name__ == "__main__":
     from tests.patches.test_killed_workers import Batches, Samples, check
-    how = dict(batches_per_epoch=60, batch_size=8, workers=2, prefetch=4)
-    batches = Batches(Samples(), 0, 60, **how)
+    how = dict(batches_per_epoch=20, batch_size=8, workers={workers}, prefetch=4)
+    batches = Batches(Samples(), 0, 20, **how)
     if not {begin}:
         print(*[worker.pid for worker in batches.workers], flush=True)
         time.sleep(600)
@@ -281,9 +280,9 @@ def script(tmp_path):
     """make(rest, prefix) -> a process that has started workers, and printed their pids."""
     processes = []
 
-    def make(rest, prefix="", begin=True):
+    def make(rest, prefix="", begin=True, workers=1):
         path = tmp_path / "script.py"
-        path.write_text(SCRIPT.format(root=str(ROOT), rest=rest, begin=begin))
+        path.write_text(SCRIPT.format(root=str(ROOT), rest=rest, begin=begin, workers=workers))
         command = f"{prefix} exec {sys.executable} {path}"
         start = ["unshare", "--mount"] if prefix else []
         out = {"stdout": subprocess.PIPE, "text": True}
@@ -298,7 +297,7 @@ def script(tmp_path):
 
 @pytest.mark.parametrize("begin", [True, False], ids=["at work", "still starting"])
 def test_workers_end_when_the_training_process_is_killed(script, begin):
-    process = script("time.sleep(600)", begin=begin)
+    process = script("time.sleep(600)", begin=begin, workers=2)
     workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
     process.kill()
     process.wait()
@@ -316,7 +315,7 @@ def test_a_container_with_4_mb_of_shared_memory_is_enough(script):
     trial = ["unshare", "--mount", "sh", "-c", f"{mounting} true"]
     with contextlib.suppress(OSError):
         if subprocess.run(trial, capture_output=True).returncode == 0:
-            process = script("check(batches, [*seen, *batches]); print('all')", mounting)
+            process = script("check(batches, [*seen, *batches]); print('all')", mounting, workers=2)
             assert process.communicate(timeout=PATIENCE)[0].split()[-1] == "all"
             return
     pytest.skip("this user may not mount a small /dev/shm")

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +17,7 @@ import train
 from benchmarks import kills
 from runtime import build, distributed, ending
 from runtime.run import Run
+from tests import processes
 from tests.test_train import events, root, settings, weights_of
 
 __all__ = ["root"]  # a fixture
@@ -53,12 +52,9 @@ def start(count, code, *arguments):
     names = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": port}
     names |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     return [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *arguments],
+        processes.Script(
+            ["-c", code, *arguments],
             env={**os.environ, **names, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in range(count)
     ]
@@ -69,14 +65,14 @@ def start_training(count, content, inject="", resume=False):
     return start(count, code, json.dumps(content.plain()))
 
 
-def ends(processes, seconds=90):
+def ends(ranks, seconds=90):
     """[(exit status, standard output, standard error)]"""
     try:
-        texts = [process.communicate(timeout=seconds) for process in processes]
+        texts = [rank.communicate(timeout=seconds) for rank in ranks]
     finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *pair) for process, pair in zip(processes, texts, strict=True)]
+        for rank in ranks:
+            rank.kill()
+    return [(rank.returncode, *pair) for rank, pair in zip(ranks, texts, strict=True)]
 
 
 def train_with(count, content, inject="", resume=False):
@@ -124,8 +120,8 @@ with distributed.joined(1) as group:
     group.seed_step(5, 1)
     assert numbers[rank] == torch.rand(1).item() and len(set(numbers)) == 3
 
-    distributed.LOOK, group.minutes = 0.1, 0.5 / 60
-    end = time.monotonic() + 1.5
+    distributed.LOOK, group.minutes = 0.1, 1 / 60
+    end = time.monotonic() + 2
     while rank == 1 and time.monotonic() < end:  # it works for longer, and shows it
         group.word()
     group.wait_for_all(group.word)
@@ -266,11 +262,14 @@ def test_what_one_rank_runs_into_all_know_and_none_waits_for_ever(root, tmp_path
 def test_a_rank_that_does_not_answer_is_named_within_the_time(root, tmp_path):
     inject = "if rank == 1: after_step(2, lambda: os.kill(os.getpid(), signal.SIGSTOP))"
     content = settings(root, tmp_path, "run.rank_timeout_minutes=0.1")
-    processes = start_training(2, content, inject)
+    first, second = start_training(2, content, inject)
     began = time.monotonic()
-    _, error = processes[0].communicate(timeout=60)
-    ends(processes[1:], 0.1) if processes[1].poll() is not None else processes[1].kill()
-    assert processes[0].returncode == 1 and time.monotonic() - began < 40
+    try:
+        _, error = first.communicate(timeout=60)
+    finally:
+        first.kill()
+        second.kill()
+    assert first.returncode == 1 and time.monotonic() - began < 40
     assert "rank 1 (process" in error and "has not answered for 6 s" in error
     assert weights_of(runs(tmp_path))["loop"]["step"] == 3
 
@@ -353,9 +352,9 @@ if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     after_step(7, lambda: os.kill(os.getpid(), signal.SIGKILL))
 """
     script.write_text(SCRIPT.format(root=str(ROOT), inject=inject, resume=False))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["--max-restarts=2", script, json.dumps(settings(root, tmp_path).plain())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    words = ["-c", "from torch.distributed.run import main; main()", "--standalone"]
+    words += ["--nproc-per-node=2", "--max-restarts=2", script]
+    done = processes.run([*words, json.dumps(settings(root, tmp_path).plain())])
     assert done.returncode == 0, done.stderr
     assert re.search(
         r"step 8: rank 1 \(process \d+ on .*\) has ended; the state of step 8 is saved", done.stderr

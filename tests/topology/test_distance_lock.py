@@ -18,6 +18,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from tests.processes import FORKED
 from topology.distance import edt
 
 ROOT = Path(__file__).parents[2]
@@ -38,10 +39,9 @@ def single(shape, *voxels):
     return mask
 
 
-# Replaces scipy's transform in a child by `inside()`, says "ready", and starts on a line of input.
+# Calls `inside()` before scipy's transform.
 CHILD = """
 import os
-import sys
 import time
 import torch
 from scipy import ndimage
@@ -54,15 +54,7 @@ ndimage.distance_transform_edt = patched
 def say(*words):
     print(*words, flush=True)
 {inside}
-say("ready")
-sys.stdin.readline()
-edt(torch.eye(4)[None].repeat({volumes}, 1, 1, 1), backend="scipy")
-"""
-LOG_TIMES = """
-def inside():
-    start = time.monotonic()
-    time.sleep(0.05)
-    say("inside", start, time.monotonic())
+edt(torch.eye(4)[None], backend="scipy")
 """
 STAY = """
 def inside():
@@ -80,38 +72,53 @@ def inside():
 
 
 @contextlib.contextmanager
-def children(count, inside, volumes=1):
-    """Processes that have been told to call the scipy backend, all at the same time."""
-    command = [sys.executable, "-c", CHILD.format(inside=inside, volumes=volumes)]
+def child(inside):
+    """A process that calls the scipy backend."""
+    command = [sys.executable, "-c", CHILD.format(inside=inside)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(command, env=environment, **pipes) for _ in range(count)]
+    started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        for child in started:
-            assert child.stdout.readline() == "ready\n"
-        for child in started:
-            child.stdin.write("go\n")
-            child.stdin.flush()
         yield started
     finally:
-        for child in started:
-            child.kill()
-            child.communicate()
+        started.kill()
+        started.communicate()
 
 
-def inside(child):
+def inside(started):
     """The pid that a child says once it is inside."""
-    word, pid = child.stdout.readline().split()
+    word, pid = started.stdout.readline().split()
     assert word == "inside"
     return int(pid)
 
 
-def test_four_processes_are_never_inside_together():
-    with children(4, LOG_TIMES, volumes=3) as started:
-        said = "".join(child.communicate(timeout=30)[0] for child in started).splitlines()
-    spans = sorted(tuple(map(float, line.split()[1:])) for line in said)
-    assert len(spans) == 12
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+def call(folder, together, spans):
+    """Transform three volumes; (start, end) of each goes into a queue."""
+    exact, tempfile.tempdir = ndimage.distance_transform_edt, folder
+
+    def timed(*args, **kwargs):
+        start = time.monotonic()
+        time.sleep(0.05)
+        result = exact(*args, **kwargs)
+        spans.put((start, time.monotonic()))
+        return result
+
+    ndimage.distance_transform_edt = timed
+    together.wait()
+    edt(torch.eye(4).repeat(3, 1, 1, 1), backend="scipy")
+
+
+def test_four_processes_are_never_inside_together(lock_folder):
+    together, spans = FORKED.Barrier(4, timeout=60), FORKED.SimpleQueue()
+    about = str(lock_folder), together, spans
+    callers = [FORKED.Process(target=call, args=about, daemon=True) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+        assert caller.exitcode == 0
+    taken = sorted(spans.get() for _ in range(12))
+    assert spans.empty()
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(taken))
 
 
 def test_threads_take_turns_too(monkeypatch):
@@ -132,7 +139,7 @@ def test_threads_take_turns_too(monkeypatch):
 
 def test_a_living_holder_is_named_after_the_timeout_and_its_lock_is_taken_over_once_it_is_killed():
     mask = single((2, 3, 4), (0, 0, 0))
-    with children(1, STAY) as (holder,):
+    with child(STAY) as holder:
         pid = inside(holder)
         with pytest.raises(TimeoutError, match=f"within 0.05 s, but process {pid} holds the lock"):
             edt(mask, backend="scipy", timeout=0.05)
@@ -146,7 +153,7 @@ def test_a_living_holder_is_named_after_the_timeout_and_its_lock_is_taken_over_o
 
 
 def test_a_child_forked_inside_does_not_keep_the_lock_of_a_holder_that_died():
-    with children(1, FORK.format(parent_stays=True)) as (holder,):
+    with child(FORK.format(parent_stays=True)) as holder:
         grandchild = inside(holder)
         try:
             holder.kill()  # not waited for: its pid stays, as a zombie's
@@ -157,7 +164,7 @@ def test_a_child_forked_inside_does_not_keep_the_lock_of_a_holder_that_died():
 
 
 def test_a_child_forked_inside_does_not_keep_the_lock_of_a_holder_that_has_left():
-    with children(1, FORK.format(parent_stays=False)) as (holder,):
+    with child(FORK.format(parent_stays=False)) as holder:
         grandchild = inside(holder)
         try:
             holder.wait(30)
