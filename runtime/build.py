@@ -176,7 +176,7 @@ def make_patches(plan, **changes):
         "foreground": data.class_weights(classes, plan.outputs.foreground, ratio),
         "skeletons": composite_loss.takes_skeleton(plan.terms),
         **plan.settings.patch_arguments(),
-        **augment.functions(plan.settings.augment.model_dump()),
+        "augment": plan.settings.augment.model_dump(),
     }
     if "cache" not in changes:
         names = volume_names(plan.terms)

@@ -251,7 +251,7 @@ def patches(case, *, augmentation=None, **changes):
         "jitter": 0.5,
         "clip": None,
         "seed": 0,
-        **augment.functions(augmentation),
+        "augment": augmentation,
     }
     return data.PatchDataset([case], **{**settings, **changes})
 
