@@ -46,7 +46,9 @@ def main():
     case = casefile.read_dataset(arguments.root).cases[arguments.case]
     with h5py.File(case.path) as file:
         image = file["image"][:].astype(np.float64)
-        truth = casefile.read_truth(file, state["data"]["foreground"], case.ignore_label)
+        label = file["label"][:]
+    foreground = np.isin(label, state["data"]["foreground"])
+    truth = np.where(label == case.ignore_label, label, foreground)
     for name, change in CHANGES.items():
         changed = np.round(change(image)).astype(np.float32)
         about = data.normalisation(

@@ -290,15 +290,6 @@ def check_skeletons(cases):
         )
 
 
-def read_truth(file, foreground, ignore_label):
-    """The label of a case file as 0, 1 and ignore_label: (D, H, W) uint8."""
-    label = file["label"][:]
-    truth = np.isin(label, foreground).astype(np.uint8)
-    if ignore_label is not None:
-        truth[label == ignore_label] = ignore_label
-    return truth
-
-
 # ---------------------------------------------------------------------------- data sets
 
 
