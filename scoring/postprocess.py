@@ -1,8 +1,7 @@
 """From probabilities to masks: hysteresis, small components, holes, closing.
 
     low, high = probs >= settings["hysteresis"], probs >= threshold      # (D, H, W) bool
-    mask = apply(high, low, spacing=spacing, **settings)
-    masks = apply_to_regions({"artery": high, "vein": other}, spacing=spacing, **settings)
+    masks = apply_to_regions({"artery": high}, {"artery": low}, spacing=spacing, **settings)
 
 Each step is off unless its setting says otherwise.
 """
@@ -18,38 +17,20 @@ from scoring import dilation, partitions
 BEFORE = "threshold"  # the name of the mask that no step has touched
 
 
-def apply(high, low=None, *, spacing=None, **settings):
-    """The mask (D, H, W) bool after all steps; arguments as in `stages`."""
-    low = None if low is None else {"": low}
-    return apply_to_regions({"": high}, low, spacing=spacing, **settings)[""]
-
-
-def stages(high, low=None, *, spacing=None, **settings):
-    """Yields (name, mask (D, H, W) bool) of the threshold, then of each step that is on.
-
-    high: voxels above the threshold; low: those above that of hysteresis, if given; settings: as
-    in `stages_of_regions`, whose case of one region this is. The input stays as it is.
-    """
-    low = None if low is None else {"": low}
-    for name, masks in stages_of_regions({"": high}, low, spacing=spacing, **settings):
-        yield name, masks[""]
-
-
 def apply_to_regions(high, low=None, **settings):
     """{region: mask (D, H, W) bool} after all steps; arguments as in `stages_of_regions`.
 
     These are the masks that a prediction consists of, and that validation scores.
     """
-    masks = {name: np.asarray(mask, bool) for name, mask in high.items()}
-    for _, step, background_only in _steps(masks, low, **settings):
-        _change(masks, step, background_only)
+    *_, (_, masks) = stages_of_regions(high, low, **settings)
     return masks
 
 
 def stages_of_regions(high, low=None, **settings):
     """Yields (name, {region: mask (D, H, W) bool}) of the threshold, then of each step that is on.
 
-    high: {region: its voxels}; low: {region: those above the threshold of hysteresis}, if given.
+    It is one dict each time, in which a step puts its masks in place of those before. high:
+    {region: its voxels}; low: {region: those above the threshold of hysteresis}, if given.
     settings: those of the group `postprocess`, where min_component_voxels is one number for all
     regions, or {region: number}, 0 for those it lacks; spacing (z, y, x), None for voxels: the unit
     of the radius; exclusive. The input stays as it is.
@@ -60,10 +41,10 @@ def stages_of_regions(high, low=None, **settings):
     filled. A voxel that several regions would fill goes to the first of them.
     """
     masks = {name: np.asarray(mask, bool) for name, mask in high.items()}
-    yield BEFORE, dict(masks)
+    yield BEFORE, masks
     for name, step, background_only in _steps(masks, low, **settings):
         _change(masks, step, background_only)
-        yield name, dict(masks)
+        yield name, masks
 
 
 def _steps(
