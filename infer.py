@@ -266,14 +266,6 @@ def predict_in_parts(predictor, inputs, output, part, console):
     return failures, parts.fingerprint(digits)
 
 
-def write_submission(path, inputs, output):
-    """Write the masks of all inputs, which lie in the folder output, into a submission."""
-    with open_submission(path) as archive:
-        for volume in inputs:
-            archive.add(volume.id, read_label(volume.prediction_path(output)).array)
-    return [path]
-
-
 def predict_and_submit(predictor, inputs, output, submission, part, console):
     """All that is done once the input is checked; sentences about what could not be."""
     if part:
@@ -288,7 +280,13 @@ def predict_and_submit(predictor, inputs, output, submission, part, console):
     if part and digits is None:
         console.print(f"{submission}: is written by the part that ends last")
         return []
-    write = functools.partial(write_submission, submission, inputs, output)
+
+    def write():
+        with open_submission(submission) as archive:
+            for volume in inputs:
+                archive.add(volume.id, read_label(volume.prediction_path(output)).array)
+        return [submission]
+
     about = parts.fingerprint([digits, os.path.relpath(submission, output)])
     try:
         if parts.Record(output, Path(submission).name, about).once(write) if part else write():
