@@ -374,12 +374,6 @@ class Settings(Group):
         surface["tolerance"] = surface["tolerance"] or self.validation.tolerance
         return terms
 
-    def patch_arguments(self):
-        """Arguments of `data.PatchDataset`, but for the augmentation."""
-        shape = self.sampling.model_dump(include={"patch", "foreground_share", "jitter"})
-        clip = self.data.percentiles
-        return {**shape, "spacing": self.data.spacing, "clip": clip, "seed": self.run.seed}
-
     def with_chosen(self, chosen, regions, exclusive=False):
         """These settings, with what validation chose ({} if nothing) where they leave it open.
 

@@ -35,10 +35,8 @@ class EvaluationSpec:
     # that exclude each other have no threshold.
     thresholds: dict
     sizes: dict
-    # As in `postprocess.stages_of_regions`.
-    hysteresis: float | None = None
-    max_hole_voxels: int = 0
-    closing_radius: float = 0.0
+    # Of `postprocess.stages_of_regions`, but for min_component_voxels.
+    postprocess: dict = dataclasses.field(default_factory=dict)
     tolerance: float = 2.0  # of surfaces
     # Of `composite_loss.validation_losses`.
     terms: dict = dataclasses.field(default_factory=dict)
@@ -48,8 +46,8 @@ class EvaluationSpec:
     @property
     def all_thresholds(self):
         """All thresholds that masks are made at, rising; DEFAULT_THRESHOLD is always reported."""
-        weak = () if self.hysteresis is None else (self.hysteresis,)
-        return tuple(sorted({*sum(self.thresholds.values(), weak), DEFAULT_THRESHOLD}))
+        weak = {self.postprocess.get("hysteresis")} - {None}
+        return tuple(sorted({*sum(self.thresholds.values(), ()), *weak, DEFAULT_THRESHOLD}))
 
     @property
     def reported(self):
@@ -194,7 +192,7 @@ def _best(spec, predictions, chosen, name, choices):
 def _stages(spec, prediction, chosen):
     """(step, {region: mask}) of a prediction at {region: (threshold, size)}, and after each step
     that is on."""
-    weak, low = spec.hysteresis, None
+    weak, low = spec.postprocess.get("hysteresis"), None
     if weak is not None:
         low = masks(spec, prediction.encoded, dict.fromkeys(chosen, weak))
     return postprocess.stages_of_regions(
@@ -202,10 +200,8 @@ def _stages(spec, prediction, chosen):
         low,
         exclusive=spec.outputs.exclusive,
         spacing=prediction.case.spacing,
-        hysteresis=weak,
         min_component_voxels={name: size for name, (_, size) in chosen.items()},
-        max_hole_voxels=spec.max_hole_voxels,
-        closing_radius=spec.closing_radius,
+        **spec.postprocess,
     )
 
 
@@ -234,7 +230,7 @@ def _score_steps(spec, prediction, chosen):
         step, found = next(_stages(spec, prediction, default))
         rows.append((step, DEFAULT_THRESHOLD, _scores(spec, case, found, label)))
     for step, found in _stages(spec, prediction, chosen):
-        value = told[step] if step in told else getattr(spec, step)
+        value = told[step] if step in told else spec.postprocess[step]
         rows.append((step, value, _scores(spec, case, found, label)))
     if prediction.probs is not None:
         rows[-1][2].update(_validation_losses(spec, prediction, label))
@@ -289,9 +285,7 @@ def make_spec(settings, outputs, **loss):
         outputs=outputs,
         thresholds={} if outputs.exclusive else thresholds,
         sizes=sizes,
-        hysteresis=post.hysteresis,
-        max_hole_voxels=post.max_hole_voxels,
-        closing_radius=post.closing_radius,
+        postprocess=post.model_dump(exclude={"min_component_voxels"}),
         tolerance=asked.tolerance,
         tile=settings.sampling.patch,
         **loss,
