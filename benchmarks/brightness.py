@@ -56,7 +56,8 @@ def main():
         )
         normalize = functools.partial(intensity.normalise, **about)
         window = settings.window_arguments()
-        probs = sliding_window.predict_volume(network, changed, normalize=normalize, **window)[0]
+        slabs = sliding_window.predict_slabs(network, changed, normalize=normalize, **window)
+        probs = np.concatenate([planes[0] for _, planes in slabs])
         mask = probs >= settings.inference.threshold
         scores = metrics.score(mask, truth, arguments.spacing, case.ignore_label, 2.0)
         print(f"{name:40s} dice {scores['dice']:.3f} surface dice {scores['surface_dice']:.3f}")
