@@ -95,8 +95,8 @@ def prepare_to_predict(arguments, part):
         root = [metadata["root"], *roots][-1]
         inputs, notes = check_inputs(arguments.input, metadata, root, output)
         if arguments.submission:
-            ids, regions = [volume.id for volume in inputs], outputs.of_metadata(metadata).regions
-            faults += submission_faults(arguments.submission, ids, regions)
+            regions = outputs.of_metadata(metadata).regions
+            faults += submission_faults(arguments.submission, regions)
     for volume in inputs if not faults else ():
         if volume.spacing is not None:
             grid = (volume.spacing, metadata["spacing"], volume.unit)
