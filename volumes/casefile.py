@@ -26,6 +26,7 @@ import h5py
 import numpy as np
 
 from volumes import atomic
+from volumes.files import few
 from volumes.skeletons import tubed_skeletons
 from volumes.statistics import intensity_statistics, sample_coordinates
 from volumes.volume import InputErrors, printable
@@ -280,12 +281,10 @@ def check_unchanged(case):
 
 def check_skeletons(cases):
     """ValueError that names those of the cases whose files hold no skeleton."""
-    without = [case.id for case in cases if not case.skeleton]
-    if without:
-        more = f" and {len(without) - 5} more" if len(without) > 5 else ""
+    if without := [case.id for case in cases if not case.skeleton]:
         raise ValueError(
             f"data.root: expected a skeleton in every case file, got none in "
-            f"{', '.join(without[:5])}{more}; prepare these cases again without --no-skeletons, or "
+            f"{few(without, 5)}; prepare these cases again without --no-skeletons, or "
             "set loss.skeleton_recall.weight to 0"
         )
 
