@@ -5,7 +5,6 @@ trains, at each evaluation, so it takes well under a second.
 """
 
 import io
-import os
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from monitoring import health
 from monitoring.formatting import finite, format_bytes, mean
 from monitoring.machine import MemoryLimit
 from monitoring.records import RunRecords, few_names
+from volumes import atomic
 from volumes.colors import class_color, overlay, overlay_classes
 
 SMOOTH_FROM = 120  # points of a curve: of more, the mean over a fortieth of them is drawn too
@@ -52,9 +52,8 @@ def draw_progress(folder, title, slices=None, threshold=0.5):
         _marks(axis, run)
     if slices is not None:
         _slices(axes[2], slices, threshold)
-    partial = Path(folder) / "progress.partial.png"
-    figure.savefig(partial)
-    os.replace(partial, Path(folder) / "progress.png")
+    with atomic.replacing(Path(folder) / "progress.png") as partial:
+        figure.savefig(partial)
 
 
 def draw_runs(folders, score):
