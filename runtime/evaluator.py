@@ -302,8 +302,7 @@ def _per_region(given, candidates, regions):
 
 
 def absent_regions(outputs, cases):
-    """A list of one note for people, which names the cases that lack some of several regions; []
-    if none does."""
+    """A note for people, which names the cases that lack some of several regions, if any does."""
     absent = {
         name: [case.id for case in cases if not any(case.counts.get(i) for i in ids)]
         for name, ids in outputs.regions.items()
@@ -313,12 +312,11 @@ def absent_regions(outputs, cases):
         for name, some in absent.items()
         if some
     ]
-    if not parts or not outputs.several:
-        return []
-    return [
-        f"validation: no voxel of {', of '.join(parts)}; each ratio is 1 there if the prediction "
-        "has none either, else 0"
-    ]
+    if parts and outputs.several:
+        yield (
+            f"validation: no voxel of {', of '.join(parts)}; each ratio is 1 there if the "
+            "prediction has none either, else 0"
+        )
 
 
 def full_names(metric, names, outputs):
