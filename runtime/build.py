@@ -27,6 +27,7 @@ from runtime import (
 )
 from settings import Settings
 from volumes import casefile
+from volumes.files import few
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,13 @@ def loss_of_classes(wanted, told_apart):
 def check_skeletons(terms, split):
     """ValueError that names the cases without the skeleton that a term needs."""
     for validation_only, cases in ((False, split.train), (True, split.validation)):
-        if composite_loss.takes_skeleton(terms, validation_only=validation_only):
-            casefile.check_skeletons(cases)
+        needed = composite_loss.takes_skeleton(terms, validation_only=validation_only)
+        if needed and (without := [case.id for case in cases if not case.skeleton]):
+            raise ValueError(
+                f"data.root: expected a skeleton in every case file, got none in "
+                f"{few(without, 5)}; prepare these cases again without --no-skeletons, or set "
+                "loss.skeleton_recall.weight to 0"
+            )
 
 
 def check_spacing(settings, split):
@@ -241,15 +247,9 @@ def validation_cases(settings, split):
     return split.validation[: settings.validation.max_cases]
 
 
-def evaluation_spec(plan):
-    """What validation asks of predictions: an `evaluator.EvaluationSpec`."""
-    weights = plan.classes["class_weights"]
-    return evaluator.make_spec(plan.settings, plan.outputs, terms=plan.terms, class_weights=weights)
-
-
 def what_is_measured(plan):
     """What a score of validation means: plain values, which are equal where scores compare."""
-    spec = evaluation_spec(plan)
+    spec = evaluator.make_spec(plan)
     about = {key: getattr(spec, key) for key in ("metric", "thresholds", "sizes")}
     about |= spec.postprocess
     if plan.outputs.several:
@@ -334,7 +334,7 @@ def make_validator(plan, run):
     window_fits = run.evaluations.standing.window_fits
     return validation.Validator(
         validation_cases(settings, plan.split),
-        evaluation_spec(plan),
+        evaluator.make_spec(plan),
         background=plan.device.type == "cuda" if background is None else background,
         report=run.report,
         poll=run.check,
@@ -390,7 +390,12 @@ def announce(plan, network, patches):
 def metadata(plan):
     """All that infer.py must know of the data, as plain values."""
     return {
-        **splits.metadata(plan.dataset, plan.split),
+        "root": str(Path(plan.dataset.root).resolve()),
+        **{key: [case.id for case in cases] for key, cases in vars(plan.split).items()},
+        "channels": plan.split.train[0].channels,
+        "classes": plan.dataset.classes,
+        "ignore_label": plan.dataset.ignore_label,
+        "unit": plan.dataset.unit,
         "foreground": plan.outputs.foreground,
         **outputs.plain(plan.outputs),
         "spacing": list(plan.settings.data.spacing),  # 0 or None: an axis as it is stored

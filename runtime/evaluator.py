@@ -272,9 +272,10 @@ def directions(spec):
     return better | {f"{name}_loss": "lower" for name in spec.validation_terms}
 
 
-def make_spec(settings, outputs, **loss):
-    """The `EvaluationSpec` of settings; loss: its terms and class_weights."""
-    asked, post, regions = settings.validation, settings.postprocess, outputs.regions
+def make_spec(plan):
+    """What validation asks of predictions: the `EvaluationSpec` of a `build.Plan`."""
+    settings, outputs, regions = plan.settings, plan.outputs, plan.outputs.regions
+    asked, post = settings.validation, settings.postprocess
     thresholds = sorted(asked.thresholds, key=lambda t: (abs(t - DEFAULT_THRESHOLD), t))
     thresholds = _per_region(settings.inference.threshold, thresholds, regions)
     sizes = _per_region(post.min_component_voxels, sorted(asked.min_component_voxels), regions)
@@ -287,8 +288,9 @@ def make_spec(settings, outputs, **loss):
         sizes=sizes,
         postprocess=post.model_dump(exclude={"min_component_voxels"}),
         tolerance=asked.tolerance,
+        terms=plan.terms,
+        class_weights=plan.classes["class_weights"],
         tile=settings.sampling.patch,
-        **loss,
     )
 
 

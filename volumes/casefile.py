@@ -26,7 +26,6 @@ import h5py
 import numpy as np
 
 from volumes import atomic
-from volumes.files import few
 from volumes.skeletons import tubed_skeletons
 from volumes.statistics import intensity_statistics, sample_coordinates
 from volumes.volume import InputErrors, printable
@@ -276,16 +275,6 @@ def check_unchanged(case):
         raise Unreadable(
             f"case {case.id}: expected {case.path} as it was when this run began, got a file that "
             "was changed since; start the run again, and prepare no data while one is running"
-        )
-
-
-def check_skeletons(cases):
-    """ValueError that names those of the cases whose files hold no skeleton."""
-    if without := [case.id for case in cases if not case.skeleton]:
-        raise ValueError(
-            f"data.root: expected a skeleton in every case file, got none in "
-            f"{few(without, 5)}; prepare these cases again without --no-skeletons, or "
-            "set loss.skeleton_recall.weight to 0"
         )
 
 
