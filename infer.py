@@ -135,22 +135,6 @@ def _describe(settings):
 # ---------------------------------------------------------------------------- prediction
 
 
-@contextlib.contextmanager
-def failures_named(volume):
-    """In this context what goes wrong with a volume becomes a CannotGoOn, one sentence."""
-    try:
-        yield
-    except (CannotGoOn, VolumeError, OSError) as error:
-        raise CannotGoOn(f"{volume.id}: {error}") from error
-    except MemoryError as error:
-        raise CannotGoOn(
-            f"{volume.id}: memory ran out ({error}); end what else runs there"
-        ) from error
-    except Exception as error:  # what nobody expected does not cost the other volumes
-        traceback.print_exc()
-        raise CannotGoOn(f"{volume.id}: {type(error).__name__}, see above") from error
-
-
 def write_prediction(predictor, volume, whole, output):
     """Write the results of a volume from its whole layers: (files, a clause about them)."""
     target, several = volume.prediction_path(output), predictor.outputs.several
@@ -207,12 +191,17 @@ def attempt(predict, volume, place, failures, console):
     """
     started, line = time.perf_counter(), None
     try:
-        with failures_named(volume):
-            if clause := predict():
-                seconds, size = time.perf_counter() - started, "x".join(map(str, volume.shape))
-                line = f"{volume.id}: {size}, {seconds:.1f} s, {clause}"
-    except CannotGoOn as error:
-        line = failures[volume.id] = str(error)
+        if clause := predict():
+            seconds, size = time.perf_counter() - started, "x".join(map(str, volume.shape))
+            line = f"{volume.id}: {size}, {seconds:.1f} s, {clause}"
+    except (CannotGoOn, VolumeError, OSError) as error:
+        line = failures[volume.id] = f"{volume.id}: {error}"
+    except MemoryError as error:
+        text = f"memory ran out ({error}); end what else runs there"
+        line = failures[volume.id] = f"{volume.id}: {text}"
+    except Exception as error:  # what nobody expected does not cost the other volumes
+        traceback.print_exc()
+        line = failures[volume.id] = f"{volume.id}: {type(error).__name__}, see above"
     if line:
         console.print(f"{place} {line}")
 
