@@ -231,6 +231,8 @@ def _marks(axis, run):
 def _slices(axes, slices, threshold):
     """Image, probability, and how the prediction compares with the truth; of several regions
     image, truth and prediction."""
+    from matplotlib.patches import Patch
+
     step = max(1, max(slices["image"].shape) // PIXELS)
     small = np.s_[..., ::step, ::step]
     image, labeled = slices["image"][small], slices["labeled"][small]
@@ -249,14 +251,9 @@ def _slices(axes, slices, threshold):
         axes[2].imshow(overlay_classes(image, mask, truth, labeled))
         titles.append("truth; solid: missed, dark: unlabeled")
         titles.append("prediction; solid: false")
-        _class_legend(axes[0], slices["truth"])
+        names = enumerate(slices["truth"])
+        patches = [Patch(color=class_color(number), label=name) for number, name in names]
+        axes[0].legend(handles=patches, fontsize=9, loc="upper right", framealpha=0.8)
     for axis, title in zip(axes, titles, strict=True):
         axis.set_axis_off()
         axis.set_title(title, fontsize=10)
-
-
-def _class_legend(axis, names):
-    from matplotlib.patches import Patch
-
-    patches = [Patch(color=class_color(number), label=name) for number, name in enumerate(names)]
-    axis.legend(handles=patches, fontsize=9, loc="upper right", framealpha=0.8)
