@@ -1,7 +1,7 @@
 """The evaluator: chooses settings on predicted volumes, then scores the predictions.
 
     spec = EvaluationSpec(metric="surface_dice", names=("dice",), thresholds=(0.4, 0.5))
-    prediction = Prediction(case, threshold_counts(probs, spec.all_thresholds))
+    prediction = Prediction(case, encode(spec, probs))
     result = evaluate(spec, [prediction, ...])
 
 A probability is stored as the number of thresholds that it reaches, one byte a voxel: every mask
@@ -81,21 +81,16 @@ def empty_prediction(spec, case):
 def encode(spec, probs):
     """Probabilities (K, D, H, W) in one byte a voxel and region, of which masks are made.
 
-    Of one foreground (D, H, W) and of regions that may overlap (R, D, H, W) `threshold_counts`; of
-    classes that exclude each other the channel of the highest probability, (D, H, W).
+    Of one foreground (D, H, W) and of regions that may overlap (R, D, H, W) how many of
+    all_thresholds each probability reaches; of classes that exclude each other the channel of the
+    highest probability, (D, H, W). uint8.
     """
     if spec.outputs.exclusive:
         return most_probable(probs)
-    counts = threshold_counts(probs, spec.all_thresholds)
-    return counts if spec.outputs.several else counts[0]
-
-
-def threshold_counts(probs, thresholds):
-    """How many of the thresholds, which rise, each probability reaches: uint8 of the same shape."""
     counts = np.zeros(probs.shape, np.uint8)
-    for threshold in thresholds:
+    for threshold in spec.all_thresholds:
         counts += probs >= threshold
-    return counts
+    return counts if spec.outputs.several else counts[0]
 
 
 def masks(spec, encoded, thresholds):

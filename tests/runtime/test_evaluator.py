@@ -66,7 +66,7 @@ def result_of(tmp_path, spec, *pairs, ignore_label=2):
 def test_a_count_says_of_every_threshold_whether_it_is_reached():
     thresholds = (0.25, 0.5, 0.75)
     probs = np.array([0.0, 0.25, 0.3, 0.5, 0.74, 0.75, 1.0], np.float32)
-    found = evaluator.threshold_counts(probs, thresholds)
+    found = evaluator.encode(spec_of(thresholds=thresholds), probs[None])
     assert found.tolist() == [0, 1, 1, 2, 2, 3, 3]
     for index, threshold in enumerate(thresholds):
         assert np.array_equal(found > index, probs >= threshold)
