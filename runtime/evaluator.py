@@ -1,6 +1,6 @@
 """The evaluator: chooses settings on predicted volumes, then scores the predictions.
 
-    spec = EvaluationSpec(metric="surface_dice", names=("dice",), thresholds=(0.4, 0.5))
+    spec = make_spec(plan)
     prediction = Prediction(case, encode(spec, probs))
     result = evaluate(spec, [prediction, ...])
 
@@ -29,7 +29,7 @@ class EvaluationSpec:
     """What is evaluated, and how; plain values."""
 
     metric: str  # the score that chooses; of several regions dice/artery or dice/mean
-    names: tuple  # further scores that are reported, each with its region, too
+    names: tuple  # of all scores that are reported, the metric too, each with its region
     outputs: Outputs
     # The best of these are chosen for each region, the first of equals: {region: values}. Classes
     # that exclude each other have no threshold.
@@ -48,11 +48,6 @@ class EvaluationSpec:
         """All thresholds that masks are made at, rising; DEFAULT_THRESHOLD is always reported."""
         weak = {self.postprocess.get("hysteresis")} - {None}
         return tuple(sorted({*sum(self.thresholds.values(), ()), *weak, DEFAULT_THRESHOLD}))
-
-    @property
-    def reported(self):
-        """The names of all scores."""
-        return self.names if self.metric in self.names else (self.metric, *self.names)
 
     @property
     def validation_terms(self):
@@ -212,8 +207,8 @@ def _scores(spec, case, found, label):
         return _score(spec, case, found[name], truth, names)
 
     if not spec.outputs.several:
-        return of(*found, spec.reported)
-    return metrics.by_class(spec.reported, found, of)
+        return of(*found, spec.names)
+    return metrics.by_class(spec.names, found, of)
 
 
 def _score_steps(spec, prediction, chosen):
@@ -263,7 +258,7 @@ def is_better(score, best, metric):
 
 def directions(spec):
     """{score: "higher", "lower" or None}, whichever is better, for all that `evaluate` reports."""
-    better = {name: metrics.entry(name)[0].better for name in spec.reported}
+    better = {name: metrics.entry(name)[0].better for name in spec.names}
     return better | {f"{name}_loss": "lower" for name in spec.validation_terms}
 
 
