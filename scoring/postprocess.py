@@ -1,7 +1,7 @@
 """From probabilities to masks: hysteresis, small components, holes, closing.
 
     low, high = probs >= settings["hysteresis"], probs >= threshold      # (D, H, W) bool
-    masks = apply_to_regions({"artery": high}, {"artery": low}, spacing=spacing, **settings)
+    masks = apply_to_regions({"vessel": high}, {"vessel": low}, spacing=spacing, **settings)
 
 Each step is off unless its setting says otherwise.
 """
