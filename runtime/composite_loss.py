@@ -79,9 +79,10 @@ def composite_loss(
     depths = {name: terms[name].get("scales") or len(outputs) for name in acts_now}
     how = (target, valid, spacing, skeleton, overlapping, class_weights)
     scales = [_pooled(logits, *how) for logits in outputs[: max(depths.values(), default=1)]]
-    scale_weights = [0.5**i for i in range(len(outputs))]
-    weights = {n: scale_weights[: depths[n] if acts else 1] for n, acts in acts_now.items()}
-    parts = {name: _parts(some, scales, class_weights) for name, some in weights.items()}
+    parts = {
+        name: _parts(scales[: depths[name] if acts else 1], class_weights)
+        for name, acts in acts_now.items()
+    }
     if over_ranks is not None:
         parts = _weighted(parts, acts_now, terms, over_ranks)
 
@@ -148,13 +149,14 @@ def _pooled(logits, target, valid, spacing, skeleton, overlapping, class_weights
     return [_Scale(*pair, valid, spacing, tube) for pair in pairs]
 
 
-def _parts(scale_weights, scales, class_weights):
+def _parts(scales, class_weights):
     """[(share, `_Scale`)] of the scales and regions on which a term acts; shares add up to 1."""
     regions = len(scales[0])
     weights = class_weights if class_weights and regions > 1 else [1.0] * regions
+    halves = [0.5**i for i in range(len(scales))]
     return [
-        (a / sum(scale_weights) * (b / sum(weights)), scale)
-        for a, of_regions in zip(scale_weights, scales, strict=False)
+        (a / sum(halves) * (b / sum(weights)), scale)
+        for a, of_regions in zip(halves, scales, strict=True)
         for b, scale in zip(weights, of_regions, strict=True)
     ]
 
