@@ -13,8 +13,11 @@ import time
 import numpy as np
 import torch
 
+from patches.augment import sample_spatial_params
 from patches.feed import Batches as Batches
 from patches.feed import ReadFailure, TooManyExcluded
+from patches.intensity import sample_intensity_params
+from patches.resample import place_patch
 from volumes.casefile import Unreadable
 
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -29,12 +32,12 @@ class PatchDataset:
     """Patches as boxes of source voxels, each a function of (seed, epoch, index) alone.
 
     cases: list of `Case`, all labeled; cache: a `VolumeCache` of them; patch: voxels z, y, x;
-    spacing: target spacing per axis, 0 or None keeps the case's own; sample_spatial_params,
-    sample_intensity_params, place_patch: see patches/ (picklable: they are sent to the workers);
-    foreground: {class id: weight}, the share of foreground patches that each class gets if any
-    case has it; foreground_share: of patches whose center voxel is foreground; jitter: how far
-    off-center that voxel lies, as a share of half the patch; clip: percentiles to clip intensities
-    to, or None; skeletons: whether to read the stored skeleton too, which every case must have.
+    spacing: target spacing per axis, 0 or None keeps the case's own; augment: plain dict of the
+    `augment` settings, None for none; foreground: {class id: weight}, the share of foreground
+    patches that each class gets if any case has it; foreground_share: of patches whose center voxel
+    is foreground; jitter: how far off-center that voxel lies, as a share of half the patch; clip:
+    percentiles to clip intensities to, or None; skeletons: whether to read the stored skeleton too,
+    which every case must have.
 
     dataset[epoch, index] reads only the box that the patch covers and returns plain values and
     tensors: image, label and, if wanted, skeleton (the box, as stored); the fields of `Map` and
@@ -59,17 +62,12 @@ class PatchDataset:
         jitter,
         clip,
         seed,
-        sample_spatial_params,
-        sample_intensity_params,
-        place_patch,
+        augment,
         skeletons=False,
     ):
         self.cases, self.cache, self.excluded = list(cases), cache, {}
         self.patch, self.seed, self.clip = tuple(patch), seed, clip
-        self.spacing, self.jitter = spacing, jitter
-        self.sample_spatial_params = sample_spatial_params
-        self.sample_intensity_params = sample_intensity_params
-        self.place_patch = place_patch
+        self.spacing, self.jitter, self.augment = spacing, jitter, augment
         self.names = ("image", "label", "skeleton") if skeletons else ("image", "label")
         self.cases_with_class = {
             class_id: [case for case in self.cases if case.counts.get(key, 0)]
@@ -151,12 +149,14 @@ class PatchDataset:
         class_id, case = self._center(epoch, index)
         rng = np.random.default_rng((self.seed, epoch, 2, index))
         spacing = network_spacing(case.spacing, self.spacing)
-        spatial = self.sample_spatial_params(rng, case.spacing, spacing, patch=self.patch)
+        spatial = sample_spatial_params(
+            rng, case.spacing, spacing, patch=self.patch, settings=self.augment
+        )
         key = "background" if class_id == BACKGROUND else class_id
         voxel = self.cache.row(case, key, int(rng.integers(case.counts[key])))
         half = spatial.half_extent(self.patch)
         center = off_center(rng, voxel, half, case.shape, jitter=self.jitter)
-        place = self.place_patch(spatial, center, self.patch, case.shape, voxel)
+        place = place_patch(spatial, center, self.patch, case.shape, voxel)
         box = tuple(slice(int(a), int(b)) for a, b in zip(place.start, place.stop, strict=True))
         boxes = self.cache.read(case, box, self.names)
         control = None if spatial.control is None else torch.from_numpy(spatial.control)
@@ -170,7 +170,7 @@ class PatchDataset:
             **place._asdict(),
             "shape": case.shape,
             "spacing": spacing,
-            "intensity": self.sample_intensity_params(rng),
+            "intensity": sample_intensity_params(rng, settings=self.augment),
             **normalisation(case.intensity, self.clip),
         }
 

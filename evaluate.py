@@ -357,8 +357,8 @@ def write_report(rows, pairs, options, args, notes):
     unit = units.pop() if len(units) == 1 else ""
     report.print_scores(console, all_rows if len(pairs) > 1 else rows, args.scores, unit, len(rows))
     if len(report.methods_of(rows)) > 1:
-        standings = report.leaderboard(rows, args.rank)
-        report.print_leaderboard(console, standings, args.rank, len(pairs))
+        board = report.leaderboard(rows, args.rank)
+        report.print_leaderboard(console, board, args.rank, len(pairs))
     try:
         for path in args.out:
             if path.lower().endswith(".json"):

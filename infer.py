@@ -95,8 +95,8 @@ def prepare_to_predict(arguments, part):
         root = [metadata["root"], *roots][-1]
         inputs, notes = check_inputs(arguments.input, metadata, root, output)
         if arguments.submission:
-            ids, regions = [volume.id for volume in inputs], outputs.of_metadata(metadata).regions
-            faults += submission_faults(arguments.submission, ids, regions)
+            regions = outputs.of_metadata(metadata).regions
+            faults += submission_faults(arguments.submission, regions)
     for volume in inputs if not faults else ():
         if volume.spacing is not None:
             grid = (volume.spacing, metadata["spacing"], volume.unit)
@@ -133,22 +133,6 @@ def _describe(settings):
 
 
 # ---------------------------------------------------------------------------- prediction
-
-
-@contextlib.contextmanager
-def failures_named(volume):
-    """In this context what goes wrong with a volume becomes a CannotGoOn, one sentence."""
-    try:
-        yield
-    except (CannotGoOn, VolumeError, OSError) as error:
-        raise CannotGoOn(f"{volume.id}: {error}") from error
-    except MemoryError as error:
-        raise CannotGoOn(
-            f"{volume.id}: memory ran out ({error}); end what else runs there"
-        ) from error
-    except Exception as error:  # what nobody expected does not cost the other volumes
-        traceback.print_exc()
-        raise CannotGoOn(f"{volume.id}: {type(error).__name__}, see above") from error
 
 
 def write_prediction(predictor, volume, whole, output):
@@ -207,12 +191,17 @@ def attempt(predict, volume, place, failures, console):
     """
     started, line = time.perf_counter(), None
     try:
-        with failures_named(volume):
-            if clause := predict():
-                seconds, size = time.perf_counter() - started, "x".join(map(str, volume.shape))
-                line = f"{volume.id}: {size}, {seconds:.1f} s, {clause}"
-    except CannotGoOn as error:
-        line = failures[volume.id] = str(error)
+        if clause := predict():
+            seconds, size = time.perf_counter() - started, "x".join(map(str, volume.shape))
+            line = f"{volume.id}: {size}, {seconds:.1f} s, {clause}"
+    except (CannotGoOn, VolumeError, OSError) as error:
+        line = failures[volume.id] = f"{volume.id}: {error}"
+    except MemoryError as error:
+        text = f"memory ran out ({error}); end what else runs there"
+        line = failures[volume.id] = f"{volume.id}: {text}"
+    except Exception as error:  # what nobody expected does not cost the other volumes
+        traceback.print_exc()
+        line = failures[volume.id] = f"{volume.id}: {type(error).__name__}, see above"
     if line:
         console.print(f"{place} {line}")
 
@@ -266,14 +255,6 @@ def predict_in_parts(predictor, inputs, output, part, console):
     return failures, parts.fingerprint(digits)
 
 
-def write_submission(path, inputs, output):
-    """Write the masks of all inputs, which lie in the folder output, into a submission."""
-    with open_submission(path) as archive:
-        for volume in inputs:
-            archive.add(volume.id, read_label(volume.prediction_path(output)).array)
-    return [path]
-
-
 def predict_and_submit(predictor, inputs, output, submission, part, console):
     """All that is done once the input is checked; sentences about what could not be."""
     if part:
@@ -288,7 +269,13 @@ def predict_and_submit(predictor, inputs, output, submission, part, console):
     if part and digits is None:
         console.print(f"{submission}: is written by the part that ends last")
         return []
-    write = functools.partial(write_submission, submission, inputs, output)
+
+    def write():
+        with open_submission(submission) as archive:
+            for volume in inputs:
+                archive.add(volume.id, read_label(volume.prediction_path(output)).array)
+        return [submission]
+
     about = parts.fingerprint([digits, os.path.relpath(submission, output)])
     try:
         if parts.Record(output, Path(submission).name, about).once(write) if part else write():

@@ -285,12 +285,12 @@ def boundary_loss(logits, target, valid=None, *, smooth=1.0, class_weights=None)
 def toploss_loss(logits, target, valid=None, *, window=(48, 48, 48), windows=2, class_weights=None):
     """Persistent homology of the probabilities against the target's Betti numbers, in [0, 1.5].
 
-    The mean of `topology.persistence.topological_loss` (Hu et al. 2019) over windows of the batch.
-    Windows of `window` voxels (z, y, x; less where the volume is smaller) cover each volume; those
-    `windows` of the whole batch, and of all classes, with the largest sum of |p - target| are used,
-    each with the weight of its class. Components, loops
-    and hollows that the target lacks are removed, those that the prediction lacks are restored,
-    through the few critical voxels that decide them; see persistence.py for unlabeled voxels.
+    The mean of `topological_losses` (Hu et al. 2019) over windows of the batch. Windows of `window`
+    voxels (z, y, x; less where the volume is smaller) cover each volume; those `windows` of the
+    whole batch, and of all classes, with the largest sum of |p - target| are used, each with the
+    weight of its class. Components, loops and hollows that the target lacks are removed, those that
+    the prediction lacks are restored, through the few critical voxels that decide them; see
+    persistence.py for unlabeled voxels.
 
     Without an error in any window: 0. On the CPU: about 0.1 s for 48 voxels cubed.
     """

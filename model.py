@@ -144,7 +144,7 @@ class UNet3D(nn.Module):
     ):
         super().__init__()
         widths = [base * m for m in multipliers]
-        self.strides = [tuple(s) for s in strides]
+        self.downsampling = [math.prod(along) for along in zip(*strides, strict=True)]  # z, y, x
         self.deep_supervision, self.checkpointing = deep_supervision, checkpointing
         padding = tuple(k // 2 for k in kernels[0])
         # Normed before the first sum, so that brightness and contrast end here.
@@ -184,7 +184,7 @@ class UNet3D(nn.Module):
         return x
 
     def forward(self, x):  # (B, C, D, H, W)
-        for axis, n, factor in zip("DHW", x.shape[2:], self.downsampling(), strict=True):
+        for axis, n, factor in zip("DHW", x.shape[2:], self.downsampling, strict=True):
             if n % factor:
                 raise ValueError(f"{axis}: expected a multiple of {factor} voxels, got {n}")
         skips = []
@@ -199,10 +199,6 @@ class UNet3D(nn.Module):
             if head is not None and (self.training or not skips):
                 logits.insert(0, head(x))
         return logits if self.training and self.deep_supervision else logits[0]
-
-    def downsampling(self):
-        """The product of the strides per axis, z, y, x."""
-        return tuple(math.prod(factors) for factors in zip(*self.strides, strict=True))
 
 
 def build_network(in_channels, out_channels, *, strides, kernels, settings, exclusive=False):
@@ -223,10 +219,6 @@ def _initialise(module):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def parameter_count(network):
-    return sum(p.numel() for p in network.parameters())
 
 
 @torch.no_grad()

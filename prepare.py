@@ -230,7 +230,11 @@ def make_rules(options, layout, faults):
     """
     named, regions = layout.classes or classes.UNNAMED, layout.regions
     ignore = layout.ignore_label if options.ignore_label is None else options.ignore_label
-    faults += _option_faults(options)
+    if options.spacing and not is_spacing(options.spacing):
+        got = tuple(options.spacing)
+        faults.append(f"--spacing: expected three numbers above 0, got {got}")
+    if options.workers < 1:
+        faults.append(f"--workers: expected at least 1, got {options.workers}")
     rows, crops = None, {}
     with collect_errors(faults):
         if options.classes is not None:
@@ -280,14 +284,6 @@ def _phantom_layout(options):
     cases = [PhantomCase(n, kind, shape, options.seed, i, n) for i, n in enumerate(names)]
     ignore = phantoms.UNLABELED if kind == "scroll" else None
     return layouts.Layout(cases, phantoms.CLASSES.get(kind), ignore_label=ignore)
-
-
-def _option_faults(options):
-    """What is wrong with the plain options, as sentences."""
-    if options.spacing and not is_spacing(options.spacing):
-        yield f"--spacing: expected three numbers above 0, got {tuple(options.spacing)}"
-    if options.workers < 1:
-        yield f"--workers: expected at least 1, got {options.workers}"
 
 
 def existing_cases(out, cases, rules, faults):

@@ -112,13 +112,9 @@ class Data(Group):
         return tuple(float(p) for p in self.clip_percentiles.split("-"))
 
     @model_validator(mode="after")
-    def _one_way_to_name_classes(self):
+    def _keys_go_together(self):
         if self.foreground and self.regions:
             raise ValueError("either data.foreground or data.regions, got both")
-        return self
-
-    @model_validator(mode="after")
-    def _fold_exists(self):
         if self.folds and self.validation:
             raise ValueError("either data.folds or data.validation, got both")
         if self.folds == 1 or (self.folds and self.fold >= self.folds):
@@ -374,12 +370,6 @@ class Settings(Group):
         surface["tolerance"] = surface["tolerance"] or self.validation.tolerance
         return terms
 
-    def patch_arguments(self):
-        """Arguments of `data.PatchDataset`, but for the augmentation."""
-        shape = self.sampling.model_dump(include={"patch", "foreground_share", "jitter"})
-        clip = self.data.percentiles
-        return {**shape, "spacing": self.data.spacing, "clip": clip, "seed": self.run.seed}
-
     def with_chosen(self, chosen, regions, exclusive=False):
         """These settings, with what validation chose ({} if nothing) where they leave it open.
 
@@ -395,7 +385,7 @@ class Settings(Group):
         return copy
 
     def window_arguments(self):
-        """Arguments of `runtime.sliding_window.predict_volume`."""
+        """Arguments of `runtime.sliding_window.predict_slabs`."""
         arguments = self.inference.model_dump(include={"window", "overlap", "batch", "flips"})
         return {**arguments, "window": self.inference.window or self.sampling.patch}
 

@@ -63,10 +63,12 @@ class Worker:
     stop: signals.Stop | None = None
 
     def __post_init__(self):
-        self.free = queue.SimpleQueue()  # the GPUs of runs to come, each a name or None
-        gpus = visible_gpus() or [None]
+        self.free = queue.SimpleQueue()  # of runs to come: CUDA_VISIBLE_DEVICES of each, or None
+        gpus = torch.cuda.device_count()  # opens none
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        names = visible.split(",")[:gpus] or [None]
         for number in range(self.count):
-            self.free.put(gpus[number % len(gpus)])
+            self.free.put(names[number % len(names)])
 
     def do(self, job):
         """Do a run, unless it is done; False if another process does it at this moment."""
@@ -161,13 +163,6 @@ def classes_of(outputs):
         return "--foreground", *outputs.foreground
     regions = outputs.regions.items()
     return "--classes", *(f"{name}={'+'.join(map(str, ids))}" for name, ids in regions)
-
-
-def visible_gpus():
-    """A value of CUDA_VISIBLE_DEVICES for each GPU that this process may use; opens none."""
-    count = torch.cuda.device_count()
-    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    return names.split(",")[:count]
 
 
 def figures(job):

@@ -46,7 +46,9 @@ def main():
     case = casefile.read_dataset(arguments.root).cases[arguments.case]
     with h5py.File(case.path) as file:
         image = file["image"][:].astype(np.float64)
-        truth = casefile.read_truth(file, state["data"]["foreground"], case.ignore_label)
+        label = file["label"][:]
+    foreground = np.isin(label, state["data"]["foreground"])
+    truth = np.where(label == case.ignore_label, label, foreground)
     for name, change in CHANGES.items():
         changed = np.round(change(image)).astype(np.float32)
         about = data.normalisation(
@@ -54,7 +56,8 @@ def main():
         )
         normalize = functools.partial(intensity.normalise, **about)
         window = settings.window_arguments()
-        probs = sliding_window.predict_volume(network, changed, normalize=normalize, **window)[0]
+        slabs = sliding_window.predict_slabs(network, changed, normalize=normalize, **window)
+        probs = np.concatenate([planes[0] for _, planes in slabs])
         mask = probs >= settings.inference.threshold
         scores = metrics.score(mask, truth, arguments.spacing, case.ignore_label, 2.0)
         print(f"{name:40s} dice {scores['dice']:.3f} surface dice {scores['surface_dice']:.3f}")

@@ -43,7 +43,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 from monitoring import machine
-from patches import augment
 from patches.cache import VolumeCache
 from settings import Augment
 from volumes import casefile, phantoms
@@ -167,7 +166,7 @@ def patches_of(stored, budget):
         jitter=0.5,
         clip=(0.5, 99.5),
         seed=0,
-        **augment.functions(settings),
+        augment=settings,
     )
     return dataset, cache
 

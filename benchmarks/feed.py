@@ -36,7 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-from patches import augment, cache, resample
+from patches import cache, resample
 from runtime import timer
 from settings import Augment
 from volumes import casefile, phantoms
@@ -76,7 +76,7 @@ def our_patches(case, *, patch, spacing=(0, 0, 0)):
         jitter=0.5,
         clip=None,
         seed=0,
-        **augment.functions(settings.model_dump()),
+        augment=settings.model_dump(),
     )
 
 

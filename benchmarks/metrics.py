@@ -91,7 +91,7 @@ def package_information(prediction, truth):
 def hd95(prediction, truth, **constants):
     for name, value in constants.items():
         setattr(surface, name, value)
-    return surface.surface_pair(prediction, truth).hausdorff(95.0)
+    return metrics.score(prediction, truth, names=["hd95"])["hd95"]
 
 
 def names(*chosen):
@@ -99,7 +99,7 @@ def names(*chosen):
 
 
 PARTS = {
-    "surface Dice": surface.surface_dice,
+    "surface Dice": lambda p, t: metrics.score(p, t, names=["surface_dice"])["surface_dice"],
     "surface Dice, surface-distance": package_surface_dice,
     "HD95": hd95,
     "HD95, k-d tree": lambda p, t: hd95(p, t, _VOXELS_PER_QUERY=0, _ROWS_PER_VOXEL=0),

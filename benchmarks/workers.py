@@ -37,7 +37,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-from patches import augment
 from patches.cache import VolumeCache
 from patches.feed import PatchPlan
 from settings import Augment
@@ -68,7 +67,7 @@ def patches(folder):
         jitter=0.5,
         clip=(0.5, 99.5),
         seed=0,
-        **augment.functions(Augment(rotation=1.0, scaling=1.0).model_dump()),
+        augment=Augment(rotation=1.0, scaling=1.0).model_dump(),
     )
 
 

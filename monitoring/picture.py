@@ -5,7 +5,6 @@ trains, at each evaluation, so it takes well under a second.
 """
 
 import io
-import os
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from monitoring import health
 from monitoring.formatting import finite, format_bytes, mean
 from monitoring.machine import MemoryLimit
 from monitoring.records import RunRecords, few_names
+from volumes import atomic
 from volumes.colors import class_color, overlay, overlay_classes
 
 SMOOTH_FROM = 120  # points of a curve: of more, the mean over a fortieth of them is drawn too
@@ -52,9 +52,8 @@ def draw_progress(folder, title, slices=None, threshold=0.5):
         _marks(axis, run)
     if slices is not None:
         _slices(axes[2], slices, threshold)
-    partial = Path(folder) / "progress.partial.png"
-    figure.savefig(partial)
-    os.replace(partial, Path(folder) / "progress.png")
+    with atomic.replacing(Path(folder) / "progress.png") as partial:
+        figure.savefig(partial)
 
 
 def draw_runs(folders, score):
@@ -232,6 +231,8 @@ def _marks(axis, run):
 def _slices(axes, slices, threshold):
     """Image, probability, and how the prediction compares with the truth; of several regions
     image, truth and prediction."""
+    from matplotlib.patches import Patch
+
     step = max(1, max(slices["image"].shape) // PIXELS)
     small = np.s_[..., ::step, ::step]
     image, labeled = slices["image"][small], slices["labeled"][small]
@@ -250,14 +251,9 @@ def _slices(axes, slices, threshold):
         axes[2].imshow(overlay_classes(image, mask, truth, labeled))
         titles.append("truth; solid: missed, dark: unlabeled")
         titles.append("prediction; solid: false")
-        _class_legend(axes[0], slices["truth"])
+        names = enumerate(slices["truth"])
+        patches = [Patch(color=class_color(number), label=name) for number, name in names]
+        axes[0].legend(handles=patches, fontsize=9, loc="upper right", framealpha=0.8)
     for axis, title in zip(axes, titles, strict=True):
         axis.set_axis_off()
         axis.set_title(title, fontsize=10)
-
-
-def _class_legend(axis, names):
-    from matplotlib.patches import Patch
-
-    patches = [Patch(color=class_color(number), label=name) for number, name in enumerate(names)]
-    axis.legend(handles=patches, fontsize=9, loc="upper right", framealpha=0.8)

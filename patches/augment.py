@@ -5,7 +5,6 @@ in a worker, as a few numbers; intensity.py samples what happens to grey values.
 does the work of both on the device. contact_sheet.py shows each transformation as a picture.
 """
 
-import functools
 import itertools
 import math
 
@@ -121,16 +120,6 @@ def _elastic(rng, spacing, patch, settings):
     control = np.random.default_rng(int(seed)).uniform(-1, 1, (3, *size))
     control *= amplitude * math.sqrt(3 / share)
     return control / spacing[:, None, None, None], step
-
-
-def functions(settings):
-    """The augmentation arguments of data.PatchDataset; settings: as in `sample_spatial_params`."""
-    partial = functools.partial
-    return {
-        "sample_spatial_params": partial(sample_spatial_params, settings=settings),
-        "sample_intensity_params": partial(intensity.sample_intensity_params, settings=settings),
-        "place_patch": resample.place_patch,
-    }
 
 
 def augment_batch(samples, patch, *, device, **labels):

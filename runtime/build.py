@@ -27,6 +27,7 @@ from runtime import (
 )
 from settings import Settings
 from volumes import casefile
+from volumes.files import few
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,13 @@ def loss_of_classes(wanted, told_apart):
 def check_skeletons(terms, split):
     """ValueError that names the cases without the skeleton that a term needs."""
     for validation_only, cases in ((False, split.train), (True, split.validation)):
-        if composite_loss.takes_skeleton(terms, validation_only=validation_only):
-            casefile.check_skeletons(cases)
+        needed = composite_loss.takes_skeleton(terms, validation_only=validation_only)
+        if needed and (without := [case.id for case in cases if not case.skeleton]):
+            raise ValueError(
+                f"data.root: expected a skeleton in every case file, got none in "
+                f"{few(without, 5)}; prepare these cases again without --no-skeletons, or set "
+                "loss.skeleton_recall.weight to 0"
+            )
 
 
 def check_spacing(settings, split):
@@ -171,12 +177,16 @@ def make_patches(plan, **changes):
     changes: what else it shall get than the settings say, such as foreground_share=0.0, or a cache
     other than a new one.
     """
-    classes, ratio = plan.dataset.classes, plan.settings.sampling.class_ratio
+    settings, classes = plan.settings, plan.dataset.classes
+    ratio = settings.sampling.class_ratio
     arguments = {
         "foreground": data.class_weights(classes, plan.outputs.foreground, ratio),
         "skeletons": composite_loss.takes_skeleton(plan.terms),
-        **plan.settings.patch_arguments(),
-        **augment.functions(plan.settings.augment.model_dump()),
+        **settings.sampling.model_dump(include={"patch", "foreground_share", "jitter"}),
+        "spacing": settings.data.spacing,
+        "clip": settings.data.percentiles,
+        "seed": settings.run.seed,
+        "augment": settings.augment.model_dump(),
     }
     if "cache" not in changes:
         names = volume_names(plan.terms)
@@ -237,17 +247,11 @@ def validation_cases(settings, split):
     return split.validation[: settings.validation.max_cases]
 
 
-def evaluation_spec(plan):
-    """What validation asks of predictions: an `evaluator.EvaluationSpec`."""
-    weights = plan.classes["class_weights"]
-    return evaluator.make_spec(plan.settings, plan.outputs, terms=plan.terms, class_weights=weights)
-
-
 def what_is_measured(plan):
     """What a score of validation means: plain values, which are equal where scores compare."""
-    spec = evaluation_spec(plan)
-    keys = ("metric", "thresholds", "sizes", "hysteresis", "max_hole_voxels", "closing_radius")
-    about = {key: getattr(spec, key) for key in keys}
+    spec = evaluator.make_spec(plan)
+    about = {key: getattr(spec, key) for key in ("metric", "thresholds", "sizes")}
+    about |= spec.postprocess
     if plan.outputs.several:
         about |= outputs.plain(plan.outputs)
     else:
@@ -256,11 +260,6 @@ def what_is_measured(plan):
     cases = validation_cases(plan.settings, plan.split)
     fingerprints = {case.id: casefile.fingerprint(case) for case in cases}
     return about | {"tolerance": spec.tolerance, "cases": fingerprints}
-
-
-def trained_cases(plan):
-    """{training case: a number that changes with its voxels}."""
-    return {case.id: casefile.fingerprint(case) for case in plan.split.train}
 
 
 def changes_of_data(before, now):
@@ -335,7 +334,7 @@ def make_validator(plan, run):
     window_fits = run.evaluations.standing.window_fits
     return validation.Validator(
         validation_cases(settings, plan.split),
-        evaluation_spec(plan),
+        evaluator.make_spec(plan),
         background=plan.device.type == "cuda" if background is None else background,
         report=run.report,
         poll=run.check,
@@ -370,13 +369,14 @@ def announce(plan, network, patches):
     settings, split, group = plan.settings, plan.split, plan.group
     training = settings.training
     steps = training.max_epochs * training.train_iterations_per_epoch
+    parameters = sum(p.numel() for p in network.parameters())
     return [
         f"device     {plan.device} ({plan.device_reason}), {torch.get_num_threads()} CPU threads",
         f"precision  {plan.precision} ({plan.precision_reason})",
         f"data       {len(split.train)} train, {len(split.validation)} validation, "
         f"{len(split.test)} test cases of {settings.data.root}, spacing {plan.spacing} "
         f"{plan.dataset.unit}",
-        f"network    {model.parameter_count(network) / 1e6:.2f} M parameters, strides "
+        f"network    {parameters / 1e6:.2f} M parameters, strides "
         f"{plan.strides[1:]} for patch {settings.sampling.patch}",
         *([f"classes    {plan.outputs.describe()}"] if plan.outputs.several else []),
         f"training   {steps} steps in {training.max_epochs} epochs, batch "
@@ -390,13 +390,18 @@ def announce(plan, network, patches):
 def metadata(plan):
     """All that infer.py must know of the data, as plain values."""
     return {
-        **splits.metadata(plan.dataset, plan.split),
+        "root": str(Path(plan.dataset.root).resolve()),
+        **{key: [case.id for case in cases] for key, cases in vars(plan.split).items()},
+        "channels": plan.split.train[0].channels,
+        "classes": plan.dataset.classes,
+        "ignore_label": plan.dataset.ignore_label,
+        "unit": plan.dataset.unit,
         "foreground": plan.outputs.foreground,
         **outputs.plain(plan.outputs),
         "spacing": list(plan.settings.data.spacing),  # 0 or None: an axis as it is stored
         "measured": what_is_measured(plan),
         "typical": True,  # see data.normalisation
-        "trained": trained_cases(plan),
+        "trained": {case.id: casefile.fingerprint(case) for case in plan.split.train},
         "trained_spacing": list(plan.spacing),
         "strides": [list(stride) for stride in plan.strides],
         "kernels": [list(kernel) for kernel in plan.kernels],

@@ -224,8 +224,8 @@ def _refuse(path, got, advice="give a file that train.py wrote, such as runs/las
     return CheckpointError(f"{path}: expected a Lamina checkpoint, got {got}; {advice}")
 
 
-def load(path, map_location="cpu"):
-    """The state that `save` wrote, its tensors on map_location.
+def load(path):
+    """The state that `save` wrote, its tensors on the CPU.
 
     Every checksum is looked at first. Reads with `weights_only=True`: code in the file is never
     run. CheckpointError, one sentence, for a file that is missing, empty, truncated, damaged,
@@ -234,7 +234,7 @@ def load(path, map_location="cpu"):
     path = Path(path)
     _check_file(path)
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refuse(path, "a file with other than tensors and plain values (not run)") from error
     except (MemoryError, torch.OutOfMemoryError):

@@ -66,8 +66,8 @@ def _compare(variant, by_variant, name, first):
     differences = [mean(own[place], name) - mean(others[place], name) for place in pairs]
     low, high = report.student_interval(differences) or (None, None)
     rows = _by_case(first, others, pairs, name) + _by_case(variant, own, pairs, name)
-    standings = {s.method: s for s in report.leaderboard(rows, name, against=first)}
-    one = standings[variant]
+    board = {s.method: s for s in report.leaderboard(rows, name, against=first)}
+    one = board[variant]
     case_low, case_high = one.difference_interval or (None, None)
     return row._replace(
         pairs=len(pairs),

@@ -46,7 +46,6 @@ def composite_loss(
     *,
     overlapping=False,
     class_weights=None,
-    scale_weights=None,
     spacing=(1.0, 1.0, 1.0),
     skeleton=None,
     step=0,
@@ -62,8 +61,8 @@ def composite_loss(
     of the finest scale; one, or a list of one for each sample) is multiplied by the pooling factor
     of each scale; soft skeletons are shared by the terms of a scale.
 
-    scale_weights, one per output, default 1, 1/2, 1/4, ...; for each term they are divided by
-    their sum over the scales on which it acts. step says which terms act: see `acting`.
+    The scales weigh 1, 1/2, 1/4, ..., for each term divided by the sum over the scales on which it
+    acts. step says which terms act: see `acting`.
 
     over_ranks(weights) gives the mean over ranks of a tensor. With it, the mean over ranks of what
     they get is the loss of one batch of all their samples: see `losses.batch_weight`.
@@ -75,16 +74,15 @@ def composite_loss(
     ValueError for names and numbers that no term has (the nearest one is offered).
     """
     outputs = [outputs] if torch.is_tensor(outputs) else list(outputs)
-    if scale_weights is None:
-        scale_weights = [0.5**i for i in range(len(outputs))]
     check_terms(terms, in_training=True)
-    _check_scale_weights(scale_weights, len(outputs))
     acts_now = acting(terms, step)
     depths = {name: terms[name].get("scales") or len(outputs) for name in acts_now}
     how = (target, valid, spacing, skeleton, overlapping, class_weights)
     scales = [_pooled(logits, *how) for logits in outputs[: max(depths.values(), default=1)]]
-    weights = {n: scale_weights[: depths[n] if acts else 1] for n, acts in acts_now.items()}
-    parts = {name: _parts(some, scales, class_weights) for name, some in weights.items()}
+    parts = {
+        name: _parts(scales[: depths[name] if acts else 1], class_weights)
+        for name, acts in acts_now.items()
+    }
     if over_ranks is not None:
         parts = _weighted(parts, acts_now, terms, over_ranks)
 
@@ -151,15 +149,15 @@ def _pooled(logits, target, valid, spacing, skeleton, overlapping, class_weights
     return [_Scale(*pair, valid, spacing, tube) for pair in pairs]
 
 
-def _parts(scale_weights, scales, class_weights):
+def _parts(scales, class_weights):
     """[(share, `_Scale`)] of the scales and regions on which a term acts; shares add up to 1."""
     regions = len(scales[0])
     weights = class_weights if class_weights and regions > 1 else [1.0] * regions
+    halves = [0.5**i for i in range(len(scales))]
     return [
-        (a / sum(scale_weights) * (b / sum(weights)), scale)
-        for a, of_regions in zip(scale_weights, scales, strict=False)
+        (a / sum(halves) * (b / sum(weights)), scale)
+        for a, of_regions in zip(halves, scales, strict=True)
         for b, scale in zip(weights, of_regions, strict=True)
-        if a > 0
     ]
 
 
@@ -319,11 +317,3 @@ def _fault(term):
 def _nearest(name, known):
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     return f"did you mean {near[0]!r}? (known: {', '.join(known)})"
-
-
-def _check_scale_weights(scale_weights, outputs):
-    if len(scale_weights) != outputs or min(scale_weights) < 0 or not scale_weights[0] > 0:
-        raise ValueError(
-            f"scale_weights: expected {outputs} numbers, one per output, none below 0 and the "
-            f"first above 0, got {list(scale_weights)}"
-        )

@@ -261,30 +261,24 @@ class Ranks(Group):
 
     def wait_for_all(self, poll):
         self.waits += 1
+        key, seen = f"here {self.waits}", {}  # of a rank: its looks, and when that was new
         try:
-            self._wait_for_all(poll)
+            self.store.set(f"{key}/{self.rank}", "")
+            while away := [r for r in range(self.size) if not self.store.check([f"{key}/{r}"])]:
+                poll()
+                for rank in away:
+                    known = self.store.check([f"looks/{rank}"])
+                    looks = self.store.get(f"looks/{rank}") if known else None
+                    if rank not in seen or seen[rank][0] != looks:
+                        seen[rank] = looks, time.monotonic()
+                    waited = time.monotonic() - seen[rank][1]
+                    if waited > 60 * self.minutes:
+                        raise self._left([rank], waited)
+                time.sleep(0.05)
         except dist.DistError as error:
             raise Left(
                 f"torchrun, through which ranks find one another, has ended ({error})"
             ) from error
-
-    def _wait_for_all(self, poll):
-        self.store.set(f"here {self.waits}/{self.rank}", "")
-        seen = {}  # of a rank: its looks, and when that was new
-        while True:
-            here = [self.store.check([f"here {self.waits}/{rank}"]) for rank in range(self.size)]
-            if all(here):
-                return
-            poll()
-            for rank in (rank for rank, is_here in enumerate(here) if not is_here):
-                known = self.store.check([f"looks/{rank}"])
-                looks = self.store.get(f"looks/{rank}") if known else None
-                if rank not in seen or seen[rank][0] != looks:
-                    seen[rank] = looks, time.monotonic()
-                waited = time.monotonic() - seen[rank][1]
-                if waited > 60 * self.minutes:
-                    raise self._left([rank], waited)
-            time.sleep(0.05)
 
     def leave(self, text, status):
         with contextlib.suppress(dist.DistError):  # the store may be gone

@@ -141,7 +141,13 @@ class Evaluations:
         self.standing.pending = None
         self.standing.without_better += 1
         if chosen and not evaluation.unread:
-            self._choose(step, result["scores"].get(self.validator.spec.metric), chosen)
+            self.standing.chosen = chosen
+            score = result["scores"].get(self.validator.spec.metric)
+            if evaluator.is_better(score, self.standing.best_score, self.settings.score):
+                best = {"best_score": score, "best_step": step, "without_better": 0}
+                self.standing = dataclasses.replace(self.standing, **best)
+                changes = {"evaluations": self.state_dict()}
+                run.saver.promote(CANDIDATE, BEST, step=step, changes=changes)
         run.save()
         if run.settings.monitor.picture:
             slices = evaluation.slices and self._with_masks(evaluation.slices, chosen)
@@ -156,15 +162,6 @@ class Evaluations:
             thresholds = dict.fromkeys(spec.outputs.regions, thresholds)
         encoded = evaluator.encode(spec, slices["probs"])
         return slices | {"mask": evaluator.masks(spec, encoded, thresholds)}
-
-    def _choose(self, step, score, chosen):
-        self.standing.chosen = chosen
-        if evaluator.is_better(score, self.standing.best_score, self.settings.score):
-            best = {"best_score": score, "best_step": step, "without_better": 0}
-            self.standing = dataclasses.replace(self.standing, **best)
-            self.run.saver.promote(
-                CANDIDATE, BEST, step=step, changes={"evaluations": self.state_dict()}
-            )
 
     def best_is_lost(self, error):
         """The best state could not be kept: the one in best.pt, if any, is it again."""

@@ -1,7 +1,7 @@
 """The evaluator: chooses settings on predicted volumes, then scores the predictions.
 
-    spec = EvaluationSpec(metric="surface_dice", names=("dice",), thresholds=(0.4, 0.5))
-    prediction = Prediction(case, threshold_counts(probs, spec.all_thresholds))
+    spec = make_spec(plan)
+    prediction = Prediction(case, encode(spec, probs))
     result = evaluate(spec, [prediction, ...])
 
 A probability is stored as the number of thresholds that it reaches, one byte a voxel: every mask
@@ -29,16 +29,14 @@ class EvaluationSpec:
     """What is evaluated, and how; plain values."""
 
     metric: str  # the score that chooses; of several regions dice/artery or dice/mean
-    names: tuple  # further scores that are reported, each with its region, too
+    names: tuple  # of all scores that are reported, the metric too, each with its region
     outputs: Outputs
     # The best of these are chosen for each region, the first of equals: {region: values}. Classes
     # that exclude each other have no threshold.
     thresholds: dict
     sizes: dict
-    # As in `postprocess.stages_of_regions`.
-    hysteresis: float | None = None
-    max_hole_voxels: int = 0
-    closing_radius: float = 0.0
+    # Of `postprocess.stages_of_regions`, but for min_component_voxels.
+    postprocess: dict = dataclasses.field(default_factory=dict)
     tolerance: float = 2.0  # of surfaces
     # Of `composite_loss.validation_losses`.
     terms: dict = dataclasses.field(default_factory=dict)
@@ -48,13 +46,8 @@ class EvaluationSpec:
     @property
     def all_thresholds(self):
         """All thresholds that masks are made at, rising; DEFAULT_THRESHOLD is always reported."""
-        weak = () if self.hysteresis is None else (self.hysteresis,)
-        return tuple(sorted({*sum(self.thresholds.values(), weak), DEFAULT_THRESHOLD}))
-
-    @property
-    def reported(self):
-        """The names of all scores."""
-        return self.names if self.metric in self.names else (self.metric, *self.names)
+        weak = {self.postprocess.get("hysteresis")} - {None}
+        return tuple(sorted({*sum(self.thresholds.values(), ()), *weak, DEFAULT_THRESHOLD}))
 
     @property
     def validation_terms(self):
@@ -83,21 +76,16 @@ def empty_prediction(spec, case):
 def encode(spec, probs):
     """Probabilities (K, D, H, W) in one byte a voxel and region, of which masks are made.
 
-    Of one foreground (D, H, W) and of regions that may overlap (R, D, H, W) `threshold_counts`; of
-    classes that exclude each other the channel of the highest probability, (D, H, W).
+    Of one foreground (D, H, W) and of regions that may overlap (R, D, H, W) how many of
+    all_thresholds each probability reaches; of classes that exclude each other the channel of the
+    highest probability, (D, H, W). uint8.
     """
     if spec.outputs.exclusive:
         return most_probable(probs)
-    counts = threshold_counts(probs, spec.all_thresholds)
-    return counts if spec.outputs.several else counts[0]
-
-
-def threshold_counts(probs, thresholds):
-    """How many of the thresholds, which rise, each probability reaches: uint8 of the same shape."""
     counts = np.zeros(probs.shape, np.uint8)
-    for threshold in thresholds:
+    for threshold in spec.all_thresholds:
         counts += probs >= threshold
-    return counts
+    return counts if spec.outputs.several else counts[0]
 
 
 def masks(spec, encoded, thresholds):
@@ -194,7 +182,7 @@ def _best(spec, predictions, chosen, name, choices):
 def _stages(spec, prediction, chosen):
     """(step, {region: mask}) of a prediction at {region: (threshold, size)}, and after each step
     that is on."""
-    weak, low = spec.hysteresis, None
+    weak, low = spec.postprocess.get("hysteresis"), None
     if weak is not None:
         low = masks(spec, prediction.encoded, dict.fromkeys(chosen, weak))
     return postprocess.stages_of_regions(
@@ -202,10 +190,8 @@ def _stages(spec, prediction, chosen):
         low,
         exclusive=spec.outputs.exclusive,
         spacing=prediction.case.spacing,
-        hysteresis=weak,
         min_component_voxels={name: size for name, (_, size) in chosen.items()},
-        max_hole_voxels=spec.max_hole_voxels,
-        closing_radius=spec.closing_radius,
+        **spec.postprocess,
     )
 
 
@@ -221,8 +207,8 @@ def _scores(spec, case, found, label):
         return _score(spec, case, found[name], truth, names)
 
     if not spec.outputs.several:
-        return of(*found, spec.reported)
-    return metrics.by_class(spec.reported, found, of)
+        return of(*found, spec.names)
+    return metrics.by_class(spec.names, found, of)
 
 
 def _score_steps(spec, prediction, chosen):
@@ -234,7 +220,7 @@ def _score_steps(spec, prediction, chosen):
         step, found = next(_stages(spec, prediction, default))
         rows.append((step, DEFAULT_THRESHOLD, _scores(spec, case, found, label)))
     for step, found in _stages(spec, prediction, chosen):
-        value = told[step] if step in told else getattr(spec, step)
+        value = told[step] if step in told else spec.postprocess[step]
         rows.append((step, value, _scores(spec, case, found, label)))
     if prediction.probs is not None:
         rows[-1][2].update(_validation_losses(spec, prediction, label))
@@ -272,13 +258,14 @@ def is_better(score, best, metric):
 
 def directions(spec):
     """{score: "higher", "lower" or None}, whichever is better, for all that `evaluate` reports."""
-    better = {name: metrics.entry(name)[0].better for name in spec.reported}
+    better = {name: metrics.entry(name)[0].better for name in spec.names}
     return better | {f"{name}_loss": "lower" for name in spec.validation_terms}
 
 
-def make_spec(settings, outputs, **loss):
-    """The `EvaluationSpec` of settings; loss: its terms and class_weights."""
-    asked, post, regions = settings.validation, settings.postprocess, outputs.regions
+def make_spec(plan):
+    """What validation asks of predictions: the `EvaluationSpec` of a `build.Plan`."""
+    settings, outputs, regions = plan.settings, plan.outputs, plan.outputs.regions
+    asked, post = settings.validation, settings.postprocess
     thresholds = sorted(asked.thresholds, key=lambda t: (abs(t - DEFAULT_THRESHOLD), t))
     thresholds = _per_region(settings.inference.threshold, thresholds, regions)
     sizes = _per_region(post.min_component_voxels, sorted(asked.min_component_voxels), regions)
@@ -289,12 +276,11 @@ def make_spec(settings, outputs, **loss):
         outputs=outputs,
         thresholds={} if outputs.exclusive else thresholds,
         sizes=sizes,
-        hysteresis=post.hysteresis,
-        max_hole_voxels=post.max_hole_voxels,
-        closing_radius=post.closing_radius,
+        postprocess=post.model_dump(exclude={"min_component_voxels"}),
         tolerance=asked.tolerance,
+        terms=plan.terms,
+        class_weights=plan.classes["class_weights"],
         tile=settings.sampling.patch,
-        **loss,
     )
 
 
@@ -308,8 +294,7 @@ def _per_region(given, candidates, regions):
 
 
 def absent_regions(outputs, cases):
-    """A list of one note for people, which names the cases that lack some of several regions; []
-    if none does."""
+    """A note for people, which names the cases that lack some of several regions, if any does."""
     absent = {
         name: [case.id for case in cases if not any(case.counts.get(i) for i in ids)]
         for name, ids in outputs.regions.items()
@@ -319,12 +304,11 @@ def absent_regions(outputs, cases):
         for name, some in absent.items()
         if some
     ]
-    if not parts or not outputs.several:
-        return []
-    return [
-        f"validation: no voxel of {', of '.join(parts)}; each ratio is 1 there if the prediction "
-        "has none either, else 0"
-    ]
+    if parts and outputs.several:
+        yield (
+            f"validation: no voxel of {', of '.join(parts)}; each ratio is 1 there if the "
+            "prediction has none either, else 0"
+        )
 
 
 def full_names(metric, names, outputs):

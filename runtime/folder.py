@@ -225,16 +225,6 @@ def versions():
     }
 
 
-def process_info():
-    """Which process this is: pid, host, and created, its start in seconds since 1970."""
-    process = psutil.Process()
-    return {
-        "pid": process.pid,
-        "host": socket.gethostname(),
-        "created": round(process.create_time(), 2),
-    }
-
-
 @contextlib.contextmanager
 def fault_file(folder):
     """In this context a signal that ends the process in mid-code (SIGSEGV, SIGBUS, SIGABRT, ...)

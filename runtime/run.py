@@ -10,10 +10,12 @@ On the way out, however that comes, the state of the last whole step is saved: s
 
 import contextlib
 import math
+import os
 import socket
 import time
 from pathlib import Path
 
+import psutil
 import yaml
 from rich.console import Console
 
@@ -204,7 +206,9 @@ class Run:
             self.stack.enter_context(folder.fault_file(self.folder))
         self.record(
             "start",
-            **folder.process_info(),
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            created=round(psutil.Process().create_time(), 2),
             ranks=self.group.size,
             steps=self.stop_step,
             iterations=self.iterations,
@@ -291,7 +295,9 @@ class Run:
             for kind, text, figures in news.get("reports", ()) if self.group.first else ():
                 self.report(kind, f"rank {rank}: {text}", **figures)
             if "state" in news:
-                self._take_state(**news["state"])
+                for case, reason in news["state"]["excluded"].items():
+                    self.batches.exclude(case, reason, report=False)
+                self.micro_batch.take_smaller(news["state"]["micro_batch"])
 
     def _state_of_step(self):
         """What all ranks have alike, though one of them finds it out first."""
@@ -299,11 +305,6 @@ class Run:
             "excluded": dict(self.patches.excluded),
             "micro_batch": self.micro_batch.state_dict(),
         }
-
-    def _take_state(self, excluded, micro_batch):
-        for case, reason in excluded.items():
-            self.batches.exclude(case, reason, report=False)
-        self.micro_batch.take_smaller(micro_batch)
 
     def skip(self, names, samples, scaler):
         """A step had no update, for these were not finite: find out why, and count it."""

@@ -1,7 +1,6 @@
 """Which cases train, validate and test."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from volumes.files import few, matching
 
@@ -54,18 +53,6 @@ def _matches(dataset, key, patterns, faults):
             faults.append(f"data.{key}: no case or group is named {pattern!r}; there are {known}")
         matches |= hits
     return matches
-
-
-def metadata(dataset, split):
-    """What a checkpoint says of the data it was trained on: plain values."""
-    return {
-        "root": str(Path(dataset.root).resolve()),
-        **{key: [c.id for c in members] for key, members in vars(split).items()},
-        "channels": split.train[0].channels,
-        "classes": dict(dataset.classes),
-        "ignore_label": dataset.ignore_label,
-        "unit": dataset.unit,
-    }
 
 
 def _fold(cases, folds, fold):

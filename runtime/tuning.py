@@ -167,11 +167,13 @@ def measure(plan, steps, changes):
         return trial._replace(fault=trial.fault or "train.py left no times of its steps")
     windows = [line["step_seconds"] for line in lines]
     seconds = statistics.mean(windows)
+    steady = [reading for reading in run.readings if (reading.get("step") or 0) > warm_up]
+    loads = [gpu["load"] for gpu in _gpus(steady, plan.device) if gpu["load"] is not None]
     return trial._replace(
         seconds=seconds,
         error=statistics.stdev(windows) / math.sqrt(len(windows)),
         wait=statistics.mean(line["seconds"]["wait"] for line in lines) / seconds,
-        load=_gpu_load(run.readings, plan.device, warm_up),
+        load=statistics.mean(loads) if loads else None,
     )
 
 
@@ -195,12 +197,6 @@ def _gpus(readings, device):
     """What was read of a device, if that is a GPU."""
     rows = [gpu for reading in readings for gpu in reading.get("gpus") or ()]
     return [gpu for gpu in rows if device.type == "cuda" and gpu["index"] == (device.index or 0)]
-
-
-def _gpu_load(readings, device, warm_up):
-    steady = [reading for reading in readings if (reading.get("step") or 0) > warm_up]
-    loads = [gpu["load"] for gpu in _gpus(steady, device) if gpu["load"] is not None]
-    return statistics.mean(loads) if loads else None
 
 
 # ---------------------------------------------------------------------------- the plan

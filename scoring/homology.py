@@ -111,7 +111,9 @@ def betti_matching(prediction, truth, *, tiles=(1, 1, 1), threads=2):
     counts = {}
     for dim in range(3):
         died = [places[dim] for places in deaths]
-        matched = sum(map(_common, died[::2], died[1::2]))
+        pairs_died = zip(died[::2], died[1::2], strict=True)
+        # Of multisets.
+        matched = sum((Counter(p.tolist()) & Counter(t.tolist())).total() for p, t in pairs_died)
         counts[dim] = matched, sum(p[dim] for p in predicted), sum(t[dim] for t in true)
     return counts
 
@@ -152,11 +154,6 @@ def _deaths(first, pair, top):
     rows = rows[(rows[:, 1] < 1) & (rows[:, 2] >= 2) & (rows[:, 2] < 3)]
     place = rows[:, 6:9].astype(np.int64) @ (np.array(level.strides) // level.itemsize)
     return [place[rows[:, 0] == dim] for dim in range(3)]
-
-
-def _common(first, second):
-    """How many elements two arrays share, as multisets."""
-    return (Counter(first.tolist()) & Counter(second.tolist())).total()
 
 
 def matching_f1(matched, predicted, true):

@@ -22,35 +22,13 @@ def apply_to_regions(high, low=None, **settings):
 
     These are the masks that a prediction consists of, and that validation scores.
     """
-    masks = {name: np.asarray(mask, bool) for name, mask in high.items()}
-    for _, step, background_only in _steps(masks, low, **settings):
-        _change(masks, step, background_only)
+    *_, (_, masks) = stages_of_regions(high, low, **settings)
     return masks
 
 
-def stages_of_regions(high, low=None, **settings):
-    """Yields (name, {region: mask (D, H, W) bool}) of the threshold, then of each step that is on.
-
-    high: {region: its voxels}; low: {region: those above the threshold of hysteresis}, if given.
-    settings: those of the group `postprocess`, where min_component_voxels is one number for all
-    regions, or {region: number}, 0 for those it lacks; spacing (z, y, x), None for voxels: the unit
-    of the radius; exclusive. The input stays as it is.
-
-    Each region goes through the steps as if it were alone, but for regions that exclude each other
-    (no voxel is in two masks of high, and there is no hysteresis): small components become
-    background, and holes and gaps are filled only where the background was before any region was
-    filled. A voxel that several regions would fill goes to the first of them.
-    """
-    masks = {name: np.asarray(mask, bool) for name, mask in high.items()}
-    yield BEFORE, dict(masks)
-    for name, step, background_only in _steps(masks, low, **settings):
-        _change(masks, step, background_only)
-        yield name, dict(masks)
-
-
-def _steps(
-    regions,
-    low,
+def stages_of_regions(
+    high,
+    low=None,
     *,
     exclusive=False,
     spacing=None,
@@ -59,21 +37,38 @@ def _steps(
     max_hole_voxels=0,
     closing_radius=0.0,
 ):
-    """Yields (name, step(region, mask), whether it changes the background alone) of those on."""
-    sizes = min_component_voxels
-    sizes = sizes if isinstance(sizes, dict) else dict.fromkeys(regions, sizes)
+    """Yields (name, {region: mask (D, H, W) bool}) of the threshold, then of each step that is on.
+
+    It is one dict each time, in which a step puts its masks in place of those before. high:
+    {region: its voxels}; low: {region: those above the threshold of hysteresis}, if given; spacing
+    (z, y, x), None for voxels: the unit of the radius. The others are settings of `postprocess`,
+    where min_component_voxels is one number for all regions, or {region: number}, 0 for those it
+    lacks. The input stays as it is.
+
+    Each region goes through the steps as if it were alone, but for exclusive ones (no voxel is in
+    two masks of high, and there is no hysteresis): small components become background, and holes
+    and gaps are filled only where the background was before any region was filled. A voxel that
+    several regions would fill goes to the first of them.
+    """
+    masks = {name: np.asarray(mask, bool) for name, mask in high.items()}
+    yield BEFORE, masks
     if hysteresis is not None:
-        yield "hysteresis", lambda region, mask: apply_hysteresis(mask, low[region]), False
+        _change(masks, lambda region, mask: apply_hysteresis(mask, low[region]))
+        yield "hysteresis", masks
+    sizes = min_component_voxels
+    sizes = sizes if isinstance(sizes, dict) else dict.fromkeys(masks, sizes)
     if max(sizes.values(), default=0) > 1:
-        name = "min_component_voxels"
-        yield name, lambda region, mask: remove_small_components(mask, sizes.get(region, 0)), False
+        _change(masks, lambda region, mask: remove_small_components(mask, sizes.get(region, 0)))
+        yield "min_component_voxels", masks
     if max_hole_voxels > 0:
-        yield "max_hole_voxels", lambda _, mask: fill_holes(mask, max_hole_voxels), exclusive
+        _change(masks, lambda _, mask: fill_holes(mask, max_hole_voxels), exclusive)
+        yield "max_hole_voxels", masks
     if closing_radius > 0:
-        yield "closing_radius", lambda _, mask: close(mask, closing_radius, spacing), exclusive
+        _change(masks, lambda _, mask: close(mask, closing_radius, spacing), exclusive)
+        yield "closing_radius", masks
 
 
-def _change(masks, step, background_only):
+def _change(masks, step, background_only=False):
     """Put the result of step(region, mask) in place of each mask, so that few are in memory."""
     background = ~functools.reduce(np.logical_or, masks.values()) if background_only else None
     for region, mask in masks.items():

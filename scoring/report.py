@@ -25,7 +25,7 @@ from volumes.colors import FALSE, FOUND, MISSED, class_color, overlay, overlay_c
 FEW = 10  # cases below which such an interval is known to be too narrow
 
 
-class Standing(NamedTuple):
+class LeaderboardRow(NamedTuple):
     """A method and its mean score; then its difference to the best method, or to the one that all
     are compared with, None of that itself."""
 
@@ -74,7 +74,7 @@ def _sign(name):
 
 
 def leaderboard(rows, name, *, against=None):
-    """[`Standing`] of all methods by the mean of a score, the best first.
+    """[`LeaderboardRow`] of all methods by the mean of a score, the best first.
 
     against: the method that the others are compared with; None: the best.
     """
@@ -83,18 +83,18 @@ def leaderboard(rows, name, *, against=None):
         for method in methods_of(rows)
     }
     ranked = sorted(scores, key=lambda method: -_sign(name) * scores[method].mean())
-    base, standings = ranked[0] if against is None else against, []
+    base, board = ranked[0] if against is None else against, []
     for method in ranked:
         mean, interval = float(scores[method].mean()), bootstrap_interval(scores[method])
         if method == base:
-            standings.append(Standing(method, mean, interval))
+            board.append(LeaderboardRow(method, mean, interval))
             continue
         difference = scores[method] - scores[base]
         to_base = float(difference.mean()), bootstrap_interval(difference)
         gain = _sign(name) * difference
         ahead, behind = int(np.count_nonzero(gain > 0)), int(np.count_nonzero(gain < 0))
-        standings.append(Standing(method, mean, interval, *to_base, ahead, behind))
-    return standings
+        board.append(LeaderboardRow(method, mean, interval, *to_base, ahead, behind))
+    return board
 
 
 def bootstrap_interval(values):
@@ -154,13 +154,13 @@ def print_scores(console, rows, names, unit, cases):
     console.print(table)
 
 
-def print_leaderboard(console, standings, rank, cases):
-    """A row for each `Standing`, of so many cases, by the score named rank."""
+def print_leaderboard(console, board, rank, cases):
+    """A row for each `LeaderboardRow`, of so many cases, by the score named rank."""
     table = Table(title=f"leaderboard by {rank}", title_justify="left")
     table.add_column("method", no_wrap=True)
     for head in ("mean", "95 %", "to the best", "95 %", "ahead", "behind"):
         table.add_column(head, justify="right")
-    for one in standings:
+    for one in board:
         row = [one.method, format_score(one.mean, rank), interval_text(one.interval)]
         if one.difference is not None:
             row += [f"{one.difference:+.3f}", interval_text(one.difference_interval, "+")]

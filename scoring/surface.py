@@ -1,6 +1,6 @@
 """Surfaces of two masks: the share of them that lies close to the other, and their distances.
 
-    pair = surface_pair(prediction, truth, spacing)
+    pair = SurfacePair(extract(prediction), extract(truth), spacing, truth.shape)
     pair.dice(2.0), pair.hausdorff(95.0), pair.assd()
 
 Definitions are those of Nikolov et al. 2018 (arXiv:1809.04430) and their package
@@ -90,21 +90,6 @@ class SurfacePair:
             return 0.0 if all(self.empty) else self.diagonal
         sums = (float((self.area[codes] * away).sum()) for away, codes in self.distances)
         return sum(sums) / sum(self.areas)
-
-
-def surface_pair(prediction, truth, spacing=(1.0, 1.0, 1.0), *, threads=2):
-    """The `SurfacePair` of two masks (D, H, W)."""
-    prediction, truth = np.asarray(prediction, dtype=bool), np.asarray(truth, dtype=bool)
-    spacing = checked_spacing(spacing)
-    box = bounding_box(prediction | truth)
-    with ThreadPoolExecutor(threads) as pool:
-        surfaces = pool.map(extract, (prediction[box], truth[box]))
-    return SurfacePair(*surfaces, spacing, truth.shape, threads=threads)
-
-
-def surface_dice(prediction, truth, spacing=(1.0, 1.0, 1.0), tolerance=2.0):
-    """The `SurfacePair.dice` of two masks (D, H, W)."""
-    return surface_pair(prediction, truth, spacing).dice(tolerance)
 
 
 def _percentile(distances, codes, area, percentile):

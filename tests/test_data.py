@@ -54,7 +54,7 @@ def patches(stored, *, budget=HUGE, augmentation=TURNED, **changes):
         "jitter": 0.5,
         "clip": (0.5, 99.5),
         "seed": 0,
-        **augment.functions(augmentation),
+        "augment": augmentation,
     }
     return data.PatchDataset(stored, **{**settings, **changes})
 

@@ -2,7 +2,7 @@
 
     components, loops, hollows = diagrams(probs, valid)    # numpy: births, deaths, their voxels
     b0, b1, b2 = betti_numbers(mask, valid)                # how many of each a label has
-    loss = topological_loss(probs, target, valid)          # torch: the graph goes through probs
+    loss, = topological_losses([(probs, target, valid)])   # torch: the graph goes through probs
 
 A probability p becomes a level 1 - p, and the window fills from level 0 up: the surest foreground
 enters first. A component, loop or hollow is born at the level at which it appears and dies at the
@@ -15,8 +15,8 @@ can close stays a loop, in prediction and label alike. Of labeled regions that o
 join, one keeps its most persistent component and each of the others loses that one.
 
 The homology is cripser's, on one core of the host and without Python's lock: windows in threads run
-side by side. topological_loss and its backward take 0.02 s for 32^3 voxels, 0.22 s and 40 MB for
-64^3 (one core of an AMD EPYC), and three times that for an untrained network, which is rough.
+side by side. The loss of a window and its backward take 0.02 s for 32^3 voxels, 0.22 s and 40 MB
+for 64^3 (one core of an AMD EPYC), and three times that for an untrained network, which is rough.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -112,11 +112,12 @@ def _diagram(rows, shape):
 # ---------------------------------------------------------------------------- loss
 
 
-def topological_loss(probs, target, valid=None):
-    """How far the topology of a probability window is from its label's: scalar in [0, 1.5].
+def topological_losses(windows):
+    """How far the topology of each probability window is from its label's: (N,) in [0, 1.5].
 
-    probs (D, H, W) float in [0, 1] with graph; target (D, H, W), foreground above 0.5; valid
-    (D, H, W) bool (None: everywhere). The result is float32 (float64 if probs is).
+    windows: N of (probs, target, valid), in as many threads as torch has. probs (D, H, W) float in
+    [0, 1] with graph; target (D, H, W), foreground above 0.5; valid (D, H, W) bool (None:
+    everywhere). The result is float32 (float64 if probs is).
 
     In each dimension the label's Betti number says how many classes the prediction should have. As
     many of the most persistent are pulled to birth at 0 and death at 1: birth^2 + (1 - death)^2.
@@ -133,13 +134,8 @@ def topological_loss(probs, target, valid=None):
 
     The gradient reaches the voxels of births and deaths only, none of them invalid; which ones
     these are counts as constant. Without a valid voxel: 0, with gradient 0. NaN in a valid
-    probability: NaN. ValueError as for `diagrams`. Waits for the device once.
+    probability: NaN. ValueError as for `diagrams`. Waits for the device once for each.
     """
-    return topological_losses([(probs, target, valid)])[0]
-
-
-def topological_losses(windows):
-    """`topological_loss` of each (probs, target, valid): (N,), in as many threads as torch has."""
     windows = [(p if p.dtype == torch.float64 else p.float(), t, v) for p, t, v in windows]
     arrays = [_to_host(*window) for window in windows]
     with ThreadPoolExecutor(max(1, min(len(windows), torch.get_num_threads()))) as pool:
@@ -165,7 +161,7 @@ def _to_host(probs, target, valid):
     shapes = [tuple(x.shape) for x in (probs, target, valid) if x is not None]
     if probs.ndim != 3 or len(set(shapes)) != 1:
         raise ValueError(
-            f"topological_loss: expected probs, target and valid of one shape (D, H, W), "
+            f"topological_losses: expected probs, target and valid of one shape (D, H, W), "
             f"got {', '.join(map(str, shapes))}"
         )
     valid = torch.ones_like(probs) if valid is None else valid.bool()

@@ -278,27 +278,6 @@ def check_unchanged(case):
         )
 
 
-def check_skeletons(cases):
-    """ValueError that names those of the cases whose files hold no skeleton."""
-    without = [case.id for case in cases if not case.skeleton]
-    if without:
-        more = f" and {len(without) - 5} more" if len(without) > 5 else ""
-        raise ValueError(
-            f"data.root: expected a skeleton in every case file, got none in "
-            f"{', '.join(without[:5])}{more}; prepare these cases again without --no-skeletons, or "
-            "set loss.skeleton_recall.weight to 0"
-        )
-
-
-def read_truth(file, foreground, ignore_label):
-    """The label of a case file as 0, 1 and ignore_label: (D, H, W) uint8."""
-    label = file["label"][:]
-    truth = np.isin(label, foreground).astype(np.uint8)
-    if ignore_label is not None:
-        truth[label == ignore_label] = ignore_label
-    return truth
-
-
 # ---------------------------------------------------------------------------- data sets
 
 

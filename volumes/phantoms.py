@@ -107,7 +107,7 @@ def scroll(shape, seed=0, index=0):
     sheet = np.where(torn, 0, np.clip(SHEET_HALF_THICKNESS + 0.5 - distance, 0, 1))
     label = ((distance <= SHEET_HALF_THICKNESS) & ~torn).astype(np.uint8)
 
-    dust = _dust(shape, middle, rng)
+    dust = _grains(shape, rng, (2.0, 4.2), (0.8, 1.3), middle > 0.5)  # in the gaps between sheets
     brightness = 1 + 0.18 * smooth_field(shape, 18.0, rng)
     bright = SHEET_CONTRAST * np.maximum(sheet * brightness, dust)
     drift = 36.0 * smooth_field(shape, max(shape) / 2.5, rng)
@@ -137,16 +137,6 @@ def _sheet_distance(shape, rng):
     offset = np.minimum(offset, np.abs(phase + 1 + shift))
     distance = offset * pitch / np.maximum(slope, 0.5)
     return distance, np.clip(offset * 2, 0, 1)
-
-
-def _dust(shape, middle, rng):
-    """Grains from 0 to 1: round, as bright as a sheet, and in the gaps between sheets."""
-    grains = np.zeros(shape, np.float32)
-    for _ in range(max(2, math.prod(shape) // 2600)):
-        center, radius = rng.uniform(0, np.array(shape) - 1), rng.uniform(2.0, 4.2)
-        if middle[tuple(center.astype(int))] > 0.5:
-            _paint_ball(grains, center, radius, rng.uniform(0.8, 1.3), (1.0, 1.0, 1.0))
-    return grains
 
 
 def _unlabeled(shape, rng):
@@ -292,10 +282,7 @@ def spinal_cord(shape, seed=0, index=0):
     grey &= away < 0.8  # two voxels of white around it
 
     label = np.where(grey, 2, away < 1).astype(np.uint8)
-    blobs = np.zeros(shape, np.float32)
-    for _ in range(max(2, math.prod(shape) // 2600)):
-        center, size = rng.uniform(0, np.array(shape) - 1), rng.uniform(2.5, 6.0)
-        _paint_ball(blobs, center, size, rng.uniform(0.7, 1.2), (1.0, 1.0, 1.0))
+    blobs = _grains(shape, rng, (2.5, 6.0), (0.7, 1.2))
     tissue, fluid, white, dark = CORD.values()
     light = np.where(away < 1.35, fluid, np.maximum(tissue, blobs))
     light = np.where(label == 2, dark, np.where(label == 1, white, light))
@@ -307,6 +294,16 @@ def spinal_cord(shape, seed=0, index=0):
 
 
 # ---------------------------------------------------------------------------- drawing
+
+
+def _grains(shape, rng, radii, brightness, where=True):
+    """Balls with middles in a mask `where`, as bright as the structure; radii in voxels."""
+    grains, where = np.zeros(shape, np.float32), np.broadcast_to(where, shape)
+    for _ in range(max(2, math.prod(shape) // 2600)):
+        center, radius = rng.uniform(0, np.array(shape) - 1), rng.uniform(*radii)
+        if where[tuple(center.astype(int))]:
+            _paint_ball(grains, center, radius, rng.uniform(*brightness), (1.0, 1.0, 1.0))
+    return grains
 
 
 def _paint_ball(canvas, center, radius, value, spacing):

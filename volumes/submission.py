@@ -69,8 +69,8 @@ class Submission:
         self.checksums[case] = zlib.crc32(mask)
 
 
-def submission_faults(path, cases, regions=()):
-    """What keeps a submission of these ids from being written to path, as sentences.
+def submission_faults(path, regions=()):
+    """What keeps a submission from being written to path, as sentences.
 
     regions: names of what the network tells apart.
     """
@@ -85,5 +85,3 @@ def submission_faults(path, cases, regions=()):
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         yield f"--submission {path}: expected a file to write, but {parent} is no such folder"
-    for case in sorted({case for case in cases if cases.count(case) > 1}):
-        yield f"--submission {path}: expected one volume of each id, got several of {case}"

@@ -4,7 +4,7 @@ import h5py
 import pytest
 
 from patches import feed
-from runtime import build
+from runtime import build, checkpoint
 from tests.test_training_step import make_root, make_settings
 
 
@@ -34,3 +34,16 @@ def test_where_no_workers_can_be_the_training_process_reads_and_says_so(tmp_path
     plan = build.resolve(make_settings(tmp_path, "training.workers=3"))
     assert plan.settings.training.workers == 0
     assert plan.notes[-1].startswith("training.workers: 0 instead of 3")
+
+
+def test_metadata_are_plain_and_name_the_cases_of_each_part(tmp_path):
+    make_root(tmp_path)
+    plan = build.resolve(make_settings(tmp_path))
+    metadata = build.metadata(plan)
+    assert metadata["root"] == str(tmp_path.resolve())
+    for part in ("train", "validation", "test"):
+        assert metadata[part] == [case.id for case in getattr(plan.split, part)]
+    about = {key: metadata[key] for key in ("channels", "classes", "ignore_label", "unit")}
+    classes = {"background": 0, "slab": 1}
+    assert about == {"channels": 1, "classes": classes, "ignore_label": None, "unit": "micron"}
+    assert checkpoint._foreign(metadata, "data") == []

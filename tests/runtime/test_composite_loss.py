@@ -73,10 +73,9 @@ def test_composite_scales_the_spacing_with_the_pooling():
     coarse = as_logits(bar(3, length=1, size=4))
     fine, target = as_logits(bar(0, length=2, size=8)), bar(0, length=2, size=8)
     terms = {"surface_distance": {"weight": 1.0, "tolerance": 12.0}}
-    options = {"scale_weights": [1.0, 1.0], "spacing": (1.0, 1.0, 2.0)}
-    total, _ = composite_loss([fine, coarse], target, None, terms, **options)
+    total, _ = composite_loss([fine, coarse], target, None, terms, spacing=(1.0, 1.0, 2.0))
     # Coarse voxels are 4 wide; three of them lie between the two: 12, each way, over 4 voxels.
-    assert total.item() == pytest.approx(0.5 * (1.0 + 1.0) / 4, rel=1e-5)
+    assert total.item() == pytest.approx((1.0 + 1.0) / 4 / 3, rel=1e-5)  # scales: 2 to 1
 
 
 def test_composite_of_one_tensor_is_its_finest_scale():
@@ -227,10 +226,9 @@ def test_tubed_skeleton_is_pooled_to_the_coarse_scale():
     logits, coarse = as_logits(bar(0, 4, 8)), as_logits(bar(0, 2, 4))
     target, skeleton = bar(0, 8, 8), bar(2, 6, 8)
     terms = {"skeleton_recall": {"weight": 1.0}}
-    options = {"skeleton": skeleton, "scale_weights": [1.0, 1.0]}
-    _, components = composite_loss([logits, coarse], target, None, terms, **options)
-    # Of 6 voxels 2 are found, of 3 coarse cells 1; one of smoothing each.
-    expected = (1 - (2 + 1) / (6 + 1) + 1 - (1 + 1) / (3 + 1)) / 2
+    _, components = composite_loss([logits, coarse], target, None, terms, skeleton=skeleton)
+    # Of 6 voxels 2 are found, of 3 coarse cells 1; one of smoothing each. Scales count 2 to 1.
+    expected = (2 * (1 - (2 + 1) / (6 + 1)) + 1 - (1 + 1) / (3 + 1)) / 3
     assert components["skeleton_recall"].item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -504,14 +502,6 @@ def test_wrong_terms_are_refused_by_name(terms, message):
     logits, target, valid = draw()
     with pytest.raises(ValueError, match=message):
         composite_loss(logits, target, valid, terms)
-
-
-def test_scale_weights_must_match_the_outputs():
-    logits, target, valid = draw()
-    with pytest.raises(ValueError, match="scale_weights: expected 1 numbers"):
-        composite_loss(
-            logits, target, valid, {"soft_dice": {"weight": 1}}, scale_weights=[1.0, 0.5]
-        )
 
 
 def test_patches_of_differing_spacing_have_the_loss_that_each_has_alone():

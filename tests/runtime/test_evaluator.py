@@ -66,14 +66,19 @@ def result_of(tmp_path, spec, *pairs, ignore_label=2):
 def test_a_count_says_of_every_threshold_whether_it_is_reached():
     thresholds = (0.25, 0.5, 0.75)
     probs = np.array([0.0, 0.25, 0.3, 0.5, 0.74, 0.75, 1.0], np.float32)
-    found = evaluator.threshold_counts(probs, thresholds)
+    found = evaluator.encode(spec_of(thresholds=thresholds), probs[None])
     assert found.tolist() == [0, 1, 1, 2, 2, 3, 3]
     for index, threshold in enumerate(thresholds):
         assert np.array_equal(found > index, probs >= threshold)
 
 
 def test_the_default_threshold_and_that_of_hysteresis_are_among_all_thresholds():
-    assert spec_of(thresholds=(0.7, 0.3), hysteresis=0.2).all_thresholds == (0.2, 0.3, 0.5, 0.7)
+    assert spec_of(thresholds=(0.7, 0.3), postprocess={"hysteresis": 0.2}).all_thresholds == (
+        0.2,
+        0.3,
+        0.5,
+        0.7,
+    )
 
 
 # ---------------------------------------------------------------------------- choices
@@ -119,7 +124,8 @@ def test_every_step_that_is_on_is_reported_with_its_scores(tmp_path):
     label, probs = sheet()
     probs[4, :, 0:3] = 0.35  # weak, but it touches what is sure
     probs[4, 6, 6] = 0.1
-    spec = spec_of(hysteresis=0.3, max_hole_voxels=1, closing_radius=1.5, thresholds=(0.6,))
+    steps = {"hysteresis": 0.3, "max_hole_voxels": 1, "closing_radius": 1.5}
+    spec = spec_of(postprocess=steps, thresholds=(0.6,))
     found = result_of(tmp_path, spec, (label, probs))
     steps = [(step["step"], step["value"]) for step in found["steps"]]
     assert steps == [

@@ -137,7 +137,7 @@ def test_scores_are_those_of_the_masks_after_every_step(tmp_path):
     truth = np.stack([label == i for i in (0, 3, 7)])
     probs = (rng.random(truth.shape) + 0.4 * truth).astype(np.float32)  # holes of other classes
     steps = {"max_hole_voxels": 4, "closing_radius": 1.0}
-    spec = several(CLASSES, sizes={"artery": (2,), "vein": (9,)}, **steps)
+    spec = several(CLASSES, sizes={"artery": (2,), "vein": (9,)}, postprocess=steps)
     found = result_of(tmp_path, spec, (label, probs), ignore_label=255)
     channel = probs.argmax(axis=0)
     masks = postprocess.apply_to_regions(
@@ -267,9 +267,9 @@ def test_regions_that_cases_lack_are_listed_with_these(tmp_path):
     assert note.startswith(
         "validation: no voxel of artery in c2, of both in c2, of gone in any case;"
     )
-    assert evaluator.absent_regions(CLASSES, cases[:1]) == []
-    assert evaluator.absent_regions(Outputs({"gone": (8,)}), cases) == []
-    assert evaluator.absent_regions(outputs, []) == []
+    assert [*evaluator.absent_regions(CLASSES, cases[:1])] == []
+    assert [*evaluator.absent_regions(Outputs({"gone": (8,)}), cases)] == []
+    assert [*evaluator.absent_regions(outputs, [])] == []
 
 
 def test_a_class_that_no_validation_case_holds_is_said_by_name(root, tmp_path, capsys):

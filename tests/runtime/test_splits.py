@@ -65,20 +65,3 @@ def test_cases_without_label_are_named_and_a_bracket_in_an_id_means_itself(tmp_p
     split, notes = splits.choose_cases(dataset, test=("s[12]", "t"), **how)
     assert [case.id for case in split.test] == ["s1", "s2", "t"]
     assert not any("without label" in note for note in notes)
-
-
-def test_metadata_are_plain_and_name_the_cases_of_each_part(root):
-    dataset = casefile.read_dataset(root)
-    split, _ = splits.choose_cases(
-        dataset, train=("a",), validation=("b",), test=("bar3",), folds=0, fold=0
-    )
-    assert splits.metadata(dataset, split) == {
-        "root": str(root.resolve()),
-        "train": ["bar0", "bar1"],
-        "validation": ["bar2"],
-        "test": ["bar3"],
-        "channels": 1,
-        "classes": {"background": 0, "bar": 1},
-        "ignore_label": None,
-        "unit": "",
-    }

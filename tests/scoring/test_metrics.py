@@ -18,7 +18,7 @@ from scoring.metrics import (
     score,
     vesuvius_score,
 )
-from scoring.surface import surface_dice
+from tests.scoring.test_surface import surface_dice
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("LAMINA_SHARED", ROOT.parent / "shared"))

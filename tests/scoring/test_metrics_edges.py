@@ -16,7 +16,7 @@ from scoring.metrics import (
     vesuvius_score,
 )
 from scoring.partitions import count_components
-from scoring.surface import surface_dice
+from tests.scoring.test_surface import surface_dice
 
 SHAPE = (5, 5, 12)
 TILED = {"toposcore", "vesuvius_score"} | {f"betti_matching_f1_{dim}" for dim in range(3)}

@@ -9,7 +9,16 @@ from scipy import ndimage, spatial
 
 from scoring import dilation
 from scoring import surface as surfaces
-from scoring.surface import surface_dice, surface_pair
+from scoring.metrics import Comparison
+
+
+def surface_pair(prediction, truth, spacing=(1.0, 1.0, 1.0), *, threads=2):
+    prediction, truth = (np.asarray(mask, bool) for mask in (prediction, truth))
+    return Comparison(prediction, truth, spacing, 2.0, threads).surfaces
+
+
+def surface_dice(prediction, truth, spacing=(1.0, 1.0, 1.0), tolerance=2.0):
+    return surface_pair(prediction, truth, spacing).dice(tolerance)
 
 
 def plate(z, shape=(9, 8, 8)):

@@ -10,9 +10,12 @@ import data
 import prepare
 from patches import augment, resample
 from patches.cache import VolumeCache
+from runtime import build
+from runtime.splits import Split
 from settings import Augment
 from volumes import casefile, phantoms, skeletons
 
+TERMS = {"skeleton_recall": {"weight": 1.0}}
 EVERYWHERE = np.ones((3, 3, 3))
 
 
@@ -251,7 +254,7 @@ def patches(case, *, augmentation=None, **changes):
         "jitter": 0.5,
         "clip": None,
         "seed": 0,
-        **augment.functions(augmentation),
+        "augment": augmentation,
     }
     return data.PatchDataset([case], **{**settings, **changes})
 
@@ -279,8 +282,8 @@ def test_a_sample_ships_the_box_of_the_skeleton_beside_the_label_if_asked(tmp_pa
 def test_a_case_without_a_skeleton_is_named_before_training(tmp_path):
     case = write(tmp_path, two_classes(), skeleton=False)
     with pytest.raises(ValueError, match="skeleton in every case file, got none in a; prepare"):
-        casefile.check_skeletons([case])
-    casefile.check_skeletons([write(tmp_path, two_classes())])
+        build.check_skeletons(TERMS, Split([case], [], []))
+    build.check_skeletons(TERMS, Split([write(tmp_path, two_classes())], [], []))
 
 
 def test_a_batch_without_skeletons_has_none_and_one_with_them_the_target_of_before(tmp_path):

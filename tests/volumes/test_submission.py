@@ -80,8 +80,6 @@ def test_names_and_ids_are_checked_beforehand(tmp_path):
         str(tmp_path / "file" / "s.zip"): "is no such folder",
     }
     for path, words in wrong.items():
-        (fault,) = submission.submission_faults(path, ["1"])
+        (fault,) = submission.submission_faults(path)
         assert words in fault
-    (fault,) = submission.submission_faults(tmp_path / "s.zip", ["1", "2", "1"])
-    assert "one volume of each id, got several of 1" in fault
-    assert list(submission.submission_faults(tmp_path / "new" / "s.zip", ["1", "2"])) == []
+    assert list(submission.submission_faults(tmp_path / "new" / "s.zip")) == []
