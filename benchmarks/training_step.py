@@ -106,6 +106,7 @@ class Trainer:
 
     def _loss(self, logits, target, valid, skeleton, *, number):
         about = {"spacing": self.plan.spacing, "skeleton": skeleton, "step": number}
+        about |= self.plan.classes
         return composite_loss.composite_loss(logits, target, valid, self.terms, **about)[0]
 
     def _update(self):
