@@ -56,8 +56,7 @@ def main():
         )
         normalize = functools.partial(intensity.normalise, **about)
         window = settings.window_arguments()
-        slabs = sliding_window.predict_slabs(network, changed, normalize=normalize, **window)
-        probs = np.concatenate([planes[0] for _, planes in slabs])
+        probs = sliding_window.predict_volume(network, changed, normalize=normalize, **window)[0]
         mask = probs >= settings.inference.threshold
         scores = metrics.score(mask, truth, arguments.spacing, case.ignore_label, 2.0)
         print(f"{name:40s} dice {scores['dice']:.3f} surface dice {scores['surface_dice']:.3f}")

@@ -167,8 +167,9 @@ def equal(check):
     def probabilities(device, precision):
         moved = copy.deepcopy(net).to(device)
         how = {"device": device, "precision": precision, "batch": 2}
-        slabs = sliding_window.predict_slabs(moved, volume, check.shape, 0.25, **how)
-        return torch.cat([torch.from_numpy(planes) for _, planes in slabs], dim=1)
+        return torch.from_numpy(
+            sliding_window.predict_volume(moved, volume, check.shape, 0.25, **how)
+        )
 
     reference = probabilities(cpu, "fp32")
     for precision in ("fp32", "bf16", "fp16"):
@@ -391,7 +392,7 @@ def inference(check):
     for batch in (2, 4):
         how = {"device": check.device, "precision": plan.precision, "batch": batch}
         ours = functools.partial(
-            lambda *arguments, **how: [*sliding_window.predict_slabs(*arguments, **how)],
+            sliding_window.predict_volume,
             net,
             volume,
             check.shape,

@@ -1,6 +1,7 @@
 """Sliding-window prediction of volumes of any size: windows go in order of z, and only the slab
 of planes that they still touch is in memory.
 
+    probs = predict_volume(network, volume, (72, 136, 136))           # (1, D, H, W) float32
     for z0, planes in predict_slabs(network, volume, (72, 136, 136), channels=2):
         ...                                          # (2, d, H, W), z in order: of two regions
 
@@ -406,3 +407,14 @@ def predict_case(network, image, spacing, intensity, *, wanted, clip, typical=Tr
     scale = data.normalisation(intensity, clip, typical=typical)
     how["ratio"] = network_ratio(spacing, wanted)
     return predict_slabs(network, image, normalize=functools.partial(normalise, **scale), **how)
+
+
+def predict_volume(network, volume, window, overlap=0.5, *, channels=1, **how):
+    """Probabilities (K, D, H, W) float32 numpy of a whole volume, in its own voxels.
+
+    Arguments and errors as in `predict_slabs`. Host memory: the result itself.
+    """
+    probs = np.empty((channels, *volume.shape[1:]), np.float32)
+    for z0, planes in predict_slabs(network, volume, window, overlap, channels=channels, **how):
+        probs[:, z0 : z0 + planes.shape[1]] = planes
+    return probs

@@ -18,7 +18,6 @@ import model
 from patches import intensity
 from runtime import checkpoint, config, ensemble, sliding_window
 from runtime import folder as runs
-from tests.runtime.test_sliding_window import predict_volume
 from volumes import casefile, files
 
 PATCH = (8, 16, 16)
@@ -113,7 +112,9 @@ def expected_probs(image, ratio=(1, 1, 1), seed=1, network=None, **how):
     about = data.normalisation(casefile.intensity_statistics(image[None]), (0.5, 99.5))
     normalize = functools.partial(intensity.normalise, **about)
     network = network or network_of(seed)[0]
-    probs = predict_volume(network, image[None], PATCH, normalize=normalize, ratio=ratio, **how)
+    probs = sliding_window.predict_volume(
+        network, image[None], PATCH, normalize=normalize, ratio=ratio, **how
+    )
     return probs if how else probs[0]
 
 
@@ -601,7 +602,9 @@ def test_a_fill_value_is_clipped_and_not_in_the_statistics(run, tmp_path, fill):
     low, high = np.percentile(rest, (0.5, 99.5))
     about = {"mean": [rest.mean()], "std": [rest.std()], "low": [low], "high": [high]}
     normalize = functools.partial(intensity.normalise, **about)
-    expected = predict_volume(network_of(1)[0], image[None], PATCH, normalize=normalize)[0]
+    expected = sliding_window.predict_volume(
+        network_of(1)[0], image[None], PATCH, normalize=normalize
+    )[0]
     (probs,) = probabilities(tmp_path, run(typical=True), a=image)
     assert np.ptp(expected) > 0.01 and np.abs(probs.T - expected).max() < 1e-5
 
@@ -612,7 +615,9 @@ def test_a_run_that_knew_no_fill_values_predicts_as_it_was_trained(run, tmp_path
     low, high = np.percentile(image, (0.5, 99.5))
     about = {"mean": [image.mean(dtype=np.float64)], "std": [image.std(dtype=np.float64)]}
     normalize = functools.partial(intensity.normalise, **about, low=[low], high=[high])
-    expected = predict_volume(network_of(1)[0], image[None], PATCH, normalize=normalize)[0]
+    expected = sliding_window.predict_volume(
+        network_of(1)[0], image[None], PATCH, normalize=normalize
+    )[0]
     (probs,) = probabilities(tmp_path, run(), a=image)
     assert np.abs(probs.T - expected).max() < 1e-6
 

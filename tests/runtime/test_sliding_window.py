@@ -13,6 +13,7 @@ from runtime.sliding_window import (
     WindowFit,
     blend_weights,
     predict_slabs,
+    predict_volume,
     resolve_device,
     resolve_precision,
     window_rows,
@@ -20,11 +21,6 @@ from runtime.sliding_window import (
 )
 
 torch.set_num_threads(1)
-
-
-def predict_volume(*arguments, **how):
-    """The slabs of predict_slabs as one array: (K, D, H, W)."""
-    return np.concatenate([planes for _, planes in predict_slabs(*arguments, **how)], axis=1)
 
 
 def constant(value):
