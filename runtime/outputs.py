@@ -130,6 +130,13 @@ def of_metadata(data):
     )
 
 
+def difference(before, now):
+    """(before, now) in words where the channels of two `Outputs`, of which one tells several
+    regions apart, do not mean the same in the same order; else None."""
+    words = [each.describe() if each.several else "one foreground" for each in (before, now)]
+    return tuple(words) if words[0] != words[1] else None
+
+
 def check_settings(outputs, settings):
     """ValueError, a sentence per fault, for what prediction cannot do with these outputs."""
     faults = []

@@ -90,6 +90,7 @@ class Run:
                 networks = self.state["model"], self.state["ema"]
                 self.notes += build.load_weights(wanted.init_from, networks, self.plan)
             return
+        build.check_classes(self.resumed_from, saved["data"], self.plan)
         before, now = saved["loop"].get("ranks", 1), self.group.size  # none in older states
         if before != now:
             self.notes.append(
