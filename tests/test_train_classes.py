@@ -1,4 +1,4 @@
-"""Saved states of a network for some classes, where a run is for others."""
+"""Runs of several classes: saved states of other classes, and names of any kind."""
 
 import json
 
@@ -53,3 +53,10 @@ def test_a_run_that_starts_from_a_network_for_other_classes_says_so(root, tmp_pa
         "init_from: the network is for b (2), a (1): regions that may overlap, was for a (1), "
         f"b (2): regions that may overlap in {file}"
     ) in start["notes"]
+
+
+def test_a_region_whose_name_looks_like_markup_is_printed_as_it_is(root, tmp_path, capsys):
+    regions = "data.regions={'[red]a': [slab], ':fire:': [rim]}"
+    changes = [f"run.folder={tmp_path}", "training.max_steps=0", regions]
+    assert train.main(make_settings(root, *ONE_STEP, *changes)) == 0
+    assert "classes    [red]a (1), :fire: (2): regions that" in capsys.readouterr().out
