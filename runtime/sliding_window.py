@@ -357,8 +357,7 @@ def predict_slabs(
 
 def _slabs(volume, axes, rows, channels, predict, normalize, fit, progress):
     """The generator behind predict_slabs, whose arguments are checked by then."""
-    spans, *plane = axes
-    columns = list(product(*plane))
+    spans, columns = axes[0], list(product(*axes[1:]))
     ends = [*(z.start for z in spans[1:]), volume.shape[1]]
     # Rows before the first that is wanted reach into its planes.
     reach = sum(z.stop > spans[rows.start].start for z in spans[: rows.start])
@@ -381,7 +380,8 @@ def _slabs(volume, axes, rows, channels, predict, normalize, fit, progress):
         done += len(columns)
         finished = ends[row] - z.start
         if row >= rows.start:
-            yield z.start, slab[:, :finished].to("cpu", copy=True).numpy()
+            # Of several channels at once a GPU would make a copy first.
+            yield z.start, np.stack([channel[:finished].cpu().numpy() for channel in slab])
         # Plane by plane, because a second slab may not fit.
         kept = slab.shape[1] - finished
         for plane in range(kept):

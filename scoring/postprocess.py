@@ -1,8 +1,7 @@
 """From probabilities to masks: hysteresis, small components, holes, closing.
 
     low, high = probs >= settings["hysteresis"], probs >= threshold      # (D, H, W) bool
-    mask = apply(high, low, spacing=spacing, **settings)
-    masks = apply_to_regions({"artery": high, "vein": other}, spacing=spacing, **settings)
+    masks = apply_to_regions({"vessel": high}, {"vessel": low}, spacing=spacing, **settings)
 
 Each step is off unless its setting says otherwise.
 """
@@ -16,23 +15,6 @@ import numpy as np
 from scoring import dilation, partitions
 
 BEFORE = "threshold"  # the name of the mask that no step has touched
-
-
-def apply(high, low=None, *, spacing=None, **settings):
-    """The mask (D, H, W) bool after all steps; arguments as in `stages`."""
-    low = None if low is None else {"": low}
-    return apply_to_regions({"": high}, low, spacing=spacing, **settings)[""]
-
-
-def stages(high, low=None, *, spacing=None, **settings):
-    """Yields (name, mask (D, H, W) bool) of the threshold, then of each step that is on.
-
-    high: voxels above the threshold; low: those above that of hysteresis, if given; settings: as
-    in `stages_of_regions`, whose case of one region this is. The input stays as it is.
-    """
-    low = None if low is None else {"": low}
-    for name, masks in stages_of_regions({"": high}, low, spacing=spacing, **settings):
-        yield name, masks[""]
 
 
 def apply_to_regions(high, low=None, **settings):

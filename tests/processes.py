@@ -11,6 +11,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from multiprocessing import resource_tracker
 
 PACKAGES = "torch torch._dynamo torch.distributed.run h5py nibabel psutil yaml pydantic.main "
 PACKAGES += "rich.progress scipy.ndimage scipy.spatial scipy.sparse.csgraph"
@@ -46,6 +47,7 @@ class Script:
 
 def _begin(files, words, folder, environment):
     gc.freeze()  # as in conftest.py
+    resource_tracker._resource_tracker._fd = None  # one of its own, or what it leaks would be ours
     for number, name in enumerate(files, 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(folder)

@@ -186,9 +186,11 @@ def test_inference_is_measured_on_the_largest_case_of_all(tmp_path, monkeypatch,
     assert seen == [((1, 20, 30, 30), [1, 1, 1])]
 
 
-def test_prediction_works_as_it_is_called(tmp_path):
-    reports = []
-    tune._predict_slabs(make_plan(make_root(tmp_path)), report=lambda *a, **f: reports.append(a))
+@pytest.mark.parametrize("rim", [False, True])
+def test_prediction_works_as_it_is_called_also_with_several_classes(tmp_path, rim):
+    reports, plan = [], make_plan(make_root(tmp_path, rim=rim))
+    assert plan.outputs.channels == (3 if rim else 1)
+    tune._predict_slabs(plan, report=lambda *a, **f: reports.append(a))
     assert reports == []  # nothing ran out of memory
 
 

@@ -114,16 +114,18 @@ def test_stages_come_in_order_and_only_those_that_are_on():
     low, high = empty(), empty()
     low[3, :, 0:4], low[3, :, 5:9] = True, True
     high[3, 4, 0] = high[3, 4, 8] = high[0, 0, 0] = True
-    found = dict(
-        postprocess.stages(
-            high, low | high, hysteresis=0.3, min_component_voxels=2, closing_radius=1.5
-        )
-    )
+    how = {"hysteresis": 0.3, "min_component_voxels": 2, "closing_radius": 1.5}
+    stages = postprocess.stages_of_regions({"sheet": high}, {"sheet": low | high}, **how)
+    found = {name: masks["sheet"] for name, masks in stages}
     assert list(found) == ["threshold", "hysteresis", "min_component_voxels", "closing_radius"]
     sizes = [int(mask.sum()) for mask in found.values()]
     assert sizes[:3] == [3, 73, 72] and found["closing_radius"][3, 4, 4]
-    assert list(dict(postprocess.stages(high))) == ["threshold"]
-    assert np.array_equal(postprocess.apply(high), high)
+    assert list(dict(postprocess.stages_of_regions({"sheet": high}))) == ["threshold"]
+    assert np.array_equal(postprocess.apply_to_regions({"sheet": high})["sheet"], high)
+    assert np.array_equal(
+        postprocess.apply_to_regions({"sheet": high}, {"sheet": low | high}, **how)["sheet"],
+        found["closing_radius"],
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 5), (5, 3, 1), (3, 3, 3)])
@@ -153,7 +155,9 @@ def test_regions_that_may_overlap_are_each_processed_as_if_alone():
     sizes = {"vessel": 9, "artery": 2}
     masks = postprocess.apply_to_regions(high, low, min_component_voxels=sizes, **steps)
     for name in high:
-        alone = postprocess.apply(high[name], low[name], min_component_voxels=sizes[name], **steps)
+        alone = postprocess.apply_hysteresis(high[name], low[name])
+        alone = postprocess.remove_small_components(alone, sizes[name])
+        alone = postprocess.close(postprocess.fill_holes(alone, 4), 1.0)
         assert np.array_equal(masks[name], alone)
     assert not np.array_equal(masks["vessel"], high["vessel"])
 
