@@ -35,7 +35,7 @@ from rich.progress import Progress
 
 from monitoring import machine
 from scoring import inputs, metrics, parallel, report
-from scoring.classes import MEAN, checked, full_names, id_of, parsed, split_name
+from scoring.classes import MEAN, checked, full_names, id_of, ids_of, parsed, split_name
 from volumes import atomic, files
 from volumes.processes import run_script
 from volumes.statistics import clip_fill
@@ -215,7 +215,8 @@ def check(parser, args):
 
 
 def settle_classes(args, dataset):
-    """({name: ids} of the classes to score each, or None; ids that count as one foreground).
+    """({name: ids} of the classes to score each, or None; ids that count as one foreground; those
+    of a prepared truth that count as background beside the classes).
 
     Completes the names of args.scores and args.rank. ValueError where these do not go together.
     """
@@ -239,7 +240,8 @@ def settle_classes(args, dataset):
     args.scores = full_names(args.scores, classes)
     if classes and split_name(args.rank)[1] is None:
         args.rank = f"{args.rank}/{MEAN}"
-    return classes, foreground
+    scored, ids = set(ids_of(classes or {})), set(known.values())
+    return classes, foreground, tuple(ids - scored) if scored and scored <= ids else ()
 
 
 def unwritable(paths):
@@ -308,9 +310,9 @@ def main(argv=None):
         errors.append(f"{args.truth}: expected a label of a predicted case, got none of any")
     if args.ignore_label is None and dataset is not None:
         args.ignore_label = dataset.ignore_label
-    classes, foreground = None, ()
+    classes, foreground, background = None, (), ()
     try:
-        classes, foreground = settle_classes(args, dataset)
+        classes, foreground, background = settle_classes(args, dataset)
     except ValueError as error:
         if pairs or not errors:  # else the truth was not read: nobody knows its classes
             errors.append(str(error))
@@ -319,6 +321,7 @@ def main(argv=None):
         ignore_label=args.ignore_label,
         foreground=foreground,
         classes=classes,
+        background=background,
         spacing=args.spacing,
         # A spacing given by hand, here or at preparation, wins over that of other files.
         check_spacing=args.spacing is None and dataset is None,

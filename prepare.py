@@ -319,7 +319,8 @@ def report(outcomes, notes):
     table = Table(*columns)
     for row in rows[:MAX_ROWS]:
         table.add_row(*(row[column] for column in columns))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    plain = {"highlight": False, "markup": False, "emoji": False}  # a class may be "[red]"
+    Console(width=None if sys.stdout.isatty() else 160, **plain).print(table)
     if len(rows) > MAX_ROWS:
         print(f"... and {len(rows) - MAX_ROWS} more")
 

@@ -43,7 +43,8 @@ from scoring import report
 from volumes.processes import cores, describe_death, run_script
 
 ROOT, POLL_SECONDS, OVERLAY_CASES = Path(__file__).resolve().parent, 0.2, 2
-console = Console(highlight=False, soft_wrap=True, markup=False)
+PLAIN = {"highlight": False, "markup": False, "emoji": False}
+console = Console(soft_wrap=True, **PLAIN)
 
 
 # ---------------------------------------------------------------------------- one run
@@ -214,7 +215,7 @@ def write_report(all_jobs, ledger, path):
     runs = [(job.variant, (job.fold, job.seed), job.cases()) for job in done]
     rows = [row for n in names for row in comparison.compare(runs, n, first.variant)]
     if rows:
-        wide = Console(width=None if console.is_terminal else 160, highlight=False, markup=False)
+        wide = Console(width=None if console.is_terminal else 160, **PLAIN)
         comparison.print_table(wide, rows, names)
         report.write_csv(place / "table.csv", [row._asdict() for row in rows])
     for job in done:

@@ -37,7 +37,6 @@ from typing import NamedTuple
 import h5py
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader
 
@@ -53,7 +52,8 @@ from volumes.processes import cores, run_script
 STEPS, FOLDS, FOLD_STEPS = 30, 3, 2
 SLABS = 2  # of the prediction: with the second the slab has moved on, and memory is at its most
 MS, MB, GB, PERCENT = 1e-3, 1e6, 1e9, 1e-2
-console = Console(highlight=False, soft_wrap=True)
+PLAIN = {"highlight": False, "markup": False, "emoji": False}
+console = Console(soft_wrap=True, **PLAIN)
 
 
 class Figure(NamedTuple):
@@ -252,7 +252,7 @@ def show(figures, verdicts):
         measured = "" if value is None else f"{value:.4g} {figure.unit}"
         limit = "" if figure.limit is None else f"< {figure.limit} {figure.unit}"
         table.add_row(figure.title, measured, limit, verdicts[name], note if measured else "")
-    Console(highlight=False, width=None if console.is_terminal else 120).print(table)
+    Console(**PLAIN, width=None if console.is_terminal else 120).print(table)
     for name, figure in FIGURES.items():
         if verdicts[name] == "over":
             console.print(f"{figure.title} is over: {figure.advice}")
@@ -314,14 +314,14 @@ def tune(plan, words, *, steps=STEPS, out):
 
     def say(text):
         comments.append(text)
-        console.print(text, markup=False)
+        console.print(text)
 
     tuner = tuning.Tuner(plan, functools.partial(tuning.measure, plan, steps), say)
     tuner.decide()
     table = Table("settings", *tuning.TITLES, "verdict")
     for trial, verdict in tuner.rows:
-        table.add_row(tuning.named(trial.changes), *trial.cells(), escape(verdict))
-    Console(highlight=False, width=None if console.is_terminal else 160).print(table)
+        table.add_row(tuning.named(trial.changes), *trial.cells(), verdict)
+    Console(**PLAIN, width=None if console.is_terminal else 160).print(table)
     if tuner.best.fault:
         console.print("no settings that were tried work here; nothing is written")
         return FAILED

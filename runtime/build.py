@@ -271,6 +271,16 @@ def changes_of_data(before, now):
     return [f"changed: {len(changed)} {what}: {listed}"] if old and changed else []
 
 
+def check_classes(path, before, plan):
+    """ValueError if the channels of a saved state, by its metadata, are of other classes than the
+    plan's: the weights may fit all the same."""
+    if other := outputs.difference(outputs.of_metadata(before), plan.outputs):
+        raise ValueError(
+            f"{path}: expected a network for {other[1]}, got one for {other[0]}; resume with the "
+            "classes it was trained on, or begin a run from it with run.init_from"
+        )
+
+
 def load_weights(path, networks, plan):
     """Start networks of one shape from a checkpoint's averaged weights; notes for people.
 
@@ -308,6 +318,8 @@ def _other_data(path, saved, plan):
     spacing = old.get("trained_spacing", plan.spacing)  # not in older versions, nor is typical
     old_clip = saved["config"]["data"]["clip_percentiles"]
     old_clip += "" if old.get("typical") else " with fill values"
+    if other := outputs.difference(outputs.of_metadata(old), plan.outputs):
+        yield f"init_from: the network is for {other[1]}, was for {other[0]} in {path}"
     for name, before, after in (
         ("spacing", _spacing(spacing, old["unit"]), _spacing(plan.spacing, plan.dataset.unit)),
         ("data.clip_percentiles", old_clip, clip),

@@ -87,6 +87,11 @@ def choose(classes, foreground=None, regions=None, declared=None):
         named = {name: (number,) for name, number in named.items()} or {"foreground": ()}
         return Outputs(named, exclusive=len(named) > 1)
     for name, members in (regions or {}).items():
+        if not name.strip() or "/" in name or name == "mean":
+            raise ValueError(
+                "data.regions: expected names that are not empty or 'mean' and have no '/', got "
+                f"{name!r}; scores are called dice/NAME and dice/mean"
+            )
         _check_names(f"data.regions.{name}", members, named)
     of_names = {n: tuple(named[member] for member in own) for n, own in (regions or {}).items()}
     outputs = Outputs(of_names or declared)
@@ -128,6 +133,13 @@ def of_metadata(data):
     return Outputs(
         {name: tuple(ids) for name, ids in regions.items()}, data.get("exclusive", False)
     )
+
+
+def difference(before, now):
+    """(before, now) in words where the channels of two `Outputs`, of which one tells several
+    regions apart, do not mean the same in the same order; else None."""
+    words = [each.describe() if each.several else "one foreground" for each in (before, now)]
+    return tuple(words) if words[0] != words[1] else None
 
 
 def check_settings(outputs, settings):

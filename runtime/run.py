@@ -50,7 +50,8 @@ class Run:
     def __init__(self, plan, patches, state, micro_batch, *, stop_step, resume):
         self.plan, self.settings, self.patches, self.state = plan, plan.settings, patches, state
         self.group, self.micro_batch = plan.group, micro_batch
-        self.console = Console(highlight=False, soft_wrap=True, quiet=not self.group.first)
+        plain = {"highlight": False, "markup": False, "emoji": False}  # a class may be "[red]"
+        self.console = Console(soft_wrap=True, quiet=not self.group.first, **plain)
         self.stop_step, self.resumed_from, self.status = stop_step, None, DONE
         self.iterations = self.settings.training.train_iterations_per_epoch
         self.step, self.seconds, self.lines = 0, 0.0, None  # seconds of steps, lines of the log
@@ -92,6 +93,7 @@ class Run:
                 networks = self.state["model"], self.state["ema"]
                 self.notes += build.load_weights(wanted.init_from, networks, self.plan)
             return
+        build.check_classes(self.resumed_from, saved["data"], self.plan)
         before, now = saved["loop"].get("ranks", 1), self.group.size  # none in older states
         if before != now:
             self.notes.append(

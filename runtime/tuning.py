@@ -65,7 +65,8 @@ def run_training(plan, steps, changes=None):
     kills = machine.attempt(machine.oom_kills)
     with tempfile.TemporaryDirectory(prefix="lamina-tune-") as root:
         path, output = Path(root, "trial.yaml"), Path(root, "output")
-        path.write_text(yaml.safe_dump(_short(plan, steps, changes or {}, root)), encoding="utf-8")
+        content = _short(plan, steps, changes or {}, root)
+        path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         with open(output, "wb") as out, signals.Stop() as stop:
             command = [sys.executable, "-u", TRAIN, path]
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)

@@ -40,6 +40,7 @@ class ReadOptions:
     ignore_label: int | None = None  # of unlabeled voxels in the truth
     foreground: tuple | None = None  # classes of the truth that count, None: it has one
     classes: dict | None = None  # {name: ids} of those that are scored each, None: one foreground
+    background: tuple = ()  # further classes of the truth, which count as background
     spacing: tuple | None = None  # z, y, x, instead of that of the files
     check_spacing: bool = True  # whether files must agree on it
     otsu: bool = False  # whether the image is thresholded too
@@ -228,6 +229,7 @@ def read(pair, options, errors):
     absent = {}
     if options.classes:
         masks = {m: p.array for m, p in predictions.items()}
+        truth = _without(truth, options.background, notes)
         true_mask = truth.array
         for role, volume in {**predictions, None: truth}.items():
             absent[role] = _absent(volume, options, role is None, errors)
@@ -268,6 +270,18 @@ def _merged(truth, options):
     if options.ignore_label is not None:
         classes = np.where(truth.array == options.ignore_label, truth.array, classes)
     return dataclasses.replace(truth, array=classes)
+
+
+def _without(truth, background, notes):
+    """The truth with 0 where a class is that counts as background, which is noted."""
+    others = np.isin(truth.array, background)
+    if not others.any():
+        return truth
+    values = ", ".join(map(str, np.unique(truth.array[others])))
+    notes.append(f"truth: {values} is of no class that is scored and counts as background")
+    return dataclasses.replace(
+        truth, array=np.where(others, truth.array.dtype.type(0), truth.array)
+    )
 
 
 def _absent(volume, options, is_truth, errors):

@@ -155,6 +155,23 @@ def test_the_regions_of_a_prepared_dataset_are_scored_if_it_has_some(folders):
     assert float(row["dice/vessel"]) == pytest.approx(2 * 5 / 12, abs=1e-6)
 
 
+def test_a_class_of_a_prepared_truth_that_no_region_has_counts_as_background(folders, capsys):
+    label = np.maximum(two(2), bar(7, 1, value=9))
+    dataset(folders / "set", dict.fromkeys("ab", label), {"artery": 3, "vein": 7, "nerve": 9})
+    named = ("--classes", "v=vein", "a=artery", "--scores", "precision", "recall")
+    status, rows = evaluate(folders, *named, pred=("old",), truth="set")
+    row = rows["a", "prediction"]
+    assert status == 0 and (row["precision/a"], row["recall/a"]) == ("0.75", "0.75")
+    assert (row["precision/v"], row["recall/v"]) == ("1.0", "1.0")
+    noted = capsys.readouterr().out
+    assert "note: truth: 9 is of no class that is scored and counts as background: a, b" in noted
+    write(folders / "old" / "a.tif", label)  # but no prediction may have it
+    assert evaluate(folders, *named, pred=("old",), truth="set")[0] == 2
+    assert "old/a.tif: expected 0 and the classes v 7, a 3, got 9; " in capsys.readouterr().err
+    assert evaluate(folders, "--classes", "artery=3", "vein=8", truth="set")[0] == 2  # a slip
+    assert "b.h5:label: expected 0 and the classes artery 3, vein 8, got" in capsys.readouterr().err
+
+
 def test_foreground_merges_classes_by_name_or_number(folders):
     dataset(folders / "set", {"a": two(2), "b": two(2)}, {"artery": 3, "vein": 7})
     for case in "ab":

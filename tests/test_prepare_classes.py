@@ -192,3 +192,9 @@ def test_phantoms_bring_their_classes(tmp_path, kind):
     assert dataset.classes == phantoms.CLASSES[kind] and dataset.ignore_label is None
     arrays, _ = stored(tmp_path, f"{kind}_000")
     assert {*np.unique(arrays["label"])} == {*dataset.classes.values()}
+
+
+def test_a_class_whose_name_looks_like_markup_is_printed_as_it_is(raw, run):
+    raw("a", 3, 7)
+    status, out, _ = run("--classes", "[red]artery=3", ":fire:=7")
+    assert status == 0 and "[red]artery 1.56, :fire: 1.56" in out

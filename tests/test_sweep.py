@@ -803,3 +803,8 @@ def test_each_case_is_predicted_by_the_real_run_that_did_not_see_it(base, capsys
     assert entry["seconds"] > 0 and 1e8 < entry["peak_memory"] < 3e9
     assert sweep.main([path, "--report"]) == 0
     assert (folder / "report.html").read_text().count("data:image/png;base64,") == 2
+
+
+def test_what_a_script_says_is_printed_as_it_is(capsys):
+    sweep.console.print("case.h5:label: expected [red]")
+    assert capsys.readouterr().out == "case.h5:label: expected [red]\n"

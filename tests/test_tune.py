@@ -376,6 +376,17 @@ def test_a_batch_that_finds_no_memory_is_taken_back_by_the_script(tmp_path, monk
     assert said.split(": ")[1] in (tmp_path / "tuned.yaml").read_text()
 
 
+def test_the_command_to_go_on_with_names_regions_whole(tmp_path, monkeypatch, capsys):
+    def measure(plan, steps, changes):
+        return tuning.Trial(changes, seconds=1.0, error=0.0, wait=0.1, ram=10**9)
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    config_file, out = write_config(make_root(tmp_path, rim=True)), str(tmp_path / "tuned.yaml")
+    regions = "data.regions={all: [slab, rim], rim: [rim]}"
+    assert tune.cli([config_file, regions, "--out", out]) == 0
+    assert f"next: python train.py {config_file} '{regions}' {out}" in capsys.readouterr().out
+
+
 def test_train_py_takes_what_was_decided_as_a_second_config(tmp_path, monkeypatch):
     config_file, given = write_config(tmp_path), []
     tuning.write_settings(tmp_path / "tuned.yaml", {tuning.WORKERS: 3}, [])

@@ -60,9 +60,12 @@ def test_a_region_that_later_ones_cover_is_refused():
         ({"foreground": ("nerv",)}, "data.foreground: expected names among artery, vein, nerve, "),
         ({"foreground": ("background",)}, "got background"),
         ({"regions": {"all": ("artery", "x")}}, "data.regions.all: .*, got x"),
+        ({"regions": {"mean": ("artery",), "b": ("vein",)}}, "data.regions: .*, got 'mean'"),
+        ({"regions": {"a/b": ("artery",), "b": ("vein",)}}, "data.regions: .*, got 'a/b'"),
+        ({"regions": {" ": ("artery",), "b": ("vein",)}}, "data.regions: .*, got ' '"),
     ],
 )
-def test_a_name_of_no_class_is_refused(wanted, expected):
+def test_a_name_of_no_class_or_of_no_score_is_refused(wanted, expected):
     with pytest.raises(ValueError, match=expected):
         outputs.choose(CLASSES, **wanted)
 

@@ -259,20 +259,27 @@ def test_a_run_without_lines_of_steps_is_a_fault(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(code): what is left of a run of some Python code in place of train.py."""
+    """run(code, overrides): what is left of a run of some Python code in place of train.py."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setattr(tuning, "TRAIN", tmp_path / "code.py")
 
-    def run(code):
+    def run(code, *overrides):
         tuning.TRAIN.write_text(f"import os, pathlib, signal, sys, time\n{code}\n")
         try:
-            return tuning.run_training(make_plan(), 3)
+            return tuning.run_training(make_plan(*overrides), 3)
         finally:
             assert list(temporary.iterdir()) == []
 
     return run
+
+
+def test_regions_are_tried_in_their_order(run):
+    """By which they are painted, and by which channels are theirs."""
+    code = "text = pathlib.Path(sys.argv[1]).read_text(); print(text.split('regions:')[1].split())"
+    failure = run(f"{code}; sys.exit(2)", "data.regions={vessel: [a, v], artery: [a]}").failure
+    assert "['vessel:', '-', 'a', '-', 'v', 'artery:', '-', 'a'," in failure
 
 
 def test_a_kill_is_named(run):
