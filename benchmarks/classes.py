@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import training_step
 
 from runtime import build, config
 from volumes import files
 
+ROOT = Path(__file__).resolve().parents[1]
 KINDS = {
     "one foreground": ["data.foreground=[artery, vein, nerve]"],
     "3 classes": [],

@@ -346,6 +346,7 @@ FIRST_LOOP = {
 def test_a_state_of_the_first_format_is_read_as_one_of_this(tmp_path):
     settings = config.build({}).plain()
     settings["data"]["max_left_out"] = settings["data"].pop("max_excluded")
+    del settings["loss"]["class_weights"]  # it knew none
     for term in settings["loss"].values():
         term["between"] = term.pop("off_step")
     state = state_of(9, loop=FIRST_LOOP, config=settings)
