@@ -227,6 +227,8 @@ def settle_classes(args, dataset):
     elif args.classes or len(known) > 1:
         given = parsed(args.classes, known) if args.classes else dataset.regions or known
         classes = checked(given, args.ignore_label)
+    else:  # predictions of one class are of 0 and 1, whatever its id
+        foreground = tuple(i for i in known.values() if i != 1)
     if not classes and args.ignore_label == 1:
         raise ValueError(
             f"{args.truth}: expected another value than 1 of unlabeled voxels, as 1 is foreground; "

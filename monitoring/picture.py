@@ -15,7 +15,7 @@ from monitoring.formatting import finite, format_bytes, mean
 from monitoring.machine import MemoryLimit
 from monitoring.records import RunRecords, few_names
 from volumes import atomic
-from volumes.colors import class_color, overlay, overlay_classes
+from volumes.colors import class_color, no_formula, overlay, overlay_classes
 
 SMOOTH_FROM = 120  # points of a curve: of more, the mean over a fortieth of them is drawn too
 PIXELS = 640  # of a side of a slice, about
@@ -36,8 +36,9 @@ def draw_progress(folder, title, slices=None, threshold=0.5):
     rows, height = (2, 7.5) if slices is None else (3, 11.5)
     figure = Figure(figsize=(15, height), dpi=80)
     figure.subplots_adjust(0.045, 0.35 / height, 0.99, 1 - 0.9 / height, 0.16, 0.22)
+    title, summary = map(no_formula, (title, _summary(run)))
     figure.text(0.045, 1 - 0.2 / height, title, fontsize=14, weight="bold", va="top")
-    figure.text(0.99, 1 - 0.15 / height, _summary(run), fontsize=9, va="top", ha="right")
+    figure.text(0.99, 1 - 0.15 / height, summary, fontsize=9, va="top", ha="right")
     axes = figure.subplots(rows, 3, height_ratios=(3, 3, 3.6)[:rows])
     panels = (_losses, _scores, _learning_rate, _times, _memory, _load)
     for axis, panel in zip(axes[:2].flat, panels, strict=True):
@@ -75,7 +76,7 @@ def draw_runs(folders, score):
             _curve(axes[1], scores, label, color=color, marker="o", ms=4)
     titles = ("loss, total", f"{score.replace('_', ' ')} of the validation cases")
     for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=11, loc="left")
+        axis.set_title(no_formula(title), fontsize=11, loc="left")
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
@@ -213,7 +214,7 @@ def _curve(axis, points, label, *, main=False, **style):
         known, style["color"] = np.isfinite(y), faint.get_color()
         y = y.copy()
         y[known] = uniform_filter1d(y[known], len(y) // 40)
-    axis.plot(x, y, label=label, zorder=3 if main else 2, **style)
+    axis.plot(x, y, label=no_formula(label), zorder=3 if main else 2, **style)
 
 
 def _marks(axis, run):
@@ -252,7 +253,9 @@ def _slices(axes, slices, threshold):
         titles.append("truth; solid: missed, dark: unlabeled")
         titles.append("prediction; solid: false")
         names = enumerate(slices["truth"])
-        patches = [Patch(color=class_color(number), label=name) for number, name in names]
+        patches = [
+            Patch(color=class_color(number), label=no_formula(name)) for number, name in names
+        ]
         axes[0].legend(handles=patches, fontsize=9, loc="upper right", framealpha=0.8)
     for axis, title in zip(axes, titles, strict=True):
         axis.set_axis_off()

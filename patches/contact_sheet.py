@@ -15,7 +15,7 @@ import torch
 from patches import augment, intensity, resample
 from patches.cache import VolumeCache
 from volumes import atomic
-from volumes.colors import class_color
+from volumes.colors import class_color, no_formula
 
 PICTURES, BLOCKS = 3, 3  # of each transformation; transformations side by side
 CANDIDATES = 16  # voxels of which the one with most border of the label around it is chosen
@@ -155,6 +155,7 @@ def _draw(blocks, spacing, heading, names):
     head.text(0.01, 1 - 0.12 / top, heading, fontsize=9, va="top", parse_math=False)
     if len(names) > 1:
         lines = [Line2D([], [], color=class_color(index)) for index in range(len(names))]
+        names = [*map(no_formula, names)]
         head.legend(lines, names, loc="lower left", ncols=COLUMNS, fontsize=9, frameon=False)
     grid = {"left": 0.03, "right": 0.97, "top": 1 - 0.3 / tall, "bottom": 0.35 / tall}
     grid |= {"height_ratios": (height, depth), "hspace": 0.05, "wspace": 0.05}

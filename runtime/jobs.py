@@ -22,7 +22,7 @@ from pydantic import Field
 from monitoring.records import append_line, read_lines
 from runtime import build, config
 from runtime.folder import newest_run_folder, try_lock
-from scoring.classes import MEAN, split_name
+from scoring.classes import MEAN, described, split_name
 from settings import Group, Settings, Validation, Whole
 from volumes.volume import collect_errors
 
@@ -232,8 +232,8 @@ def check(jobs):
         own, others = (plans[name, job.fold].outputs for name in (job.variant, first))
         if (own.several or others.several) and own.regions != others.regions:
             faults[job.variant].append(
-                f"data: expected the classes of {first} ({', '.join(others.regions)}), got "
-                f"{', '.join(own.regions)}; scores of others do not compare"
+                f"data: expected the classes of {first}, {described(others.regions)}, got "
+                f"{described(own.regions)}; scores of others do not compare"
             )
         faults[job.variant] += _changed(job, cases)
     _raise_any(faults)

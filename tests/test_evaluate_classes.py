@@ -172,6 +172,14 @@ def test_a_class_of_a_prepared_truth_that_no_region_has_counts_as_background(fol
     assert "b.h5:label: expected 0 and the classes artery 3, vein 8, got" in capsys.readouterr().err
 
 
+def test_the_one_class_of_a_prepared_truth_is_the_foreground_whatever_its_id(folders):
+    dataset(folders / "set", {"a": bar(2, value=3), "b": bar(2, value=3)}, {"artery": 3})
+    for case in "ab":
+        write(folders / "mask" / f"{case}.tif", bar(3))
+    status, rows = evaluate(folders, "--scores", "dice", pred=("mask",), truth="set")
+    assert status == 0 and rows["a", "prediction"]["dice"] == "0.75"
+
+
 def test_foreground_merges_classes_by_name_or_number(folders):
     dataset(folders / "set", {"a": two(2), "b": two(2)}, {"artery": 3, "vein": 7})
     for case in "ab":

@@ -777,9 +777,14 @@ def test_evaluate_is_told_the_ids_of_every_region():
 def test_variants_that_tell_other_classes_apart_are_refused(of_classes, tmp_path, capsys):
     variants = {"all": None, "one": {"data.foreground": ["rim"]}}
     variants["same"] = {"data.regions": {"slab": ["slab"], "rim": ["rim"]}}  # with sigmoids
+    variants["swapped"] = {"data.regions": {"slab": ["rim"], "rim": ["slab"]}}
     assert sweep.main([write_sweep(of_classes, variants=variants, folds=2)]) == 2
-    fault = "variants.one: data: expected the classes of all (slab, rim), got rim; scores of others"
-    assert capsys.readouterr().err.strip() == f"{fault} do not compare"
+    faults = [
+        f"variants.{name}: data: expected the classes of all, slab 1, rim 2, got {got}; scores of "
+        "others do not compare"
+        for name, got in (("one", "rim 2"), ("swapped", "slab 2, rim 1"))
+    ]
+    assert capsys.readouterr().err.splitlines() == faults
     assert not (tmp_path / "runs").exists()
 
 

@@ -66,3 +66,8 @@ def _paint(gray, layers, labeled):
         picture[where] = (1 - opacity) * gray[where][:, None] + opacity * np.array(to_rgb(color))
     picture[~labeled] *= 0.5
     return picture
+
+
+def no_formula(text):
+    """A text for matplotlib, in which a $ of a name begins no formula."""
+    return text.replace("$", r"\$")

@@ -96,6 +96,8 @@ def check_inputs(texts, metadata, root, output):
     faults += _output_faults(inputs, output)
     if faults:
         raise InputErrors(*faults)
+    for folder in dict.fromkeys(Path(volume.path).parent for volume in inputs if volume.is_case):
+        notes += _other_ids(folder, metadata)
     return inputs, notes
 
 
@@ -197,6 +199,22 @@ def _unlike_training(volume, metadata):
             f"voxels of {with_unit(volume.spacing, volume.unit)}, where training had "
             f"{with_unit(trained, unit)}"
         )
+
+
+def _other_ids(folder, metadata):
+    """A line where the labels of a prepared folder have other classes than masks of several
+    classes will have: scores would compare what is not alike."""
+    if len(metadata.get("regions", ())) < 2 or not casefile.is_dataset(folder):
+        return
+    with contextlib.suppress(ValueError, OSError):  # its other cases may be gone
+        both = casefile.read_dataset(folder).classes, metadata["classes"]
+        there, here = ({name: i for name, i in one.items() if i} for one in both)
+        if there != here:
+            there, here = (", ".join(f"{n} {i}" for n, i in one.items()) for one in (there, here))
+            yield (
+                f"warning: {folder}: its labels have {there}; masks will have the ids of the "
+                f"training data, {here}"
+            )
 
 
 def _output_faults(inputs, output):

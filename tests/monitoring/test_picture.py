@@ -285,6 +285,17 @@ def test_a_slice_of_classes_shows_truth_and_prediction_in_a_color_for_each_with_
     assert np.array_equal(prediction, overlay_classes(both[0], *masks[::-1], both[1]))
 
 
+def test_names_of_classes_that_look_like_formulas_are_drawn(tmp_path, panels):
+    given = slices()
+    for key in ("truth", "mask"):
+        given[key] = dict.fromkeys(("$a^$", "b$"), given[key]["bar"])
+    log = [event("evaluation", 10, scores={"dice/$a^$": 0.8, "dice/b$": 0.6, "dice/mean": 0.7})]
+    write_lines(tmp_path / "log.jsonl", [start(score="dice/$a^$", better={}), *log])
+    panels(whole=True, slices=given)  # else matplotlib's ValueError, which would end the run
+    assert (tmp_path / "progress.png").stat().st_size > 10000
+    picture.draw_runs({"$v^$": [tmp_path]}, "dice/$a^$")
+
+
 def test_a_large_slice_is_drawn(tmp_path, panels):
     panels(whole=True, slices=slices(1500, 900))
     with Image.open(tmp_path / "progress.png") as drawn:

@@ -222,10 +222,11 @@ def test_each_class_has_the_color_of_the_legend_and_one_alone_has_none():
     masks = np.zeros((3, 2, 8, 8))
     masks[0, :, 1:6, 1:6] = masks[2, :, 2:4, 2:4] = 1  # the second is not in the patch
     patch = (np.zeros((2, 8, 8)), masks, np.ones((2, 8, 8), bool), "")
-    names = ("cord", "nerve", "grey")
+    names = ("cord", "nerve", "grey$^$")
     figure = contact_sheet._draw([("original", [patch])], (1.0, 1.0, 1.0), "heading", names)
     (legend,) = figure.subfigs[0].legends
-    assert [text.get_text() for text in legend.get_texts()] == list(names)
+    assert [text.get_text() for text in legend.get_texts()] == ["cord", "nerve", r"grey\$^\$"]
+    figure.draw_without_rendering()  # a ValueError where the name is read as a formula
     lines = [to_hex(line.get_color()) for line in legend.get_lines()]
     drawn = figure.subfigs[1].subfigs[0].axes[0].collections
     assert [to_hex(contour.get_edgecolor()[0]) for contour in drawn] == [lines[0], lines[2]]

@@ -122,3 +122,24 @@ def test_what_an_input_folder_holds_besides_is_said(tmp_path):
     assert notes == [
         f"{tmp_path}/in: passed over 1 .nrrd file, e.g. c.nrrd; 1 subfolder, e.g. day2"
     ]
+
+
+@pytest.mark.parametrize("ids", [(3, 7), (7, 3), (3, 9)])
+def test_cases_whose_labels_have_other_ids_than_the_masks_will_have_are_a_warning(tmp_path, ids):
+    image = np.arange(4 * 4 * 4, dtype=np.uint8).reshape(1, 4, 4, 4)
+    about = {"spacing": (1.0, 1.0, 1.0), "unit": "mm", "affine": None, "group": "a"}
+    casefile.write_case(tmp_path / "set" / "a.h5", image, image[0] % 2 * np.uint8(3), **about)
+    classes = {"background": 0, **dict(zip(("artery", "vein"), ids, strict=True))}
+    about = {"classes": classes, "unit": "mm", "ignore_label": None}
+    casefile.write_dataset(tmp_path / "set", **about, case_ids=["a"])
+    metadata = {"channels": 1, "spacing": [0, 0, 0], "unit": "mm", "regions": {"a": [3], "v": [7]}}
+    metadata["classes"] = {"background": 0, "artery": 3, "vein": 7}
+    said = (
+        f"its labels have artery {ids[0]}, vein {ids[1]}; masks will have the ids of the training"
+    )
+    for text in ("set", "set/a.h5"):
+        _, notes = check_inputs([str(tmp_path / text)], metadata, "root", tmp_path / "out")
+        expected = f"warning: {tmp_path / 'set'}: {said} data, artery 3, vein 7"
+        assert notes == [expected] * (ids != (3, 7))
+    one = metadata | {"regions": {"a+v": [3, 7]}}  # whose masks are of 0 and 1
+    assert check_inputs([str(tmp_path / "set")], one, "root", tmp_path / "out")[1] == []
