@@ -183,11 +183,11 @@ def _heading(name, tolerance, unit):
 
 
 def format_score(value, name):
-    """A score for people: counts as they are, means of counts and all else to three digits."""
+    """A score for people: counts as they are, their means to a tenth, all else to three digits."""
     if value is None:
         return ""
     if isinstance(value, int) or metrics.entry(name)[0].better is None:
-        return f"{value:g}"
+        return f"{round(value, 1):g}"
     return f"{value:.3f}"
 
 
