@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from volumes import classes as label_classes
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -87,11 +89,8 @@ def choose(classes, foreground=None, regions=None, declared=None):
         named = {name: (number,) for name, number in named.items()} or {"foreground": ()}
         return Outputs(named, exclusive=len(named) > 1)
     for name, members in (regions or {}).items():
-        if not name.strip() or "/" in name or name == "mean":
-            raise ValueError(
-                "data.regions: expected names that are not empty or 'mean' and have no '/', got "
-                f"{name!r}; scores are called dice/NAME and dice/mean"
-            )
+        if not label_classes.is_name(name):
+            raise ValueError(f"data.regions: expected {label_classes.NAME}, got {name!r}")
         _check_names(f"data.regions.{name}", members, named)
     of_names = {n: tuple(named[member] for member in own) for n, own in (regions or {}).items()}
     outputs = Outputs(of_names or declared)

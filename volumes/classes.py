@@ -11,6 +11,8 @@ import shlex
 from volumes.files import few
 
 UNNAMED = {"background": 0, "foreground": 1}  # where nobody has declared any
+# Scores are called dice/NAME and dice/mean; options begin with -, what no legend shows with _.
+NAME = "a name that is not empty or 'mean', has no '/' and begins with neither '-' nor '_'"
 MOST_UNDECLARED = 20  # values of labels; of more they are numbered objects
 
 
@@ -72,14 +74,16 @@ def from_labels(labels, order=None):
     return {"background": 0} | {names.get(i, f"class_{i}"): i for i in ids}, regions, ignore
 
 
+def is_name(name):
+    """Whether a class or region may be called so: see NAME."""
+    return name.strip() not in ("", "mean") and "/" not in name and name[0] not in "-_"
+
+
 def faults_of(classes, regions, ignore_label):
     """What is wrong with classes and regions, as sentences."""
     for name in classes | regions:
-        if not name.strip() or "/" in name or name == "mean":
-            yield (
-                f"classes: expected a name that is not empty or 'mean' and has no '/', got "
-                f"{name!r}; scores are called dice/NAME and dice/mean: give --classes NAME=ID ..."
-            )
+        if not is_name(name):
+            yield f"classes: expected {NAME}, got {name!r}; give --classes NAME=ID ..."
     if classes.get("background") != 0 or "background" in regions:
         yield (
             f"classes: expected background to be 0 and nothing else, got "

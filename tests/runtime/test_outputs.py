@@ -62,6 +62,7 @@ def test_a_region_that_later_ones_cover_is_refused():
         ({"regions": {"all": ("artery", "x")}}, "data.regions.all: .*, got x"),
         ({"regions": {"mean": ("artery",), "b": ("vein",)}}, "data.regions: .*, got 'mean'"),
         ({"regions": {"a/b": ("artery",), "b": ("vein",)}}, "data.regions: .*, got 'a/b'"),
+        ({"regions": {"-x": ("artery",), "b": ("vein",)}}, "data.regions: .*, got '-x'"),
         ({"regions": {" ": ("artery",), "b": ("vein",)}}, "data.regions: .*, got ' '"),
     ],
 )

@@ -37,6 +37,8 @@ def test_words_that_name_no_classes_are_one_sentence(words, sentence):
         ({" ": 1}, {}, None, "expected a name that is not empty"),
         ({"a/b": 1}, {}, None, "got 'a/b'"),
         ({"mean": 1}, {}, None, "got 'mean'"),
+        ({"-x": 1}, {}, None, "got '-x'"),
+        ({"_x": 1}, {}, None, "got '_x'"),
         ({"a": 1}, {"mean": (1,)}, None, "got 'mean'"),
         ({"background": 1}, {}, None, "expected background to be 0 and nothing else"),
         ({"a": 1}, {"background": (1,)}, None, "expected background to be 0 and nothing else"),
