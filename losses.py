@@ -20,6 +20,7 @@ To add a term: write the function below, name it in `LOSSES`, and its settings i
 file needs topology/ beside it and nothing else of this project.
 """
 
+import functools
 import itertools
 import math
 
@@ -77,8 +78,16 @@ def _weighted(values, class_weights):
             f"class_weights: expected {values.shape[1]} positive numbers, one for each foreground "
             f"class, got {list(class_weights)}"
         )
-    weights = values.new_tensor(class_weights)
-    return values * (weights / weights.mean()).view(-1, *[1] * (values.ndim - 2))
+    weights = _class_weights(tuple(class_weights), values.device)
+    return values * weights.view(-1, *[1] * (values.ndim - 2))
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # it is kept for training too
+def _class_weights(class_weights, device):
+    """Kept, for a copy to the device would wait for it in every step."""
+    weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
+    return weights / weights.mean()
 
 
 def _mean_per_sample(values, valid, class_weights=None):
