@@ -135,9 +135,17 @@ def of_metadata(data):
 
 
 def difference(before, now):
-    """(before, now) in words where the channels of two `Outputs`, of which one tells several
-    regions apart, do not mean the same in the same order; else None."""
-    words = [each.describe() if each.several else "one foreground" for each in (before, now)]
+    """(before, now) in words where the channels of two `Outputs` do not mean the same in the same
+    order; else None. One foreground is the same under its name or under its ids; older
+    checkpoints do not know its name."""
+    both = before, now
+    words = [
+        o.describe() if o.several else f"one foreground, {next(iter(o.regions))}" for o in both
+    ]
+    if not before.several and not now.several:
+        ids = [set(each.foreground) for each in both]
+        if ids[0] == ids[1] or "foreground" in before.regions:
+            return None
     return tuple(words) if words[0] != words[1] else None
 
 

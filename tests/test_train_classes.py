@@ -25,14 +25,15 @@ def root(tmp_path_factory):
     [
         ("both", "data.regions={b: [rim], a: [slab]}", "b (2), a (1): regions that may overlap"),
         ("both", "data.regions={a: [rim], b: [slab]}", "a (2), b (1): regions that may overlap"),
-        ("both", "data.foreground=[slab]", "one foreground"),
+        ("both", "data.foreground=[slab]", "one foreground, slab"),
+        ("one", "data.foreground=[rim]", "one foreground, rim"),
         ("one", "data.regions=null", "slab (1), rim (2): one of these in each voxel"),
     ],
-    ids=["order", "names", "one foreground", "several classes"],
+    ids=["order", "names", "one foreground", "another", "several classes"],
 )
 def test_a_run_is_not_resumed_for_other_classes(root, capsys, name, change, now):
     changed = make_settings(root, *ONE_STEP, f"run.name={name}", change)
-    before = "a (1), b (2): regions that may overlap" if name == "both" else "one foreground"
+    before = "a (1), b (2): regions that may overlap" if name == "both" else "one foreground, slab"
     last = root / "runs" / name / "checkpoints" / "last.pt"
     bytes_before = last.read_bytes()
     assert train.main(changed, resume=True) == 2

@@ -154,3 +154,15 @@ def test_probabilities_of_regions_need_names_of_folders():
     for name in ("a/b", ".."):
         with pytest.raises(ValueError, match=f"folders can have, got {name}; set it to false"):
             outputs.check_settings(Outputs({"a": (1,), name: (2,)}), asked)
+
+
+def test_one_foreground_is_the_same_under_its_name_or_its_ids():
+    def one(name, *ids):
+        return Outputs({name: ids})
+
+    assert outputs.difference(one("artery", 1), one("artery", 3)) is None
+    assert outputs.difference(one("artery", 1), one("vessel", 1)) is None
+    assert outputs.difference(one("a+b", 1, 2), one("b+a", 2, 1)) is None
+    assert outputs.difference(one("foreground", 1), one("vein", 2)) is None  # an older checkpoint
+    words = "one foreground, artery", "one foreground, vein"
+    assert outputs.difference(one("artery", 1), one("vein", 2)) == words
