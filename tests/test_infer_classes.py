@@ -2,7 +2,6 @@
 
 import re
 
-import nibabel
 import numpy as np
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch
 import model
 from runtime import checkpoint, config, ensemble
 from scoring import postprocess
+from tests.test_ensembles import read
 from tests.test_infer import (
     PATCH,
     expected_probs,
@@ -67,10 +67,6 @@ def made(run, tmp_path):
 def scan(tmp_path):
     write_nifti(tmp_path / "a.nii.gz", IMAGE)
     return "--input", tmp_path / "a.nii.gz", "--output", tmp_path / "out"
-
-
-def read(path):
-    return np.asarray(nibabel.load(path).dataobj).T
 
 
 def probabilities(count, exclusive, seed=1):

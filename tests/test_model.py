@@ -109,6 +109,19 @@ def test_an_untrained_network_says_background():
     assert 0.05 < float(probs.mean()) < 0.2 and float(probs.max()) < 0.5
 
 
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_untrained_classes_share_the_prior_of_one_foreground_and_regions_have_it_each(exclusive):
+    torch.manual_seed(0)
+    strides, kernels = model.fit((8, 16, 16), (1, 1, 1), stages=2)
+    settings = config.build({"model": {"base": 4, "multipliers": [1, 2]}}).model.model_dump()
+    shape = {"strides": strides, "kernels": kernels, "settings": settings}
+    untrained = model.build_network(1, 4, exclusive=exclusive, **shape).eval()
+    logits = untrained(torch.zeros(1, 1, 8, 16, 16))
+    probs = torch.softmax(logits, 1)[:, 1:] if exclusive else torch.sigmoid(logits)
+    expected = 0.1 / 3 if exclusive else 0.1
+    torch.testing.assert_close(probs, torch.full_like(probs, expected), rtol=0.1, atol=0)
+
+
 def test_contrast_of_the_image_hardly_matters():
     net = network().eval()
     x = torch.randn(1, 1, 8, 16, 16)
