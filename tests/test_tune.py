@@ -175,7 +175,7 @@ def test_a_run_that_finds_no_memory_for_prediction_is_over(card, tmp_path, monke
     while errors:
         assert tune.measure_inference(plan) == {"gpu_inference": tune.NO_MEMORY}
     errors.append(RuntimeError("size mismatch"))
-    with pytest.raises(RuntimeError, match="^size mismatch$"):
+    with pytest.raises(RuntimeError, match=r"^size mismatch$"):
         tune.measure_inference(plan)
     assert tune.verdict(tune.NO_MEMORY, 7) == "over"
 
