@@ -9,7 +9,7 @@ import torch
 import train
 from benchmarks import kills
 from runtime import cuda
-from tests.test_train import EVERY_TERM, root, settings
+from tests.test_train import EVERY_TERM, root, settings, weights_of
 
 __all__ = ["root"]  # a fixture
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -71,6 +71,31 @@ def test_on_cuda_a_deterministic_run_repeats_and_resumes_bit_for_bit(root, tmp_p
     assert kills.differences(straight, resumed) == []
 
 
+# ---------------------------------------------------------------------------- CPU and GPU
+
+
+def test_a_run_on_the_cpu_opens_no_cuda_context_where_there_is_a_gpu(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    for module in (torch.cuda, torch.cuda.random, torch.cuda.memory):
+        monkeypatch.setattr(module, "_lazy_init", lambda: pytest.fail("a context"), raising=False)
+    asked = []
+    monkeypatch.setattr(cuda, "set_deterministic", lambda *arguments: asked.append(arguments))
+    changes = ["run.deterministic=true", "training.max_steps=2", "validation.untrained=false"]
+    assert train.main(settings(root, tmp_path, *changes)) == 0
+    assert train.main(settings(root, tmp_path, *changes), resume=True) == 0
+    assert asked == [(True, CPU)] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_a_run_goes_on_from_a_cpu_and_the_other_way_round(root, tmp_path):
+    for number, device in enumerate(("cpu", "cuda", "cpu"), 1):
+        changes = [f"run.device={device}", f"training.max_steps={2 * number}"]
+        assert train.main(settings(root, tmp_path, *changes), resume=number > 1) == 0
+    loop = weights_of(tmp_path / "runs" / "r")["loop"]
+    assert loop["step"] == 6 and not loop["skipped"]["cases"]
+
+
 # ---------------------------------------------------------------------------- notes
 
 
@@ -96,6 +121,12 @@ def test_a_run_on_a_gpu_names_a_release_with_faults_and_one_on_a_cpu_none(ampere
     assert "nvidia-cudnn-cu12>=9.15" in line
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: pytest.fail("asked"))
     assert cuda.notes(CPU, "bf16") == cuda.notes(CPU, "fp32") == []
+
+
+def test_the_notes_are_printed_when_a_run_begins(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cuda, "notes", lambda device, precision: [f"note: {device} {precision}"])
+    assert train.main(settings(root, tmp_path, "training.max_steps=0")) == 0
+    assert "note: cpu fp32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
