@@ -46,15 +46,15 @@ FAULTS = [
         ("bf16", "fp16"),
         "large 3D convolutions may be wrong; install torch 2.10 or newer with cuDNN 9.15 or newer",
     ),
-    # github.com/pytorch/pytorch/issues/166122 and 166643: cuDNN is not used, whichever it is
+    # github.com/pytorch/pytorch/issues/166122 and 166643: no newer cuDNN 9 is used either
     Fault(
         ((2, 9), (2, 9, 1)),
-        (90800, 10**9),
+        (90800, 100_000),
         ("bf16", "fp16"),
         "3D convolutions are several times slower and take more memory; install torch 2.10 or "
         "newer with cuDNN 9.15 or newer",
     ),
-    # the same; since 2.9.1 torch looks which cuDNN is there
+    # The same; since 2.9.1 torch looks which cuDNN is there.
     Fault(
         ((2, 9, 1), ANY),
         (90800, 91500),

@@ -143,6 +143,7 @@ def test_the_notes_are_printed_when_a_run_begins(root, tmp_path, monkeypatch, ca
         ("2.9.1", 91002, "fp32", "TF32 may be wrong"),
         ("2.9.1", 91600, "fp32", None),
         ("2.9.1", None, "bf16", None),
+        ("2.9.0+rocm6.4", 3_004_000, "bf16", None),  # the version of another library
     ],
 )
 def test_known_faults_are_those_of_the_release_at_hand(torch_version, cudnn, precision, text):
