@@ -221,8 +221,9 @@ def off_center(rng, voxel, half, shape, *, jitter):
 
 
 def native(array):
-    """The array in a dtype that torch works with: wider for unsigned integers, in native order."""
-    wider = {"uint16": np.int32, "uint32": np.int64, "uint64": np.float64}
+    """The array in native order and a dtype that torch has operations for: unsigned integers wider,
+    save uint16, which the device makes wider (`intensity.widened`)."""
+    wider = {"uint32": np.int64, "uint64": np.float64}
     return array.astype(wider.get(array.dtype.name, array.dtype.newbyteorder("=")), copy=False)
 
 

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import data
-from runtime import config, ensemble, outputs, parts
+from runtime import config, cuda, ensemble, outputs, parts
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import resolve_device, resolve_precision
 from volumes.files import read_label, write_volume
@@ -361,9 +361,7 @@ def main(argv=None):
     # What concerns all ranks is said by the first.
     console.print("\n".join(lines[:1] if is_rank and part.index else lines))
     torch.set_num_threads(settings.run.threads or max(1, cores() // ranks_here))
-    torch.backends.cudnn.deterministic = settings.run.deterministic
-    # All windows have one shape; see train.py.
-    torch.backends.cudnn.benchmark = not settings.run.deterministic
+    cuda.set_deterministic(settings.run.deterministic, predictor.how["device"])
     with parts.until_all_ranks_end(part):
         what = (predictor, inputs, output, arguments.submission)
         if sentences := predict_and_submit(*what, part, console):

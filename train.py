@@ -28,7 +28,7 @@ import torch
 import data
 import model
 from patches import transfer
-from runtime import build, checkpoint, config, distributed, folder, nonfinite, signals
+from runtime import build, checkpoint, config, cuda, distributed, folder, nonfinite, signals
 from runtime.composite_loss import composite_loss
 from runtime.ending import STOPPED, WRONG_INPUT, WrongInput, checked
 from runtime.microbatch import MicroBatch
@@ -77,9 +77,7 @@ def train(settings, resume, group):
     total_steps = training.max_epochs * iterations
     stop_step = total_steps if training.max_steps is None else min(training.max_steps, total_steps)
     torch.set_num_threads(settings.run.threads or max(1, cores() // group.local_size))
-    torch.backends.cudnn.deterministic = settings.run.deterministic
-    # Without it, cuDNN may choose convolutions that are 10 times slower (bf16 on an H100).
-    torch.backends.cudnn.benchmark = not settings.run.deterministic
+    cuda.set_deterministic(settings.run.deterministic, device)
     checkpoint.seed_generators(settings.run.seed)
 
     # ------------------------------------------------------------------ network, optimizer

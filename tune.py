@@ -44,6 +44,7 @@ import data
 from monitoring.records import peaks
 from patches import contact_sheet
 from runtime import build, config, folder, sliding_window, tuning
+from runtime.device_memory import out_of_memory
 from runtime.ending import DONE, FAILED, STOPPED
 from runtime.signals import CannotGoOn, Stopped
 from runtime.tuning import WARM_UP
@@ -136,7 +137,9 @@ def measure_inference(plan):
     reports = []
     try:
         _predict_slabs(plan, lambda kind, text, **_: reports.append(text))
-    except (torch.OutOfMemoryError, CannotGoOn) as error:
+    except (RuntimeError, CannotGoOn) as error:
+        if not isinstance(error, CannotGoOn) and not out_of_memory(error):
+            raise
         reports.append(str(error))
     peak = torch.cuda.max_memory_allocated(plan.device) / GB
     return {"gpu_inference": NO_MEMORY if reports else Measured(peak, "live tensors")}

@@ -40,6 +40,7 @@ import training_step
 from runtime import build as planning
 from runtime import config, sliding_window
 from runtime import folder as runs
+from runtime.device_memory import out_of_memory
 from runtime.outputs import Outputs
 from volumes import casefile, phantoms
 from volumes.processes import cores
@@ -309,7 +310,9 @@ def run(arguments, root, batch, judge):
         measured = contenders(plan, drawn, arguments.steps)
         head = ("batch", "step of", "time", "million voxels/s", "peak memory", "times ours")
         show("Beside plain steps, without data", head, beside_rows(size, plan, measured))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         print(f"\nbatch {batch}: out of memory\n")
         return False
     return all(row[-1] != "MISSED" for row in rows)

@@ -49,6 +49,7 @@ from contenders import (
 
 import model
 from runtime import composite_loss, config, folder, sliding_window
+from runtime.device_memory import out_of_memory
 
 FULL_RUN = Path(__file__).resolve().parents[1] / "configs" / "exp001_full.yaml"
 SMALL = (
@@ -254,7 +255,9 @@ def step_rows(device):
         row = Row(f"whole sum, batch {batch}", "out of memory")
         try:
             seconds, peaks = cost_of_steps(chosen, batch, device)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             yield row
             continue
         added = seconds["whole"] / seconds["base"] - 1.0

@@ -190,8 +190,10 @@ class Machine:
 def gpus():
     """The GPUs of a process that uses CUDA, by CUDA's numbers; no value makes it use another one.
 
-    A dict of each: index, name, used, total (bytes), load (%), temperature, power (W). What a GPU
-    does not report is None. torch reads all but name and total with nvidia-ml-py.
+    A dict of each: index, name, used, total (bytes), load (%), temperature, power (W), and of this
+    process alone the bytes that tensors take (allocated), have taken at most (max_allocated), and
+    that it keeps for them (reserved). What a GPU does not report is None. torch reads used, load,
+    temperature and power with nvidia-ml-py.
     """
     from torch import cuda
 
@@ -200,6 +202,9 @@ def gpus():
         "load": cuda.utilization,
         "temperature": cuda.temperature,
         "power": lambda index: round(cuda.power_draw(index) / 1000),  # of milliwatts
+        "allocated": cuda.memory_allocated,
+        "max_allocated": cuda.max_memory_allocated,
+        "reserved": cuda.memory_reserved,
     }
     rows = []
     for index in range(cuda.device_count() if cuda.is_initialized() else 0):

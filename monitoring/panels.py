@@ -243,11 +243,13 @@ def memory(view):
 
 
 def gpu(view):
-    """Memory, load, temperature and power of each GPU."""
+    """Memory, load, temperature and power of each GPU, and what the run keeps of its memory."""
     rows, units = [], {"load": "load {:.0f} %", "temperature": "{:.0f} °C", "power": "{:.0f} W"}
     for gpu in view.run.reading.get("gpus") or ():
         used, total = gpu.get("used"), gpu.get("total")
         texts = [text.format(gpu[key]) for key, text in units.items() if gpu.get(key) is not None]
+        if gpu.get("reserved"):
+            texts.insert(0, f"{format_bytes(gpu['reserved'])} by this process")
         texts = [format_share(used, total), *texts, str(gpu.get("name")).removeprefix("NVIDIA ")]
         rows.append((*view.bar(used, total, health.FULL_GPU), ", ".join(texts)))
     return view.table(rows)

@@ -131,6 +131,7 @@ def augment_batch(samples, patch, *, device, **labels):
     for sample in samples:
         names = [name for name in ("image", "label", "skeleton") if name in sample]
         boxes = {name: sample[name].to(device, non_blocking=True) for name in names}
+        boxes = {name: intensity.widened(box) for name, box in boxes.items()}
         boxes["image"] = intensity.within_float32(boxes["image"])
         image, *own_masks = resample.resample_patch(**boxes, geometry=sample, patch=patch, **labels)
         scale = {key: sample[key] for key in ("mean", "std", "low", "high")}

@@ -48,6 +48,13 @@ def sample_intensity_params(rng, *, settings):
 # ---------------------------------------------------------------------------- on the device
 
 
+def widened(box):
+    """uint16, for which torch has few operations, as int32; other types as they are."""
+    if box.dtype != torch.uint16:
+        return box
+    return box.view(torch.int16).int().bitwise_and_(0xFFFF)
+
+
 def within_float32(image):
     """Integers as they are, floats as float32; values beyond its range (fill values) are cut."""
     return image.float().clamp(-FARTHEST, FARTHEST) if image.is_floating_point() else image

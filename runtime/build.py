@@ -19,6 +19,7 @@ from patches import augment, cache, feed
 from runtime import (
     checkpoint,
     composite_loss,
+    cuda,
     distributed,
     evaluator,
     outputs,
@@ -79,6 +80,7 @@ def resolve(settings, group=None):
     named = settings.data.foreground, settings.data.regions, dataset.regions
     told_apart = outputs.choose(dataset.classes, *named)
     notes += evaluator.absent_regions(told_apart, validation_cases(settings, split))
+    notes += cuda.notes(device, precision)
     terms = settings.terms()
     composite_loss.check_terms(terms, in_training=True)
     evaluator.full_names(settings.validation.score, settings.validation.scores, told_apart)
@@ -342,9 +344,7 @@ def _spacing(spacing, unit):
 
 def make_validator(plan, run):
     """The `validation.Validator` of a plan and a `run.Run`."""
-    settings = plan.settings
-    background = settings.validation.background
-    window_fits = run.evaluations.standing.window_fits
+    settings, background = plan.settings, plan.settings.validation.background
     return validation.Validator(
         validation_cases(settings, plan.split),
         evaluator.make_spec(plan),
@@ -354,7 +354,7 @@ def make_validator(plan, run):
         group=plan.group,
         spacing=settings.data.spacing,
         clip=settings.data.percentiles,
-        window=settings.window_arguments() | {"remembered": window_fits},
+        window=settings.window_arguments() | {"remembered": run.evaluations.standing.window_fits},
         device=plan.device,
         precision=plan.precision,
     )

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from runtime.device_memory import out_of_memory
 from volumes import atomic
 
 FORMAT, FORMAT_1 = "lamina-checkpoint-2", "lamina-checkpoint-1"
@@ -237,10 +238,10 @@ def load(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refuse(path, "a file with other than tensors and plain values (not run)") from error
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     # Damaged bytes make the reader raise nearly anything; all of it means the same here.
     except Exception as error:
+        if isinstance(error, MemoryError) or out_of_memory(error):
+            raise
         raise _refuse(path, f"one that cannot be read ({type(error).__name__})") from error
     if not isinstance(state, dict):
         raise _refuse(path, f"a {type(state).__name__}")
@@ -346,7 +347,8 @@ def seed_generators(seed):
 def rng_state():
     """State of the generators of python, numpy (the global one) and torch, as plain values.
 
-    On CUDA that of the current device only: asking the others would open a context on each.
+    Where the process uses CUDA, that of the current device too: asking others, or asking in a run
+    on the CPU, would open a context.
     """
     _, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -358,17 +360,17 @@ def rng_state():
             "cached": float(cached),
         },
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
 def set_rng_state(state):
-    """Put back what `rng_state` gave; the CUDA part is skipped where there is no CUDA."""
+    """Put back what `rng_state` gave; the CUDA part is skipped in a run on the CPU."""
     random.setstate(state["python"])
     legacy = state["numpy"]
     keys = legacy["keys"].cpu().numpy().astype(np.uint32)
     rest = (legacy["position"], legacy["has_gauss"], legacy["cached"])
     np.random.set_state(("MT19937", keys, *rest))
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] is not None and torch.cuda.is_available():
+    if state["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -10,7 +10,7 @@ import sys
 import traceback
 
 import data
-from runtime import checkpoint, distributed, microbatch
+from runtime import checkpoint, device_memory, distributed
 from runtime.signals import CannotGoOn, Stopped
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
@@ -64,9 +64,9 @@ def leave(run, error):
         return status
     if isinstance(error, OSError) and checkpoint.no_room(error):
         return _leave_full_disk(run, error)
-    if isinstance(error, MemoryError) or microbatch.out_of_memory(error):
+    if isinstance(error, MemoryError) or device_memory.out_of_memory(error):
         _record_crash(run, error)  # the lines say where
-        reason = str(error).split("\n")[0] or "MemoryError"
+        reason = device_memory.first_line(error) or "MemoryError"
         return _leave_as_saved(
             run,
             f"memory ran out where no step can be made smaller ({reason}); lower model.base or "

@@ -11,7 +11,8 @@
             logits = None                       # what still refers to the activations
             micro_batch.shrink(error, report)   # raises what is no lack of memory
 
-A batch that does not fit goes through the network in parts, with the gradient of the whole batch,
+Where memory is short, activations are recomputed in the backward pass first. A batch that still
+does not fit goes through the network in parts, with the gradient of the whole batch,
 whatever the loss: the logits of all parts are made first, without a graph; the loss and its
 gradient towards the logits are those of the whole batch; then each part goes through the network
 again, with a graph, to carry its share of that gradient on. Gao et al. 2021 ("Scaling deep
@@ -20,51 +21,58 @@ Averaging the gradients of parts would save a forward pass and give another grad
 means over the valid voxels of a batch, and the topological one chooses its windows among them.
 """
 
-import gc
-import traceback
-
 import torch
 
+from runtime.device_memory import (
+    first_line,
+    free_memory,
+    has_more,
+    memory_figures,
+    out_of_memory,
+    total_memory,
+)
 from runtime.signals import CannotGoOn
-
-# What allocators that are not torch's own say: cuDNN, cuBLAS, the driver, the CPU's.
-MESSAGES = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-
-
-def out_of_memory(error):
-    """Whether an exception says that a device has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in MESSAGES)
 
 
 class MicroBatch:
-    """Runs a network on a batch, in parts if the device's memory asks for it.
+    """Runs a network on a batch with recomputed activations, and then in parts, if the device's
+    memory asks for it.
 
-    autocast() makes the context in which the network runs. size: patches in a part, None: all;
-    checkpointing: whether activations are recomputed in the backward pass though the network would
-    keep them, the last resort (it needs a network with an attribute `checkpointing`). Both hold for
-    the rest of the run, and are its state.
+    autocast() makes the context in which the network runs. checkpointing: whether activations are
+    recomputed in the backward pass though the network would keep them (it needs a network with an
+    attribute `checkpointing`); size: patches in a part, None: all; memory: bytes of the GPU that
+    had too little for more, None: of none. They hold for the rest of the run, and are its state.
     """
 
     def __init__(self, network, autocast):
-        self.network, self.autocast = network, autocast
-        self.size, self.checkpointing, self.batch = None, False, None
+        self.network, self.autocast, self.batch = network, autocast, None
+        self.size, self.checkpointing, self.memory = None, False, None
         self._generators = self._logits = self._parts = None
 
     def state_dict(self):
-        return {"size": self.size, "checkpointing": self.checkpointing}
+        return {"size": self.size, "checkpointing": self.checkpointing, "memory": self.memory}
 
     def load_state_dict(self, state):
-        self.size, self.checkpointing = state["size"], state["checkpointing"]
+        """Take over a state, unless this GPU has more memory: then a line for people."""
+        memory = state.get("memory")  # not in older states
+        if memory is not None and has_more(self._device, memory):
+            return [
+                f"resume: this GPU has {total_memory(self._device) / 1e9:.1f} GB, and memory was "
+                f"short on one of {memory / 1e9:.1f}: whole batches are tried again"
+            ]
+        self.size, self.checkpointing, self.memory = state["size"], state["checkpointing"], memory
         if self.checkpointing:
             self.network.checkpointing = True
+        return []
 
     def take_smaller(self, state):
         """Take no more memory than another one with this state."""
-        sizes = [size for size in (self.size, state["size"]) if size is not None]
-        checkpointing = self.checkpointing or state["checkpointing"]
-        self.load_state_dict({"size": min(sizes, default=None), "checkpointing": checkpointing})
+        self.size, self.memory = (
+            min((n for n in pair if n is not None), default=None)
+            for pair in ((self.size, state["size"]), (self.memory, state["memory"]))
+        )
+        if state["checkpointing"]:
+            self.network.checkpointing = self.checkpointing = True
 
     # ------------------------------------------------------------------------ the two passes
 
@@ -127,17 +135,19 @@ class MicroBatch:
         self._logits = self._parts = None
         free_memory(error, device)
         size = min(self.size or self.batch or 1, self.batch or 1)
-        if size > 1:
-            self.size = -(-size // 2)
-            change = f"batches of {self.batch} go through the network {self.size} at a time"
-        elif not getattr(self.network, "checkpointing", True):
+        # Both cost one more forward pass, but of a batch of 2 the parts would save less.
+        if not getattr(self.network, "checkpointing", True):
             self.network.checkpointing = self.checkpointing = True
             change = "activations are recomputed in the backward pass (model.checkpointing)"
+        elif size > 1:
+            self.size = -(-size // 2)
+            change = f"batches of {self.batch} go through the network {self.size} at a time"
         else:
             raise CannotGoOn(
                 f"{text} with one patch at a time and activations recomputed; lower sampling.patch "
-                "or model.base, or end what else runs there"
+                "or model.base, or end what else runs there; the error was: " + first_line(error)
             ) from error
+        self.memory = total_memory(device)
         report(
             "cuda memory",
             f"{text}: from now on {change}, with the same gradient",
@@ -150,14 +160,6 @@ class MicroBatch:
         return next(self.network.parameters()).device
 
 
-def free_memory(error, device):
-    """Let go of what a pass that failed has computed: the frames of its error hold it all."""
-    traceback.clear_frames(error.__traceback__)
-    gc.collect()  # what refers to itself in a circle, such as an error that another one came from
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def nothing(*arguments, **named):
     """A report that goes nowhere."""
 
@@ -165,18 +167,6 @@ def nothing(*arguments, **named):
 def listed(logits):
     """The logits of a network as a list of all scales, the finest first."""
     return list(logits) if isinstance(logits, list | tuple) else [logits]
-
-
-def memory_figures(device):
-    """The memory of a device as text to follow its name; "" for a CPU."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return ""
-    free, total = torch.cuda.mem_get_info(device)
-    held = torch.cuda.max_memory_reserved(device)
-    return (
-        f" ({total / 1e9:.1f} GB, this run took up to {held / 1e9:.1f}, {free / 1e9:.1f} are free)"
-    )
 
 
 def _generators(device):

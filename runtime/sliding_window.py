@@ -24,16 +24,16 @@ import numpy as np
 import torch
 
 import data
-from patches.intensity import normalise, within_float32
-from runtime.microbatch import free_memory, listed, memory_figures, nothing, out_of_memory
-from runtime.signals import CannotGoOn
+from patches.intensity import normalise, widened, within_float32
+from runtime.device_memory import WindowFit
+from runtime.microbatch import listed, nothing
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLIPS = [axes for n in range(4) for axes in combinations((-3, -2, -1), n)]  # all 8 of z, y, x
 SIGMAS_PER_WINDOW = 8
 # Sent to the device as stored (a uint8 box is a quarter of its float32 copy); others, among them
 # every type in foreign byte order, become float32 on the host.
-SENT_AS_STORED = [np.dtype(t) for t in ("u1", "i1", "i2", "i4", "f2", "f4")]
+SENT_AS_STORED = [np.dtype(t) for t in ("u1", "i1", "u2", "i2", "i4", "f2", "f4")]
 
 
 # ---------------------------------------------------------------------------- where it runs
@@ -185,7 +185,7 @@ def _read_patch(volume, spans, normalize, device):
     dtype = box.dtype if box.dtype in SENT_AS_STORED else np.float32
     with np.errstate(over="ignore"):  # `within_float32` cuts it
         box = torch.from_numpy(np.array(box, dtype=dtype, order="C")).to(device)
-    patch = _interpolate(within_float32(box).float(), [span.to_network for span in spans])
+    patch = _interpolate(within_float32(widened(box)).float(), [span.to_network for span in spans])
     return patch if normalize is None else normalize(patch)
 
 
@@ -229,53 +229,6 @@ def _add_windows(slab, volume, windows, predict, normalize, device):
         weighted.append(probs.to(slab.device))
     for probs, (z, y, x) in zip(weighted, windows, strict=True):  # needs no more memory
         slab[:, : z.stop - z.start, y.start : y.stop, x.start : x.stop] += probs
-
-
-# ---------------------------------------------------------------------------- memory
-
-
-class WindowFit:
-    """How many windows go at once and where the slab lies, for a volume of some size.
-
-    Each time the device runs out of memory it is less: half as many windows, down to one, then the
-    slab on the CPU. remembered: {"DxHxW": [windows, whether on the CPU]}, plain values that outlive
-    the volume; a volume begins with what volumes of its size and smaller ones have needed.
-    """
-
-    def __init__(self, shape, batch, device, remembered, report):
-        self.key, self.device, self.report = "x".join(map(str, shape)), device, report
-        self.remembered, self.batch, self.on_cpu = remembered, batch, False
-        for key, (windows, on_cpu) in remembered.items():
-            if math.prod(map(int, key.split("x"))) <= math.prod(shape):
-                self.batch, self.on_cpu = min(self.batch, windows), self.on_cpu or on_cpu
-
-    @property
-    def slab_device(self):
-        return torch.device("cpu") if self.on_cpu else self.device
-
-    def lower(self, error):
-        """Ask for less memory after an error. Raises it if it is another one, and `CannotGoOn` if
-        nothing is left that could be less."""
-        if not out_of_memory(error):
-            raise error
-        where = (
-            f"{self.device} ran out of memory{memory_figures(self.device)} in the prediction of a "
-            f"volume of {self.key}"
-        )
-        if self.batch == 1 and self.on_cpu:
-            raise CannotGoOn(
-                f"{where} with one window at a time and the results on the CPU; lower "
-                "inference.window"
-            ) from error
-        if self.batch > 1:
-            self.batch //= 2
-            what = f"{self.batch} windows at once"
-        else:
-            self.on_cpu, what = True, "the results on the CPU"
-        self.remembered[self.key] = [self.batch, self.on_cpu]
-        free_memory(error, self.device)
-        text = f"{where}: it goes on with {what}, as will others of this size"
-        self.report("cuda memory", text, windows=self.batch, on_cpu=self.on_cpu)
 
 
 # ---------------------------------------------------------------------------- volumes

@@ -111,6 +111,25 @@ def test_every_source_dtype_is_drawn_as_what_was_stored(tmp_path, dtype):
     case = write(tmp_path, 0, (6, 14, 14), image=image)
     sample = still([case], patch=(6, 14, 14))[0, 0]
     assert torch.equal(sample["image"].double(), torch.from_numpy(image.astype(np.float64)))
+    assert sample["image"].numpy().dtype == dtype  # as narrow as it was stored
+    (drawn, *_) = augment_batch([sample])
+    clipped = image[:, :4, :12, :12].astype(np.float32).clip(sample["low"][0], sample["high"][0])
+    np.testing.assert_allclose(drawn[0], (clipped - sample["mean"]) / sample["std"], atol=1e-5)
+
+
+def test_image_and_label_of_uint16_are_widened_before_anything_is_computed(tmp_path, monkeypatch):
+    image = np.full((1, 6, 14, 14), 65535, np.uint16)
+    sample = still([write(tmp_path, 0, (6, 14, 14), image=image)], patch=(6, 14, 14))[0, 0]
+    sample["label"] = sample["label"].to(torch.uint16)
+    resample_patch, seen = augment.resample.resample_patch, []
+
+    def seeing(**boxes):
+        seen.extend((boxes["image"], boxes["label"]))
+        return resample_patch(**boxes)
+
+    monkeypatch.setattr(augment.resample, "resample_patch", seeing)
+    augment_batch([sample])
+    assert [box.dtype for box in seen] == [torch.int32] * 2 and (seen[0] == 65535).all()
 
 
 def test_drawn_batches_have_the_patch_shape_and_hold_the_foreground(stored):

@@ -23,8 +23,8 @@ ROOMS = {
     "report",
     "patches": "cache resample intensity augment contact_sheet feed transfer",
     "runtime": "config build composite_loss run evaluations checkpoint folder log signals "
-    "microbatch nonfinite timer memory_guard sliding_window splits evaluator validation jobs "
-    "comparison page distributed ending ensemble parts tuning outputs",
+    "microbatch device_memory cuda nonfinite timer memory_guard sliding_window splits evaluator "
+    "validation jobs comparison page distributed ending ensemble parts tuning outputs",
 }
 TOP = "settings data model norm_mish losses"
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()

@@ -1,5 +1,6 @@
 """Whole runs that something happens to: kills, signals, dead workers, no memory, no disk, NaN."""
 
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import train
 from benchmarks import kills
 from runtime import checkpoint, evaluator, memory_guard, sliding_window
 from tests import processes
+from tests.runtime.test_device_memory import memory_error
 from tests.test_train import events, root, same_state, settings, weights_of
 
 __all__ = ["root"]  # a fixture
@@ -305,12 +307,13 @@ def events_of(tmp_path):
 
 
 def limited(monkeypatch, most):
-    """A network that finds no memory for more than `most` patches in training."""
-    forward = model.UNet3D.forward
+    """A network that finds no memory for more than `most` patches in training, nor without
+    recomputation; each time another error says so."""
+    forward, names = model.UNet3D.forward, itertools.cycle(["find", "plans", "cudnn 9"])
 
     def wrapped(self, x):
-        if self.training and len(x) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        if self.training and (len(x) > most or not self.checkpointing):
+            raise memory_error(next(names))
         return forward(self, x)
 
     monkeypatch.setattr(model.UNet3D, "forward", wrapped)
@@ -328,15 +331,16 @@ def test_a_batch_that_finds_no_memory_trains_in_parts_to_the_same_weights(
     for key, one in a["optimizer"]["state"].items():  # exp_avg is the sum of all gradients
         other = b["optimizer"]["state"][key]["exp_avg"]
         assert torch.allclose(one["exp_avg"], other, rtol=1e-4, atol=1e-6)
-    assert [e["micro_batch"] for e in troubles(tmp_path, "cuda memory")] == [2, 1]
-    assert b["loop"]["micro_batch"]["size"] == 1 and "same gradient" in capsys.readouterr().out
+    assert [e["micro_batch"] for e in troubles(tmp_path, "cuda memory")] == [None, 2, 1]
+    assert b["loop"]["micro_batch"] == {"size": 1, "checkpointing": True, "memory": None}
+    assert "same gradient" in capsys.readouterr().out
 
 
 def test_a_resumed_run_still_knows_what_fits(root, tmp_path, monkeypatch):
     limited(monkeypatch, 1)
     assert train.main(settings(root, tmp_path, "training.max_steps=2")) == 0
     assert train.main(settings(root, tmp_path, "training.max_steps=4"), resume=True) == 0
-    assert len(troubles(tmp_path, "cuda memory")) == 1
+    assert len(troubles(tmp_path, "cuda memory")) == 2  # recomputation, then parts
 
 
 def test_where_even_one_patch_finds_no_memory_the_run_ends_with_its_state(
@@ -346,19 +350,20 @@ def test_where_even_one_patch_finds_no_memory_the_run_ends_with_its_state(
     assert train.main(settings(root, tmp_path)) == 1
     error = capsys.readouterr().err
     assert "lower sampling.patch" in error and len(error.splitlines()) == 1
+    assert "the error was: " in error
     assert weights_of(run_folder(tmp_path))["loop"]["step"] == 0
-    assert len(troubles(tmp_path, "cuda memory")) == 2  # one patch, then recomputation
+    assert len(troubles(tmp_path, "cuda memory")) == 2  # recomputation, then one patch
 
 
 def test_validation_that_finds_no_memory_takes_fewer_windows_and_remembers(
     root, tmp_path, monkeypatch
 ):
-    call, failed = sliding_window._call, []
+    call, failed, names = sliding_window._call, [], iter(["get", "cublas"])
 
     def small(network, patches, *rest):
         if len(patches) > 1 or len(failed) < 2:
             failed.append(len(patches))
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise memory_error(next(names))
         return call(network, patches, *rest)
 
     assert train.main(settings(root, tmp_path / "whole", "training.max_epochs=1")) == 0
@@ -373,7 +378,7 @@ def test_validation_that_finds_no_memory_takes_fewer_windows_and_remembers(
         assert a == pytest.approx(b, abs=1e-6)
     assert failed == [2, 1]  # in the first evaluation alone
     assert weights_of(run_folder(tmp_path))["loop"]["evaluations"]["window_fits"] == {
-        "12x24x24": [1, True]
+        "12x24x24": [1, True, None]
     }
 
 

@@ -11,8 +11,11 @@ import data
 import train
 import tune
 from runtime import build, config, signals, timer, tuning
+from tests.runtime.test_device_memory import TEXTS, card, memory_error
 from tests.test_training_step import SHAPE, make_root, make_settings
 from tune import Measured
+
+__all__ = ["card"]  # a fixture
 
 GPU_ONLY = {"transfer", "gpu_training", "gpu_inference"}
 
@@ -159,14 +162,21 @@ def test_the_memory_of_a_gpu_is_what_a_run_adds_to_it(tmp_path, monkeypatch):
     assert tune.measure_training(plan, 5)["gpu_training"] == tune.NO_MEMORY
 
 
-def test_a_run_that_finds_no_memory_for_prediction_is_over(tmp_path, monkeypatch):
+def test_a_run_that_finds_no_memory_for_prediction_is_over(card, tmp_path, monkeypatch):
+    errors = [*map(memory_error, TEXTS), signals.CannotGoOn("cuda ran out of memory")]
+
     def no_memory(plan, report):
-        raise torch.OutOfMemoryError("made up")
+        raise errors.pop()
 
     monkeypatch.setattr(tune, "_predict_slabs", no_memory)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    figures = tune.measure_inference(on_gpu(make_plan(make_root(tmp_path))))
-    assert figures == {"gpu_inference": tune.NO_MEMORY}
+    for name in ("reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    plan = on_gpu(make_plan(make_root(tmp_path)))
+    while errors:
+        assert tune.measure_inference(plan) == {"gpu_inference": tune.NO_MEMORY}
+    errors.append(RuntimeError("size mismatch"))
+    with pytest.raises(RuntimeError, match=r"^size mismatch$"):
+        tune.measure_inference(plan)
     assert tune.verdict(tune.NO_MEMORY, 7) == "over"
 
 

@@ -131,6 +131,9 @@ def two_cards(monkeypatch):
         "utilization": lambda i: 97,
         "temperature": lambda i: 71,
         "power_draw": lambda i: 412_400,
+        "memory_allocated": lambda i: 20 - 20 * i,  # the process uses the first
+        "max_memory_allocated": lambda i: 30 - 30 * i,
+        "memory_reserved": lambda i: 40 - 40 * i,
     }
     for name, value in values.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -139,8 +142,12 @@ def two_cards(monkeypatch):
 CARD = {"name": "NVIDIA H100", "total": 80, "load": 97, "temperature": 71, "power": 412}
 
 
+OWN = {"allocated": 20, "max_allocated": 30, "reserved": 40}
+
+
 def test_each_gpu_is_read_in_bytes_percent_degrees_and_watts(two_cards):
-    first, second = {"index": 0, "used": 60, **CARD}, {"index": 1, "used": 61, **CARD}
+    first = {"index": 0, "used": 60, **CARD, **OWN}
+    second = {"index": 1, "used": 61, **CARD, **dict.fromkeys(OWN, 0)}
     assert Machine().read({})["gpus"] == [first, second]
 
 
@@ -148,12 +155,13 @@ def test_what_a_card_does_not_report_is_null_beside_what_it_does(two_cards, monk
     for name in ("power_draw", "utilization", "temperature", "device_memory_used"):
         monkeypatch.setattr(torch.cuda, name, lambda index: 1 / 0)
     silent = dict.fromkeys(("used", "load", "temperature", "power"))
-    assert Machine().read({})["gpus"][0] == {"index": 0, **CARD, **silent}
+    assert Machine().read({})["gpus"][0] == {"index": 0, **CARD, **OWN, **silent}
 
 
 def test_a_process_that_does_not_use_cuda_has_no_gpus_and_is_not_made_to_use_it(
     two_cards, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: pytest.fail("used"))
+    for name in ("get_device_properties", "memory_allocated", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda index: pytest.fail("used"))
     assert Machine().read({})["gpus"] == []

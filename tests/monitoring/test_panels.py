@@ -56,7 +56,7 @@ def full_run(folder, *, number=150, **changes):
         "cores": 16,
     }
     gpu = {"index": 0, "name": "NVIDIA H100", "used": 40 * GB, "total": 80 * GB, "load": 64}
-    machine |= {"gpus": [{**gpu, "temperature": 58, "power": 412}]}
+    machine |= {"gpus": [{**gpu, "temperature": 58, "power": 412, "reserved": 31 * GB}]}
     processes = [
         process(7, "training"),
         process(8, "worker 0"),
@@ -183,7 +183,8 @@ def test_a_process_that_stands_still_is_marked(tmp_path):
 
 def test_gpu_host_cache_and_state_are_shown(shown):
     (gpu,) = panel(shown, panels.gpu)
-    assert gpu == "━━━━━━╸ 50% 40.0 GB of 80.0 GB, load 64 %, 58 °C, 412 W, H100"
+    memory, rest = "40.0 GB of 80.0 GB, 31.0 GB by this process", "load 64 %, 58 °C, 412 W, H100"
+    assert gpu == f"━━━━━━╸ 50% {memory}, {rest}"
     assert " ".join(panel(shown, panels.host)) == (
         "load 3.5 of 16 cores · swap 1.0 GB of 8.0 GB used · /dev/shm 3.0 GB of 4.0 GB "
         "free · disk 500.0 GB of 2.0 TB free"

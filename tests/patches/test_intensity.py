@@ -458,6 +458,21 @@ def test_values_beyond_float32_are_cut_so_that_their_differences_are_finite():
     assert intensity.within_float32(integers) is integers
 
 
+def test_every_uint16_is_widened_to_itself_and_other_types_stay():
+    box = torch.from_numpy(np.arange(2**16, dtype=np.uint16).reshape(4, 8, 2048)[:, ::2])
+    assert intensity.widened(box).dtype == torch.int32
+    assert intensity.widened(box).tolist() == box.numpy().tolist()
+    for dtype in (torch.uint8, torch.int16, torch.int32, torch.float32):
+        assert intensity.widened(other := torch.zeros(3, dtype=dtype)) is other
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_every_uint16_is_widened_to_itself():
+    box = torch.from_numpy(np.arange(2**16, dtype=np.uint16)).pin_memory()
+    wide = intensity.widened(box.to("cuda", non_blocking=True))
+    assert wide.is_cuda and wide.tolist() == [*range(2**16)]
+
+
 def test_gamma_leaves_a_faint_patch_its_deviation():
     patch = (1e-9 * torch.rand(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)))[None]
     out = intensity.change_intensity(patch, [{"gamma": 2.0, "noise_seed": 1}], [(1, 1, 1)])

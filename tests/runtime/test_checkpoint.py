@@ -90,6 +90,39 @@ def test_rng_state_survives_the_file_and_repeats_the_draws(tmp_path):
     assert draw() == first != other
 
 
+def test_a_run_on_the_cpu_opens_no_cuda_context_for_its_generators(monkeypatch):
+    on_a_gpu = checkpoint.rng_state() | {"cuda": torch.zeros(16, dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: pytest.fail("a context"))
+    assert checkpoint.rng_state()["cuda"] is None
+    checkpoint.set_rng_state(on_a_gpu)  # the rest of it counts
+    assert torch.equal(torch.get_rng_state(), on_a_gpu["torch"])
+
+
+def test_a_run_on_a_gpu_keeps_its_generator_and_goes_on_from_a_cpu_without_it(monkeypatch):
+    of_a_cpu, given = checkpoint.rng_state(), []
+    state = torch.arange(16, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", given.append)
+    checkpoint.set_rng_state(of_a_cpu)
+    assert given == []
+    checkpoint.set_rng_state(checkpoint.rng_state())
+    assert len(given) == 1 and torch.equal(given[0], state)
+
+
+def test_memory_that_runs_out_while_a_file_is_read_is_no_damage(tmp_path, monkeypatch):
+    save(state_of(0), tmp_path / "last.pt")
+
+    def no_memory(*arguments, **how):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+
+    monkeypatch.setattr(torch, "load", no_memory)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load(tmp_path / "last.pt")
+
+
 def test_versions_are_plain_strings():
     versions = runs.versions()
     assert set(versions) == {"lamina", "python", "torch", "numpy", "platform"}

@@ -12,9 +12,10 @@ import model
 from runtime import composite_loss, microbatch
 from runtime.microbatch import MicroBatch
 from runtime.signals import CannotGoOn
+from tests.runtime.test_device_memory import GB, TEXTS, card, memory_error
 
+__all__ = ["card"]  # a fixture
 SHAPE = (8, 16, 16)
-NO_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB"
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ def batch(size=5):
 
 def micro_batch_of(net, size=None, checkpointing=False):
     micro_batch = MicroBatch(net, contextlib.nullcontext)
-    micro_batch.load_state_dict({"size": size, "checkpointing": checkpointing})
+    micro_batch.load_state_dict({"size": size, "checkpointing": checkpointing})  # an older state
     return micro_batch
 
 
@@ -159,21 +160,22 @@ def test_a_part_as_large_as_the_batch_is_the_batch():
 # ---------------------------------------------------------------------------- out of memory
 
 
-def failing(net, most, where):
-    """The network finds no memory for more than `most` patches, in its forward or backward pass."""
+def failing(net, most, where, name="torch"):
+    """The network finds no memory for more than `most` patches, or without recomputation, in its
+    forward or backward pass; name: of the error."""
     calls, forward = [], net.forward
 
     def limited(x):
         logits = forward(x)
-        if torch.is_grad_enabled() and len(x) > most:
+        if torch.is_grad_enabled() and (len(x) > most or not net.checkpointing):
             calls.append(len(x))
             if where == "forward":
-                raise torch.OutOfMemoryError(NO_MEMORY)
+                raise memory_error(name)
             logits[0].register_hook(raising)
         return logits
 
     def raising(gradient):
-        raise torch.OutOfMemoryError(NO_MEMORY)
+        raise memory_error(name)
 
     net.forward = limited
     return calls
@@ -195,38 +197,71 @@ def step_of(micro_batch, terms, forward=None):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_step_that_finds_no_memory_is_done_again_in_ever_smaller_parts(where):
+def test_a_step_that_finds_no_memory_recomputes_and_then_takes_ever_smaller_parts(where):
     terms = {"soft_dice": {"weight": 1.0, "batch": True}}
     net = network()
     micro_batch = micro_batch_of(net)
     calls = failing(net, 1, where)
     reports = step_of(micro_batch, terms)
-    assert calls == [5, 3, 2] and [f["micro_batch"] for _, f in reports] == [3, 2, 1]
+    assert calls == [5, 5, 3, 2]
+    assert [f["micro_batch"] for _, f in reports] == [None, 3, 2, 1]
+    assert all(f["checkpointing"] for _, f in reports) and net.checkpointing
+    assert "activations are recomputed in the backward pass" in reports[0][0]
     assert (
-        "batches of 5 go through the network 3 at a time, with the same gradient" in reports[0][0]
+        "batches of 5 go through the network 3 at a time, with the same gradient" in reports[1][0]
     )
     assert torch.allclose(gradients(net), trained(terms), rtol=0, atol=1e-6)  # and none twice
     assert step_of(micro_batch, terms) == []  # it is remembered
 
 
+@pytest.mark.parametrize("name", TEXTS)
+def test_after_each_error_of_memory_a_step_goes_on_to_the_same_gradient(card, name):
+    terms, net = {"soft_dice": {"weight": 1.0, "batch": True}}, network()
+    failing(net, 3, "backward", name)
+    assert len(step_of(micro_batch_of(net), terms)) == 2
+    assert torch.allclose(gradients(net), trained(terms), rtol=0, atol=1e-6)
+
+
+def test_recomputed_activations_drop_the_same_units_and_give_the_same_gradient():
+    def gradient(checkpointing):
+        net = network(dropout=0.5)
+        micro_batch = micro_batch_of(net, None, checkpointing)
+        torch.manual_seed(3)
+        micro_batch.backward(micro_batch.forward(batch()[0])[0].square().mean())
+        return gradients(net), torch.get_rng_state()
+
+    (kept, after), (recomputed, after_recomputed) = gradient(False), gradient(True)
+    assert torch.equal(kept, recomputed) and torch.equal(after, after_recomputed)
+
+
+def test_a_network_that_cannot_recompute_takes_parts_at_once():
+    net = torch.nn.Conv3d(1, 1, 1)
+    micro_batch = micro_batch_of(net)
+    micro_batch.start()
+    micro_batch.forward(batch()[0])
+    micro_batch.shrink(memory_error("find"), microbatch.nothing)
+    assert micro_batch.state_dict() == {"size": 3, "checkpointing": False, "memory": None}
+
+
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_when_one_patch_is_too_much_activations_are_recomputed_and_then_nothing_is_left(where):
+def test_when_one_patch_is_too_much_nothing_is_left_and_the_error_is_shown(where):
     net = network()
     micro_batch, reports = micro_batch_of(net), []
-    failing(net, 0, where)
+    failing(net, 0, where, "find")
     before = torch.get_rng_state()
     micro_batch.start()
-    text = r"^cpu ran out of memory with one patch at a time.*sampling.patch"
+    text = (
+        r"^cpu ran out of memory with one patch at a time and activations recomputed; lower "
+        r"sampling.patch .*; the error was: FIND was unable to find an engine"
+    )
     with pytest.raises(CannotGoOn, match=text):
         while True:
             try:
                 micro_batch.backward(micro_batch.forward(batch()[0])[0].mean())
             except RuntimeError as error:
                 micro_batch.shrink(error, lambda kind, text, **f: reports.append((text, f)))
-    assert [f["micro_batch"] for _, f in reports] == [3, 2, 1, 1]
-    assert [f["checkpointing"] for _, f in reports] == [False] * 3 + [True]
-    assert net.checkpointing and micro_batch.checkpointing
-    assert "model.checkpointing" in reports[-1][0]
+    assert [f["micro_batch"] for _, f in reports] == [None, 3, 2, 1]
+    assert "model.checkpointing" in reports[0][0]
     assert all(p.grad is None for p in net.parameters())
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -246,26 +281,11 @@ def test_a_pass_that_failed_leaves_no_activation_to_the_next_one(where):
         alive.append(sum(ref() is not None for ref in activations))
         logits = micro_batch.forward(image)
         if where == "loss" and micro_batch.size != 2:
-            raise torch.OutOfMemoryError(NO_MEMORY)
+            raise memory_error("torch")
         return logits
 
     step_of(micro_batch, {"soft_dice": {"weight": 1.0}}, forward)
     assert len(activations) > 3 and alive[:3] == [0, 0, 0]  # 5, then 3, then 2 patches at once
-
-
-def test_the_activations_of_a_failed_pass_are_gone_before_the_device_is_asked_for_its_memory():
-    kept = []
-
-    def fails():
-        activation = torch.zeros(3)
-        kept.append(weakref.ref(activation))
-        raise torch.OutOfMemoryError(NO_MEMORY)
-
-    try:
-        fails()
-    except RuntimeError as error:
-        microbatch.free_memory(error, "cpu")
-        assert kept[0]() is None  # while the error, which refers to the frame, is still there
 
 
 def test_another_attempt_draws_what_the_first_one_drew():
@@ -275,7 +295,7 @@ def test_another_attempt_draws_what_the_first_one_drew():
         drawn.append(float(torch.rand(1)))
         if len(drawn) < 3:
             micro_batch.forward(image)
-            raise torch.OutOfMemoryError(NO_MEMORY)
+            raise memory_error("torch")
         return micro_batch.forward(image)
 
     step_of(micro_batch, {"soft_dice": {"weight": 1.0}}, forward)
@@ -286,7 +306,7 @@ def test_any_other_error_is_raised_as_it_is():
     micro_batch = micro_batch_of(network())
     with pytest.raises(RuntimeError, match=r"^shapes differ$"):
         micro_batch.shrink(RuntimeError("shapes differ"), microbatch.nothing)
-    assert micro_batch.state_dict() == {"size": None, "checkpointing": False}
+    assert micro_batch.state_dict() == {"size": None, "checkpointing": False, "memory": None}
 
 
 def test_the_state_of_a_run_that_is_resumed_holds_from_the_start():
@@ -296,19 +316,38 @@ def test_the_state_of_a_run_that_is_resumed_holds_from_the_start():
     assert micro_batch.forward(batch()[0])[0].is_leaf and len(micro_batch._parts) == 5
 
 
-@pytest.mark.parametrize(
-    "error, memory",
-    [
-        (torch.OutOfMemoryError("x"), True),
-        (
-            RuntimeError("[enforce fail] CPUAllocator: can't allocate memory: you tried"),
-            True,
-        ),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
-        (RuntimeError("CUDA error: out of memory"), True),
-        (RuntimeError("size mismatch"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_errors_of_memory_are_known_whoever_raises_them(error, memory):
-    assert microbatch.out_of_memory(error) is memory
+@pytest.fixture
+def on_a_card(card, monkeypatch):
+    """A `MicroBatch` maker whose network seems to lie on the card."""
+    monkeypatch.setattr(MicroBatch, "_device", torch.device("cuda"))
+    monkeypatch.setattr(microbatch, "_set_generators", lambda device, states: None)
+    return lambda: micro_batch_of(network())
+
+
+def test_what_did_not_fit_is_kept_with_the_memory_of_the_card_and_forgotten_on_a_larger_one(
+    card, on_a_card
+):
+    micro_batch, reports = on_a_card(), []
+    for _ in range(2):
+        micro_batch.batch = 4
+        micro_batch.shrink(memory_error("get"), lambda kind, text, **_: reports.append(text))
+    state = micro_batch.state_dict()
+    assert state == {"size": 2, "checkpointing": True, "memory": 80 * GB}
+    assert "cuda ran out of memory (80.0 GB, this run took up to 7.0, 0.2 are free)" in reports[0]
+    for total in (80, 24):
+        card.total, resumed = total * GB, on_a_card()
+        assert resumed.load_state_dict(state) == [] and resumed.network.checkpointing
+        assert resumed.state_dict() == state  # of the larger card, until this one lacks memory
+    card.total, resumed = 141 * GB, on_a_card()
+    (line,) = resumed.load_state_dict(state)
+    assert "this GPU has 141.0 GB" in line and "one of 80.0" in line and "tried again" in line
+    assert resumed.state_dict() == on_a_card().state_dict() and not resumed.network.checkpointing
+
+
+def test_the_smaller_of_two_states_has_the_smaller_card(on_a_card):
+    one = on_a_card()
+    one.take_smaller({"size": 2, "checkpointing": False, "memory": 24 * GB})
+    assert one.state_dict() == {"size": 2, "checkpointing": False, "memory": 24 * GB}
+    one.take_smaller({"size": None, "checkpointing": True, "memory": 80 * GB})
+    assert one.state_dict() == {"size": 2, "checkpointing": True, "memory": 24 * GB}
+    assert one.network.checkpointing

@@ -108,7 +108,7 @@ def test_a_stopped_run_saves_its_last_whole_step_and_says_how_to_go_on(made, cap
     assert ending.leave(run, Stopped("signal SIGTERM")) == 75
     ((loop, also),) = saver.given
     assert (loop["step"], loop["lines"], loop["excluded"], also) == (7, 5, {}, None)
-    assert loop["micro_batch"] == {"size": None, "checkpointing": False}
+    assert loop["micro_batch"] == {"size": None, "checkpointing": False, "memory": None}
     assert [e["event"] for e in log.events] == ["saved", "stop"]  # a stop that is told is saved
     assert log.of("stop") == [
         {"event": "stop", "step": 7, "epoch": 1, "reason": "signal SIGTERM", "status": 75}

@@ -6,11 +6,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from runtime import outputs
-from runtime.microbatch import nothing
-from runtime.signals import CannotGoOn
+from runtime import outputs, sliding_window
 from runtime.sliding_window import (
-    WindowFit,
     blend_weights,
     predict_slabs,
     predict_volume,
@@ -19,7 +16,9 @@ from runtime.sliding_window import (
     window_rows,
     window_starts,
 )
+from tests.runtime.test_device_memory import TEXTS, card, memory_error
 
+__all__ = ["card"]  # a fixture
 torch.set_num_threads(1)
 
 
@@ -275,45 +274,18 @@ def test_any_dtype_and_byte_order_is_read(dtype):
     np.testing.assert_allclose(probs[0], volume[0] / 128, atol=1e-6)
 
 
+def test_every_uint16_reaches_the_network_as_it_is_stored():
+    volume, seen = np.arange(2**16, dtype=np.uint16).reshape(1, 16, 64, 64), []
+
+    def network(x):
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    predict_volume(network, volume, (16, 64, 64), 0.0)
+    assert np.array_equal(seen[0][0].numpy(), volume)
+
+
 # ---------------------------------------------------------------------------- too little memory
-
-
-def lowered(fit, times):
-    """(windows, where the slab lies) at first and after each of so many errors."""
-    states = [(fit.batch, fit.slab_device)]
-    for _ in range(times):
-        fit.lower(torch.OutOfMemoryError("CUDA out of memory"))
-        states.append((fit.batch, fit.slab_device))
-    return states
-
-
-def test_windows_are_halved_and_then_the_results_lie_on_the_cpu():
-    reports, device = [], torch.device("meta")  # as a device that is not the CPU
-    fit = WindowFit((4, 5, 6), 6, device, {}, lambda kind, text, **f: reports.append(text))
-    cpu = torch.device("cpu")
-    assert lowered(fit, 3) == [(6, device), (3, device), (1, device), (1, cpu)]
-    assert "3 windows at once" in reports[0] and "results on the CPU" in reports[2]
-    assert "volume of 4x5x6" in reports[0]
-    with pytest.raises(CannotGoOn, match=r"volume of 4x5x6 with one window.*inference.window"):
-        fit.lower(torch.OutOfMemoryError("CUDA out of memory"))
-
-
-def test_what_a_size_needed_is_where_it_and_larger_ones_begin_and_smaller_ones_do_not():
-    known = {}
-    lowered(WindowFit((4, 10, 10), 8, "meta", known, nothing), 1)
-    lowered(WindowFit((9, 10, 10), 8, "meta", known, nothing), 3)
-    assert known == {"4x10x10": [4, False], "9x10x10": [1, True]}
-    begin = {
-        shape: WindowFit(shape, 8, "meta", known, nothing)
-        for shape in [(3, 10, 10), (10, 4, 10), (8, 10, 10), (30, 30, 30)]
-    }
-    assert [fit.batch for fit in begin.values()] == [8, 4, 4, 1]
-    assert [fit.on_cpu for fit in begin.values()] == [False, False, False, True]
-
-
-def test_fewer_windows_than_what_fitted_stay_as_they_are():
-    fit = WindowFit((4, 4, 4), 1, "meta", {"2x2x2": [4, False]}, nothing)
-    assert (fit.batch, fit.on_cpu) == (1, False)
 
 
 def test_results_that_do_not_fit_at_first_are_those_of_a_volume_that_fits(monkeypatch):
@@ -327,15 +299,25 @@ def test_results_that_do_not_fit_at_first_are_those_of_a_volume_that_fits(monkey
     expected = predict_volume(same, volume, (6, 6, 6), 0.5)
     monkeypatch.setattr(torch, "zeros", small)
     probs = predict_volume(same, volume, (6, 6, 6), 0.5, batch=2, remembered=known)
-    assert known == {"11x9x10": [1, True]}
+    assert known == {"11x9x10": [1, True, None]}
     np.testing.assert_array_equal(probs, expected)
 
 
-def test_an_error_of_another_kind_in_a_prediction_is_raised_and_nothing_is_remembered():
-    known = {}
-    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
-        WindowFit((4, 4, 4), 2, "meta", known, nothing).lower(RuntimeError("shapes differ"))
-    assert known == {}
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_prediction_goes_on_after_each_error_of_memory(card, monkeypatch, name):
+    volume, call, failed = random_volume(8, 9, 10), sliding_window._call, []
+
+    def small(network, patches, *rest):
+        if len(patches) > 1 or not failed or failed[-1] > 1:
+            failed.append(len(patches))
+            raise memory_error(name)
+        return call(network, patches, *rest)
+
+    expected = predict_volume(same, volume, (6, 6, 6), 0.5)
+    monkeypatch.setattr(sliding_window, "_call", small)
+    probs = predict_volume(same, volume, (6, 6, 6), 0.5, batch=4)
+    assert failed == [4, 2, 1]
+    np.testing.assert_allclose(probs, expected, rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------- the call
