@@ -71,5 +71,7 @@ class StepBatches:
 
     def _fetch(self):
         accumulate = self.plan.settings.training.accumulate
-        self._next = list(itertools.islice(self.batches, accumulate))
-        self.timer.mark("wait")
+        try:
+            self._next = list(itertools.islice(self.batches, accumulate))
+        finally:
+            self.timer.mark("wait")  # every step has this part
