@@ -32,7 +32,9 @@ class Check:
 
     def __init__(self, batches, norm):
         self._names = [*(name for components in batches for name in components), "gradient"]
-        tensors = [value.detach().float() for components in batches for value in components.values()]
+        tensors = [
+            value.detach().float() for components in batches for value in components.values()
+        ]
         values = torch.stack([*tensors, norm.float()])
         self._values = values.to("cpu", non_blocking=True)  # of CUDA to pinned memory
         # What is queued after this is not waited for.

@@ -84,7 +84,8 @@ def test_the_weights_after_some_steps_are_those_of_the_run(tmp_path, changes):
     torch.manual_seed(settings.run.seed)
     plan = build.resolve(settings)
     trainer = training_step.Trainer(plan)
-    source = training_step.batches(plan, build.make_patches(plan), 3 * settings.training.accumulate)
+    count = 3 * settings.training.accumulate
+    source = training_step.batches(plan, build.make_patches(plan), count + 1, per_epoch=count)
     step = functools.partial(trainer.step, training_step.from_loader(plan, source))
     training_step.run_steps(step, range(3), CPU)
     assert all(torch.equal(w, trained[n]) for n, w in trainer.network.state_dict().items())
@@ -93,7 +94,7 @@ def test_the_weights_after_some_steps_are_those_of_the_run(tmp_path, changes):
 def test_a_step_marks_its_parts_and_one_without_data_has_no_data_parts(root):
     plan = build.resolve(make_settings(root))
     patches, trainer = build.make_patches(plan), training_step.Trainer(plan)
-    with contextlib.closing(training_step.batches(plan, patches, 2)) as source:
+    with contextlib.closing(training_step.batches(plan, patches, 2 + 1)) as source:
         step = functools.partial(trainer.step, training_step.from_loader(plan, source))
         real = training_step.run_steps(step, range(2), CPU)
     drawn = build.augment_batch(plan, [patches[0, 0]])
