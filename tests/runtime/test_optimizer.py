@@ -1,4 +1,4 @@
-"""AdamW in one kernel on CUDA, for which a network on the CPU stands here, and as ever elsewhere."""
+"""AdamW: in one kernel on CUDA, for which a network on the CPU stands here, elsewhere as ever."""
 
 import copy
 from types import SimpleNamespace
