@@ -27,6 +27,7 @@ from losses import (
     batch_weight,
     boundary_loss,
     soft_skeletons,
+    start_homology,
 )
 
 DEFAULTS = {
@@ -85,6 +86,10 @@ def composite_loss(
     }
     if over_ranks is not None:
         parts = _weighted(parts, acts_now, terms, over_ranks)
+
+    for name, acts in acts_now.items():
+        for _, scale in parts[name] if acts else ():
+            scale.start(name, terms[name])
 
     total, components = 0.0, {}
     for name, acts in acts_now.items():
@@ -190,6 +195,12 @@ class _Scale:
         self.skeletons = functools.cache(functools.partial(soft_skeletons, *self.arguments))
         boundary = functools.partial(boundary_loss, *self.arguments, **self.weighting)
         self.boundary = functools.cache(boundary)
+
+    def start(self, name, settings):
+        """Begin what a term computes on the host, while the device goes on with other terms."""
+        if FROM_CALLER.get(name) == "homology":
+            how = {key: settings[key] for key in ("window", "windows") if key in settings}
+            self.homology = start_homology(*self.arguments, **how)
 
     def term(self, name, settings):
         keywords = {key: value for key, value in settings.items() if key not in DEFAULTS}
