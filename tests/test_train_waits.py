@@ -20,6 +20,7 @@ from tests.test_training_step import make_root, make_settings
 PREPARE = ["fetch", "copy", "resample"]
 EVERY_TERM = [f"loss.{name}.weight=0.1" for name in ("cldice", "morph_skeleton", "skeleton_recall")]
 EVERY_TERM += ["loss.surface_distance={weight: 0.1, tolerance: 2}"]
+EVERY_TERM += ["loss.toploss={weight: 0.1, window: [8, 8, 8]}"]  # a thread of its own waits
 
 
 @pytest.fixture
