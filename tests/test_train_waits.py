@@ -198,3 +198,26 @@ def test_on_cuda_the_check_waits_for_its_own_copy_and_for_nothing_queued_later(m
     check = nonfinite.Check([{"dice": torch.tensor(0.5)}], norm)
     assert calls == ["copy to cpu", "event"]
     assert check.names() == ["gradient"] and calls[2:] == ["wait"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_no_operation_of_a_step_waits_for_the_device(root, monkeypatch):
+    start, log_step, steps = timer.StepTimer.start, run.Run.log_step, []
+
+    def begins(self):
+        start(self)
+        steps.append(0)
+        torch.cuda.set_sync_debug_mode("error" if len(steps) > 1 else "default")
+
+    def ends(self, *arguments):
+        torch.cuda.set_sync_debug_mode("default")
+        log_step(self, *arguments)
+
+    monkeypatch.setattr(timer.StepTimer, "start", begins)
+    monkeypatch.setattr(run.Run, "log_step", ends)
+    on_cuda = ["run.device=cuda", "augment.elastic=1", "augment.noise=1", "augment.dropout=1"]
+    try:
+        assert train.main(make_settings(root, *EVERY_TERM, *on_cuda)) == 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == 3
