@@ -37,9 +37,9 @@ class Check:
         ]
         values = torch.stack([*tensors, norm.float()])
         self._values = values.to("cpu", non_blocking=True)  # of CUDA to pinned memory
-        # What is queued after this is not waited for.
-        stream = torch.cuda.current_stream(values.device) if values.is_cuda else None
-        self._copied = stream and stream.record_event()
+        self._copied = None
+        if values.is_cuda:  # what is queued after this is not waited for
+            self._copied = torch.cuda.current_stream(values.device).record_event()
 
     def names(self):
         """Names of what is not finite: loss components, "gradient"; [] if all is well.
