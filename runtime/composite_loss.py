@@ -69,8 +69,7 @@ def composite_loss(
     they get is the loss of one batch of all their samples: see `losses.batch_weight`.
 
     components holds each term's value, averaged over scales but without the term's own weight,
-    `<name>_boundary` where a boundary replaced it, and "total" = sum of weight * component:
-    detached tensors on the device, since `.item()` would wait for it.
+    `<name>_boundary` where a boundary replaced it, and "total": detached, and on the device.
 
     ValueError for names and numbers that no term has (the nearest one is offered).
     """
@@ -90,7 +89,6 @@ def composite_loss(
     for name, acts in acts_now.items():
         for _, scale in parts[name] if acts else ():
             scale.start(name, terms[name])
-
     total, components = 0.0, {}
     for name, acts in acts_now.items():
         component = 0.0
