@@ -14,7 +14,7 @@ number for each of them, None: all alike) the weighted mean.
 In an invalid voxel the gradient is exactly 0, and neither its logit nor its target, whatever they
 hold, can change the value. Without any valid voxel a term is 0, its gradient is 0 and backward
 still works. Only `toploss_loss`, and distances by another backend than `native`, wait for the
-device. Nothing is changed in place.
+device; `start_homology` lets other terms go on meanwhile. Nothing is changed in place.
 
 To add a term: write the function below, name it in `LOSSES`, and its settings in settings.py. The
 file needs topology/ beside it and nothing else of this project.
@@ -23,12 +23,13 @@ file needs topology/ beside it and nothing else of this project.
 import functools
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 
 from topology.distance import edt, truncated_edt
-from topology.persistence import topological_losses
+from topology.persistence import losses_of_plans, plan
 from topology.soft_skeleton import soft_skeleton
 
 NEVER = -1e4  # a logit whose sigmoid is 0 in float32, and its slope too
@@ -291,7 +292,10 @@ def boundary_loss(logits, target, valid=None, *, smooth=1.0, class_weights=None)
     return _mean_per_sample(differs / (total + smooth), valid, class_weights)
 
 
-def toploss_loss(logits, target, valid=None, *, window=(48, 48, 48), windows=2, class_weights=None):
+def toploss_loss(
+    logits, target, valid=None, *, window=(48, 48, 48), windows=2, homology=None,
+    class_weights=None,
+):  # fmt: skip
     """Persistent homology of the probabilities against the target's Betti numbers, in [0, 1.5].
 
     The mean of `topological_losses` (Hu et al. 2019) over windows of the batch. Windows of `window`
@@ -299,30 +303,53 @@ def toploss_loss(logits, target, valid=None, *, window=(48, 48, 48), windows=2, 
     whole batch, and of all classes, with the largest sum of |p - target| are used, each with the
     weight of its class. Components, loops and hollows that the target lacks are removed, those that
     the prediction lacks are restored, through the few critical voxels that decide them; see
-    persistence.py for unlabeled voxels.
+    persistence.py for unlabeled voxels. homology: of `start_homology` with the same arguments;
+    None: computed here.
 
     Without an error in any window: 0. On the CPU: about 0.1 s for 48 voxels cubed.
     """
+    if homology is None:
+        homology = start_homology(logits, target, valid, window=window, windows=windows)
+    probs, _, _ = _foreground(logits, target, valid)
+    weights = _weighted(torch.ones_like(probs[:, :, 0, 0, 0]), class_weights).flatten()
+    probs = probs.flatten(0, 1)
+    worst, plans = homology.result()
+    if not worst:
+        return probs.sum() * 0.0
+    losses = losses_of_plans([probs[box] for box in worst], plans)
+    return (losses * torch.stack([weights[number] for number, *_ in worst])).mean()
+
+
+@torch.no_grad()
+def start_homology(logits, target, valid=None, *, window=(48, 48, 48), windows=2):
+    """Begin what `toploss_loss` computes on the host, in threads; a Future for its `homology`."""
     if windows < 1 or len(window) != 3 or min(window) < 1:
         raise ValueError(
             f"toploss: expected windows >= 1 and a window of three sizes >= 1, "
             f"got {windows} and {window}"
         )
-    volumes = _foreground(logits, target, valid)
-    weights = _weighted(torch.ones_like(volumes[0][:, :, 0, 0, 0]), class_weights).flatten()
-    volumes = [x.flatten(0, 1) for x in volumes]
-    probs, target, _ = volumes
-    with torch.no_grad():
-        boxes = [(i, *box) for i in range(len(probs)) for box in _boxes(probs.shape[1:], window)]
-        errors = (probs - target).abs()
-        sums = torch.stack([errors[box].sum() for box in boxes])
-        sums = sums.nan_to_num(nan=math.inf).tolist()  # NaN must reach the loss
-    worst = sorted(range(len(boxes)), key=lambda i: -sums[i])[:windows]
-    worst = [boxes[i] for i in worst if sums[i] > 0]
-    if not worst:
-        return probs.sum() * 0.0
-    losses = topological_losses([[x[box] for x in volumes] for box in worst])
-    return (losses * weights[[number for number, *_ in worst]]).mean()
+    probs, target, valid = (x.flatten(0, 1) for x in _foreground(logits, target, valid))
+    boxes = [(i, *box) for i in range(len(probs)) for box in _boxes(probs.shape[1:], window)]
+    errors = (probs - target).abs()
+    sums = torch.stack([errors[box].sum() for box in boxes])
+    sums = sums.nan_to_num(nan=math.inf)  # NaN must reach the loss
+    # Whole volumes: which windows are needed is known on the device alone so far.
+    copies = [x.to("cpu", non_blocking=True) for x in (sums, probs, target > 0.5, valid)]
+    copied = torch.cuda.current_stream(probs.device).record_event() if probs.is_cuda else None
+    threads = torch.get_num_threads()
+
+    def homology():
+        if copied:
+            copied.synchronize()
+        sums, *volumes = (x.numpy() for x in copies)
+        worst = sorted(range(len(boxes)), key=lambda i: -sums[i])[:windows]
+        worst = [boxes[i] for i in worst if sums[i] > 0]
+        return worst, plan([[x[box] for x in volumes] for box in worst], threads)
+
+    thread = ThreadPoolExecutor(1)
+    future = thread.submit(homology)
+    thread.shutdown(wait=False)  # it ends with its work
+    return future
 
 
 def _boxes(shape, window):
@@ -371,4 +398,5 @@ FROM_CALLER = {
     "morph_skeleton": "skeletons",
     "surface_distance": "spacing",
     "skeleton_recall": "skeleton",
+    "toploss": "homology",
 }

@@ -27,12 +27,13 @@ import torch
 
 import data
 import model
-from patches import transfer
 from runtime import build, checkpoint, config, cuda, distributed, folder, nonfinite, signals
 from runtime.composite_loss import composite_loss
 from runtime.ending import STOPPED, WRONG_INPUT, WrongInput, checked
 from runtime.microbatch import MicroBatch
+from runtime.optimizer import make_optimizer
 from runtime.run import Run
+from runtime.step_batches import StepBatches
 from runtime.timer import StepTimer
 from volumes.processes import cores, run_script
 
@@ -83,9 +84,7 @@ def train(settings, resume, group):
     # ------------------------------------------------------------------ network, optimizer
     network = build.make_network(plan)  # on the device; strides fit the patch and the spacing
     ema = copy.deepcopy(network).requires_grad_(False)  # what is evaluated; with decay 0 a copy
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
-    )
+    optimizer = make_optimizer(network, optim, device)
     scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")
     micro_batch = MicroBatch(network, plan.autocast)  # a batch in parts, where memory is short
     schedule = optim.model_dump(
@@ -98,13 +97,14 @@ def train(settings, resume, group):
     if settings.model.compile:
         network.compile()  # in place: the names in the state stay as they are
     class_names = {c: n for n, c in plan.dataset.classes.items() if c in patches.classes}
-    copy_stream, timer = transfer.copy_stream(device), StepTimer(device)
+    timer = StepTimer(device)
 
     # ------------------------------------------------------------------ loop
     # One pass more than there are steps: the state is evaluated and saved at one place, before the
     # step. So step 0 is the untrained network, and the last pass only looks.
     with run:  # the folder is ours; on the way out, however that comes, the state is saved
         batches = build.make_batches(plan, patches, run)
+        step_batches = StepBatches(plan, batches, timer)
         run.begin(batches, build.make_validator(plan, run))
         network.train()
         while True:
@@ -125,18 +125,14 @@ def train(settings, resume, group):
             for weights in optimizer.param_groups:
                 weights["lr"] = lr
             timer.start()
-            step_samples = [next(batches) for _ in range(accumulate)]
-            timer.mark("wait")
+            samples_of_step = step_batches.take()  # of the first step; later ones have come before
             group.seed_step(settings.run.seed, step)
             micro_batch.start()
             while True:  # once more, in smaller parts, if the device ran out of memory
                 try:
                     results = []
-                    for samples in step_samples:
-                        samples = transfer.to_device(samples, device, copy_stream)
-                        timer.mark("transfer")
-                        image, target, valid, skeleton = build.augment_batch(plan, samples)
-                        timer.mark("augment")
+                    for samples in samples_of_step:
+                        image, target, valid, skeleton = step_batches.on_device(samples)
                         logits = micro_batch.forward(image)  # (B, K, D, H, W), of all scales
                         timer.mark("forward")
                         loss, components = composite_loss(
@@ -157,7 +153,10 @@ def train(settings, resume, group):
                 timer.mark("ranks")
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), optim.clip or math.inf)
-            broken = nonfinite.find([c for c, _ in results], norm)  # waits for the device
+            check = nonfinite.Check([c for c, _ in results], norm)  # on its way to the host
+            timer.mark("optimizer")
+            step_batches.fetch_next()  # what the device does while the host waits and goes on
+            broken = check.names()  # waits for the device, once in a step
             if not broken:
                 scaler.step(optimizer)
                 model.update_ema(ema, network, optim.ema, step)
@@ -168,7 +167,7 @@ def train(settings, resume, group):
             # -------------------------------------------------------------- from here only looking
 
             if broken:
-                run.skip(broken, [s for samples in step_samples for s in samples], scaler)
+                run.skip(broken, [s for samples in samples_of_step for s in samples], scaler)
             else:
                 run.count(results)
             run.log_step(lr, timer)

@@ -134,7 +134,7 @@ def measure(plan, steps, read_load):
     """(parts of a step with data, the same without, {figure: value}) of the full training step."""
     numbers = range(WARM_UP + steps)
     patches, load = planning.make_patches(plan), None
-    with contextlib.closing(training_step.batches(plan, patches, len(numbers))) as source:
+    with contextlib.closing(training_step.batches(plan, patches, len(numbers) + 1)) as source:
         with training_step.PeakMemory(plan.device) as peak:
             trainer = training_step.Trainer(plan)
             step = functools.partial(trainer.step, training_step.from_loader(plan, source))

@@ -2,17 +2,19 @@
 
     plan = planning.resolve(settings)
     trainer = training_step.Trainer(plan)
-    source = training_step.batches(plan, planning.make_patches(plan), 20)
+    source = training_step.batches(plan, planning.make_patches(plan), 20 + 1)
     with contextlib.closing(source):                      # or the workers stay
         step = functools.partial(trainer.step, training_step.from_loader(plan, source))
         steps = training_step.run_steps(step, range(20), plan.device)
     training_step.medians(steps), training_step.wait_share(steps)
 
-The step is that of train.py: the same parts, in the same order, under the same names. Nothing is
+The step is that of train.py: the same parts, in the same order, under the same names; it fetches
+the first batch of the next step too, so that a source has one more than the steps take. Nothing is
 written.
 """
 
 import copy
+import math
 import statistics
 import threading
 
@@ -21,7 +23,8 @@ import torch
 
 import data
 from patches import transfer
-from runtime import build, composite_loss, timer
+from runtime import build, composite_loss, nonfinite, timer
+from runtime.optimizer import make_optimizer
 
 SAMPLED_EVERY = 0.02  # seconds between two looks at the resident memory
 
@@ -74,51 +77,48 @@ class Trainer:
     """
 
     def __init__(self, plan, terms=None):
-        self.plan, optim = plan, plan.settings.optim
+        self.plan = plan
         self.terms = plan.terms if terms is None else terms
         self.network = build.make_network(plan)
         if plan.settings.model.compile:
             self.network.compile()
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=optim.lr,
-            betas=optim.betas,
-            weight_decay=optim.weight_decay,
-        )
+        self.optimizer = make_optimizer(self.network, plan.settings.optim, plan.device)
+        self.fetched = []
         fp16 = plan.precision == "fp16"
         self.scaler = torch.amp.GradScaler(plan.device.type, enabled=fp16)
 
     def step(self, fetch, number, ticks):
-        """Optimiser step `number` on what fetch(ticks) gives; marks its parts on the clock."""
-        accumulate = self.plan.settings.training.accumulate
+        """Optimizer step `number` on what fetch(ticks) gives; marks its parts on the clock."""
+        accumulate, components = self.plan.settings.training.accumulate, []
         for _ in range(accumulate):
-            image, *truth = fetch(ticks)
+            image, *truth = self.fetched.pop() if self.fetched else fetch(ticks)
             with self.plan.autocast():
                 logits = self.network(image)
             ticks.mark("forward")
-            loss = self._loss(logits, *truth, number=number)
+            loss, values = self._loss(logits, *truth, number=number)
+            components.append(values)
             ticks.mark("loss")
             self.scaler.scale(loss / accumulate).backward()
             ticks.mark("backward")
-        self._update()
+        optim, weights = self.plan.settings.optim, list(self.network.parameters())
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(weights, optim.clip or math.inf)
+        check = nonfinite.Check(components, norm)
+        ticks.mark("optimizer")
+        self.fetched.append(fetch(ticks))
+        if not check.names():
+            self.scaler.step(self.optimizer)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - optim.ema)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         ticks.mark("optimizer")
 
     def _loss(self, logits, target, valid, skeleton, *, number):
         about = {"spacing": self.plan.spacing, "skeleton": skeleton, "step": number}
         about |= self.plan.classes
-        return composite_loss.composite_loss(logits, target, valid, self.terms, **about)[0]
-
-    def _update(self):
-        optim, weights = self.plan.settings.optim, list(self.network.parameters())
-        self.scaler.unscale_(self.optimizer)
-        if optim.clip:
-            torch.nn.utils.clip_grad_norm_(weights, optim.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - optim.ema)
+        return composite_loss.composite_loss(logits, target, valid, self.terms, **about)
 
 
 # ---------------------------------------------------------------------------- time

@@ -27,6 +27,7 @@ from losses import (
     batch_weight,
     boundary_loss,
     soft_skeletons,
+    start_homology,
 )
 
 DEFAULTS = {
@@ -68,8 +69,7 @@ def composite_loss(
     they get is the loss of one batch of all their samples: see `losses.batch_weight`.
 
     components holds each term's value, averaged over scales but without the term's own weight,
-    `<name>_boundary` where a boundary replaced it, and "total" = sum of weight * component:
-    detached tensors on the device, since `.item()` would wait for it.
+    `<name>_boundary` where a boundary replaced it, and "total": detached, and on the device.
 
     ValueError for names and numbers that no term has (the nearest one is offered).
     """
@@ -86,6 +86,9 @@ def composite_loss(
     if over_ranks is not None:
         parts = _weighted(parts, acts_now, terms, over_ranks)
 
+    for name, acts in acts_now.items():
+        for _, scale in parts[name] if acts else ():
+            scale.start(name, terms[name])
     total, components = 0.0, {}
     for name, acts in acts_now.items():
         component = 0.0
@@ -190,6 +193,12 @@ class _Scale:
         self.skeletons = functools.cache(functools.partial(soft_skeletons, *self.arguments))
         boundary = functools.partial(boundary_loss, *self.arguments, **self.weighting)
         self.boundary = functools.cache(boundary)
+
+    def start(self, name, settings):
+        """Begin what a term computes on the host, while the device goes on with other terms."""
+        if FROM_CALLER.get(name) == "homology":
+            how = {key: settings[key] for key in ("window", "windows") if key in settings}
+            self.homology = start_homology(*self.arguments, **how)
 
     def term(self, name, settings):
         keywords = {key: value for key, value in settings.items() if key not in DEFAULTS}

@@ -230,7 +230,8 @@ class Ranks(Group):
         means = [b for b in network.buffers() if b.is_floating_point()]  # of a batch norm
         tensors = [*(weight.grad for weight in weights), *means]
         numbers = [value for pair in results for part in pair for value in part.values()]
-        numbers = [torch.as_tensor(n, dtype=torch.float32).to(weights[0].device) for n in numbers]
+        like = torch.zeros((), device=weights[0].device)  # a copy from the host would wait for it
+        numbers = [n.float() if torch.is_tensor(n) else torch.full_like(like, n) for n in numbers]
         flat = torch.cat([*(t.float().flatten() for t in tensors), torch.stack(numbers)])
         self._together(dist.all_reduce, flat, device=flat.device.type)
         *parts, numbers = (flat / self.size).split([*(t.numel() for t in tensors), len(numbers)])

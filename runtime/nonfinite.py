@@ -24,18 +24,34 @@ class Fault(NamedTuple):
     cases: list
 
 
-def find(batches, norm):
-    """Names of what is not finite: loss components, "gradient"; [] if all is well.
+class Check:
+    """Whether the losses and the gradient of a step are finite, on its way from the device.
 
-    batches: list of {name: scalar tensor}, one dict a batch; norm: of the gradient. Waits for the
-    device, once.
+    batches: list of {name: scalar tensor}, one dict a batch; norm: of the gradient.
     """
-    names = [name for components in batches for name in components]
-    tensors = [value for components in batches for value in components.values()]
-    values = torch.stack([*(v.detach().float() for v in tensors), norm.float()]).tolist()
-    wrong = [n for n, v in zip([*names, "gradient"], values, strict=True) if not math.isfinite(v)]
-    terms = [name for name in dict.fromkeys(wrong) if name != "total"]
-    return terms or wrong[:1]
+
+    def __init__(self, batches, norm):
+        self._names = [*(name for components in batches for name in components), "gradient"]
+        tensors = [
+            value.detach().float() for components in batches for value in components.values()
+        ]
+        values = torch.stack([*tensors, norm.float()])
+        self._values = values.to("cpu", non_blocking=True)  # of CUDA to pinned memory
+        self._copied = None
+        if values.is_cuda:  # what is queued after this is not waited for
+            self._copied = torch.cuda.current_stream(values.device).record_event()
+
+    def names(self):
+        """Names of what is not finite: loss components, "gradient"; [] if all is well.
+
+        Waits for the device, if it has not come so far.
+        """
+        if self._copied:
+            self._copied.synchronize()
+        values = zip(self._names, self._values.tolist(), strict=True)
+        wrong = [name for name, value in values if not math.isfinite(value)]
+        terms = [name for name in dict.fromkeys(wrong) if name != "total"]
+        return terms or wrong[:1]
 
 
 @torch.no_grad()
@@ -44,15 +60,13 @@ def explain(names, samples, network, augment, *, fp16_scale=None, gather=lambda 
 
     samples: of the whole step; augment(samples) -> (image, ...) as the step had it; network: sees
     them in fp32; fp16_scale: of the loss, None where the network does not run in fp16; gather:
-    makes a list of the values of all ranks, which have samples of their own.
+    makes a list of the values of all ranks, which have samples of their own. Where all losses are
+    finite in fp16, the gradient has overflown: that is no riddle, and nothing is run again.
     """
-    weights = [n for n, p in network.named_parameters() if not bool(p.isfinite().all())]
-    devices = {p.device for p in network.parameters() if p.is_cuda}
-    causes = {}
-    with torch.random.fork_rng(devices):  # looking changes no later random number
-        for sample in samples if not weights else []:
-            if cause := _wrong(sample, network, augment):
-                causes[sample["case"]] = cause
+    overflow = fp16_scale is not None and fp16_scale >= SMALLEST_SCALE
+    weights, causes = [], {}
+    if not (overflow and names == ["gradient"]):
+        weights, causes = _look(samples, network, augment)
     found = gather((causes, [sample["case"] for sample in samples]))
     causes = {case: cause for one, _ in found for case, cause in one.items()}
     cases = list(causes) or list(dict.fromkeys(case for _, some in found for case in some))
@@ -63,8 +77,8 @@ def explain(names, samples, network, augment, *, fp16_scale=None, gather=lambda 
         where = ", ".join(f"case {case}: {cause}" for case, cause in causes.items())
         return Fault(f"{what}; {where}", True, cases)
     listed = ", ".join(cases)
-    if fp16_scale is not None and fp16_scale >= SMALLEST_SCALE:
-        text = f"{what}, but is in fp32: an overflow of fp16 at a loss scale of {fp16_scale:g}"
+    if overflow:
+        text = f"{what}: an overflow of fp16 at a loss scale of {fp16_scale:g}"
         return Fault(f"{text}, with the cases {listed}", False, cases)
     return Fault(f"{what}, with the cases {listed}, none of them alone", True, cases)
 
@@ -105,11 +119,24 @@ class SkippedSteps:
         return [f"steps without an update, by case: {listed}"] if cases else []
 
 
+def _look(samples, network, augment):
+    """(names of weights that are not finite, {case: what is not finite of it} if there are none)"""
+    weights = [n for n, p in network.named_parameters() if not bool(p.isfinite().all())]
+    devices = {p.device for p in network.parameters() if p.is_cuda}
+    causes = {}
+    with torch.random.fork_rng(devices):  # looking changes no later random number
+        for sample in samples if not weights else []:
+            if cause := _wrong(sample, network, augment):
+                causes[sample["case"]] = cause
+    return weights, causes
+
+
 def _wrong(sample, network, augment):
     """What is not finite of a sample on its way through the network, or None."""
     image, voxel = augment([sample])[0], "x".join(str(int(n)) for n in sample["voxel"])
     if not bool(image.isfinite().all()):
         return f"the image is not (patch around voxel {voxel})"
-    if not all(bool(scale.isfinite().all()) for scale in listed(network(image))):
+    # By forward: a call would compile a compiled network again, for this batch and precision.
+    if not all(bool(scale.isfinite().all()) for scale in listed(network.forward(image))):
         return f"the network's output is not (patch around voxel {voxel})"
     return None

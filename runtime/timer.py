@@ -9,7 +9,8 @@
 
 On CUDA a mark is an event in the device's own queue, so that none of them makes the host wait, and
 a part is the device's time for it. "wait" is then the time in which the device had nothing to do
-until data came. A mark costs microseconds.
+until data came. A mark costs microseconds. Data parts of a step are of the batches that it fetches,
+which are the next step's.
 """
 
 import time

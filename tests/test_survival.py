@@ -120,6 +120,25 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     assert kills.differences(run_folder(straight), run_folder(tmp_path)) == []
 
 
+def test_a_signal_while_the_next_batch_does_not_come_keeps_the_step_that_is_computed(
+    root, tmp_path, straight, monkeypatch
+):
+    receive = data.Batches._receive
+
+    def stalled(self):
+        if self.number == 3:  # it is fetched in the step before
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.poll()
+        return receive(self)
+
+    monkeypatch.setattr(data.Batches, "_receive", stalled)
+    assert train.main(settings(root, tmp_path)) == 75
+    assert weights_of(run_folder(tmp_path))["loop"]["step"] == 3
+    monkeypatch.undo()
+    assert train.main(settings(root, tmp_path), resume=True) == 0
+    assert kills.differences(run_folder(straight), run_folder(tmp_path)) == []
+
+
 def test_a_signal_does_not_wait_for_validation_to_end(root, tmp_path, monkeypatch):
     windows_seen = []
 
@@ -259,6 +278,29 @@ def test_a_case_that_is_cut_short_is_named_left_out_and_listed(root, tmp_path, m
     assert report["case"] == "bar1" and "bar1.h5" in report["text"]
     assert "left out: case bar1" in capsys.readouterr().out.split("done:")[1]
     assert list(weights_of(run_folder(tmp_path))["loop"]["excluded"]) == ["bar1"]
+
+
+def test_a_case_left_out_of_the_next_batch_is_so_in_the_run_that_goes_on_from_there(
+    root, tmp_path, monkeypatch
+):
+    read = data.PatchDataset._sample
+
+    def gone(self, epoch, index):
+        if epoch == 1 and self.case_of((epoch, index)) == "bar1":
+            raise OSError("bar1.h5: gone")
+        return read(self, epoch, index)
+
+    monkeypatch.setattr(data, "PAUSES", ())
+    monkeypatch.setattr(data.PatchDataset, "_sample", gone)
+    changes = ["data.max_excluded=0.5", "training.max_epochs=2", "training.train_batch_size=2"]
+    assert train.main(settings(root, tmp_path / "straight", *changes)) == 0
+    iterations = settings(root, tmp_path).training.train_iterations_per_epoch
+    after_step(monkeypatch, iterations - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train.main(settings(root, tmp_path, *changes)) == 75
+    state = weights_of(run_folder(tmp_path))["loop"]
+    assert state["step"] == iterations and list(state["excluded"]) == ["bar1"]
+    assert train.main(settings(root, tmp_path, *changes), resume=True) == 0
+    assert kills.differences(run_folder(tmp_path / "straight"), run_folder(tmp_path)) == []
 
 
 def test_more_cases_left_out_than_allowed_stop_the_run_with_its_state(

@@ -84,7 +84,8 @@ def test_the_weights_after_some_steps_are_those_of_the_run(tmp_path, changes):
     torch.manual_seed(settings.run.seed)
     plan = build.resolve(settings)
     trainer = training_step.Trainer(plan)
-    source = training_step.batches(plan, build.make_patches(plan), 3 * settings.training.accumulate)
+    count = 3 * settings.training.accumulate
+    source = training_step.batches(plan, build.make_patches(plan), count + 1, per_epoch=count)
     step = functools.partial(trainer.step, training_step.from_loader(plan, source))
     training_step.run_steps(step, range(3), CPU)
     assert all(torch.equal(w, trained[n]) for n, w in trainer.network.state_dict().items())
@@ -93,7 +94,7 @@ def test_the_weights_after_some_steps_are_those_of_the_run(tmp_path, changes):
 def test_a_step_marks_its_parts_and_one_without_data_has_no_data_parts(root):
     plan = build.resolve(make_settings(root))
     patches, trainer = build.make_patches(plan), training_step.Trainer(plan)
-    with contextlib.closing(training_step.batches(plan, patches, 2)) as source:
+    with contextlib.closing(training_step.batches(plan, patches, 2 + 1)) as source:
         step = functools.partial(trainer.step, training_step.from_loader(plan, source))
         real = training_step.run_steps(step, range(2), CPU)
     drawn = build.augment_batch(plan, [patches[0, 0]])
@@ -169,3 +170,36 @@ def test_peak_memory_sees_what_was_held_only_for_a_while():
         del held
     assert 60e6 < peak.ram < 100e6
     assert peak.gpu is None and peak.reserved is None
+
+
+def test_a_compiled_network_trains_alike_on_all_scales_in_parts_and_with_activations_recomputed(
+    root, monkeypatch
+):
+    compile, loss = torch.nn.Module.compile, train.composite_loss
+    graphs = []
+
+    def traced(graph, inputs):  # what a compiler is given; compiling it would take a minute
+        graphs.append(graph)
+        return graph.forward
+
+    def short_of_memory(logits, *arguments, **named):
+        scales.append(len(logits))
+        if len(scales) in (2, 4):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(logits, *arguments, **named)
+
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", functools.partialmethod(compile, backend=traced)
+    )
+    monkeypatch.setattr(train, "composite_loss", short_of_memory)
+    changes = ["model.base=2", "model.multipliers=[1,1,1]", "model.blocks=1"]
+    changes += ["sampling.patch=[16,16,16]", "training.train_batch_size=2"]
+    changes += ["training.accumulate=2", "training.max_steps=2"]
+    for name in ("plain", "compiled"):
+        scales, own = [], [f"run.name={name}", f"model.compile={name == 'compiled'}"]
+        assert train.main(make_settings(root, *changes, *own)) == 0
+        assert set(scales) == {2} and bool(graphs) == (name == "compiled")
+    a, b = (checkpoint.load(root / f"runs/{n}/checkpoints/last.pt") for n in ("plain", "compiled"))
+    learnt = a["loop"]["micro_batch"]
+    assert learnt["size"] == 1 and learnt["checkpointing"]
+    assert all(torch.equal(weight, b["model"][name]) for name, weight in a["model"].items())

@@ -138,15 +138,32 @@ def topological_losses(windows):
     """
     windows = [(p if p.dtype == torch.float64 else p.float(), t, v) for p, t, v in windows]
     arrays = [_to_host(*window) for window in windows]
-    with ThreadPoolExecutor(max(1, min(len(windows), torch.get_num_threads()))) as pool:
-        plans = list(pool.map(_plan, arrays))
-    costs = [_cost(probs, *plan) for (probs, _, _), plan in zip(windows, plans, strict=True)]
+    return losses_of_plans(
+        [probs for probs, _, _ in windows], plan(arrays, torch.get_num_threads())
+    )
+
+
+def plan(windows, threads):
+    """What `losses_of_plans` needs of each window: it takes nearly all the time, on the host alone.
+
+    windows: N of (probs, label, valid), arrays (D, H, W), the last two bool.
+    """
+    with ThreadPoolExecutor(max(1, min(len(windows), threads))) as pool:
+        return list(pool.map(_plan, windows))
+
+
+def losses_of_plans(windows, plans):
+    """The losses (N,) of the probabilities of N windows, tensors with graph, from their plans."""
+    costs = [_cost(probs, *plan) for probs, plan in zip(windows, plans, strict=True)]
     return torch.stack(costs) if costs else torch.zeros(0)
 
 
 def _cost(probs, classes, constant, count):
     """The loss of a window from its `_plan`; the graph goes through probs here."""
-    births, deaths, wanted = torch.from_numpy(classes).to(probs.device)  # (N,) each, in one copy
+    classes = torch.from_numpy(classes)
+    if probs.is_cuda:
+        classes = classes.pin_memory()  # or the copy would wait for the device
+    births, deaths, wanted = classes.to(probs.device, non_blocking=True)  # (N,) each, in one copy
     levels = 1.0 - probs.flatten()
     born = levels.index_select(0, births)
     died = torch.where(deaths < 0, EMPTY_LEVEL, levels.index_select(0, deaths.clamp(min=0)))

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import losses
+import runtime.composite_loss
 from losses import (
     LOSSES,
     boundary_loss,
@@ -190,6 +192,25 @@ def test_terms_take_turns(intervals):
         for name in busy:
             seen[name] += 1
     assert seen == {name: 48 // terms[name]["interval"] for name in seen}
+
+
+def test_homology_is_begun_once_and_before_other_terms_whatever_their_order(monkeypatch):
+    calls, terms = [], {"toploss": {"weight": 0.5, "window": [4, 4, 4]}, "soft_dice": {"weight": 1}}
+    start, dice = losses.start_homology, losses.soft_dice_loss
+
+    def called(name, function):
+        return lambda *arguments, **named: (calls.append(name), function(*arguments, **named))[1]
+
+    for module in (losses, runtime.composite_loss):
+        monkeypatch.setattr(module, "start_homology", called("homology", start))
+    monkeypatch.setitem(LOSSES, "soft_dice", called("dice", dice))
+    logits, target, valid = draw()
+    first, _ = composite_loss(logits, target, valid, terms)
+    second, _ = composite_loss(logits, target, valid, dict(reversed(terms.items())))
+    assert calls == ["homology", "dice"] * 2
+    alone = losses.toploss_loss(logits, target, valid, window=(4, 4, 4))
+    torch.testing.assert_close(first, 0.5 * alone + dice(logits, target, valid))
+    torch.testing.assert_close(first, second)
 
 
 def test_terms_of_one_scale_share_their_skeletons(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runtime.microbatch import nothing
-from runtime.nonfinite import Fault, SkippedSteps, explain, find
+from runtime.nonfinite import Check, Fault, SkippedSteps, explain
 from runtime.signals import CannotGoOn
 
 
@@ -39,20 +39,20 @@ ONE = torch.tensor(1.0)
 
 
 def test_finite_losses_and_gradients_are_no_fault():
-    assert find([parts(dice=0.5, total=1.0), parts(dice=0.1, total=0.2)], ONE) == []
+    assert Check([parts(dice=0.5, total=1.0), parts(dice=0.1, total=0.2)], ONE).names() == []
 
 
 def test_the_terms_are_named_once_and_not_their_sum():
     batches = [parts(bce=1.0, dice=math.nan, total=math.nan), parts(dice=math.inf, total=math.inf)]
-    assert find(batches, torch.tensor(math.nan)) == ["dice", "gradient"]
+    assert Check(batches, torch.tensor(math.nan)).names() == ["dice", "gradient"]
 
 
 def test_a_sum_that_overflows_alone_is_named_itself():
-    assert find([parts(dice=1.0, total=math.inf)], ONE) == ["total"]
+    assert Check([parts(dice=1.0, total=math.inf)], ONE).names() == ["total"]
 
 
 def test_a_gradient_can_be_wrong_where_no_loss_is():
-    assert find([parts(dice=1.0, total=1.0)], torch.tensor(math.inf)) == ["gradient"]
+    assert Check([parts(dice=1.0, total=1.0)], torch.tensor(math.inf)).names() == ["gradient"]
 
 
 # ---------------------------------------------------------------------------- why
@@ -86,10 +86,25 @@ def test_weights_that_are_not_finite_are_no_fault_of_a_case():
     assert "the weights are not (weight); lower optim.lr" in fault.text
 
 
-def test_what_is_finite_in_fp32_is_an_overflow_of_fp16_that_breaks_nothing():
-    fault = explain(["gradient"], [sample("a")], Network(), draw, fp16_scale=65536.0)
+def test_a_gradient_beyond_fp16_where_all_losses_are_finite_is_told_without_a_look():
+    fault = explain(["gradient"], [sample("a")], network=None, augment=None, fp16_scale=65536.0)
     assert not fault.broken and fault.cases == ["a"]
     assert "an overflow of fp16 at a loss scale of 65536, with the cases a" in fault.text
+
+
+def test_a_loss_that_is_finite_in_fp32_is_an_overflow_of_fp16_that_breaks_nothing():
+    fault = explain(["dice"], [sample("a")], Network(), draw, fp16_scale=65536.0)
+    assert not fault.broken and fault.cases == ["a"]
+    assert "an overflow of fp16 at a loss scale of 65536, with the cases a" in fault.text
+
+
+def test_a_compiled_network_is_looked_at_without_compiling():
+    network, compiled = Network(), []
+    network.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    explain(["dice"], [sample("a"), sample("far", 100.0)], network, draw)
+    assert not compiled
+    network(torch.ones(1, 1, 2, 2, 2))
+    assert compiled
 
 
 @pytest.mark.parametrize("scale", [None, 0.5])
