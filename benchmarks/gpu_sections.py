@@ -335,7 +335,7 @@ SECTIONS = {
     "equal": (equal, 70),
     "ladder": (ladder, 60),
     "tests": (tests, 150),
-    "train": (gpu_steps.train, 120),
+    "train": (gpu_steps.train, 150),
     "step": (gpu_steps.step, 110),
     "inference": (inference, 70),
     "terms": (terms, 30),

@@ -49,8 +49,10 @@ def run_training(check, name, *changes):
 
 
 def train(check):
-    small = ["model.base=2", "model.multipliers=[1,2]", "model.blocks=1", "run.threads=1"]
-    small += ["sampling.patch=[16,32,32]", "training.workers=0", "monitor.log_every=1"]
+    small = ["model.multipliers=[1,2]", "model.blocks=1", "sampling.patch=[16,32,32]"]
+    small += ["training.workers=0", "monitor.log_every=1", f"model.base={2 if check.small else 8}"]
+    small += ["run.threads=1"] * check.small
+    resume(check, small)
     steps = 4 if check.small else 160
     iterations = f"training.train_iterations_per_epoch={steps}"
     how = small if check.small else ["monitor.log_every=8", "monitor.seconds=0.25"]
@@ -74,6 +76,9 @@ def train(check):
         check.note("train", "GPU load, percent", round(statistics.mean(loads), 1))
     check.note("train", "system, the last line", machine[-1])
 
+
+def resume(check, small):
+    """A run that was stopped and resumed against one that was not, with run.deterministic."""
     exact = [*small, "run.deterministic=true", "validation.untrained=false"]
     exact.append(f"training.train_iterations_per_epoch={4 if check.small else 12}")
     straight = run_training(check, "straight", *exact)
