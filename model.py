@@ -12,9 +12,10 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from norm_mish import norm_mish
 
 SMALLEST_AXIS = 4  # voxels that a halving must leave, or instance norm has nothing to average
 PRIOR = 0.1  # probability of foreground of an untrained network (Lin et al. 2017)
@@ -98,13 +99,12 @@ class ResidualBlock(nn.Module):
         self.norm1 = nn.InstanceNorm3d(outputs, affine=True)
         self.conv2 = nn.Conv3d(outputs, outputs, kernel, padding=padding, bias=False)
         self.norm2 = nn.InstanceNorm3d(outputs, affine=True)
-        self.dropout = nn.Dropout3d(dropout) if dropout else nn.Identity()
+        self.dropout = nn.Dropout3d(dropout) if dropout else None
         self.project = nn.Conv3d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x):
-        out = F.mish(self.norm1(self.conv1(x)))
-        out = self.dropout(self.norm2(self.conv2(out)))
-        return F.mish(out + self.project(x))
+        out = norm_mish(self.conv1(x), self.norm1)
+        return norm_mish(self.conv2(out), self.norm2, self.dropout, self.project(x))
 
 
 def _blocks(count, inputs, outputs, kernel, dropout):
@@ -151,7 +151,6 @@ class UNet3D(nn.Module):
         self.stem = nn.Sequential(
             nn.Conv3d(in_channels, widths[0], kernels[0], padding=padding, bias=False),
             nn.InstanceNorm3d(widths[0], affine=True),
-            nn.Mish(),
         )
         self.downs, self.encoder = nn.ModuleList(), nn.ModuleList()
         for i, (width, stride, kernel) in enumerate(zip(widths, strides, kernels, strict=True)):
@@ -188,7 +187,8 @@ class UNet3D(nn.Module):
             if n % factor:
                 raise ValueError(f"{axis}: expected a multiple of {factor} voxels, got {n}")
         skips = []
-        x = self.stem(x)
+        convolution, norm = self.stem
+        x = norm_mish(convolution(x), norm)
         for down, stage in zip(self.downs, self.encoder, strict=True):
             x = self._run(stage, down(x))
             skips.append(x)

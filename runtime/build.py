@@ -13,6 +13,7 @@ import torch
 
 import data
 import model
+import norm_mish
 from monitoring import machine
 from patches import augment, cache, feed
 from runtime import (
@@ -385,6 +386,7 @@ def announce(plan, network, patches):
     return [
         f"device     {plan.device} ({plan.device_reason}), {torch.get_num_threads()} CPU threads",
         f"precision  {plan.precision} ({plan.precision_reason})",
+        *([f"norm, Mish {norm_mish.fused(plan.device)[1]}"] if plan.device.type == "cuda" else []),
         f"data       {len(split.train)} train, {len(split.validation)} validation, "
         f"{len(split.test)} test cases of {settings.data.root}, spacing {plan.spacing} "
         f"{plan.dataset.unit}",

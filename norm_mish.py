@@ -1,0 +1,275 @@
+"""Instance norm, a residual and Mish in one pass: on a GPU by two Triton kernels each way.
+
+    y = norm_mish(x, norm)                                 # mish(norm(x))
+    y = norm_mish(x, norm, dropout, residual)              # mish(dropout(norm(x)) + residual)
+
+x (B, C, D, H, W), contiguous or channels_last_3d; norm an affine nn.InstanceNorm3d, dropout an
+nn.Dropout3d. torch's own instance norm gives one block of threads to each channel of each patch,
+which leaves most of a GPU idle, and norm and Mish apart read and write each voxel some ten times
+more often and keep the normed voxels for the backward pass. Here a sum is spread over the chip:
+chunks of voxels are summed by as many programs, and their sums by one more. Elsewhere it is plain
+torch: on a CPU, under torch.compile, and on a GPU where Triton cannot run.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:  # no CUDA build of torch
+    triton, MISSING = None, str(error)
+
+TILE = 2048  # numbers that a program holds at once: voxels x channels
+MOST_CHANNELS = 64  # of a tile
+MOST_CHUNKS = 512  # of the voxels of a patch
+
+
+def norm_mish(x, norm, dropout=None, residual=None):
+    """mish(dropout(norm(x)) + residual), (B, C, D, H, W), of x's type."""
+    if torch.compiler.is_compiling() or not fused(x.device)[0]:  # a compiler fuses by itself
+        y = norm(x) if dropout is None else dropout(norm(x))
+        return F.mish(y if residual is None else y + residual)
+    scale, shift = norm.weight.expand(x.shape[:2]), norm.bias.expand(x.shape[:2])
+    if dropout is not None:  # drops whole channels
+        keep = dropout(torch.ones_like(scale)[..., None, None, None]).flatten(1)
+        scale, shift = scale * keep, shift * keep
+    return FusedNormMish.apply(x, scale, shift, residual, norm.eps)
+
+
+@functools.cache
+def fused(device):
+    """(whether Triton's kernels run on a device, reason): tried once, on a few voxels."""
+    if device.type != "cuda" or triton is None:
+        return False, "plain torch" if device.type != "cuda" else f"without Triton: {MISSING}"
+    try:
+        wrong = _difference(device)
+    except Exception as error:  # it needs a compiler of C, a folder to write to, a card it knows
+        return False, f"Triton cannot run: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return (True, "fused by Triton") if wrong < 1e-4 else (False, f"Triton is off by {wrong:.1g}")
+
+
+def _difference(device):
+    """The largest difference between the kernels and torch, of values and gradients."""
+    numbers = torch.randn(2, 1, 8, 2, 4, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    one, zero = torch.ones(1, 8, device=device), torch.zeros(1, 8, device=device)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        x, y = (n.clone().requires_grad_() for n in numbers)
+        found = FusedNormMish.apply(x, one, zero, y, 1e-5)
+        expected = F.mish(F.instance_norm(x) + y)
+        gradients = (torch.autograd.grad(z.square().sum(), (x, y)) for z in (found, expected))
+        pairs = [(found, expected), *zip(*gradients, strict=True)]
+        wrong = torch.stack([(a - b).detach().abs().max() for a, b in pairs])
+    return float(wrong.max())  # NaN if one is
+
+
+class FusedNormMish(torch.autograd.Function):
+    """mish(scale * (x - mean) / std + shift + residual).
+
+    x and residual (B, C, D, H, W), residual may be None; scale and shift (B, C) float32. mean and
+    std are of the voxels of each channel of each patch. Sums are float32; the same bits each time.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, residual, eps):
+        x, scale, shift = _channels_last(x), *(t.float().contiguous() for t in (scale, shift))
+        if residual is not None:
+            residual = _channels_last(residual.to(x.dtype))
+        grid, sizes, constants = _launch(x)
+        parts = x.new_empty((2, x.shape[0], grid[0], x.shape[1]), dtype=torch.float32)
+        _moments[grid](x, parts, *sizes, **constants)
+        sums, y = parts.sum(2), torch.empty_like(x)
+        has = {"HAS_RESIDUAL": residual is not None}
+        other = x if residual is None else residual
+        _apply[grid](x, other, y, sums, scale, shift, eps, *sizes, **has, **constants)
+        ctx.save_for_backward(x, scale, shift, residual, sums)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, scale, shift, residual, sums = ctx.saved_tensors
+        grad = _channels_last(grad.to(x.dtype))
+        grid, sizes, constants = _launch(x)
+        parts = x.new_empty((2, x.shape[0], grid[0], x.shape[1]), dtype=torch.float32)
+        has = {"HAS_RESIDUAL": residual is not None}
+        inner = grad if residual is None else torch.empty_like(x)  # the gradient of Mish's input
+        other = x if residual is None else residual
+        _sum_gradients[grid](
+            x, other, grad, inner, parts, sums, scale, shift, ctx.eps, *sizes, **has, **constants
+        )
+        totals, of_x = parts.sum(2), torch.empty_like(x)
+        _input_gradient[grid](
+            x, inner, of_x, totals, sums, scale, shift, ctx.eps, *sizes, **has, **constants
+        )
+        return of_x, totals[1], totals[0], None if residual is None else inner, None
+
+
+def _channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _launch(x):
+    """(grid, arguments, constants) of a kernel; the grid is chunks of voxels, channels, patches."""
+    batch, channels, voxels = x.shape[0], x.shape[1], x[0, 0].numel()
+    unit, tile = 1 if channels % 8 else 8, min(MOST_CHANNELS, triton.next_power_of_2(channels))
+    chunks = min(MOST_CHUNKS, triton.cdiv(voxels * tile, 4 * TILE))
+    constants = {"UNIT": unit, "TILE_C": tile, "TILE_V": TILE // tile}
+    grid = (chunks, triton.cdiv(channels, tile), batch)
+    return grid, (voxels, channels // unit, triton.cdiv(voxels, chunks)), constants
+
+
+if triton:
+
+    @triton.jit
+    def _place(voxels, channels, TILE_C: tl.constexpr):
+        """(channels of this program, which of them exist, offsets of their first voxels)."""
+        c = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
+        return c, c < channels, tl.program_id(2).to(tl.int64) * voxels * channels + c
+
+    @triton.jit
+    def _tile(first, start, end, real, channels, TILE_V: tl.constexpr):
+        """(offsets of the voxels from start, which of them are inside), (TILE_V, TILE_C)."""
+        v = start + tl.arange(0, TILE_V)
+        offset = first[None, :] + v.to(tl.int64)[:, None] * channels
+        return offset, (v < end)[:, None] & real[None, :]
+
+    @triton.jit
+    def _moments(
+        x, parts, voxels, channels, chunk,
+        UNIT: tl.constexpr, TILE_C: tl.constexpr, TILE_V: tl.constexpr,
+    ):  # fmt: skip
+        """Sums of x - (its first voxel) and of its square, of each chunk and channel."""
+        channels *= UNIT  # so that a thread knows that it may read 16 bytes at once
+        c, real, first = _place(voxels, channels, TILE_C)
+        origin = tl.load(x + first, real, other=0.0).to(tl.float32)[None, :]
+        total = tl.zeros((TILE_V, TILE_C), tl.float32)
+        square = tl.zeros((TILE_V, TILE_C), tl.float32)
+        begin = tl.program_id(0) * chunk
+        end = tl.minimum(begin + chunk, voxels)
+        for start in range(begin, end, TILE_V):
+            place, inside = _tile(first, start, end, real, channels, TILE_V)
+            value = tl.load(x + place, inside, other=0.0).to(tl.float32)
+            value = tl.where(inside, value - origin, 0.0)
+            total += value
+            square += value * value
+        _store(parts, total, square, channels, c, real)
+
+    @triton.jit
+    def _store(parts, one, two, channels, c, real):
+        """Sums over a tile's voxels to parts (2, B, chunks, C)."""
+        chunks = tl.num_programs(0)
+        row = (tl.program_id(2) * chunks + tl.program_id(0)) * channels + c
+        size = tl.num_programs(2) * chunks * channels
+        tl.store(parts + row, tl.sum(one, 0), real)
+        tl.store(parts + size + row, tl.sum(two, 0), real)
+
+    @triton.jit
+    def _norm(x, first, sums, scale, shift, eps, voxels, channels, c, real):
+        """(mean, 1 / std, scale, shift) of the program's channels, each (1, TILE_C)."""
+        row, size = tl.program_id(2) * channels + c, tl.num_programs(2) * channels
+        origin = tl.load(x + first, real, other=0.0).to(tl.float32)
+        offset = tl.load(sums + row, real, other=0.0) / voxels
+        variance = tl.load(sums + size + row, real, other=1.0) / voxels - offset * offset
+        rate = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
+        scale = tl.load(scale + row, real, other=0.0)
+        shift = tl.load(shift + row, real, other=0.0)
+        return (origin + offset)[None, :], rate[None, :], scale[None, :], shift[None, :]
+
+    @triton.jit
+    def _apply(
+        x, residual, y, sums, scale, shift, eps, voxels, channels, chunk,
+        HAS_RESIDUAL: tl.constexpr,
+        UNIT: tl.constexpr, TILE_C: tl.constexpr, TILE_V: tl.constexpr,
+    ):  # fmt: skip
+        """y = mish(norm(x) + residual)."""
+        channels *= UNIT  # so that a thread knows that it may read 16 bytes at once
+        c, real, first = _place(voxels, channels, TILE_C)
+        mean, rate, scale, shift = _norm(
+            x, first, sums, scale, shift, eps, voxels, channels, c, real
+        )
+        begin = tl.program_id(0) * chunk
+        end = tl.minimum(begin + chunk, voxels)
+        for start in range(begin, end, TILE_V):
+            place, inside = _tile(first, start, end, real, channels, TILE_V)
+            value = tl.load(x + place, inside, other=0.0).to(tl.float32)
+            z = (value - mean) * (rate * scale) + shift
+            if HAS_RESIDUAL:
+                z += tl.load(residual + place, inside, other=0.0).to(tl.float32)
+            e = tl.exp(tl.minimum(z, 20.0))  # beyond, Mish is z itself
+            n = e * (e + 2.0)
+            tl.store(y + place, (z * (n / (n + 2.0))).to(y.dtype.element_ty), inside)
+
+    @triton.jit
+    def _sum_gradients(
+        x, residual, grad, inner, parts, sums, scale, shift, eps,
+        voxels, channels, chunk,
+        HAS_RESIDUAL: tl.constexpr,
+        UNIT: tl.constexpr, TILE_C: tl.constexpr, TILE_V: tl.constexpr,
+    ):  # fmt: skip
+        """Sums of the gradient of Mish's input, alone and times norm(x); stored if HAS_RESIDUAL."""
+        channels *= UNIT  # so that a thread knows that it may read 16 bytes at once
+        c, real, first = _place(voxels, channels, TILE_C)
+        mean, rate, scale, shift = _norm(
+            x, first, sums, scale, shift, eps, voxels, channels, c, real
+        )
+        total = tl.zeros((TILE_V, TILE_C), tl.float32)
+        product = tl.zeros((TILE_V, TILE_C), tl.float32)
+        begin = tl.program_id(0) * chunk
+        end = tl.minimum(begin + chunk, voxels)
+        for start in range(begin, end, TILE_V):
+            place, inside = _tile(first, start, end, real, channels, TILE_V)
+            normed = (tl.load(x + place, inside, other=0.0).to(tl.float32) - mean) * rate
+            g = tl.load(grad + place, inside, other=0.0).to(tl.float32)
+            z = normed * scale + shift
+            if HAS_RESIDUAL:
+                z += tl.load(residual + place, inside, other=0.0).to(tl.float32)
+            g = tl.where(inside, g * _slope(z), 0.0)
+            if HAS_RESIDUAL:
+                tl.store(inner + place, g.to(inner.dtype.element_ty), inside)
+            total += g
+            product += g * normed
+        _store(parts, total, product, channels, c, real)
+
+    @triton.jit
+    def _slope(z):
+        """The derivative of Mish, z * tanh(log(1 + exp(z)))."""
+        e = tl.exp(tl.minimum(z, 20.0))
+        n = e * (e + 2.0)
+        t = n / (n + 2.0)
+        return t + z * (1.0 + t) * (2.0 / (n + 2.0)) * (e / (1.0 + e))
+
+    @triton.jit
+    def _input_gradient(
+        x, inner, of_x, totals, sums, scale, shift, eps,
+        voxels, channels, chunk,
+        HAS_RESIDUAL: tl.constexpr,
+        UNIT: tl.constexpr, TILE_C: tl.constexpr, TILE_V: tl.constexpr,
+    ):  # fmt: skip
+        """The gradient of x. inner: that of Mish's input, or of its output if not HAS_RESIDUAL."""
+        channels *= UNIT  # so that a thread knows that it may read 16 bytes at once
+        c, real, first = _place(voxels, channels, TILE_C)
+        mean, rate, scale, shift = _norm(
+            x, first, sums, scale, shift, eps, voxels, channels, c, real
+        )
+        row, size = tl.program_id(2) * channels + c, tl.num_programs(2) * channels
+        mean_g = (tl.load(totals + row, real, other=0.0) / voxels)[None, :]
+        mean_p = (tl.load(totals + size + row, real, other=0.0) / voxels)[None, :]
+        begin = tl.program_id(0) * chunk
+        end = tl.minimum(begin + chunk, voxels)
+        for start in range(begin, end, TILE_V):
+            place, inside = _tile(first, start, end, real, channels, TILE_V)
+            normed = (tl.load(x + place, inside, other=0.0).to(tl.float32) - mean) * rate
+            g = tl.load(inner + place, inside, other=0.0).to(tl.float32)
+            if not HAS_RESIDUAL:
+                g *= _slope(normed * scale + shift)
+            g = (rate * scale) * (g - mean_g - normed * mean_p)
+            tl.store(of_x + place, g.to(of_x.dtype.element_ty), inside)
