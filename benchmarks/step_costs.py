@@ -75,7 +75,8 @@ class Costs(TorchDispatchMode):
 class Mish(torch.autograd.Function):
     """Mish of x, alone or fused with norm and residual; on meta, torch would count it in pieces.
 
-    passes: over x, forward and backward, each of them one more with a residual; kernels: each way.
+    passes: over x, forward and backward; a residual takes one more to read it, then one to read it
+    and one to write its gradient. kernels: each way.
     """
 
     @staticmethod
@@ -88,7 +89,7 @@ class Mish(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (x, residual), (costs, passes, kernels) = ctx.saved_tensors, ctx.about
-        costs.add(0, (passes + (residual is not None)) * x.nbytes, kernels)
+        costs.add(0, (passes + 2 * (residual is not None)) * x.nbytes, kernels)
         inner = None if residual is None else torch.empty_like(x)
         return torch.empty_like(x), inner, None, None, None
 

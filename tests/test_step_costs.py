@@ -34,5 +34,7 @@ def test_a_fused_norm_and_mish_takes_6_bytes_a_voxel_forward_and_10_backward():
     assert costs.bytes == 6 * x.numel()
     y.backward(y.detach())
     assert costs.bytes == 16 * x.numel() and costs.launches == 6
-    step_costs.Mish.apply(x, residual, costs, (3, 5), 3)  # which is read, too
+    y = step_costs.Mish.apply(x, residual, costs, (3, 5), 3)  # which is read, too
     assert costs.bytes == 24 * x.numel()
+    y.backward(y.detach())
+    assert costs.bytes == 38 * x.numel()
