@@ -22,9 +22,10 @@ UNLABELED = 0.4
 NO_MASK = ", no mask"
 BASE, ALL = "weighted_bce + soft_dice", "all seven terms"
 HAUSDORFF, SCIPY = "MONAI HausdorffDTLoss", "the same formula by scipy"
-# This peer drops the first channel of what it sums. Of one channel its value is 0, whatever the
-# input, but the work is done; two are what a user must give it. The bars take the cheaper case.
-CLDICE, CLDICE_TWO = "MONAI SoftclDiceLoss, 1 channel", "MONAI SoftclDiceLoss, 2 channels"
+BOUNDARY, CLDICE = "MONAI BoundaryLoss", "MONAI SoftclDiceLoss"
+DICE = (
+    "MONAI DiceLoss, ignore_index"  # the unlabeled voxels: the one peer here that can ignore them
+)
 
 
 class Patch(NamedTuple):
@@ -76,19 +77,19 @@ def peer_losses(patch):
     """{name: function of the logits} of the peers that can be imported."""
     found = {SCIPY: lambda logits: surface_distance_by_scipy(logits, patch.target)}
     try:
-        from monai.losses import HausdorffDTLoss, SoftclDiceLoss
+        from monai.losses import BoundaryLoss, DiceLoss, HausdorffDTLoss, SoftclDiceLoss
     except ImportError:
         return found
+    ignoring = torch.where(patch.valid, patch.target, 2.0)
+    smooth = {"smooth_nr": 1e-5, "smooth_dr": 1e-5}
+    dice, boundary = DiceLoss(sigmoid=True, ignore_index=2, **smooth), BoundaryLoss(sigmoid=True)
     hausdorff = HausdorffDTLoss(sigmoid=True, include_background=True)
-    cldice = SoftclDiceLoss(iter_=3)
-
-    def two(foreground):
-        return torch.cat([1.0 - foreground, foreground], 1)
-
+    cldice = SoftclDiceLoss(iter_=3, sigmoid=True)
     return found | {
         HAUSDORFF: lambda logits: hausdorff(logits, patch.target),
-        CLDICE: lambda logits: cldice(patch.target, torch.sigmoid(logits)),
-        CLDICE_TWO: lambda logits: cldice(two(patch.target), two(torch.sigmoid(logits))),
+        BOUNDARY: lambda logits: boundary(logits, patch.target),
+        CLDICE: lambda logits: cldice(logits, patch.target),
+        DICE: lambda logits: dice(logits, ignoring),
     }
 
 

@@ -36,8 +36,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from contenders import (
     ALL,
+    BOUNDARY,
     CLDICE,
-    CLDICE_TWO,
+    DICE,
     HAUSDORFF,
     NO_MASK,
     SCIPY,
@@ -61,11 +62,13 @@ SHAPE = (72, 136, 136)
 # Ours, the peer, how many times as long the peer must take at least. None: told, not judged.
 COMPARISONS = (
     ("surface_distance", HAUSDORFF, 25.0),
+    ("surface_distance", BOUNDARY, None),
     ("surface_distance", SCIPY, 6.0),
     ("cldice", CLDICE, 3.0),
-    ("cldice", CLDICE_TWO, None),
+    ("soft_dice", DICE, None),
     (ALL, HAUSDORFF, 1.0),
 )
+EQUAL = (("surface_distance" + NO_MASK, SCIPY), ("cldice" + NO_MASK, CLDICE), ("soft_dice", DICE))
 MOST_MEMORY = 1 / 3  # of cldice, as a share of SoftclDiceLoss
 MOST_GROWTH_MB = 20.0  # of the resident memory, from step 50 to the last of --leak
 MOST_ADDED = 0.25  # by the other terms to a training step; beside a small network they weigh more
@@ -133,8 +136,10 @@ def time_rows(device, repeats):
                     row = row._replace(bar=f">= {bar:g}", verdict=verdict(ratio >= bar))
             yield row
     yield from (Row(name, milliseconds(took[name])) for name in ours)
-    values = [float(f(patch.logits)) for f in (ours["surface_distance" + NO_MASK], peers[SCIPY])]
-    yield Row("surface_distance" + NO_MASK, f"{values[0]:.6f}", SCIPY, f"{values[1]:.6f}")
+    for name, peer in EQUAL:
+        if peer in peers:
+            values = [f"{float(loss(patch.logits)):.6f}" for loss in (ours[name], peers[peer])]
+            yield Row(f"{name}, its value", values[0], peer, values[1])
 
 
 def milliseconds(seconds):
@@ -212,18 +217,15 @@ def growth(steps, device):
 
 
 def memory_rows(arguments):
-    ours = in_a_fresh_process("cldice", arguments)
-    for peer in (CLDICE, CLDICE_TWO):
-        theirs = in_a_fresh_process(peer, arguments)
-        for kind in ours:
-            row = Row(f"cldice, {kind}", megabytes(ours[kind]), peer, "not installed")
-            if theirs:
-                share = ours[kind] / theirs[kind]
-                row = row._replace(theirs=megabytes(theirs[kind]), ratio=f"{share:.2f}")
-                if peer == CLDICE:
-                    holds = verdict(share <= MOST_MEMORY)
-                    row = row._replace(bar=f"<= {MOST_MEMORY:.2f}", verdict=holds)
-            yield row
+    ours, theirs = (in_a_fresh_process(name, arguments) for name in ("cldice", CLDICE))
+    for kind in ours:
+        row = Row(f"cldice, {kind}", megabytes(ours[kind]), CLDICE, "not installed")
+        if theirs:
+            share = ours[kind] / theirs[kind]
+            row = row._replace(theirs=megabytes(theirs[kind]), ratio=f"{share:.2f}")
+            holds = verdict(share <= MOST_MEMORY)
+            row = row._replace(bar=f"<= {MOST_MEMORY:.2f}", verdict=holds)
+        yield row
 
 
 def leak_rows(arguments):

@@ -1,73 +1,72 @@
-"""Training steps as other packages take them, with the network that they are given.
+"""The training steps of peers, on a network that gives logits of all scales, finest first.
 
-Each builder returns a function step(image, targets, ticks) that takes one optimiser step and marks
-its parts on a clock, or None where its package is not installed. image (B, C, D, H, W); targets:
-one (B, 1, d, h, w) of 0 and 1 for each output of the network, finest first.
+    step = nnunet_step(network, torch.float16)
+    value = step(image, targets)     # the loss; targets: (B, 1, d, h, w) of 0 and 1 for each scale
+
+Lower precision is for a GPU: on a CPU all is float32. Both set `cudnn.benchmark` and read the loss
+in each step, which waits for the device, as their peers do.
 """
 
-import importlib.util
-
-import numpy as np
 import torch
+import torch.nn.functional as F
 
-MONAI, NNUNET = "MONAI, DiceCE, AdamW, AMP", "nnU-Net, DC + CE at all scales, SGD, AMP"
 
+def monai_step(network):
+    """As MONAI's tutorials train: DiceCELoss of the finest scale, AdamW, bf16, one scheduler.
 
-def monai_step(network, device):
-    """The update of MONAI's SupervisedTrainer with amp, under its own loss of all scales."""
-    if importlib.util.find_spec("monai") is None:
-        return None
-    from monai.losses import DeepSupervisionLoss, DiceCELoss
+    ImportError where MONAI is not installed.
+    """
+    from monai.losses import DiceCELoss
 
-    loss = DeepSupervisionLoss(DiceCELoss(to_onehot_y=True, softmax=True))
+    torch.backends.cudnn.benchmark = True
+    dice_ce = DiceCELoss(sigmoid=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
-    return _amp_step(network, optimizer, lambda out, true: loss(out, true[0]), device, clip=None)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
 
-
-def nnunet_step(network, device):
-    """That of nnU-Net 2's trainer: scale weights 1, 1/2, ... with none for the coarsest."""
-    if importlib.util.find_spec("nnunetv2") is None:
-        return None
-    from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
-    from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-
-    one_scale = DC_and_CE_loss(
-        {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}
-    )
-
-    def loss(outputs, targets):
-        weights = 0.5 ** np.arange(len(outputs))
-        weights[-1] = 0 if len(outputs) > 1 else 1
-        return DeepSupervisionWrapper(one_scale, weights / weights.sum())(outputs, targets)
-
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=1e-2, weight_decay=3e-5, momentum=0.99, nesterov=True
-    )
-    return _amp_step(network, optimizer, loss, device, clip=12.0)
-
-
-def _amp_step(network, optimizer, loss, device, *, clip):
-    """A step in half precision on a GPU; in float32 on a CPU, where neither package has another."""
-    on_gpu = device.type == "cuda"
-    scaler = torch.amp.GradScaler(device.type, enabled=on_gpu)
-
-    def step(image, targets, ticks):
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype=torch.float16, enabled=on_gpu):
-            outputs = network(image)
-            ticks.mark("forward")
-            value = loss(outputs, targets)
-        ticks.mark("loss")
-        scaler.scale(value).backward()
-        ticks.mark("backward")
-        if clip is not None:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
-        scaler.step(optimizer)
-        scaler.update()
-        ticks.mark("optimiser")
+    def step(image, targets):
+        optimizer.zero_grad()
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=image.is_cuda):
+            loss = dice_ce(network(image)[0], targets[0])
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        return loss.item()
 
     return step
 
 
-BUILDERS = {MONAI: monai_step, NNUNET: nnunet_step}
+def nnunet_step(network, dtype):
+    """As nnU-Net trains: soft Dice + BCE of all scales but the coarsest, SGD, clipped at 12.
+
+    dtype: float16, with a loss scale, as nnU-Net has it, or bfloat16. Its network is not compiled.
+    """
+    torch.backends.cudnn.benchmark = True
+    device = next(network.parameters()).device.type
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=1e-2, weight_decay=3e-5, momentum=0.99, nesterov=True
+    )
+    scaler = torch.amp.GradScaler(device, enabled=device == "cuda" and dtype == torch.float16)
+
+    def step(image, targets):
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, dtype, enabled=device == "cuda"):
+            logits = network(image)
+            supervised = max(1, len(logits) - 1)
+            pairs = zip(logits[:supervised], targets[:supervised], strict=True)
+            values = [0.5**i * _dice_bce(*pair) for i, pair in enumerate(pairs)]
+            loss = sum(values) / sum(0.5**i for i in range(supervised))
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 12.0)
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.item()
+
+    return step
+
+
+def _dice_bce(logits, target):
+    probs, axes = torch.sigmoid(logits), (2, 3, 4)
+    overlap = (probs * target).sum(axes)
+    dice = (2 * overlap + 1e-5) / (probs.sum(axes) + target.sum(axes) + 1e-5)
+    return F.binary_cross_entropy_with_logits(logits, target) - dice.mean()

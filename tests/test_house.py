@@ -24,7 +24,8 @@ ROOMS = {
     "patches": "cache resample intensity augment contact_sheet feed transfer",
     "runtime": "config build composite_loss run evaluations checkpoint folder log signals "
     "microbatch device_memory cuda nonfinite timer memory_guard sliding_window splits evaluator "
-    "validation jobs comparison page distributed ending ensemble parts tuning outputs step_batches optimizer",
+    "validation jobs comparison page distributed ending ensemble parts tuning outputs step_batches "
+    "optimizer",
 }
 TOP = "settings data model norm_mish losses"
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()
