@@ -17,7 +17,8 @@ import model
 from runtime import checkpoint, config, outputs, parts
 from runtime.folder import newest_run_folder
 from runtime.jobs import Ledger
-from runtime.sliding_window import network_ratio, predict_case, window_rows
+from runtime.sliding_window import network_ratio, predict_case
+from runtime.window_axis import window_rows
 from scoring import postprocess
 from volumes.files import split_dataset
 from volumes.inputs import UNLIKE

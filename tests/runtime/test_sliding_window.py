@@ -11,14 +11,12 @@ from runtime.microbatch import nothing
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import (
     WindowFit,
-    blend_weights,
     predict_slabs,
     predict_volume,
     resolve_device,
     resolve_precision,
-    window_rows,
-    window_starts,
 )
+from runtime.window_axis import blend_weights, window_rows, window_starts
 
 torch.set_num_threads(1)
 
