@@ -21,7 +21,7 @@ class OneDNN(TorchFunctionMode):
 
 
 def _conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    """F.conv3d, by oneDNN if the arguments are as nn.Conv3d gives them, and right; else by torch."""
+    """F.conv3d, by oneDNN where the arguments are right and as nn.Conv3d gives them."""
     sizes = padding, stride, dilation
     usual = all(isinstance(size, tuple) and len(size) == 3 for size in sizes)
     if usual and _fits(input, weight, groups):

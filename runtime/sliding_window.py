@@ -88,6 +88,16 @@ def windows_at_once(batch, device):
 # ---------------------------------------------------------------------------- one batch of windows
 
 
+def _interpolate(x, taps):
+    """x (C, D, H, W) along z, y, x by the taps of each axis; None leaves an axis as it is."""
+    for axis, tap in enumerate(taps, start=1):
+        if tap is not None:
+            low, high, fraction = tap
+            fraction = fraction.view([-1 if a == axis else 1 for a in range(x.ndim)])
+            x = torch.lerp(x.index_select(axis, low), x.index_select(axis, high), fraction)
+    return x
+
+
 def _read_box(volume, device, spans):
     """The box (C, ...) that three spans read, on the host; pinned if the device is a GPU."""
     box = volume[(slice(None), *(span.read for span in spans))]

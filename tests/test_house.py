@@ -24,7 +24,8 @@ ROOMS = {
     "patches": "cache resample intensity augment contact_sheet feed transfer",
     "runtime": "config build composite_loss run evaluations checkpoint folder log signals "
     "microbatch nonfinite timer memory_guard sliding_window splits evaluator validation jobs "
-    "comparison page distributed ending ensemble parts tuning outputs window_axis window_transfer onednn",
+    "comparison page distributed ending ensemble parts tuning outputs window_axis "
+    "window_transfer onednn",
 }
 TOP = "settings data model losses"
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()
