@@ -11,7 +11,8 @@ class OneDNN(TorchFunctionMode):
 
     torch (2.13: `use_mkldnn` in aten/src/ATen/native/Convolution.cpp) decides by B, C, D and H, a
     rule made for images: where B is 1 and C x D x H at most 20480 it takes its own `slow_conv3d`,
-    which needs up to five times as long. No setting and no memory format changes that.
+    which needs up to five times as long. No setting and no memory format changes that. What
+    torch.compile makes of a network stays as it is.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -23,7 +24,9 @@ class OneDNN(TorchFunctionMode):
 def _conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """F.conv3d, by oneDNN where the arguments are right and as nn.Conv3d gives them."""
     sizes = padding, stride, dilation
-    usual = all(isinstance(size, tuple) and len(size) == 3 for size in sizes)
+    usual = not torch.compiler.is_compiling() and all(
+        isinstance(size, tuple) and len(size) == 3 for size in sizes
+    )
     if usual and _fits(input, weight, groups):
         return torch.mkldnn_convolution(input, weight, bias, *sizes, groups)
     return F.conv3d(input, weight, bias, stride, padding, dilation, groups)

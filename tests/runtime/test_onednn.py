@@ -70,3 +70,13 @@ def test_arguments_of_other_forms_and_faults_go_to_torch():
     expected = F.conv3d(x, weight, stride=2, padding=1)
     torch.testing.assert_close(by_number, expected)
     torch.testing.assert_close(unbatched, expected[0])
+
+
+@needs_onednn
+def test_a_compiled_network_predicts_the_same():
+    torch.manual_seed(0)
+    conv, volume = torch.nn.Conv3d(1, 1, 3, padding=1), torch.randn(1, 6, 6, 6).numpy()
+    compiled = torch.compile(conv, backend="eager")
+    probs = predict_volume(compiled, volume, (6, 6, 6))
+    expected = predict_volume(conv, volume, (6, 6, 6))
+    torch.testing.assert_close(torch.from_numpy(probs), torch.from_numpy(expected))
