@@ -10,6 +10,7 @@ MONAI's weights have a floor of 1e-3, and where windows do not fit it moves the 
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import subprocess
@@ -76,8 +77,9 @@ def measure(row, arguments, path):
     shape = {"base": arguments.base, "multipliers": MULTIPLIERS, "blocks": 1}
     network = model.UNet3D(1, 1, strides=strides, kernels=kernels, **shape).eval()
     volume = np.random.default_rng(0).normal(size=(1, *[arguments.size] * 3)).astype(np.float32)
-    # Libraries start their threads and are loaded, in all rows alike.
+    # Libraries are loaded and start their threads, in all rows alike; what that took goes back.
     ROWS[row](network, volume[:, : window[0], : window[1], : window[2]], window, 0.5)
+    ctypes.CDLL(None).malloc_trim(0)
     before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     started, cpu = time.perf_counter(), time.process_time()
