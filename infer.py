@@ -29,6 +29,7 @@ import os
 import textwrap
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ import data
 from runtime import config, cuda, ensemble, outputs, parts
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import resolve_device, resolve_precision
+from runtime.window_transfer import computes_by_itself
 from volumes.files import read_label, write_volume
 from volumes.inputs import check_inputs
 from volumes.processes import cores, run_script
@@ -156,11 +158,10 @@ def write_prediction(predictor, volume, whole, output):
     return paths, f"{shares}, {target}"
 
 
-def predict_whole(predictor, volume, output, console):
-    """Predict a volume and write its results; returns a clause about them."""
+def predict_whole(predictor, volume, console):
+    """The whole layers of a volume."""
     with progress_of(volume, console) as how:
-        whole = parts.assemble(volume.shape[0], predictor.slabs(volume, **how))
-    return write_prediction(predictor, volume, whole, output)[1]
+        return parts.assemble(volume.shape[0], predictor.slabs(volume, **how))
 
 
 def predict_rows(predictor, volume, rows, store, output, console):
@@ -184,34 +185,58 @@ def predict_rows(predictor, volume, rows, store, output, console):
     return clause
 
 
-def attempt(predict, volume, place, failures, console):
-    """Call predict(), which returns a clause about a result or None, and say what came of it.
+def attempt(do, volume, place, failures, console):
+    """What do() returns; None if it fails, which is said and added to failures: {id: sentence}.
 
-    What fails is added to failures: {id: sentence}. place: of the volume, such as "1/3".
+    place: of the volume, such as "1/3".
     """
-    started, line = time.perf_counter(), None
     try:
-        if clause := predict():
-            seconds, size = time.perf_counter() - started, "x".join(map(str, volume.shape))
-            line = f"{volume.id}: {size}, {seconds:.1f} s, {clause}"
+        return do()
     except (CannotGoOn, VolumeError, OSError) as error:
-        line = failures[volume.id] = f"{volume.id}: {error}"
+        text = str(error)
     except MemoryError as error:
         text = f"memory ran out ({error}); end what else runs there"
-        line = failures[volume.id] = f"{volume.id}: {text}"
     except Exception as error:  # what nobody expected does not cost the other volumes
         traceback.print_exc()
-        line = failures[volume.id] = f"{volume.id}: {type(error).__name__}, see above"
-    if line:
-        console.print(f"{place} {line}")
+        text = f"{type(error).__name__}, see above"
+    failures[volume.id] = f"{volume.id}: {text}"
+    console.print(f"{place} {failures[volume.id]}")
+    return None
+
+
+def say_done(volume, place, started, clause, console):
+    """Say what came of a volume, and in what time."""
+    seconds, size = time.perf_counter() - started, "x".join(map(str, volume.shape))
+    console.print(f"{place} {volume.id}: {size}, {seconds:.1f} s, {clause}")
 
 
 def predict_all(predictor, inputs, output, console):
-    """Predict and write every `Input`; {id: sentence} of those that failed."""
-    failures = {}
-    for number, volume in enumerate(inputs, start=1):
-        predict = functools.partial(predict_whole, predictor, volume, output, console)
-        attempt(predict, volume, f"{number}/{len(inputs)}", failures, console)
+    """Predict and write every `Input`; {id: sentence} of those that failed.
+
+    A thread writes. Beside a GPU, which does not wait for it, the next volume is predicted
+    meanwhile, so that two are in memory; a CPU has enough to do with one.
+    """
+    failures, writing = {}, None
+
+    def write(volume, place, started, whole):
+        do = functools.partial(write_prediction, predictor, volume, whole, output)
+        if written := attempt(do, volume, place, failures, console):
+            say_done(volume, place, started, written[1], console)
+
+    with ThreadPoolExecutor(1) as pool:
+        for number, volume in enumerate(inputs, start=1):
+            place, started = f"{number}/{len(inputs)}", time.perf_counter()
+            do = functools.partial(predict_whole, predictor, volume, console)
+            whole = attempt(do, volume, place, failures, console)
+            if writing:
+                writing.result()
+            if whole is not None:
+                writing = pool.submit(write, volume, place, started, whole)
+                del whole  # it is the thread's, which frees each layer that it has written
+                if not computes_by_itself(predictor.device):
+                    writing.result()
+        if writing:
+            writing.result()
     return failures
 
 
@@ -235,7 +260,9 @@ def predict_in_parts(predictor, inputs, output, part, console):
         def predict():
             return predict_rows(predictor, volume, rows, store(index), output, console)
 
-        attempt(predict, volume, f"{index + 1}/{len(inputs)}", failures, console)
+        place, started = f"{index + 1}/{len(inputs)}", time.perf_counter()
+        if clause := attempt(predict, volume, place, failures, console):
+            say_done(volume, place, started, clause, console)
 
     for index, rows in enumerate(shares[part.index]):
         if rows:

@@ -321,7 +321,7 @@ class Inference(Group):
     window: tuple[Count, Count, Count] | None = None  # null: the training patch
     overlap: Decay = 0.5
     flips: bool = False  # average over the 8 flips
-    batch: Count = 2  # windows; torch convolves a batch of one at half the speed on a CPU
+    batch: Count | None = None  # windows at once; null: 1 on a CPU, 2 on a GPU
     # Of regions one for all, or {name: threshold}; null: what validation chose, 0.5 without.
     threshold: Probabilities | None = None
     save_probabilities: bool = False

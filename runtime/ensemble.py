@@ -17,7 +17,8 @@ import model
 from runtime import checkpoint, config, outputs, parts
 from runtime.folder import newest_run_folder
 from runtime.jobs import Ledger
-from runtime.sliding_window import network_ratio, predict_case, window_rows
+from runtime.sliding_window import network_ratio, predict_case
+from runtime.window_axis import window_rows
 from scoring import postprocess
 from volumes.files import split_dataset
 from volumes.inputs import UNLIKE
@@ -241,6 +242,7 @@ class Predictor:
     def __init__(self, members, settings, metadata, device, precision):
         self.members, self.settings, self.metadata = members, settings, metadata
         self.outputs = outputs.of_metadata(metadata)
+        self.device = device
         self.networks = [member.network.to(device) for member in members]
         # remembered: what memory the volumes before have needed, for all that follow.
         self.how = {"device": device, "precision": precision, "remembered": {}}
@@ -311,7 +313,7 @@ class Predictor:
         settings = self.settings.plain()
         values = [settings[key] for key in ("inference", "postprocess")]
         values += [settings["run"][key] for key in ("threads", "deterministic")]
-        values += [self.how["device"].type, self.how["precision"], str(torch.__version__)]
+        values += [self.device.type, self.how["precision"], str(torch.__version__)]
         values += [[member.config, member.data] for member in self.members]
         return parts.fingerprint(values, self.networks)
 

@@ -15,9 +15,10 @@ network needs for one batch. If the device has less, fewer windows go at once, a
 lies on the CPU: see `WindowFit`.
 """
 
+import contextlib
 import functools
 import math
-from dataclasses import dataclass
+from collections import deque
 from itertools import combinations, product
 
 import numpy as np
@@ -27,10 +28,12 @@ import data
 from patches.intensity import normalise, widened, within_float32
 from runtime.device_memory import WindowFit
 from runtime.microbatch import listed, nothing
+from runtime.onednn import OneDNN
+from runtime.window_axis import axis_spans
+from runtime.window_transfer import computes_by_itself, read_ahead, to_host
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLIPS = [axes for n in range(4) for axes in combinations((-3, -2, -1), n)]  # all 8 of z, y, x
-SIGMAS_PER_WINDOW = 8
 # Sent to the device as stored (a uint8 box is a quarter of its float32 copy); others, among them
 # every type in foreign byte order, become float32 on the host.
 SENT_AS_STORED = [np.dtype(t) for t in ("u1", "i1", "u2", "i2", "i4", "f2", "f4")]
@@ -71,99 +74,15 @@ def resolve_precision(name, device):
     return name, "as set"
 
 
-# ---------------------------------------------------------------------------- geometry of one axis
+def windows_at_once(batch, device):
+    """How many windows go through the network at once; batch None: what is fastest.
 
-
-@dataclass(frozen=True)
-class Span:
-    """What one window does on one axis; start, stop and read count voxels of the volume.
-
-    to_network and to_volume interpolate along the axis by (low, high, fraction), three tensors:
-    out[i] = lerp(in[low[i]], in[high[i]], fraction[i]). They are None where nothing changes.
+    On a CPU this is one: with two, what a layer makes leaves the caches, and often the size up to
+    which the C library keeps memory, so that each layer gets its pages from the kernel anew.
     """
-
-    start: int  # voxels start..stop get this window's probabilities
-    stop: int
-    read: slice  # voxels that the network's input is interpolated from
-    to_network: tuple | None  # read voxels -> network voxels
-    to_volume: tuple | None  # network voxels -> voxels start..stop
-    weight: torch.Tensor  # (stop - start,) share of this window in the blend
-
-
-def window_starts(size, extent, overlap):
-    """Starts of the windows on an axis of `size` voxels: evenly spread integers.
-
-    The first is 0, the last size - extent, and no step is above extent * (1 - overlap) (or above
-    1 where that is less). A window at least as long as the axis is alone and centered on it, so
-    its start is 0 or negative.
-    """
-    if extent >= size:
-        return [(size - extent) // 2]
-    stride = max(1, math.floor(extent * (1 - overlap) + 1e-6))  # 10 * (1 - 0.8) is below 2
-    gaps = math.ceil((size - extent) / stride)
-    return [round(i * (size - extent) / gaps) for i in range(gaps + 1)]
-
-
-def blend_weights(size, extent, starts):
-    """Share of each window in each voxel of an axis: (windows, size) float64, columns sum to 1.
-
-    Gaussian around the middle of the window with sigma = extent / 8: at the window's ends it is
-    still 3e-4 of its top, so a voxel that only one window covers gets exactly 1.
-    """
-    offset = np.arange(size) - np.asarray(starts)[:, None] - (extent - 1) / 2
-    gauss = np.exp(-0.5 * (offset * SIGMAS_PER_WINDOW / extent) ** 2)
-    gauss[np.abs(offset) > (extent - 1) / 2] = 0.0
-    return gauss / gauss.sum(axis=0)
-
-
-def _taps(positions, size, device):
-    """(low, high, fraction) at positions of an axis of `size` voxels, its edge repeated beyond."""
-    positions = np.clip(positions, 0, size - 1)
-    low = np.floor(positions).astype(np.int64)
-    high = np.minimum(low + 1, size - 1)
-    fraction = (positions - low).astype(np.float32)
-    return tuple(torch.from_numpy(a).to(device) for a in (low, high, fraction))
-
-
-def _extent(window, ratio):
-    """Volume voxels that a window of network voxels holds on an axis."""
-    return max(1, math.floor(window * ratio + 1e-6))
-
-
-def axis_spans(size, window, overlap, ratio, device):
-    """The `Span` of every window on one axis.
-
-    Network voxel j lies at volume coordinate center + (j - (window - 1) / 2) * ratio. A window
-    predicts the whole volume voxels that it holds, floor(window * ratio) of them.
-    """
-    extent = _extent(window, ratio)
-    starts = window_starts(size, extent, overlap)
-    spans = []
-    for begin, weight in zip(starts, blend_weights(size, extent, starts), strict=True):
-        center = begin + (extent - 1) / 2
-        positions = center + (np.arange(window) - (window - 1) / 2) * ratio
-        # Clipped to the volume twice: a padded window may begin or end wholly outside.
-        first = min(max(math.floor(positions[0]), 0), size - 1)
-        last = min(max(math.ceil(positions[-1]), 0), size - 1)
-        start, stop = max(begin, 0), min(begin + extent, size)
-        to_network = to_volume = None
-        if ratio != 1 or (start, stop) != (begin, begin + window):
-            back = (np.arange(start, stop) - center) / ratio + (window - 1) / 2
-            to_network = _taps(positions - first, last + 1 - first, device)
-            to_volume = _taps(back, window, device)
-        share = torch.from_numpy(weight[start:stop]).float().to(device)
-        spans.append(Span(start, stop, slice(first, last + 1), to_network, to_volume, share))
-    return spans
-
-
-def window_rows(shape, window, overlap, ratio):
-    """(rows, windows in each): how many rows of windows `predict_slabs` goes through in a volume.
-
-    Each row finishes the planes from its start to that of the next.
-    """
-    axes = zip(shape, window, ratio, strict=True)
-    counts = [len(window_starts(size, _extent(w, r), overlap)) for size, w, r in axes]
-    return counts[0], counts[1] * counts[2]
+    if batch is not None:
+        return batch
+    return 1 if torch.device(device).type == "cpu" else 2
 
 
 # ---------------------------------------------------------------------------- one batch of windows
@@ -179,20 +98,28 @@ def _interpolate(x, taps):
     return x
 
 
-def _read_patch(volume, spans, normalize, device):
-    """One network input (C, *window) float32 from the box that its three spans read."""
+def _read_box(volume, device, spans):
+    """The box (C, ...) that three spans read, on the host; pinned if the device is a GPU."""
     box = volume[(slice(None), *(span.read for span in spans))]
     dtype = box.dtype if box.dtype in SENT_AS_STORED else np.float32
     with np.errstate(over="ignore"):  # `within_float32` cuts it
-        box = torch.from_numpy(np.array(box, dtype=dtype, order="C")).to(device)
+        box = torch.from_numpy(np.array(box, dtype=dtype, order="C"))
+    return box.pin_memory() if torch.device(device).type == "cuda" else box
+
+
+def _patch(box, spans, normalize, device):
+    """One network input (C, *window) float32 on the device from the box that its spans read."""
+    box = box.to(device, non_blocking=True)
     patch = _interpolate(within_float32(widened(box)).float(), [span.to_network for span in spans])
     return patch if normalize is None else normalize(patch)
 
 
 def _call(network, patches, precision, channels):
     """Logits (B, K, *window) of a batch; the one place where the network runs."""
-    dtype = PRECISIONS[precision]
-    with torch.autocast(patches.device.type, dtype=dtype, enabled=dtype is not None):
+    dtype, kind = PRECISIONS[precision], patches.device.type
+    alone = kind == "cpu" and dtype is None and len(patches) == 1
+    fast = OneDNN() if alone and torch.backends.mkldnn.is_available() else contextlib.nullcontext()
+    with torch.autocast(kind, dtype=dtype, enabled=dtype is not None), fast:
         logits = listed(network(patches))[0]
     expected = (patches.shape[0], channels, *patches.shape[2:])
     if tuple(logits.shape) != expected:
@@ -216,18 +143,19 @@ def _probabilities(networks, patches, flips, precision, channels, exclusive):
 
 
 @torch.inference_mode()
-def _add_windows(slab, volume, windows, predict, normalize, device):
+def _add_windows(slab, windows, predict, normalize, device):
     """Add the blended probabilities of a batch of windows of one z row to its slab, or none.
 
-    slab (K, d, H, W) begins at the plane where the windows begin; windows are (z, y, x) spans.
+    slab (K, d, H, W) begins at the plane where the windows begin; windows are pairs of (z, y, x)
+    spans and the box that they read. On a GPU the host waits for nothing here.
     """
-    patches = torch.stack([_read_patch(volume, spans, normalize, device) for spans in windows])
+    patches = torch.stack([_patch(box, spans, normalize, device) for spans, box in windows])
     weighted = []
-    for probs, (z, y, x) in zip(predict(patches), windows, strict=True):
+    for probs, ((z, y, x), _) in zip(predict(patches), windows, strict=True):
         probs = _interpolate(probs, [z.to_volume, y.to_volume, x.to_volume])
         probs = probs * (z.weight[:, None, None] * y.weight[:, None] * x.weight)
         weighted.append(probs.to(slab.device))
-    for probs, (z, y, x) in zip(weighted, windows, strict=True):  # needs no more memory
+    for probs, ((z, y, x), _) in zip(weighted, windows, strict=True):  # needs no more memory
         slab[:, : z.stop - z.start, y.start : y.stop, x.start : x.stop] += probs
 
 
@@ -248,7 +176,7 @@ def _check(volume, window, overlap, ratio, precision, batch):
         faults.append(f"overlap: expected a share of at least 0 and below 1, got {overlap}")
     if precision not in PRECISIONS:
         faults.append(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if batch < 1:
+    if batch is not None and batch < 1:
         faults.append(f"batch: expected 1 or more windows at once, got {batch}")
     if faults:
         raise ValueError("; ".join(faults))
@@ -264,7 +192,7 @@ def predict_slabs(
     exclusive=False,
     ratio=(1, 1, 1),
     normalize=None,
-    batch=1,
+    batch=None,
     flips=False,
     device="cpu",
     precision="fp32",
@@ -289,9 +217,9 @@ def predict_slabs(
     normalize(patch (C, *window) float32 on the device) -> the same shape, after interpolation as
     in training; it sees one window at a time, so its numbers must not come from that window.
     flips: mean of the probabilities over the 8 flips, at 8 times the cost. batch: windows of one
-    z row that go through the network at once. precision: fp32, bf16 or fp16 (autocast); sums are
-    float32 always. progress(done, total): called with numbers of windows. remembered,
-    report(kind, text, **figures): see `WindowFit`.
+    z row that go through the network at once, None: see `windows_at_once`. precision: fp32, bf16
+    or fp16 (autocast); sums are float32 always. progress(done, total): called with numbers of
+    windows. remembered, report(kind, text, **figures): see `WindowFit`.
 
     ValueError, at the call and naming all faults, for arguments that cannot work.
     """
@@ -303,43 +231,65 @@ def predict_slabs(
         for size, length, r in zip(volume.shape[1:], window, ratio, strict=True)
     ]
     remembered = {} if remembered is None else remembered
-    fit = WindowFit(volume.shape[1:], batch, device, remembered, report)
+    at_once = windows_at_once(batch, device)
+    fit = WindowFit(volume.shape[1:], at_once, device, remembered, report)
     rows = range(len(axes[0])) if rows is None else rows
     return _slabs(volume, axes, rows, channels, predict, normalize, fit, progress)
 
 
 def _slabs(volume, axes, rows, channels, predict, normalize, fit, progress):
-    """The generator behind predict_slabs, whose arguments are checked by then."""
+    """The generator behind predict_slabs, whose arguments are checked by then.
+
+    Beside a GPU boxes are read a batch ahead, and planes are handed out a row late, when the GPU
+    has the next row to do. Where memory ran out, boxes that are read wait on the host.
+    """
     spans, columns = axes[0], list(product(*axes[1:]))
     ends = [*(z.start for z in spans[1:]), volume.shape[1]]
     # Rows before the first that is wanted reach into its planes.
     reach = sum(z.stop > spans[rows.start].start for z in spans[: rows.start])
-    slab, done, total = None, 0, (reach + len(rows)) * len(columns)
-    for row in range(rows.start - reach, rows.stop):
-        z, first = spans[row], 0
-        while first < len(columns):
-            windows = [(z, y, x) for y, x in columns[first : first + fit.batch]]
-            try:
-                if slab is None:
-                    shape = (channels, z.stop - z.start, *volume.shape[2:])
-                    slab = torch.zeros(shape, device=fit.slab_device)
-                _add_windows(slab, volume, windows, predict, normalize, fit.device)
-            except RuntimeError as error:
-                fit.lower(error)
-                slab = None if slab is None else slab.to(fit.slab_device)
-                continue
-            first += len(windows)
-            progress(done + first, total)
-        done += len(columns)
-        finished = ends[row] - z.start
-        if row >= rows.start:
-            # Of several channels at once a GPU would make a copy first.
-            yield z.start, np.stack([channel[:finished].cpu().numpy() for channel in slab])
-        # Plane by plane, because a second slab may not fit.
-        kept = slab.shape[1] - finished
-        for plane in range(kept):
-            slab[:, plane] = slab[:, plane + finished]
-        slab[:, kept:] = 0
+    needed = range(rows.start - reach, rows.stop)
+    overlaps = computes_by_itself(fit.device)
+    read = functools.partial(_read_box, volume, fit.device)
+    jobs = ((spans[row], y, x) for row in needed for y, x in columns)
+    slab, done, total, finished = None, 0, len(needed) * len(columns), deque()
+    with contextlib.closing(read_ahead(read, jobs, fit.batch if overlaps else 0)) as boxes:
+        for row in needed:
+            z, left, windows = spans[row], len(columns), []
+            while left:
+                while len(windows) < min(fit.batch, left):
+                    windows.append(next(boxes))
+                batch = windows[: fit.batch]
+                try:
+                    if slab is None:
+                        shape = (channels, z.stop - z.start, *volume.shape[2:])
+                        slab = torch.zeros(shape, device=fit.slab_device)
+                    _add_windows(slab, batch, predict, normalize, fit.device)
+                except RuntimeError as error:
+                    fit.lower(error)
+                    slab = None if slab is None else slab.to(fit.slab_device)
+                    continue
+                del windows[: len(batch)]
+                left -= len(batch)
+                done += len(batch)
+                progress(done, total)
+            depth = ends[row] - z.start
+            if row >= rows.start:
+                finished.append((z.start, to_host(slab[:, :depth])))
+            # Plane by plane, because a second slab may not fit.
+            kept = slab.shape[1] - depth
+            for plane in range(kept):
+                slab[:, plane] = slab[:, plane + depth]
+            slab[:, kept:] = 0
+            while len(finished) > overlaps:
+                yield _arrived(finished)
+    while finished:
+        yield _arrived(finished)
+
+
+def _arrived(finished):
+    """Take (z0, planes on the host) of the first row from those that are being copied."""
+    z0, later = finished.popleft()
+    return z0, later()
 
 
 def network_ratio(spacing, wanted):

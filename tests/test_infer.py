@@ -3,6 +3,8 @@ import json
 import math
 import os
 import shutil
+import time
+import types
 
 import h5py
 import nibabel
@@ -18,6 +20,7 @@ import model
 from patches import intensity
 from runtime import checkpoint, config, ensemble, sliding_window
 from runtime import folder as runs
+from runtime.signals import CannotGoOn
 from tests.runtime.test_device_memory import memory_error
 from volumes import casefile, files
 
@@ -503,6 +506,56 @@ def test_voxels_far_from_those_of_training_are_noted(run, tmp_path, capsys):
 
 def written(tmp_path):
     return sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz"))
+
+
+def order_of_work(monkeypatch, computes_by_itself, fails=()):
+    """(what was done with volumes a, b, c, {id: sentence} of those that failed)."""
+    events, about_to_write = [], {"a": "predict b", "b": "predict c"}
+    inputs = [types.SimpleNamespace(id=name, shape=(1, 1, 1)) for name in "abc"]
+
+    def predict(predictor, volume, console):
+        events.append(f"predict {volume.id}")
+        return volume.id
+
+    def write(predictor, volume, whole, output):
+        assert whole == volume.id
+        end = time.monotonic() + 20
+        while computes_by_itself and about_to_write.get(whole, events[0]) not in events:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        if whole in fails:
+            raise CannotGoOn("the prediction cannot be written (no space left on device)")
+        events.append(f"write {whole}")
+        return [], "a clause"
+
+    monkeypatch.setattr(infer, "predict_whole", predict)
+    monkeypatch.setattr(infer, "write_prediction", write)
+    monkeypatch.setattr(infer, "computes_by_itself", lambda device: computes_by_itself)
+    predictor = types.SimpleNamespace(device="a device")
+    return events, infer.predict_all(predictor, inputs, None, infer.Voice(None))
+
+
+def test_beside_a_gpu_a_volume_is_written_while_the_next_is_predicted(monkeypatch, capsys):
+    events, failures = order_of_work(monkeypatch, True)
+    # No more than two are in memory: a is written before c is predicted.
+    assert events == ["predict a", "predict b", "write a", "predict c", "write b", "write c"]
+    assert failures == {} and [line[:6] for line in capsys.readouterr().out.splitlines()] == [
+        *("1/3 a:", "2/3 b:", "3/3 c:")
+    ]
+
+
+def test_beside_a_cpu_a_volume_is_written_before_the_next_is_predicted(monkeypatch):
+    events, _ = order_of_work(monkeypatch, False)
+    assert events == [f"{what} {name}" for name in "abc" for what in ("predict", "write")]
+
+
+@pytest.mark.parametrize("computes_by_itself", [True, False])
+def test_a_volume_that_a_thread_cannot_write_is_named_and_the_others_are_written(
+    monkeypatch, computes_by_itself
+):
+    events, failures = order_of_work(monkeypatch, computes_by_itself, fails="b")
+    assert failures == {"b": "b: the prediction cannot be written (no space left on device)"}
+    assert [event for event in events if "write" in event] == ["write a", "write c"]
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,12 @@ from scipy import ndimage
 
 from runtime import outputs, sliding_window
 from runtime.sliding_window import (
-    blend_weights,
     predict_slabs,
     predict_volume,
     resolve_device,
     resolve_precision,
-    window_rows,
-    window_starts,
 )
+from runtime.window_axis import blend_weights, window_rows, window_starts
 from tests.runtime.test_device_memory import TEXTS, card, memory_error
 
 __all__ = ["card"]  # a fixture
