@@ -113,14 +113,37 @@ def layers():
     return torch.randn(2, 4, 3, 4, 5), norm
 
 
-def test_a_cpu_runs_plain_torch(layers):
+def test_a_cpu_runs_norm_dropout_residual_and_mish(layers):
     x, norm = layers
     y, residual, dropout = norm_mish.norm_mish(x, norm), torch.randn_like(x), nn.Dropout3d(0.5)
-    assert torch.equal(y, F.mish(norm(x)))
+    torch.testing.assert_close(y, F.mish(norm(x)))
     torch.manual_seed(1)
     y = norm_mish.norm_mish(x, norm, dropout, residual)
     torch.manual_seed(1)
-    assert torch.equal(y, F.mish(dropout(norm(x)) + residual))
+    torch.testing.assert_close(y, F.mish(dropout(norm(x)) + residual))
+
+
+@pytest.mark.parametrize("piece", [7, 2**18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mish_on_a_cpu_and_its_gradient_are_those_of_float64(monkeypatch, dtype, piece):
+    monkeypatch.setattr(norm_mish, "PIECE", piece)
+    x = torch.cat([torch.linspace(-30, 30, 601), torch.tensor([0.0, -90.0, 90.0, 1e4, -1e4])])
+    x, grad = x.to(dtype).view(2, 3, -1).transpose(0, 1), torch.randn(3, 2, 101).to(dtype)
+    given, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    y, expected = norm_mish.MishOnCPU.apply(given), F.mish(exact)
+    y.backward(grad)
+    expected.backward(grad.double())
+    near = {"rtol": 3e-6, "atol": 1e-9} if dtype == torch.float32 else {"rtol": 4e-3, "atol": 1e-9}
+    assert y.dtype == given.grad.dtype == dtype
+    torch.testing.assert_close(y.double(), expected, **near)
+    near["atol"] = 3e-6 if dtype == torch.float32 else 4e-3  # where the slope crosses 0
+    torch.testing.assert_close(given.grad.double(), exact.grad, **near)
+
+
+def test_what_is_no_number_stays_none():
+    x = torch.tensor([float("nan"), float("inf")])
+    y = norm_mish.MishOnCPU.apply(x)
+    assert y[0].isnan() and y[1] == float("inf")
 
 
 def test_without_triton_a_gpu_runs_plain_torch_and_the_reason_is_said(monkeypatch):
