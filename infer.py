@@ -31,14 +31,19 @@ import time
 import traceback
 from pathlib import Path
 
+# Threads that wait for each other must not spin: beside other work they would take the cores from
+# those they wait for. It is read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import data
 from runtime import config, ensemble, outputs, parts
+from runtime.precision import resolve_precision
 from runtime.signals import CannotGoOn
-from runtime.sliding_window import resolve_device, resolve_precision
+from runtime.sliding_window import resolve_device
 from volumes.files import read_label, write_volume
 from volumes.inputs import check_inputs
 from volumes.processes import cores, run_script

@@ -21,7 +21,12 @@ import argparse
 import copy
 import gc
 import math
+import os
 import sys
+
+# Threads that wait for each other must not spin: beside other work they would take the cores from
+# those they wait for. It is read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 

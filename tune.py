@@ -34,6 +34,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+# Threads that wait for each other must not spin: beside other work they would take the cores from
+# those they wait for. It is read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import h5py
 import torch
 from rich.console import Console

@@ -39,12 +39,15 @@ def find(batches, norm):
 
 
 @torch.no_grad()
-def explain(names, samples, network, augment, *, fp16_scale=None, gather=lambda value: [value]):
+def explain(
+    names, samples, network, augment, *, fp16_scale=None, bf16=False, gather=lambda value: [value]
+):
     """The `Fault` of a step in which these were not finite.
 
     samples: of the whole step; augment(samples) -> (image, ...) as the step had it; network: sees
-    them in fp32; fp16_scale: of the loss, None where the network does not run in fp16; gather:
-    makes a list of the values of all ranks, which have samples of their own.
+    them in fp32; fp16_scale: of the loss, None where the network does not run in fp16; bf16:
+    whether it runs in that; gather: makes a list of the values of all ranks, which have samples of
+    their own.
     """
     weights = [n for n, p in network.named_parameters() if not bool(p.isfinite().all())]
     devices = {p.device for p in network.parameters() if p.is_cuda}
@@ -66,6 +69,8 @@ def explain(names, samples, network, augment, *, fp16_scale=None, gather=lambda 
     if fp16_scale is not None and fp16_scale >= SMALLEST_SCALE:
         text = f"{what}, but is in fp32: an overflow of fp16 at a loss scale of {fp16_scale:g}"
         return Fault(f"{text}, with the cases {listed}", False, cases)
+    if bf16:
+        what += " in bf16, while each sample has a finite output in fp32 (training.precision=fp32)"
     return Fault(f"{what}, with the cases {listed}, none of them alone", True, cases)
 
 

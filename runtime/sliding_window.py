@@ -26,9 +26,9 @@ import torch
 import data
 from patches.intensity import normalise, within_float32
 from runtime.microbatch import free_memory, listed, memory_figures, nothing, out_of_memory
+from runtime.precision import PRECISIONS, autocast
 from runtime.signals import CannotGoOn
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLIPS = [axes for n in range(4) for axes in combinations((-3, -2, -1), n)]  # all 8 of z, y, x
 SIGMAS_PER_WINDOW = 8
 # Sent to the device as stored (a uint8 box is a quarter of its float32 copy); others, among them
@@ -56,19 +56,6 @@ def resolve_device(name):
             f"run.device: expected auto, cpu or cuda:N, got {name} ({reason})"
         ) from error
     return device, "as set"
-
-
-def resolve_precision(name, device):
-    """(fp32, bf16 or fp16, reason) for auto or one of these on a device.
-
-    A CPU gets fp32, or bf16 where that is asked for.
-    """
-    if device.type == "cpu" and name != "bf16":
-        return "fp32", "a CPU, and bf16 is not asked for"
-    if name == "auto":
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "the GPU supports it") if able else ("fp16", "the GPU has no bf16")
-    return name, "as set"
 
 
 # ---------------------------------------------------------------------------- geometry of one axis
@@ -191,8 +178,7 @@ def _read_patch(volume, spans, normalize, device):
 
 def _call(network, patches, precision, channels):
     """Logits (B, K, *window) of a batch; the one place where the network runs."""
-    dtype = PRECISIONS[precision]
-    with torch.autocast(patches.device.type, dtype=dtype, enabled=dtype is not None):
+    with autocast(patches.device, precision):
         logits = listed(network(patches))[0]
     expected = (patches.shape[0], channels, *patches.shape[2:])
     if tuple(logits.shape) != expected:

@@ -24,7 +24,7 @@ ROOMS = {
     "patches": "cache resample intensity augment contact_sheet feed transfer",
     "runtime": "config build composite_loss run evaluations checkpoint folder log signals "
     "microbatch nonfinite timer memory_guard sliding_window splits evaluator validation jobs "
-    "comparison page distributed ending ensemble parts tuning outputs",
+    "comparison page distributed ending ensemble parts tuning outputs precision",
 }
 TOP = "settings data model losses"
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()
