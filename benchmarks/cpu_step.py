@@ -111,7 +111,9 @@ def main():
             now = [statistics.median(column) for column in zip(*rounds, strict=True)]
             first = first or now
             ratio, of_cpu = (a / b for a, b in zip(first, now, strict=True))
-            text = f"{now[0]:.3f} s, CPU {now[1]:.3f}; first / this {ratio:.2f}, {of_cpu:.2f}"
+            least = min(seconds for seconds, _ in rounds)
+            text = f"{now[0]:.3f} s, least {least:.3f}, CPU {now[1]:.3f}"
+            text += f"; first / this {ratio:.2f}, CPU {of_cpu:.2f}"
             print(f"{count} busy, {name}: {text}", flush=True)
     for variant in variants.values():
         variant.process.stdin.close()
