@@ -33,7 +33,7 @@ import torch
 import data
 import model
 from patches import transfer
-from runtime import build, checkpoint, config, distributed, folder, nonfinite, signals
+from runtime import build, checkpoint, config, distributed, folder, memory_guard, nonfinite, signals
 from runtime.composite_loss import composite_loss
 from runtime.ending import STOPPED, WRONG_INPUT, WrongInput, checked
 from runtime.microbatch import MicroBatch
@@ -86,6 +86,7 @@ def train(settings, resume, group):
     # Without it, cuDNN may choose convolutions that are 10 times slower (bf16 on an H100).
     torch.backends.cudnn.benchmark = not settings.run.deterministic
     checkpoint.seed_generators(settings.run.seed)
+    memory_guard.keep()  # what a step frees is there for the next one
 
     # ------------------------------------------------------------------ network, optimizer
     network = build.make_network(plan)  # on the device; strides fit the patch and the spacing

@@ -1,13 +1,14 @@
 """The training step on a CPU: in fp32 and bf16, and beside cores that others keep busy.
 
     python benchmarks/cpu_step.py configs/quickstart.yaml
-    python benchmarks/cpu_step.py configs/quickstart.yaml --busy 0 1 2 --also \
-        "spins OMP_WAIT_POLICY=ACTIVE" "one_thread run.threads=1"
+    python benchmarks/cpu_step.py configs/quickstart.yaml --busy 0 1 2 --variants \
+        passive "spins GOMP_SPINCOUNT=300000" "one run.threads=1"
 
-Each variant is a process that waits while the others take their steps, so that whatever else the
-machine does hits all of them. Variants: fp32 and bf16, or those of --also beside the first. A word
-of a variant in capitals is a variable of its environment, others are settings. --busy: how many
-cores a loop each keeps busy meanwhile, the last ones first.
+A step is as in train.py: threads sleep while they wait (300000 is what OpenMP does without that),
+and what a step has freed is kept for the next. Each variant is a process that waits while the others
+take their steps, so that whatever else the machine does hits all of them. Variants: fp32 and bf16,
+or those named. A word of a variant in capitals is a variable of its environment, others are
+settings. --busy: how many cores a loop each keeps busy meanwhile, the last ones first.
 """
 
 import argparse
@@ -30,12 +31,13 @@ def take_steps(path, overrides, steps):
     import torch
 
     from benchmarks import training_step
-    from runtime import build, config, timer
+    from runtime import build, config, memory_guard, timer
     from volumes.processes import cores
 
     plan = build.resolve(config.load(path, ["run.device=cpu", "training.workers=0", *overrides]))
     torch.set_num_threads(plan.settings.run.threads or cores())
     torch.manual_seed(0)
+    memory_guard.keep()
     trainer = training_step.Trainer(plan)
     fetch = training_step.from_loader(
         plan, training_step.batches(plan, build.make_patches(plan), 10000)
@@ -63,8 +65,9 @@ class Variant:
         code = "from benchmarks import cpu_step; import sys; "
         code += "cpu_step.take_steps(sys.argv[1], sys.argv[3:], int(sys.argv[2]))"
         command = [sys.executable, "-c", code, arguments.config, str(arguments.steps), *overrides]
+        policy = {"OMP_WAIT_POLICY": "PASSIVE"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-        self.process = subprocess.Popen(command, env=os.environ | own, **pipes)
+        self.process = subprocess.Popen(command, env=os.environ | policy | own, **pipes)
 
     def seconds(self):
         """Medians of some steps: seconds, and CPU seconds of all threads."""
@@ -91,12 +94,12 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config")
-    parser.add_argument("--also", nargs="*", help="variants: a name and words that make it one")
+    parser.add_argument("--variants", nargs="*", help="variants: a name and words that make it one")
     parser.add_argument("--busy", nargs="*", type=int, default=[0])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=3, help="of a variant in a round")
     arguments = parser.parse_args()
-    named = arguments.also or ["fp32 training.precision=fp32", "bf16 training.precision=bf16"]
+    named = arguments.variants or ["fp32 training.precision=fp32", "bf16 training.precision=bf16"]
     variants = {words.split()[0]: Variant(arguments, words.split()[1:]) for words in named}
     for variant in variants.values():
         variant.seconds()  # of warming up
