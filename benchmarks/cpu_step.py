@@ -5,9 +5,9 @@
         passive "spins GOMP_SPINCOUNT=300000" "one run.threads=1"
 
 A step is as in train.py: threads sleep while they wait (300000 is what OpenMP does without that),
-and what a step has freed is kept for the next. Each variant is a process that waits while the others
-take their steps, so that whatever else the machine does hits all of them. Variants: fp32 and bf16,
-or those named. A word of a variant in capitals is a variable of its environment, others are
+and what a step has freed is kept for the next. Each variant is a process that waits while the
+others take their steps, so that whatever else the machine does hits all of them. Variants: fp32 and
+bf16, or those named. A word of a variant in capitals is a variable of its environment, others are
 settings. --busy: how many cores a loop each keeps busy meanwhile, the last ones first.
 """
 

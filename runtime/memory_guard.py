@@ -84,7 +84,7 @@ def keep():
     """Let memory that a step has freed be there for the next one, until `release` or the end.
 
     By default glibc gives most of it back to the system after each step, which clears it page by
-    page when it is asked for again: a tenth of a step on a CPU.
+    page when it is asked for again: 3 to 15 % of a step on a CPU.
     """
     set_option = getattr(_c_library(), "mallopt", None)
     if set_option is not None:
