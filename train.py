@@ -24,9 +24,9 @@ import math
 import os
 import sys
 
-# Threads that wait for each other must not spin: beside other work they would take the cores from
-# those they wait for. It is read when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait spin for microseconds only, not for milliseconds: beside other work they would
+# take the cores from those they wait for. It is read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 

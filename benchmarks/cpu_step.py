@@ -2,9 +2,9 @@
 
     python benchmarks/cpu_step.py configs/quickstart.yaml
     python benchmarks/cpu_step.py configs/quickstart.yaml --busy 0 1 2 --variants \
-        passive "spins GOMP_SPINCOUNT=300000" "one run.threads=1"
+        threads "spin GOMP_SPINCOUNT=300000" "one run.threads=1"
 
-A step is as in train.py: threads sleep while they wait (300000 is what OpenMP does without that),
+A step is as in train.py: threads that wait spin 1000 times (300000 is OpenMP's own number),
 and what a step has freed is kept for the next. Each variant is a process that waits while the
 others take their steps, so that whatever else the machine does hits all of them. Variants: fp32 and
 bf16, or those named. A word of a variant in capitals is a variable of its environment, others are
@@ -65,9 +65,9 @@ class Variant:
         code = "from benchmarks import cpu_step; import sys; "
         code += "cpu_step.take_steps(sys.argv[1], sys.argv[3:], int(sys.argv[2]))"
         command = [sys.executable, "-c", code, arguments.config, str(arguments.steps), *overrides]
-        policy = {"OMP_WAIT_POLICY": "PASSIVE"}
+        spins = {"GOMP_SPINCOUNT": "1000"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-        self.process = subprocess.Popen(command, env=os.environ | policy | own, **pipes)
+        self.process = subprocess.Popen(command, env=os.environ | spins | own, **pipes)
 
     def seconds(self):
         """Medians of some steps: seconds, and CPU seconds of all threads."""

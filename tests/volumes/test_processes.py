@@ -120,15 +120,15 @@ def test_where_signals_cannot_be_blocked_the_context_still_runs(monkeypatch):
 
 
 @pytest.mark.parametrize("script", ["train", "infer", "tune"])
-@pytest.mark.parametrize("given", [None, "ACTIVE"])
+@pytest.mark.parametrize("given", [None, "300000"])
 def test_threads_that_wait_leave_their_core_to_others_unless_the_caller_decides(
     script, given, tmp_path
 ):
     # OpenMP reads it when torch is loaded: here in place of that, in a process of its own.
-    code = "import os, sys\nprint(os.environ['OMP_WAIT_POLICY'])\nsys.exit()"
+    code = "import os, sys\nprint(os.environ['GOMP_SPINCOUNT'])\nsys.exit()"
     (tmp_path / "torch.py").write_text(code, encoding="utf-8")
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    environment |= {"PYTHONPATH": str(tmp_path)} | ({"OMP_WAIT_POLICY": given} if given else {})
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    environment |= {"PYTHONPATH": str(tmp_path)} | ({"GOMP_SPINCOUNT": given} if given else {})
     command = [sys.executable, Path(prepare.__file__).parent / f"{script}.py"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert run.stdout.strip() == (given or "PASSIVE"), run.stderr
+    assert run.stdout.strip() == (given or "1000"), run.stderr
