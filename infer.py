@@ -32,14 +32,19 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+# Threads that wait spin for microseconds only, not for milliseconds: beside other work they would
+# take the cores from those they wait for. It is read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import data
 from runtime import config, cuda, ensemble, outputs, parts
+from runtime.precision import resolve_precision
 from runtime.signals import CannotGoOn
-from runtime.sliding_window import resolve_device, resolve_precision
+from runtime.sliding_window import resolve_device
 from runtime.window_transfer import computes_by_itself
 from volumes.files import read_label, write_volume
 from volumes.inputs import check_inputs

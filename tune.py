@@ -34,6 +34,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+# Threads that wait spin for microseconds only, not for milliseconds: beside other work they would
+# take the cores from those they wait for. It is read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import h5py
 import torch
 from rich.console import Console

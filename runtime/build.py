@@ -4,7 +4,6 @@ plan = resolve(settings)                # all checks; ValueError or FileNotFound
 patches, network = make_patches(plan), make_network(plan)
 """
 
-import functools
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +26,13 @@ from runtime import (
     splits,
     validation,
 )
+from runtime.precision import autocast, resolve_precision
 from settings import Settings
 from volumes import casefile
 from volumes.files import few
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """Settings with what follows from the data. *_reason: for people; spacing: z, y, x."""
 
@@ -54,13 +54,9 @@ class Plan:
     cache_reason: str
     notes: list  # for people: what is not as one may think
 
-    @property
     def autocast(self):
-        """Makes the context in which the network runs."""
-        lower = sliding_window.PRECISIONS[self.precision]
-        return functools.partial(
-            torch.autocast, self.device.type, dtype=lower, enabled=lower is not None
-        )
+        """The context in which the network runs."""
+        return autocast(self.device, self.precision)
 
 
 def resolve(settings, group=None):
@@ -71,9 +67,7 @@ def resolve(settings, group=None):
     group = group or distributed.Group()
     device, device_reason = sliding_window.resolve_device(settings.run.device)
     device = distributed.device_of_rank(device, group.local_rank, group.local_size)
-    precision, precision_reason = sliding_window.resolve_precision(
-        settings.training.precision, device
-    )
+    precision, precision_reason = resolve_precision(settings.training.precision, device)
     dataset = casefile.read_dataset(settings.data.root, settings.data.source)
     which = settings.data.model_dump(include={"train", "validation", "test", "folds", "fold"})
     split, notes = splits.choose_cases(dataset, **which)

@@ -55,13 +55,16 @@ class Check:
 
 
 @torch.no_grad()
-def explain(names, samples, network, augment, *, fp16_scale=None, gather=lambda value: [value]):
+def explain(
+    names, samples, network, augment, *, fp16_scale=None, bf16=False, gather=lambda value: [value]
+):
     """The `Fault` of a step in which these were not finite.
 
     samples: of the whole step; augment(samples) -> (image, ...) as the step had it; network: sees
-    them in fp32; fp16_scale: of the loss, None where the network does not run in fp16; gather:
-    makes a list of the values of all ranks, which have samples of their own. Where all losses are
-    finite in fp16, the gradient has overflown: that is no riddle, and nothing is run again.
+    them in fp32; fp16_scale: of the loss, None where the network does not run in fp16; bf16:
+    whether it runs in that; gather: makes a list of the values of all ranks, which have samples of
+    their own. Where all losses are finite in fp16, the gradient has overflown: that is no riddle,
+    and nothing is run again.
     """
     overflow = fp16_scale is not None and fp16_scale >= SMALLEST_SCALE
     weights, causes = [], {}
@@ -80,6 +83,8 @@ def explain(names, samples, network, augment, *, fp16_scale=None, gather=lambda 
     if overflow:
         text = f"{what}: an overflow of fp16 at a loss scale of {fp16_scale:g}"
         return Fault(f"{text}, with the cases {listed}", False, cases)
+    if bf16:
+        what += " in bf16, while each sample has a finite output in fp32 (training.precision=fp32)"
     return Fault(f"{what}, with the cases {listed}, none of them alone", True, cases)
 
 

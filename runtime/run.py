@@ -21,20 +21,12 @@ from rich.console import Console
 
 import data
 from monitoring import machine, recorder
-from runtime import (
-    build,
-    checkpoint,
-    config,
-    ending,
-    evaluator,
-    folder,
-    nonfinite,
-    timer,
-)
+from runtime import build, checkpoint, config, ending, evaluator, folder, nonfinite, timer
 from runtime.ending import DONE, FAILED, STOPPED, WRONG_INPUT, WrongInput, checked
 from runtime.evaluations import Evaluations
 from runtime.log import Means, ProgressLine, RunLog, read_log
 from runtime.memory_guard import MemoryGuard
+from runtime.precision import keep_precision
 from runtime.signals import Stop, Stopped
 
 
@@ -94,6 +86,7 @@ class Run:
                 self.notes += build.load_weights(wanted.init_from, networks, self.plan)
             return
         build.check_classes(self.resumed_from, saved["data"], self.plan)
+        self.notes += keep_precision(self.plan, saved["loop"].get("precision"))
         before, now = saved["loop"].get("ranks", 1), self.group.size  # none in older states
         if before != now:
             self.notes.append(
@@ -316,6 +309,7 @@ class Run:
             self.state["model"],
             lambda samples: build.augment_batch(self.plan, samples),
             fp16_scale=scaler.get_scale() if scaler.is_enabled() else None,
+            bf16=self.plan.precision == "bf16",
             gather=self.group.gather,
         )
         self.skipped.add(fault, self.report_of_all)
@@ -399,7 +393,7 @@ class Run:
         if not self.group.first:
             return
         loop = {"step": self.step, "seconds": self.seconds, "lines": self.log.lines}
-        loop |= {"ranks": self.group.size}
+        loop |= {"ranks": self.group.size, "precision": self.plan.precision}
         loop |= {name: part.state_dict() for name, part in self.parts.items()}
         self.saver.save(loop, also)
         self.saved_at = time.monotonic()

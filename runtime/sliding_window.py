@@ -29,10 +29,10 @@ from patches.intensity import normalise, widened, within_float32
 from runtime.device_memory import WindowFit
 from runtime.microbatch import listed, nothing
 from runtime.onednn import OneDNN
+from runtime.precision import PRECISIONS, autocast
 from runtime.window_axis import axis_spans
 from runtime.window_transfer import computes_by_itself, read_ahead, to_host
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLIPS = [axes for n in range(4) for axes in combinations((-3, -2, -1), n)]  # all 8 of z, y, x
 # Sent to the device as stored (a uint8 box is a quarter of its float32 copy); others, among them
 # every type in foreign byte order, become float32 on the host.
@@ -59,19 +59,6 @@ def resolve_device(name):
             f"run.device: expected auto, cpu or cuda:N, got {name} ({reason})"
         ) from error
     return device, "as set"
-
-
-def resolve_precision(name, device):
-    """(fp32, bf16 or fp16, reason) for auto or one of these on a device.
-
-    A CPU gets fp32, or bf16 where that is asked for.
-    """
-    if device.type == "cpu" and name != "bf16":
-        return "fp32", "a CPU, and bf16 is not asked for"
-    if name == "auto":
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "the GPU supports it") if able else ("fp16", "the GPU has no bf16")
-    return name, "as set"
 
 
 def windows_at_once(batch, device):
@@ -116,10 +103,9 @@ def _patch(box, spans, normalize, device):
 
 def _call(network, patches, precision, channels):
     """Logits (B, K, *window) of a batch; the one place where the network runs."""
-    dtype, kind = PRECISIONS[precision], patches.device.type
-    alone = kind == "cpu" and dtype is None and len(patches) == 1
+    alone = patches.device.type == "cpu" and precision == "fp32" and len(patches) == 1
     fast = OneDNN() if alone and torch.backends.mkldnn.is_available() else contextlib.nullcontext()
-    with torch.autocast(kind, dtype=dtype, enabled=dtype is not None), fast:
+    with autocast(patches.device, precision), fast:
         logits = listed(network(patches))[0]
     expected = (patches.shape[0], channels, *patches.shape[2:])
     if tuple(logits.shape) != expected:

@@ -28,7 +28,7 @@ from monitoring.records import peaks, read_lines
 from patches import feed
 from runtime import memory_guard, signals
 from runtime.log import read_log
-from runtime.sliding_window import resolve_precision
+from runtime.precision import resolve_precision
 from volumes import atomic
 from volumes.processes import describe_death
 
@@ -272,10 +272,10 @@ class Tuner:
         self._climb("prefetch", above, below if self.best.fault else ())
 
     def precision(self):
-        if self.plan.precision != "fp32":
-            return self._skip("precision", f"{self.plan.precision} is already the fast one")
-        on_cpu = self.plan.device.type == "cpu"  # some have instructions for bf16
-        fast = "bf16" if on_cpu else resolve_precision("auto", self.plan.device)[0]
+        fast, reason = resolve_precision("auto", self.plan.device)
+        if self.plan.precision != "fp32" or fast == "fp32":
+            text = f"{self.plan.precision} is already the fast one"
+            return self._skip("precision", f"{text} ({reason})" if fast == "fp32" else text)
         self._climb("precision", [{PRECISION: fast}])
 
     def checkpointing(self):

@@ -56,6 +56,7 @@ def run(tmp_path):
                 "sampling": {"patch": PATCH},
                 "model": {"base": 4, "multipliers": (1, 2), "blocks": 1},
                 "optim": {"ema": decay},
+                "training": {"precision": "fp32"},  # on every processor
                 "run": {"name": "tiny", "threads": 1, "device": "cpu"},
             }
         )

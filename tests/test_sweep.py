@@ -36,6 +36,7 @@ TINY = {  # as few settings as a run of the real scripts needs
     "validation": {"untrained": False},
     "monitor": {"tensorboard": False, "picture": False, "log_every": 1},
 }
+TINY["training"]["precision"] = "fp32"  # on every processor
 
 
 def write(path, content):

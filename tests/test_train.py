@@ -63,6 +63,7 @@ def settings(root, tmp_path, *overrides):
         "monitor": {"log_every": 1, "tensorboard": False, "picture": False},
         "inference": {"overlap": 0.0},
     }
+    content["training"]["precision"] = "fp32"  # on every processor
     return config.build(config.apply_overrides(content, overrides))
 
 

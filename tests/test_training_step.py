@@ -50,6 +50,7 @@ def make_settings(root, *overrides):
         "validation": {"untrained": False},
         "monitor": {"tensorboard": False, "picture": False},
     }
+    content["training"]["precision"] = "fp32"  # on every processor
     return config.build(config.apply_overrides(content, overrides))
 
 

@@ -1,5 +1,6 @@
 """What a run gives back when memory is short, in which order, and when it leaves."""
 
+import platform
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from monitoring import machine
 from monitoring.machine import GB, MemoryLimit
 from runtime import memory_guard
 from runtime.memory_guard import MemoryGuard
+from tests import processes
 
 
 class Scene:
@@ -137,3 +139,26 @@ def test_of_several_limits_the_one_with_least_left_is_told(monkeypatch):
 
 def test_memory_can_be_released_on_this_system():
     memory_guard.release()
+
+
+PAGES = """
+import resource, sys
+import torch
+sys.path.insert(0, ".")
+from runtime import memory_guard
+memory_guard.keep()
+for step in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(2**20) for _ in range(40)]
+    del tensors
+    if step == 4:
+        memory_guard.release()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_memory_that_a_step_freed_is_there_for_the_next_until_it_is_released():
+    pages = [int(line) for line in processes.run(["-c", PAGES]).stdout.split()]
+    assert pages[0] > 30000  # 40 x 4 MiB in pages of 4 KiB
+    assert max(pages[2:5]) < 5000 and pages[5] > 30000

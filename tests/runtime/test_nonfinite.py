@@ -115,6 +115,11 @@ def test_what_no_scale_of_the_loss_explains_is_broken(scale):
     )
 
 
+def test_what_is_finite_in_fp32_alone_says_so_of_bf16_and_is_broken():
+    fault = explain(["gradient"], [sample("a")], Network(), draw, bf16=True)
+    assert fault.broken and "in bf16" in fault.text and "training.precision=fp32" in fault.text
+
+
 def test_a_broken_batch_is_no_overflow_however_large_the_scale():
     fault = explain(["dice"], [sample("a", math.nan)], Network(), draw, fp16_scale=65536.0)
     assert fault.broken and "fp16" not in fault.text

@@ -11,7 +11,6 @@ from runtime.sliding_window import (
     predict_slabs,
     predict_volume,
     resolve_device,
-    resolve_precision,
 )
 from runtime.window_axis import blend_weights, window_rows, window_starts
 from tests.runtime.test_device_memory import TEXTS, card, memory_error
@@ -373,14 +372,12 @@ def test_faults_are_raised_at_the_call_and_together():
         predict_slabs(same, np.zeros((1, 4, 4, 4)), (4, 4, 4), 2.0, precision="half")
 
 
-def test_device_and_precision_are_resolved_with_a_reason():
+def test_a_device_is_resolved_with_a_reason():
     assert resolve_device("cpu") == (torch.device("cpu"), "as set")
     assert resolve_device("auto")[0].type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("cuda:99", "gpu"):
         with pytest.raises(ValueError, match=rf"run\.device: expected .* got {name} \("):
             resolve_device(name)
-    assert resolve_precision("bf16", torch.device("cpu"))[0] == "bf16"
-    assert resolve_precision("fp16", torch.device("cpu"))[0] == "fp32"
 
 
 # ---------------------------------------------------------------------------- several channels

@@ -1,10 +1,12 @@
-"""How a script meets its terminal, and a system that lacks signals."""
+"""How a script meets its terminal, other work, and a system that lacks signals."""
 
 import io
 import os
 import signal
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -115,3 +117,18 @@ def test_where_signals_cannot_be_blocked_the_context_still_runs(monkeypatch):
     with processes.signals_blocked({signal.SIGINT}):
         ran = True
     assert ran
+
+
+@pytest.mark.parametrize("script", ["train", "infer", "tune"])
+@pytest.mark.parametrize("given", [None, "300000"])
+def test_threads_that_wait_leave_their_core_to_others_unless_the_caller_decides(
+    script, given, tmp_path
+):
+    # OpenMP reads it when torch is loaded: here in place of that, in a process of its own.
+    code = "import os, sys\nprint(os.environ['GOMP_SPINCOUNT'])\nsys.exit()"
+    (tmp_path / "torch.py").write_text(code, encoding="utf-8")
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    environment |= {"PYTHONPATH": str(tmp_path)} | ({"GOMP_SPINCOUNT": given} if given else {})
+    command = [sys.executable, Path(prepare.__file__).parent / f"{script}.py"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == (given or "1000"), run.stderr
