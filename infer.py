@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import data
-from runtime import config, cuda, ensemble, outputs, parts
+from runtime import config, cuda, ensemble, memory_guard, outputs, parts
 from runtime.precision import resolve_precision
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import resolve_device
@@ -393,7 +393,8 @@ def main(argv=None):
     # What concerns all ranks is said by the first.
     console.print("\n".join(lines[:1] if is_rank and part.index else lines))
     torch.set_num_threads(settings.run.threads or max(1, cores() // ranks_here))
-    cuda.set_deterministic(settings.run.deterministic, predictor.how["device"])
+    cuda.set_deterministic(settings.run.deterministic, predictor.device)
+    memory_guard.keep()
     with parts.until_all_ranks_end(part):
         what = (predictor, inputs, output, arguments.submission)
         if sentences := predict_and_submit(*what, part, console):

@@ -32,17 +32,7 @@ import torch
 
 import data
 import model
-from runtime import (
-    build,
-    checkpoint,
-    config,
-    cuda,
-    distributed,
-    folder,
-    memory_guard,
-    nonfinite,
-    signals,
-)
+from runtime import build, checkpoint, config, cuda, distributed, folder, nonfinite, signals
 from runtime.composite_loss import composite_loss
 from runtime.ending import STOPPED, WRONG_INPUT, WrongInput, checked
 from runtime.microbatch import MicroBatch
@@ -95,7 +85,6 @@ def train(settings, resume, group):
     torch.set_num_threads(settings.run.threads or max(1, cores() // group.local_size))
     cuda.set_deterministic(settings.run.deterministic, device)
     checkpoint.seed_generators(settings.run.seed)
-    memory_guard.keep()  # what a step frees is there for the next one
 
     # ------------------------------------------------------------------ network, optimizer
     network = build.make_network(plan)  # on the device; strides fit the patch and the spacing

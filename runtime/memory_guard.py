@@ -22,7 +22,7 @@ ADVICE = (
 
 
 class MemoryGuard:
-    """Looks at the memory of a run and acts on it.
+    """Looks at the memory of a run and acts on it; see also `keep`.
 
     cache: a `cache.VolumeCache`; limit: bytes that all processes of the run may take, or None;
     report(kind, text, **figures) is called with everything that is freed.
@@ -31,6 +31,7 @@ class MemoryGuard:
     def __init__(self, cache, *, limit, report):
         self.cache, self.limit, self.report = cache, limit, report
         self.freed_cache, self.looked = False, 0.0
+        keep()
 
     def look(self, batches):
         """Why the run must stop, or None. At most once a second, some 0.3 ms.
