@@ -1,4 +1,4 @@
-"""model.py alone, in a folder of its own, is a network to build and to train."""
+"""model.py with norm_mish.py, in a folder of their own, is a network to build and to train."""
 
 import shutil
 import subprocess
@@ -26,8 +26,9 @@ print(len(logits), tuple(logits[0].shape))
 """
 
 
-def test_model_py_alone_builds_the_network_and_runs_it_forward_and_backward(tmp_path):
-    shutil.copy(Path(__file__).parents[1] / "model.py", tmp_path)
+def test_model_and_norm_mish_alone_build_the_network_and_run_it_both_ways(tmp_path):
+    for name in ("model.py", "norm_mish.py"):
+        shutil.copy(Path(__file__).parents[1] / name, tmp_path)
     command = [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.')\n" + USE]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

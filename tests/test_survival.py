@@ -408,9 +408,10 @@ def test_validation_that_finds_no_memory_takes_fewer_windows_and_remembers(
             raise memory_error(next(names))
         return call(network, patches, *rest)
 
-    assert train.main(settings(root, tmp_path / "whole", "training.max_epochs=1")) == 0
+    changes = "training.max_epochs=1", "inference.batch=2"
+    assert train.main(settings(root, tmp_path / "whole", *changes)) == 0
     monkeypatch.setattr(sliding_window, "_call", small)
-    assert train.main(settings(root, tmp_path, "training.max_epochs=1")) == 0
+    assert train.main(settings(root, tmp_path, *changes)) == 0
     one, other = (
         [e["scores"] for e in events(run_folder(where), "evaluation")]
         for where in (tmp_path / "whole", tmp_path)
