@@ -15,6 +15,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 try:
@@ -31,16 +32,25 @@ PIECE = 2**18  # numbers that a CPU takes through all of Mish at once
 
 def norm_mish(x, norm, dropout=None, residual=None):
     """mish(dropout(norm(x)) + residual), (B, C, D, H, W), of x's type."""
-    if torch.compiler.is_compiling() or not fused(x.device)[0]:  # a compiler fuses by itself
-        y = norm(x) if dropout is None else dropout(norm(x))
-        y = y if residual is None else y + residual
-        on_cpu = y.device.type == "cpu" and y.dtype in (torch.float32, torch.bfloat16)
-        return F.mish(y) if torch.compiler.is_compiling() or not on_cpu else MishOnCPU.apply(y)
-    scale, shift = norm.weight.expand(x.shape[:2]), norm.bias.expand(x.shape[:2])
-    if dropout is not None:  # drops whole channels
-        keep = dropout(torch.ones_like(scale)[..., None, None, None]).flatten(1)
-        scale, shift = scale * keep, shift * keep
-    return FusedNormMish.apply(x, scale, shift, residual, norm.eps)
+    known = type(norm) is nn.InstanceNorm3d and norm.affine and not norm.track_running_stats
+    known = known and type(dropout) in (type(None), nn.Dropout3d)
+    if torch.compiler.is_compiling() or not known:  # a compiler fuses by itself
+        return F.mish(_sum(norm(x), dropout, residual))
+    if fused(x.device)[0]:
+        scale, shift = norm.weight.expand(x.shape[:2]), norm.bias.expand(x.shape[:2])
+        if dropout is not None:  # drops whole channels
+            keep = dropout(torch.ones_like(scale)[..., None, None, None]).flatten(1)
+            scale, shift = scale * keep, shift * keep
+        return FusedNormMish.apply(x, scale, shift, residual, norm.eps)
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        return F.mish(_sum(norm(x), dropout, residual))
+    normed = F.group_norm(x, x.shape[1], norm.weight, norm.bias, norm.eps)  # the same, faster
+    return MishOnCPU.apply(_sum(normed, dropout, residual))
+
+
+def _sum(x, dropout, residual):
+    x = x if dropout is None else dropout(x)
+    return x if residual is None else x + residual
 
 
 class MishOnCPU(torch.autograd.Function):

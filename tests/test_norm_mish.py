@@ -140,6 +140,28 @@ def test_mish_on_a_cpu_and_its_gradient_are_those_of_float64(monkeypatch, dtype,
     torch.testing.assert_close(given.grad.double(), exact.grad, **near)
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm3d(4),
+        nn.InstanceNorm3d(4),
+        nn.InstanceNorm3d(4, affine=True, track_running_stats=True),
+        nn.GroupNorm(2, 4),
+    ],
+    ids=lambda norm: str(norm)[:30],
+)
+@pytest.mark.parametrize("dropout", [None, nn.Dropout(0.5), nn.Dropout3d(0.5)])
+def test_another_norm_or_dropout_is_taken_as_it_is(monkeypatch, norm, dropout):
+    """Also where the kernels are: they would take it for an instance norm."""
+    monkeypatch.setattr(norm_mish, "fused", lambda device: (True, ""))
+    x = 3 * torch.randn(2, 4, 3, 4, 5) + 1
+    torch.manual_seed(1)
+    y = norm_mish.norm_mish(x, copy.deepcopy(norm), dropout, x)
+    torch.manual_seed(1)
+    normed = copy.deepcopy(norm)(x)
+    assert torch.equal(y, F.mish((normed if dropout is None else dropout(normed)) + x))
+
+
 def test_what_is_no_number_stays_none():
     x = torch.tensor([float("nan"), float("inf")])
     y = norm_mish.MishOnCPU.apply(x)
