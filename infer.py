@@ -1,7 +1,7 @@
 """Segment volumes of any size with a trained network; a checkpoint is all it needs.
 
     python infer.py --ckpt runs/last.pt                               # the run's own test cases
-    python infer.py --ckpt runs/last.pt --input scans/ --output out/  # NIfTI, TIFF, HDF5
+    python infer.py --ckpt runs/last.pt --input scans/ --output out/  # any format
     python infer.py --ckpt runs/vessels/checkpoints/best.pt --input a.nii.gz inference.flips=true
     python infer.py --ckpt runs/last.pt inference.threshold=0.4 postprocess.min_component_voxels=50
     python infer.py --ckpt runs/last.pt --input test_images/ --submission submission.zip

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 
 from volumes import casefile, files, layouts
+from volumes.formats import FORMATS, fault_of_writing
 from volumes.statistics import blank_channels, faults_of_contrast
 from volumes.volume import (
     METRES,
@@ -138,7 +139,7 @@ def _inspect(case_id, paths):
     if attributes := _case_attributes(path):
         case, source = casefile.read_case(path), str(attributes["source_image"])
         sources = (source, *source.split(", "), str(attributes["source_label"]))
-        suffix = files.suffix_of(source) or PHANTOM_SUFFIX
+        suffix = _written_as(files.suffix_of(source) or PHANTOM_SUFFIX)
         affine, header = attributes.get("affine"), attributes.get("nifti_header")
         affine = None if affine is None else check_affine(affine, path)
         header = None if header is None else header.tobytes()
@@ -149,7 +150,13 @@ def _inspect(case_id, paths):
     grid = (tuple(shape), channels, volume.spacing, volume.unit, volume.affine, volume.header)
     intensity = casefile.intensity_statistics(volume.array)
     about = (intensity, volume.doubt, tuple(volume.remarks()))
-    return Input(case_id, volume.path, False, tuple(paths), files.suffix_of(path), *grid, *about)
+    suffix = _written_as(files.suffix_of(path))
+    return Input(case_id, volume.path, False, tuple(paths), suffix, *grid, *about)
+
+
+def _written_as(suffix):
+    """The suffix of a prediction for an image of this one; the same where none can be written."""
+    return FORMATS[suffix].written_as or suffix
 
 
 def _run_faults(volume, metadata):
@@ -231,6 +238,8 @@ def _output_faults(inputs, output):
                 f"{target}: expected one input for this prediction, got several of id {case_id}, "
                 f"{', '.join(volume.path for volume in volumes)}; give one of them"
             )
+        if fault := fault_of_writing(target, volumes[0].suffix):
+            yield fault
         if target.is_dir():
             yield f"{target}: expected a file to write, got a folder; give another --output"
         if target.resolve() in read:
