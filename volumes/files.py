@@ -378,8 +378,8 @@ def write_volume(path, array, *, spacing=None, unit="", affine=None, header=None
     array (D, H, W), or (C, D, H, W) but for TIFF; bool is written as uint8. spacing z, y, x in
     unit. NIfTI gets affine, or one made of the spacing, in the way that header, of the `Volume` it
     lies on, states it; NRRD and MetaImage get affine or spacing; TIFF gets one LZW page per z and
-    ImageJ's spacing; HDF5 gets the dataset `segmentation`. The file appears whole or not at all. VolumeError for another
-    suffix or number of dimensions.
+    ImageJ's spacing; HDF5 gets the dataset `segmentation`. The file appears whole or not at all.
+    VolumeError for another suffix or number of dimensions.
     """
     suffix, array = suffix_of(path), np.asarray(array)
     array = array.astype(np.uint8) if array.dtype == bool else array

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from volumes import casefile, files
-from volumes.formats import Format
 from volumes.files import case_id, find_volumes, read_image, read_label, write_volume
+from volumes.formats import Format
 from volumes.volume import Volume, VolumeError, crop_affine, scale_affine
 
 SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[3] / "shared"))
