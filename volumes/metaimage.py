@@ -127,7 +127,7 @@ def _place(path, fields):
 
 
 def _numbers(path, fields, keys):
-    """The numbers of the first of keys that is there, as many as the dimensions ask for, or None."""
+    """The numbers of the first of keys that is there, as many as DimSize asks for, or None."""
     text, dimensions = _first(fields, keys), len(fields["DimSize"].split())
     if not text:
         return None

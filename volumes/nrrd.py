@@ -116,9 +116,8 @@ def _place(path, header, space):
         return spacing, "", None, notes
     names = {*names} if names is not None else {""}
     if len(names) > 1:
-        raise VolumeError(
-            f"{path}: expected one unit of space, got {', '.join(sorted(names))}; correct the header"
-        )
+        got = ", ".join(sorted(names))
+        raise VolumeError(f"{path}: expected one unit of space, got {got}; correct the header")
     converted, unit = in_one_unit(path, spacing, [*names] * 3)
     affine[:3] *= converted[0] / spacing[0]
     return converted, unit, affine, notes
