@@ -114,7 +114,8 @@ def _numbers(case, names):
 
 def _draw_histogram(ax, case, names, limits):
     """How the intensities of some planes are spread: of all voxels, and of each class."""
-    planes = np.unique(np.linspace(0, case.shape[0] - 1, PLANES + 2).astype(int)[1:-1])
+    count = min(PLANES, case.shape[0])
+    planes = ((np.arange(count) + 0.5) * case.shape[0] / count).astype(int)
     step = max(1, int(np.prod(case.shape[1:])) * len(planes) // SAMPLES)
     read = [read_array(case, "image", (0, z)).reshape(-1)[::step] for z in planes.tolist()]
     values = np.concatenate(read).astype(np.float32)
