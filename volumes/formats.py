@@ -48,8 +48,9 @@ ADVICE = {
     "run h5clear -s on it",
     "COMPRESSION|lib/plugin|filter|codec": "its compression is not known here; store it with "
     "another, such as gzip in HDF5 or LZW in TIFF",
-    "not a TIFF file|signature not found|not a gzip|Cannot work out|StopIteration|NRRD magic": "it is empty, or "
-    "of another format; check what it is",
+    "not a TIFF file|signature not found|not a gzip|Cannot work out|StopIteration|NRRD magic": (
+        "it is empty, or of another format; check what it is"
+    ),
     "Permission denied": "give yourself the right to read it",
     r"\[Errno": "see to that first, for the file may be whole",
 }
