@@ -15,7 +15,14 @@ WRITES_DIMENSIONS = (3, 4)
 SPACES = {"right-anterior-superior": (1, 1, 1), "ras": (1, 1, 1),
           "left-anterior-superior": (-1, 1, 1), "las": (-1, 1, 1),
           "left-posterior-superior": (-1, -1, 1), "lps": (-1, -1, 1)}  # fmt: skip
+FIELDS = set(  # without spaces
+    "type dimension sizes encoding endian content min max oldmin oldmax datafile lineskip byteskip "
+    "number sampleunits spacings thicknesses axismins axismaxs centers centerings labels units "
+    "kinds space spacedimension spaceunits spaceorigin spacedirections measurementframe "
+    "blocksize".split()
+)
 LPS = "left-posterior-superior"
+OF_NO_BODY = ("", "scanner-xyz", "3d-right-handed", "3d-left-handed")
 SPATIAL = ("domain", "space")
 NOT_CHANNELS = ("time", "complex", "quaternion", "matrix")  # in the name of a kind
 
@@ -26,6 +33,7 @@ def read(path, _dataset, _role):
 
     with open(path, "rb") as stream:
         fields = nrrd.read_header(stream)
+        _check_text(path, stream)
         header = {key.lower().replace(" ", ""): value for key, value in fields.items()}
         data_file = str(header.get("datafile", ""))
         if data_file.startswith("LIST") or "%" in data_file:
@@ -38,6 +46,23 @@ def read(path, _dataset, _role):
     spacing, unit, affine, notes = _place(path, header, space)
     array = array[..., 0] if array.shape[3] == 1 else array
     return Volume(array.T, spacing, unit, affine, str(path), notes=notes)
+
+
+def _check_text(path, stream):
+    """VolumeError for a line that is no field of a NRRD: pynrrd drops bytes that are no text, and
+    passes over a name that it does not know, be it a misspelled origin."""
+    end = stream.tell()
+    stream.seek(0)
+    for line in stream.read(end).splitlines()[1:]:
+        name = line.partition(b":")[0].replace(b" ", b"").lower().decode("latin-1")
+        if not line or line.startswith(b"#") or b":=" in line:
+            continue
+        if not line.isascii() or name not in FIELDS:
+            got = line[:60].decode("latin-1")
+            raise VolumeError(
+                f"{path}: expected a field of a NRRD header, got {got!r}; correct it, or fetch the "
+                "file again"
+            )
 
 
 def count_voxels(path, _dataset):
@@ -107,7 +132,12 @@ def _place(path, header, space):
     origin = header.get("spaceorigin")
     origin = np.zeros(3) if origin is None else _vector(path, origin)
     name, notes = str(header.get("space", "")).lower(), ()
-    if name not in SPACES:  # ITK takes it for that too
+    if name not in SPACES:
+        if name not in OF_NO_BODY:
+            raise VolumeError(
+                f"{path}: expected a space such as {LPS}, got {name!r}; correct the header"
+            )
+        # ITK takes it for that too.
         notes = (f"its space is {name or 'not named'}; {LPS} is taken",)
     affine = np.eye(4)
     affine[:3] = np.diag(SPACES.get(name, SPACES[LPS])) @ np.c_[columns, np.nan_to_num(origin)]

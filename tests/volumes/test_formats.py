@@ -237,6 +237,23 @@ def test_four_axes_of_nrrd_without_a_word_are_refused(tmp_path, lines, message):
         read_image(path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"LPS", b"LPT", "expected a space such as"),
+        (b"0.", b"0.\xb4", "expected a field of a NRRD header"),
+        (b"space origin", b"space nrigin", "expected a field of a NRRD header, got 'space nrigin"),
+    ],
+)
+def test_a_damaged_header_of_nrrd_is_refused(tmp_path, old, new, message):
+    """pynrrd drops bytes that are no ASCII, 0.\xb4605 is 0.605, and lets unknown fields pass."""
+    path = nrrd(tmp_path / "a.nrrd", in_space(OBLIQUE, (-1, -1, 1), "LPS") + "my key:=Zo\xeb\n")
+    assert read_image(path).notes == ()
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(VolumeError, match=f"a.nrrd: .*{message}"):
+        read_image(path)
+
+
 @pytest.mark.parametrize("suffix", [".nrrd", ".nhdr", ".mha", ".mhd"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_voxels_that_are_cut_or_gone_are_refused(tmp_path, suffix, packed):
