@@ -4,7 +4,10 @@ Axes are of space (domain) or of channels, which the header must tell: by its ki
 among its space directions. Places are stated in a space such as left-posterior-superior.
 """
 
+import io
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 
@@ -168,4 +171,7 @@ def write(path, array, spacing, unit, affine, _header):
     elif spacing is not None:
         header["spacings"] = [*spacing[::-1], *([math.nan] * channels)]
         header |= {"units": [unit] * 3 + [""] * channels} if unit else {}
-    nrrd.write(str(path), array, header, compression_level=1, index_order="C")
+    content = io.BytesIO()
+    nrrd.write(content, array, header, compression_level=1, index_order="C")
+    # Without the date, so that equal voxels make equal files.
+    Path(path).write_bytes(re.sub(rb"# on [^\n]*\n", b"", content.getvalue(), count=1))

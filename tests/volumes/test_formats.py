@@ -1,5 +1,6 @@
 """NRRD and MetaImage: read as their headers say, and a prediction lies where its image lies."""
 
+import datetime
 import gzip
 import itertools
 import zlib
@@ -217,6 +218,15 @@ def test_channels_are_written_and_read_back(tmp_path, name):
     assert (volume.spacing, volume.unit) == ((2, 1, 0.5), "mm")
     np.testing.assert_allclose(volume.affine, OBLIQUE, atol=1e-12)
     assert files.voxel_count(tmp_path / name) == 180
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha"])
+def test_equal_voxels_make_equal_files_at_any_time(tmp_path, name):
+    write_volume(tmp_path / name, VOXELS, spacing=(2.0, 1.0, 0.5), unit="mm")
+    content = (tmp_path / name).read_bytes()
+    assert str(datetime.date.today().year).encode() not in content.replace(b"NRRD", b"")[:300]
+    write_volume(tmp_path / name, VOXELS, spacing=(2.0, 1.0, 0.5), unit="mm")
+    assert (tmp_path / name).read_bytes() == content
 
 
 # ---------------------------------------------------------------------------- refused
