@@ -121,6 +121,9 @@ def _draw_histogram(ax, case, names, limits):
     values = np.concatenate(read).astype(np.float32)
     margin = 0.1 * (limits[1] - limits[0])
     edges = np.linspace(limits[0] - margin, limits[1] + margin, BINS + 1)
+    if np.dtype(case.dtype).kind in "ui":  # each bar is of as many whole numbers
+        width = max(1, round(edges[1] - edges[0]))
+        edges = np.arange(np.floor(edges[0]) - 0.5, edges[-1] + width, width)
     values = np.clip(values, edges[0], edges[-1])
     ax.hist(values, edges, color="0.75", log=True)
     if case.labeled:

@@ -80,7 +80,7 @@ def _axes(path, header):
     lengths, kinds = header["sizes"].tolist(), header.get("kinds")
     vectors, spacings = header.get("spacedirections"), header.get("spacings")
     axes = [*range(len(lengths))]
-    if kinds is not None and len(kinds) == len(axes):
+    if kinds is not None and len(kinds) == len(axes) and not {"???", "none"} & {*kinds}:
         space = [i for i in axes if kinds[i].lower() in SPATIAL]
         odd = [k for k in kinds if any(word in k.lower() for word in NOT_CHANNELS)]
         if odd and lengths[kinds.index(odd[0])] > 1:

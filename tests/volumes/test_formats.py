@@ -200,7 +200,7 @@ def test_a_spacing_that_is_none_is_refused_by_name(tmp_path, capfd, name, lines)
         (np.stack([VOXELS, -VOXELS]), "kinds: domain domain domain list\n"),
         (np.moveaxis(np.stack([VOXELS, -VOXELS]), 0, -1),
          "space: LPS\nspace directions: none (1,0,0) (0,2,0) (0,0,3)\nspace origin: (0,0,0)\n"),
-        (np.stack([VOXELS, -VOXELS]), "spacings: 1 2 3 nan\n"),
+        (np.stack([VOXELS, -VOXELS]), "spacings: 1 2 3 nan\nkinds: ??? ??? ??? ???\n"),
     ],
     ids=["first", "last", "directions", "spacings"],
 )  # fmt: skip
