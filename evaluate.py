@@ -35,8 +35,9 @@ from rich.progress import Progress
 
 from monitoring import machine
 from scoring import inputs, metrics, parallel, report
-from scoring.classes import MEAN, checked, full_names, id_of, ids_of, parsed, split_name
+from scoring.classes import MEAN, checked, full_names, ids_of, split_name
 from volumes import atomic, files
+from volumes.classes import id_of, parsed
 from volumes.processes import run_script
 from volumes.statistics import clip_fill
 from volumes.volume import printable
@@ -150,8 +151,8 @@ def parse(argv):
     add("--ignore-label", type=int, metavar="V", help="value of unlabeled voxels in the truth")
     add("--classes", nargs="+", metavar="NAME=ID", help="classes to score each, or regions "
         "NAME=ID+ID (default: those of a prepared dataset that has several)")  # fmt: skip
-    add("--foreground", nargs="+", metavar="ID",
-        help="classes of the truth that count as one; of a prepared one also names")  # fmt: skip
+    add("--foreground", nargs="+", metavar="CLASS", help="classes of the truth that count as one, "
+        "by number, or by the name that --classes or a prepared dataset gives them")  # fmt: skip
     add("--cases", nargs="+", default=[], metavar="ID", help="ids, or patterns, to score alone")
     add("--spacing", type=positive, nargs=3, metavar=("Z", "Y", "X"),
         help="default: the header of the truth, else of the prediction, else 1 1 1")  # fmt: skip
@@ -193,9 +194,7 @@ def check(parser, args):
         parser.error("--invert: expected --otsu PATH with it")
     if args.images and args.otsu:
         parser.error("--images: expected either this or --otsu, whose images are shown too")
-    if args.classes and args.foreground:
-        parser.error("--classes: expected either this or --foreground")
-    if args.ignore_label in ((0,) if args.classes else (0, 1)):
+    if args.ignore_label in ((0,) if args.classes and not args.foreground else (0, 1)):
         parser.error(f"--ignore-label: expected neither 0 nor 1, got {args.ignore_label}")
     if folder := next((path for path in args.out if Path(path).is_dir()), None):
         parser.error(f"--out: expected a file to write, got the folder {folder}")
@@ -216,17 +215,22 @@ def check(parser, args):
 
 def settle_classes(args, dataset):
     """({name: ids} of the classes to score each, or None; ids that count as one foreground; those
-    of a prepared truth that count as background beside the classes).
+    that are declared and count as background, None for any other value).
 
     Completes the names of args.scores and args.rank. ValueError where these do not go together.
     """
     known = {name: i for name, i in dataset.classes.items() if i} if dataset else {}
+    named = parsed(args.classes, known) if args.classes else {}
+    declared = {*known.values(), *ids_of(named)}
     classes, foreground = None, ()
     if args.foreground:
-        foreground = tuple(id_of(text, known, "--foreground") for text in args.foreground)
-    elif args.classes or len(known) > 1:
-        given = parsed(args.classes, known) if args.classes else dataset.regions or known
-        classes = checked(given, args.ignore_label)
+        own = known | {name: ids[0] for name, ids in named.items()}
+        ids = [named.get(t) or (id_of(t, own, "--foreground"),) for t in args.foreground]
+        foreground = tuple(dict.fromkeys(i for several in ids for i in several))
+        if args.ignore_label in foreground:
+            raise ValueError(f"--foreground: expected classes, got {args.ignore_label} (ignored)")
+    elif named or len(known) > 1:
+        classes = checked(named or dataset.regions or known, args.ignore_label)
     else:  # predictions of one class are of 0 and 1, whatever its id
         foreground = tuple(i for i in known.values() if i != 1)
     if not classes and args.ignore_label == 1:
@@ -242,8 +246,9 @@ def settle_classes(args, dataset):
     args.scores = full_names(args.scores, classes)
     if classes and split_name(args.rank)[1] is None:
         args.rank = f"{args.rank}/{MEAN}"
-    scored, ids = set(ids_of(classes or {})), set(known.values())
-    return classes, foreground, tuple(ids - scored) if scored and scored <= ids else ()
+    if args.foreground and not declared:
+        return classes, foreground, None
+    return classes, foreground, tuple(declared - {*foreground, *ids_of(classes or {})})
 
 
 def unwritable(paths):

@@ -1,9 +1,10 @@
 """Segment volumes of any size with a trained network; a checkpoint is all it needs.
 
     python infer.py --ckpt runs/last.pt                               # the run's own test cases
-    python infer.py --ckpt runs/last.pt --input scans/ --output out/  # NIfTI, TIFF, HDF5
+    python infer.py --ckpt runs/last.pt --input scans/ --output out/  # any format
     python infer.py --ckpt runs/vessels/checkpoints/best.pt --input a.nii.gz inference.flips=true
     python infer.py --ckpt runs/last.pt inference.threshold=0.4 postprocess.min_component_voxels=50
+    python infer.py --ckpt runs/last.pt --input stacks/ --spacing 5 1 1   # TIFF states none
     python infer.py --ckpt runs/last.pt --input test_images/ --submission submission.zip
     python infer.py --ckpt fold0.pt fold1.pt --input scans/ --output out/   # or a sweep folder
     torchrun --nproc-per-node=4 infer.py --ckpt runs/last.pt                # a part for each rank
@@ -100,7 +101,7 @@ def prepare_to_predict(arguments, part):
         precision, precision_reason = resolve_precision(settings.training.precision, device)
     with collect_errors(faults):
         root = [metadata["root"], *roots][-1]
-        inputs, notes = check_inputs(arguments.input, metadata, root, output)
+        inputs, notes = check_inputs(arguments.input, metadata, root, output, arguments.spacing)
         if arguments.submission:
             regions = outputs.of_metadata(metadata).regions
             faults += submission_faults(arguments.submission, regions)
@@ -363,6 +364,8 @@ def parse_arguments(argv):
     add("--ckpt", required=True, help=what, **several)
     what = "case files, prepared folders, volumes, folders or patterns of volumes"
     add("--input", help=what, **several)
+    what = "voxel size of volumes that state none, in the unit of the training data"
+    add("--spacing", type=float, nargs=3, metavar=("Z", "Y", "X"), help=what)
     add("--output", help="folder; default: predictions/ of the checkpoint's run")
     add("--submission", metavar="FILE.zip", help="write the masks into this too")
     add("--part", metavar="I/N", help="do part I of N, from 1; start the others where you like")

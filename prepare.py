@@ -9,6 +9,8 @@ Every case is checked first: all faults of a folder are printed at once, one sen
 then nothing is written (exit status 2). Leaves `<out>/<case>.h5` and `<out>/dataset.json`; cases
 are added to a dataset that is already there, and those of the same id are replaced.
 
+--sheet draws what the dataset looks like: slices with the label outlined, intensities, numbers.
+
 Labels of several classes: --classes artery=3 vein=7 names the values that they hold.
 
 A labeled case also gets the skeleton of its label, for the loss skeleton_recall: 3 s of a core and
@@ -35,7 +37,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from volumes import classes, layouts, phantoms
+from volumes import classes, data_sheet, layouts, phantoms
 from volumes.casefile import DATASET_FILE, read_dataset, write_dataset
 from volumes.files import counted, few, split_dataset
 from volumes.ingest import PhantomCase, Rules, prepare_case
@@ -210,6 +212,7 @@ def parse(argv):
     add("--no-skeletons", action="store_true", help="leave out what skeleton_recall trains on")
     add("--compression", choices=("lzf", "gzip"), help="smaller files, slower to read")
     add("--test-images", action="store_true", help="add imagesTs of an nnU-Net root, unlabeled")
+    add("--sheet", action="store_true", help="draw all cases of DIR: DIR/sheet-1.png and on")
     add("--workers", type=int, default=cores(), help="processes; default: all cores")
     options = parser.parse_args(argv)
     if bool(options.images) == bool(options.phantom):
@@ -383,6 +386,9 @@ def main(argv=None):
     notes += classes.rare(rules.classes, ids | {c.id: c.counts for c in kept if c.labeled})
     report(outcomes, notes)
     print(f"{counted(len(new), 'case')} written to {out}")
+    if options.sheet:
+        for path in data_sheet.write_sheet(read_dataset(out), out):
+            print(f"drawn: {path}")
     return 0
 
 

@@ -45,7 +45,9 @@ PositiveRange = tuple[Positive, Positive]
 NonNegativeRange = tuple[NonNegative, NonNegative]
 Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
 Thresholds = Annotated[tuple[Probability, ...], Field(min_length=1, max_length=100)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_tuples), Field(min_length=1)]
+# A class by its name or its number.
+Class = Annotated[str, BeforeValidator(lambda word: str(word) if type(word) is int else word)]
+Classes = Annotated[tuple[Class, ...], BeforeValidator(_tuples), Field(min_length=1)]
 UNFOLDED = 0.075  # elastic amplitude, as a share of the control points' distance
 
 
@@ -93,10 +95,10 @@ class Data(Group):
     fold: Whole = 0
     # What the network sees: a target spacing per axis; 0 or null keeps the axis as it is stored.
     spacing: tuple[NonNegative | None, NonNegative | None, NonNegative | None] = (0, 0, 0)
-    # Names of the classes that are one foreground together; null: the network tells all apart.
-    foreground: tuple[str, ...] | None = None
-    # Regions that may overlap, {name: names of its classes}, each told from all else.
-    regions: dict[str, Names] | None = None
+    # Classes, by name or number, that are one foreground together; null: each is told apart.
+    foreground: tuple[Class, ...] | None = None
+    # Regions that may overlap, {name: its classes}, each told from all else.
+    regions: dict[str, Classes] | None = None
     # Cache of the case files over all processes, in 10^9 bytes; 0: none; null: half of the memory
     # that is free at the start, at most what the training cases hold.
     cache_gb: NonNegative | None = None

@@ -75,17 +75,20 @@ def _white_is_zero(path):
 
 
 def corners(path):
-    """World coordinates of the corners of a NIfTI: by SimpleITK, by nibabel where it refuses."""
-    shape = nibabel.load(path).shape[:3]
-    ends = np.array(np.meshgrid(*((0, n - 1) for n in shape), indexing="ij")).reshape(3, -1).T
+    """World coordinates of the corners, by SimpleITK; of a NIfTI that it refuses by nibabel."""
     with contextlib.suppress(RuntimeError, ImportError):
         import SimpleITK
 
         image = SimpleITK.ReadImage(str(path))
         tail = (0,) * (image.GetDimension() - 3)
-        places = [image.TransformIndexToPhysicalPoint((*end.tolist(), *tail)) for end in ends]
-        return np.array(places)[:, :3]
-    return nibabel.affines.apply_affine(nibabel.load(path).affine, ends)
+        ends = corner_indexes(image.GetSize()[:3]).tolist()
+        return np.array([image.TransformIndexToPhysicalPoint((*e, *tail)) for e in ends])[:, :3]
+    image = nibabel.load(path)
+    return nibabel.affines.apply_affine(image.affine, corner_indexes(image.shape[:3]))
+
+
+def corner_indexes(shape):
+    return np.array(np.meshgrid(*((0, n - 1) for n in shape), indexing="ij")).reshape(3, -1).T
 
 
 def wrong_prepared(out, item, text, _):
@@ -110,6 +113,10 @@ def read_mask(path):
             return file["segmentation"][()]
     if path.suffix in (".tif", ".tiff"):
         return tifffile.imread(path)
+    if path.suffix in (".nrrd", ".mha"):
+        import SimpleITK
+
+        return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
     return np.asanyarray(nibabel.load(path).dataobj).T
 
 

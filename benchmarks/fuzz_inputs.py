@@ -22,7 +22,10 @@ SHAPE, SPACING = (6, 20, 24), (2.0, 0.5, 0.25)  # z, y, x
 NIFTI = ("nii", "nii.gz")
 TIFF = ("imagej", "ome", "plain", "pages", "miniswhite", "tiled", "deflate", "bigtiff", "rgb")
 HDF5 = ("h5", "h5 units", "h5 axes", "h5 virtual", "h5 external", "h5 link", "h5 gzip")
-SUFFIXES = dict.fromkeys(TIFF, ".tif") | dict.fromkeys(HDF5, ".h5")
+ITK = ("nrrd", "nhdr", "mha", "mhd")  # which SimpleITK writes
+SUFFIXES = (
+    {kind: f".{kind}" for kind in ITK} | dict.fromkeys(TIFF, ".tif") | dict.fromkeys(HDF5, ".h5")
+)
 SUFFIXES |= {"ome": ".ome.tif", "nii": ".nii", "nii.gz": ".nii.gz"}
 NIFTI_UNITS = {0: "", 1: "m", 2: "mm", 3: "micron"}
 READ, REFUSE, EITHER = "read", "refuse", "either"  # what a script may do with an input
@@ -38,7 +41,7 @@ class Input:
     voxels: np.ndarray  # (D, H, W), or with more axes of one, as a viewer shows them
     spacing: tuple | None = None  # None: the file states none
     unit: str = ""
-    affine: np.ndarray | None = None  # of NIfTI: voxel x, y, z to world
+    affine: np.ndarray | None = None  # voxel x, y, z to world, as NIfTI has it
     accept: str = READ
     flipped: bool = False  # the independent reader says what is right
     dataset: str = "image"  # of HDF5
@@ -53,6 +56,26 @@ def write_nifti(path, voxels, item):
     image = nibabel.Nifti1Image(voxels.T, item.affine, dtype=voxels.dtype)
     image.header.set_xyzt_units("mm")
     nibabel.save(image, path)
+
+
+def write_itk(path, voxels, item):
+    """An oblique and mirrored volume; packed if its first voxel is odd."""
+    import SimpleITK
+
+    cos, sin, more = np.cos(0.4), np.sin(0.4), voxels.ndim - 3
+    turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, -1]])
+    direction = np.eye(voxels.ndim)
+    direction[:3, :3] = turn
+    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(voxels), isVector=False)
+    image.SetSpacing([*SPACING[::-1], *[1.0] * more])
+    image.SetOrigin([3.0, -4.0, 5.0, *[0.0] * more])
+    image.SetDirection(direction.ravel().tolist())
+    SimpleITK.WriteImage(image, str(path), bool(voxels.flat[0] % 2))
+    item.spacing, item.affine = SPACING, np.eye(4)
+    item.affine[:3] = np.diag([-1, -1, 1]) @ np.c_[turn * SPACING[::-1], [3, -4, 5]]
+    # NRRD then has a space of 4 dimensions; MetaImage tells no complex voxel from two channels.
+    if (more and item.format in ("nrrd", "nhdr")) or np.iscomplexobj(voxels):
+        item.accept = EITHER if item.accept == READ or item.format in ("mha", "mhd") else REFUSE
 
 
 def write_tiff(path, voxels, item):
@@ -108,7 +131,11 @@ def write_hdf5(path, voxels, item):
             item.spacing, item.unit = SPACING, "micron"
 
 
-WRITERS = dict.fromkeys(NIFTI, write_nifti) | dict.fromkeys(TIFF, write_tiff)
+WRITERS = (
+    dict.fromkeys(ITK, write_itk)
+    | dict.fromkeys(NIFTI, write_nifti)
+    | dict.fromkeys(TIFF, write_tiff)
+)
 WRITERS |= dict.fromkeys(HDF5, write_hdf5)
 
 # ---------------------------------------------------------------------------- faults of voxels
@@ -289,7 +316,8 @@ def put_folder(item, chance):
 
 
 def lose_source(item, chance):
-    item.path.with_suffix(".source").unlink()
+    others = [item.path.with_suffix(end) for end in (".source", ".raw", ".zraw", ".raw.gz")]
+    next(path for path in others if path.exists()).unlink()
     item.accept = REFUSE
 
 
@@ -315,7 +343,7 @@ def combinations():
     for kind in SUFFIXES:
         faults = [*FILES, *(HEADERS if kind in NIFTI else ())]
         faults += VOXELS if kind not in ("miniswhite", "rgb", "h5 axes") else ()
-        if kind not in ("h5 virtual", "h5 external", "h5 link"):
+        if kind not in ("h5 virtual", "h5 external", "h5 link", "nhdr", "mhd"):
             faults.remove("source gone")
         for fault in faults:
             yield from [(kind, fault)] * (4 if fault in ("cut", "flip") else 1)

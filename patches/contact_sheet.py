@@ -15,12 +15,11 @@ import torch
 from patches import augment, intensity, resample
 from patches.cache import VolumeCache
 from volumes import atomic
-from volumes.colors import class_color, no_formula
+from volumes.colors import class_color, no_formula, show_slice
 
 PICTURES, BLOCKS = 3, 3  # of each transformation; transformations side by side
 CANDIDATES = 16  # voxels of which the one with most border of the label around it is chosen
 INCHES, NARROWEST = 1.8, 1.4  # the longest side of a picture; the least width, for the texts
-LABEL, INVALID = "darkorange", (0.2, 0.35, 0.8, 0.5)  # colors
 COLUMNS = 8  # of the legend of several classes
 LEGEND = (
     "Each picture: the patch's middle z slice (y down, x right), below it its middle y slice (z "
@@ -165,19 +164,9 @@ def _draw(blocks, spacing, heading, names):
         for column, (*arrays, caption) in zip(axes.T, pictures, strict=False):
             for axis, ax in enumerate(column):
                 cuts = (np.take(array, array.shape[axis - 3] // 2, axis - 3) for array in arrays)
-                _show(ax, *cuts, spacing[1 - axis] / spacing[2], (low - margin, high + margin))
+                aspect, limits = spacing[1 - axis] / spacing[2], (low - margin, high + margin)
+                show_slice(ax, *cuts, aspect, limits)
             column[1].set_xlabel(textwrap.fill(caption, 26), fontsize=7)
         for ax in axes[:, len(pictures) :].flat:
             ax.axis("off")
     return figure
-
-
-def _show(ax, image, masks, valid, aspect, limits):
-    """One slice: grey, what is not valid tinted, the border of each mask as a line."""
-    ax.imshow(image, cmap="gray", vmin=limits[0], vmax=limits[1], aspect=aspect)
-    ax.imshow(np.where(valid[..., None], 0.0, INVALID), aspect=aspect)
-    for index, mask in enumerate(masks):
-        if min(mask.shape) > 1 and mask.any() and not mask.all():
-            color = LABEL if len(masks) == 1 else class_color(index)
-            ax.contour(mask, [0.5], colors=[color], linewidths=1)
-    ax.set(xticks=[], yticks=[])

@@ -324,4 +324,5 @@ class Predictor:
             stamps = [parts.stamp(split_dataset(path)[0]) for path in paths]
         except OSError as error:
             raise VolumeError(f"expected a volume that can be read, got {error}") from error
-        return parts.fingerprint([self.digits, volume.shape, volume.intensity, stamps])
+        about = (volume.shape, volume.spacing, volume.intensity, stamps)
+        return parts.fingerprint([self.digits, *about])

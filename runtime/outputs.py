@@ -77,23 +77,23 @@ class Outputs:
 def choose(classes, foreground=None, regions=None, declared=None):
     """The `Outputs` for the classes {name: id} of a data set; ValueError, one sentence.
 
-    foreground: names of classes that are one foreground together; regions: {name: names of
+    foreground: classes that are one foreground together, by name or number; regions: {name:
     classes}, which may overlap; declared: {name: ids} of the data set's own regions. None of these:
     every class is a region, and they exclude each other.
     """
     named = {name: number for name, number in classes.items() if number != 0}
     if foreground:
-        _check_names("data.foreground", foreground, named)
-        return Outputs({"+".join(foreground): tuple(named[name] for name in foreground)})
+        ids = _ids("data.foreground", foreground, named)
+        names = {number: name for name, number in named.items()}
+        return Outputs({"+".join(names[number] for number in ids): ids})
     if not regions and not declared:
         named = {name: (number,) for name, number in named.items()} or {"foreground": ()}
         return Outputs(named, exclusive=len(named) > 1)
-    for name, members in (regions or {}).items():
+    for name in regions or ():
         if not label_classes.is_name(name):
             raise ValueError(f"data.regions: expected {label_classes.NAME}, got {name!r}")
-        _check_names(f"data.regions.{name}", members, named)
-    of_names = {n: tuple(named[member] for member in own) for n, own in (regions or {}).items()}
-    outputs = Outputs(of_names or declared)
+    own = {name: _ids(f"data.regions.{name}", of, named) for name, of in (regions or {}).items()}
+    outputs = Outputs(own or declared)
     if bare := [name for name, number in outputs.written.items() if number is None]:
         raise ValueError(
             "data.regions: expected of each region a class that is in no later one, for masks are "
@@ -103,12 +103,11 @@ def choose(classes, foreground=None, regions=None, declared=None):
     return outputs
 
 
-def _check_names(key, names, named):
-    unknown = [name for name in names if name not in named]
-    if unknown or not names:
-        raise ValueError(
-            f"{key}: expected names among {', '.join(named)}, got {', '.join(unknown) or 'none'}"
-        )
+def _ids(key, members, named):
+    """The ids of the classes of a setting, which are names or numbers."""
+    if not members:
+        raise ValueError(f"{key}: expected classes among {', '.join(named)}, got none")
+    return tuple(dict.fromkeys(label_classes.id_of(word, named, key) for word in members))
 
 
 def most_probable(probs):

@@ -7,7 +7,6 @@ split_name("surface_dice@4/artery")                 # ("surface_dice@4", "artery
 """
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -90,35 +89,3 @@ def voxels_of(values, known):
     if sum(voxels.values()) == values.size:
         return voxels, []
     return voxels, [value for value in np.unique(values).tolist() if value not in voxels]
-
-
-def parsed(texts, known):
-    """{name: ids} of texts of --classes such as artery=1 or vessel=1+2; known: as for `id_of`."""
-    classes = {}
-    for text in texts:
-        name, _, ids = text.rpartition("=")
-        if not name:
-            raise ValueError(f"--classes: expected NAME=ID, or NAME=ID+ID of a region, got {text}")
-        if name in classes:
-            raise ValueError(f"--classes: expected names that differ, got {name} twice")
-        ids = [id_of(one, known, f"--classes {text}") for one in ids.split("+")]
-        classes[name] = tuple(dict.fromkeys(ids))
-    return classes
-
-
-def id_of(text, known, option):
-    """The id that the text of an option says: a number, or a name among known, {name: id}."""
-    if re.fullmatch(r"-?\d+", text):
-        return int(text)
-    if text in known:
-        return known[text]
-    if not known:
-        raise ValueError(
-            f"{option}: expected the number of a class, got {text!r}; only a folder made by "
-            "prepare.py knows classes by name"
-        )
-    near = difflib.get_close_matches(text, known, n=1, cutoff=0.0)[0]
-    raise ValueError(
-        f"{option}: expected a number or a class among {', '.join(known)}, got {text!r}; the "
-        f"nearest is {near}"
-    )

@@ -40,7 +40,8 @@ class ReadOptions:
     ignore_label: int | None = None  # of unlabeled voxels in the truth
     foreground: tuple | None = None  # classes of the truth that count, None: it has one
     classes: dict | None = None  # {name: ids} of those that are scored each, None: one foreground
-    background: tuple = ()  # further classes of the truth, which count as background
+    # Declared values of no class that is scored: background; None: all others are.
+    background: tuple | None = ()
     spacing: tuple | None = None  # z, y, x, instead of that of the files
     check_spacing: bool = True  # whether files must agree on it
     otsu: bool = False  # whether the image is thresholded too
@@ -228,14 +229,18 @@ def read(pair, options, errors):
     ignored = options.ignore_label
     absent = {}
     if options.classes:
-        masks = {m: p.array for m, p in predictions.items()}
-        truth = _without(truth, options.background, notes)
-        true_mask = truth.array
+        predictions = {
+            m: _without(p, options.background, "predictions", notes) for m, p in predictions.items()
+        }
+        truth = _without(truth, options.background, "truth", notes)
+        masks, true_mask = {m: p.array for m, p in predictions.items()}, truth.array
         for role, volume in {**predictions, None: truth}.items():
             absent[role] = _absent(volume, options, role is None, errors)
     else:
         masks = {m: _binary(p, None, "predictions", notes, errors) for m, p in predictions.items()}
-        true_mask = _binary(_merged(truth, options), ignored, "truths", notes, errors)
+        if (merged := _merged(truth, options, notes, errors)) is None:
+            return None
+        true_mask = _binary(merged, ignored, "truths", notes, errors)
     if ignored is not None and (true_mask == ignored).all():
         errors.append(
             f"{truth.path}: expected labeled voxels, got {ignored} (ignored) in all of them; "
@@ -262,26 +267,35 @@ def _read(reader, path, errors):
         errors.append(str(error))
 
 
-def _merged(truth, options):
-    """The truth with 1 where any of the classes that count is, if they are named."""
+def _merged(truth, options, notes, errors):
+    """The truth with 1 where any of the classes that count is, if they are named, and 0 where one
+    is that counts as background, which is noted; None and an error if it has other values."""
     if not options.foreground:
         return truth
-    classes = np.isin(truth.array, options.foreground).astype(truth.array.dtype)
-    if options.ignore_label is not None:
-        classes = np.where(truth.array == options.ignore_label, truth.array, classes)
-    return dataclasses.replace(truth, array=classes)
+    known = [0, *options.foreground, *(options.background or ())]
+    known += [] if options.ignore_label is None else [options.ignore_label]
+    _, others = voxels_of(truth.array, known)
+    if others and options.background is not None:
+        errors.append(
+            f"{truth.path}: expected the values {', '.join(map(str, sorted(known)))}, got "
+            f"{', '.join(map(str, others[:8]))}; name every class with --classes NAME=ID ..., and "
+            "the value of unlabeled voxels with --ignore-label"
+        )
+        return None
+    truth = _without(truth, [*(options.background or ()), *others], "truth", notes)
+    counts, one = np.isin(truth.array, options.foreground), truth.array.dtype.type(1)
+    return dataclasses.replace(truth, array=np.where(counts, one, truth.array))
 
 
-def _without(truth, background, notes):
-    """The truth with 0 where a class is that counts as background, which is noted."""
-    others = np.isin(truth.array, background)
+def _without(volume, background, role, notes):
+    """A volume with 0 where a class is that counts as background, which is noted."""
+    others = np.isin(volume.array, background)
     if not others.any():
-        return truth
-    values = ", ".join(map(str, np.unique(truth.array[others])))
-    notes.append(f"truth: {values} is of no class that is scored and counts as background")
-    return dataclasses.replace(
-        truth, array=np.where(others, truth.array.dtype.type(0), truth.array)
-    )
+        return volume
+    values = ", ".join(map(str, np.unique(volume.array[others])))
+    notes.append(f"{role}: {values} is of no class that is scored and counts as background")
+    zero = volume.array.dtype.type(0)
+    return dataclasses.replace(volume, array=np.where(others, zero, volume.array))
 
 
 def _absent(volume, options, is_truth, errors):

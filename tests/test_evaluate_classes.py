@@ -165,11 +165,15 @@ def test_a_class_of_a_prepared_truth_that_no_region_has_counts_as_background(fol
     assert (row["precision/v"], row["recall/v"]) == ("1.0", "1.0")
     noted = capsys.readouterr().out
     assert "note: truth: 9 is of no class that is scored and counts as background: a, b" in noted
-    write(folders / "old" / "a.tif", label)  # but no prediction may have it
-    assert evaluate(folders, *named, pred=("old",), truth="set")[0] == 2
-    assert "old/a.tif: expected 0 and the classes v 7, a 3, got 9; " in capsys.readouterr().err
+    write(folders / "old" / "a.tif", np.maximum(label, bar(4, 2, value=5)))
+    assert evaluate(folders, *named, pred=("old",), truth="set")[0] == 2  # 5 is no class at all
+    assert "old/a.tif: expected 0 and the classes v 7, a 3, got 5; " in capsys.readouterr().err
+    write(folders / "old" / "a.tif", label)
+    assert evaluate(folders, *named, pred=("old",), truth="set")[0] == 0
+    noted = capsys.readouterr().out
+    assert "note: predictions: 9 is of no class that is scored and counts as background: a" in noted
     assert evaluate(folders, "--classes", "artery=3", "vein=8", truth="set")[0] == 2  # a slip
-    assert "b.h5:label: expected 0 and the classes artery 3, vein 8, got" in capsys.readouterr().err
+    assert "--classes vein=8: expected a class by its name or number" in capsys.readouterr().err
 
 
 def test_the_one_class_of_a_prepared_truth_is_the_foreground_whatever_its_id(folders):
@@ -328,12 +332,46 @@ def test_otsu_of_several_classes_is_refused(folders, capsys):
     assert status == 0 and rows["a", "prediction"]["dice"] == "1.0"
 
 
-def test_classes_and_foreground_do_not_go_together(folders, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        evaluate(folders, *CLASSES, "--foreground", 3)
-    with pytest.raises(SystemExit, match="2"):
-        evaluate(folders, "--ignore-label", 1)
-    assert "--classes: expected either this or --foreground" in capsys.readouterr().err
+@pytest.mark.parametrize("kind", ["folder", "dataset"])
+def test_a_value_is_background_where_it_is_declared_and_a_fault_where_it_is_not(
+    folders, capsys, kind
+):
+    """One rule: --classes declares for a folder what a dataset declares itself."""
+    for case in "ab":
+        write(folders / "merged" / f"{case}.tif", np.minimum(two(2), 1))
+    declared, truth = CLASSES, "truth"
+    if kind == "dataset":
+        dataset(folders / "set", {"a": two(2), "b": two(2)}, {"artery": 3, "vein": 7})
+        declared, truth = (), "set"
+    for chosen in (("artery",), (3,)):
+        options = (*declared, "--foreground", *chosen, "--scores", "dice")
+        status, rows = evaluate(folders, *options, pred=("merged",), truth=truth)
+        assert status == 0
+        assert float(rows["a", "prediction"]["dice"]) == pytest.approx(0.8)  # 4 of 6 are arteries
+        noted = capsys.readouterr().out
+        assert "note: truth: 7 is of no class that is scored and counts as background: a" in noted
+    if kind == "folder":
+        for value in (1, 255):  # which would pass for a mask
+            write(folders / "truth" / "a.tif", two(2, vein=value))
+            assert evaluate(folders, *options, pred=("merged",))[0] == 2
+            expected = f"truth/a.tif: expected the values 0, 3, 7, got {value}; name every class"
+            assert expected in capsys.readouterr().err
+    options = (*declared, "--foreground", 5)
+    assert evaluate(folders, *options, pred=("merged",), truth=truth)[0] == 2
+    assert "--foreground: expected a class by its name or number, artery 3, vein 7, got '5'" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_value_beside_an_undeclared_foreground_is_background_and_noted(folders, capsys):
+    for case in "ab":
+        write(folders / "merged" / f"{case}.tif", np.minimum(two(2), 1))
+    options = ("--foreground", 3, "--scores", "dice")
+    status, rows = evaluate(folders, *options, pred=("merged",))
+    assert status == 0 and float(rows["a", "prediction"]["dice"]) == pytest.approx(0.8)
+    assert "truth: 7 is of no class that is scored" in capsys.readouterr().out
+    assert evaluate(folders, *options, "--ignore-label", 3, pred=("merged",))[0] == 2
+    assert "--foreground: expected classes, got 3 (ignored)" in capsys.readouterr().err
 
 
 def test_unlabeled_voxels_of_value_1_are_a_fault_where_1_is_foreground(folders, capsys):

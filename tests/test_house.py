@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 # The files of each folder. A file that is not listed here fails, and so does a name without a file.
 ROOMS = {
-    "volumes": "files volume tiff nifti hdf5 layouts classes ingest phantoms skeletons statistics "
-    "casefile inputs submission colors atomic processes",
+    "volumes": "files formats volume tiff nifti nrrd metaimage hdf5 layouts classes ingest "
+    "phantoms skeletons statistics casefile inputs submission colors data_sheet atomic processes",
     "topology": "distance soft_skeleton persistence",
     "monitoring": "machine records recorder health panels picture formatting",
     "scoring": "metrics classes surface dilation partitions homology postprocess inputs parallel "

@@ -232,6 +232,19 @@ def test_target_spacing_reaches_the_network_and_the_mask_keeps_the_grid(run, tmp
     np.testing.assert_array_equal(mask, probs.array[0] >= 0.5)
 
 
+def test_a_spacing_by_hand_predicts_as_that_of_a_header(run, tmp_path):
+    image = image_of((9, 40, 36))
+    write_nifti(tmp_path / "a.nii.gz", image)
+    tifffile.imwrite(tmp_path / "b.tif", image)
+    ckpt, out = run(spacing=[0.0, 1.0, 1.0]), tmp_path / "out"
+    infer_ok("--ckpt", ckpt, "--input", tmp_path / "a.nii.gz", "--output", out)
+    infer_ok("--ckpt", ckpt, "--input", tmp_path / "b.tif", "--output", out,
+             "--spacing", "2", "0.5", "0.5")  # fmt: skip
+    stated, given = files.read_label(out / "a.nii.gz"), files.read_label(out / "b.tif")
+    np.testing.assert_array_equal(given.array, stated.array)
+    assert (given.spacing, given.unit) == ((2.0, 0.5, 0.5), "micron")
+
+
 def test_settings_of_inference_take_effect(run, tmp_path):
     image = image_of((9, 20, 18))
     write_nifti(tmp_path / "a.nii.gz", image)

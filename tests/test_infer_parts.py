@@ -153,14 +153,17 @@ def damage(path):
 # ---------------------------------------------------------------------------- what is not mixed
 
 
-@pytest.mark.parametrize("what", ["threshold", "weights", "input"])
+@pytest.mark.parametrize("what", ["threshold", "weights", "input", "spacing"])
 def test_slabs_of_other_settings_weights_or_files_are_not_mixed(run, tmp_path, capsys, what):
-    path = tmp_path / "a.nii.gz"
-    write_nifti(path, image_of((23, 30, 20)))
+    path = tmp_path / ("a.tif" if what == "spacing" else "a.nii.gz")
+    write = tifffile.imwrite if what == "spacing" else write_nifti
+    write(path, image_of((23, 30, 20)))
     about, out = ["--ckpt", run(), "--input", path], tmp_path / "out"
     infer_ok(*about, "--output", out, "--part", "1/2")
     if what == "threshold":
         about.append("inference.threshold=0.51")
+    elif what == "spacing":
+        about += ["--spacing", "2", "0.5", "0.5"]
     elif what == "weights":
         state = checkpoint.load(about[1])
         checkpoint.save(state | {"ema": network_of(3)[0].state_dict()}, about[1])
@@ -169,7 +172,7 @@ def test_slabs_of_other_settings_weights_or_files_are_not_mixed(run, tmp_path, c
     infer_ok(*about, "--output", out, "--part", "2/2")
     said = capsys.readouterr().out
     assert "a: waits for 2 of 5 slabs, of part 1/2; slabs from other weights, settings" in said
-    assert not (out / "a.nii.gz").exists()
+    assert not (out / path.name).exists()
     infer_ok(*about, "--output", out, "--part", "1/2")
     infer_ok(*about, "--output", tmp_path / "one")
     assert files_of(out) == files_of(tmp_path / "one")

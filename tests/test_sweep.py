@@ -23,8 +23,8 @@ import sweep
 from runtime import build, comparison, config, jobs
 from runtime.outputs import Outputs
 from scoring import report
-from scoring.classes import parsed
 from tests.test_training_step import make_root
+from volumes.classes import parsed
 
 ROOT, FORK = Path(__file__).parents[1], multiprocessing.get_context("fork")
 TINY = {  # as few settings as a run of the real scripts needs

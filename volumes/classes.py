@@ -4,6 +4,7 @@ Classes are {name: id}, background (0) included. Regions are {name: ids of the c
 to it}, and may overlap. An id is a value of the label, and stays one in every file.
 """
 
+import difflib
 import operator
 import re
 import shlex
@@ -77,6 +78,42 @@ def from_labels(labels, order=None):
 def is_name(name):
     """Whether a class or region may be called so: see NAME."""
     return name.strip() not in ("", "mean") and "/" not in name and name[0] not in "-_"
+
+
+def parsed(texts, known):
+    """{name: ids} of texts of --classes such as artery=1 or vessel=1+2; known: as for `id_of`."""
+    classes = {}
+    for text in texts:
+        name, _, ids = text.rpartition("=")
+        if not name:
+            raise ValueError(f"--classes: expected NAME=ID, or NAME=ID+ID of a region, got {text}")
+        if name in classes:
+            raise ValueError(f"--classes: expected names that differ, got {name} twice")
+        ids = [id_of(one, known, f"--classes {text}") for one in ids.split("+")]
+        classes[name] = tuple(dict.fromkeys(ids))
+    return classes
+
+
+def id_of(word, known, option):
+    """The id that a word of an option or setting means: a name among known, {name: id}, or an id.
+
+    ValueError for another; without any known classes every number is an id.
+    """
+    word = str(word)
+    number = int(word) if re.fullmatch(r"-?\d{1,9}", word, re.ASCII) else None
+    if word in known or (number is not None and (not known or number in known.values())):
+        return known.get(word, number)
+    if not known:
+        raise ValueError(
+            f"{option}: expected the number of a class, got {word!r}; name it with --classes "
+            "NAME=ID ..., as only a folder made by prepare.py says what its classes are called"
+        )
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
+    named = ", ".join(f"{name} {i}" for name, i in known.items())
+    raise ValueError(
+        f"{option}: expected a class by its name or number, {named}, got {word!r}; the nearest "
+        f"is {near}"
+    )
 
 
 def faults_of(classes, regions, ignore_label):

@@ -12,6 +12,7 @@ CLASSES = (
 )
 SHADES = (0.0, 0.55, -0.45)  # of the first, second and third turn through CLASSES: share of white
 RIGHT, WRONG = 0.45, 0.95  # opacity of a class where it is right, and where it is not
+LABEL, INVALID = "darkorange", (0.2, 0.35, 0.8, 0.5)  # the border of one mask; a tint
 DIM = 0.75  # of the image under classes: on white, pale colors are all alike
 
 
@@ -47,6 +48,20 @@ def overlay_classes(image, shown, other, labeled):
         color = class_color(number)
         layers += [(where & ~wrong, color, RIGHT), (where & wrong, color, WRONG)]
     return _paint(DIM * _gray(image), layers, labeled)
+
+
+def show_slice(ax, image, masks, valid, aspect, limits):
+    """Draw a slice on axes: gray within limits, tinted where not valid, the masks as outlines.
+
+    image, valid (H, W); masks (K, H, W); aspect: the size of a voxel in H over that in W.
+    """
+    ax.imshow(image, cmap="gray", vmin=limits[0], vmax=limits[1], aspect=aspect)
+    ax.imshow(np.where(valid[..., None], 0.0, INVALID), aspect=aspect)
+    for index, mask in enumerate(masks):
+        if min(mask.shape) > 1 and mask.any() and not mask.all():
+            color = LABEL if len(masks) == 1 else class_color(index)
+            ax.contour(mask, [0.5], colors=[color], linewidths=1)
+    ax.set(xticks=[], yticks=[])
 
 
 def _gray(image):

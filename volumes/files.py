@@ -2,14 +2,6 @@
 
 An image is (C, D, H, W) and a label (D, H, W), in the file's own dtype; spacing is z, y, x. A mask
 that is written with the affine of its image overlays that image in a viewer.
-
-A format is a module with three functions, and one line of FORMATS for each of its suffixes:
-
-    read(path, dataset, role) -> Volume      (D, H, W), or (C, D, H, W) with its channels
-    count_voxels(path, dataset) -> int       from the header alone
-    write(path, array, spacing, unit, affine, header)   in one of WRITES_DIMENSIONS dimensions
-
-dataset and role ("image" or "label") say which volume is meant, in files that hold several.
 """
 
 import fnmatch
@@ -22,30 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from volumes import atomic, hdf5, nifti, tiff
+from volumes import atomic
+from volumes.formats import ADVICE, DETACHED, FORMATS, HEADERS, fault_of_writing
 from volumes.volume import InputErrors, VolumeError, check_affine, compare, printable, sizes
 
-FORMATS = {
-    ".nii.gz": nifti,
-    ".nii": nifti,
-    ".tif": tiff,
-    ".tiff": tiff,
-    ".h5": hdf5,
-    ".hdf5": hdf5,
-}
-# What to do about an error of a library, by its words. For all others a file may be truncated.
-ADVICE = {
-    "lock file": "another program has it open for writing; close it there, or, for a network disk "
-    "that knows no locks, set HDF5_USE_FILE_LOCKING=FALSE",
-    "already open for write": "its writer has it open, or died before it closed it; close it, or "
-    "run h5clear -s on it",
-    "COMPRESSION|lib/plugin|filter|codec": "its compression is not known here; store it with "
-    "another, such as gzip in HDF5 or LZW in TIFF",
-    "not a TIFF file|signature not found|not a gzip|Cannot work out": "it is empty, or of another "
-    "format; check what it is",
-    "Permission denied": "give yourself the right to read it",
-    r"\[Errno": "see to that first, for the file may be whole",
-}
 # Files that lie beside volumes. Other files that are no volumes are mentioned as passed over.
 SIDECARS = {".json", ".csv", ".tsv", ".txt", ".xml", ".md", ".rst", ".yaml", ".yml", ".log", ".pdf",
             ".html", ".py", ".sh", ".toml", ".ini", ".xlsx", ".bval", ".bvec"}  # fmt: skip
@@ -191,7 +163,7 @@ def _other_kind(path):
     stem, suffix = os.path.splitext(os.path.basename(path).lower())
     if os.path.islink(path) and not os.path.exists(path):
         return "dangling link"
-    if suffix in SIDECARS or stem in SIDECAR_NAMES:
+    if suffix in SIDECARS or stem in SIDECAR_NAMES or _is_detached(path):
         return ""
     if not os.path.isdir(path):
         return f"{suffix} file" if suffix else "suffixless file"
@@ -199,6 +171,12 @@ def _other_kind(path):
         files = (os.path.join(root, name) for root, _, names in os.walk(path) for name in names)
         return "subfolder" if any(suffix_of(file) or _other_kind(file) for file in files) else ""
     return f"{suffix_of(path) or suffix} folder"
+
+
+def _is_detached(path):
+    """Whether a file holds the voxels of a header beside it."""
+    starts = [path[: -len(end)] for end in DETACHED if path.lower().endswith(end)]
+    return any(os.path.isfile(start + suffix) for start in starts for suffix in HEADERS)
 
 
 def _walk(folder, parts, name=None):
@@ -281,9 +259,9 @@ def counted(number, noun):
 def read_image(path):
     """The image in a file as a `Volume` with array (C, D, H, W), integers kept as they are.
 
-    TIFF of several pages, NIfTI (3-D, or 4-D with channels last), HDF5 (3-D, or 4-D with
-    channels first). Only NIfTI with a scale in its header becomes float32. VolumeError if the
-    file cannot be read, or holds no volume, or one with NaN or infinite voxels.
+    TIFF of several pages; NIfTI, NRRD, MetaImage and HDF5 of 3 dimensions, or with channels. Only
+    NIfTI with a scale in its header becomes float32. VolumeError if the file cannot be read, or
+    holds no volume, or one with NaN or infinite voxels.
     """
     volume = _read(path, "image")
     array = volume.array
@@ -351,7 +329,7 @@ def voxel_count(path):
     """Voxels of the volume in a file, by its header alone; 0 if that cannot be read."""
     file, dataset = split_dataset(path)
     try:
-        return FORMATS[suffix_of(file)].count_voxels(file, dataset)
+        return FORMATS[suffix_of(file)].module.count_voxels(file, dataset)
     except Exception:  # the fault is named when the volume is read
         return 0
 
@@ -364,7 +342,7 @@ def _read(path, role):
         got = "another kind" if os.path.isfile(file) else "none there"
         raise VolumeError(f"{path}: expected a {', '.join(FORMATS)} file, got {got}")
     try:
-        volume = FORMATS[suffix].read(file, dataset, role)
+        volume = FORMATS[suffix].module.read(file, dataset, role)
     except (VolumeError, MemoryError):
         raise
     # Truncated and foreign files surface as struct, zlib, OS, key and type errors, and more.
@@ -397,17 +375,18 @@ def _read(path, role):
 def write_volume(path, array, *, spacing=None, unit="", affine=None, header=None):
     """Write a mask or a probability map; the suffix of path decides on the format.
 
-    array (D, H, W), or (C, D, H, W) for NIfTI and HDF5; bool is written as uint8. spacing
-    z, y, x in unit. NIfTI gets affine, or one made of the spacing, in the way that header, of
-    the `Volume` it lies on, states it; TIFF gets one LZW page per z and ImageJ's spacing; HDF5
-    gets the dataset `segmentation`. The file appears whole or not at all. VolumeError for another
-    suffix or number of dimensions.
+    array (D, H, W), or (C, D, H, W) but for TIFF; bool is written as uint8. spacing z, y, x in
+    unit. NIfTI gets affine, or one made of the spacing, in the way that header, of the `Volume` it
+    lies on, states it; NRRD and MetaImage get affine or spacing; TIFF gets one LZW page per z and
+    ImageJ's spacing; HDF5 gets the dataset `segmentation`. The file appears whole or not at all.
+    VolumeError for another suffix or number of dimensions.
     """
     suffix, array = suffix_of(path), np.asarray(array)
     array = array.astype(np.uint8) if array.dtype == bool else array
-    if not suffix:
-        raise VolumeError(f"{path}: expected a name that ends in {', '.join(FORMATS)}")
-    if array.ndim not in FORMATS[suffix].WRITES_DIMENSIONS:
+    if fault := fault_of_writing(path, suffix):
+        raise VolumeError(fault)
+    module = FORMATS[suffix].module
+    if array.ndim not in module.WRITES_DIMENSIONS:
         raise VolumeError(f"{path}: expected (D, H, W) to write, got shape {array.shape}")
     with atomic.replacing(path) as partial:
-        FORMATS[suffix].write(partial, array, spacing, unit, affine, header)
+        module.write(partial, array, spacing, unit, affine, header)

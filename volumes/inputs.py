@@ -2,15 +2,17 @@
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from volumes import casefile, files, layouts
+from volumes.formats import FORMATS, fault_of_writing
 from volumes.statistics import blank_channels, faults_of_contrast
 from volumes.volume import (
+    HEADER_TOLERANCE,
     METRES,
     InputErrors,
     VolumeError,
@@ -66,13 +68,16 @@ class Input:
         return output / f"{self.id}{self.suffix}"
 
 
-def check_inputs(texts, metadata, root, output):
+def check_inputs(texts, metadata, root, output, spacing=None):
     """(inputs, notes) of all --input texts, or of the run's own cases where there are none.
 
     metadata: what the checkpoint says of the run's data; root: where its case files lie; output:
-    the folder of the predictions. InputErrors with every fault, if there is one.
+    the folder of the predictions; spacing: z, y, x of the inputs that state none, in the unit of
+    the run. InputErrors with every fault, if there is one.
     """
     faults, notes, inputs = [], [], []
+    if spacing is not None and not is_spacing(spacing):
+        raise ValueError(f"--spacing: expected three numbers above 0, got {with_unit(spacing, '')}")
     sources = {}  # {Source: whether its id is not given by a pattern}
     with collect_errors(faults):
         if not texts:
@@ -86,6 +91,8 @@ def check_inputs(texts, metadata, root, output):
     for case_id, paths in named + layouts.stack_channels(bare, (), faults):
         with collect_errors(faults):
             volume = _inspect(case_id, paths)
+            if spacing is not None:
+                volume = _with_spacing(volume, spacing, metadata["unit"])
             inputs.append(volume)
             faults += _run_faults(volume, metadata)
             remarks = [*volume.remarks, *_unlike_training(volume, metadata)]
@@ -138,7 +145,7 @@ def _inspect(case_id, paths):
     if attributes := _case_attributes(path):
         case, source = casefile.read_case(path), str(attributes["source_image"])
         sources = (source, *source.split(", "), str(attributes["source_label"]))
-        suffix = files.suffix_of(source) or PHANTOM_SUFFIX
+        suffix = _written_as(files.suffix_of(source) or PHANTOM_SUFFIX)
         affine, header = attributes.get("affine"), attributes.get("nifti_header")
         affine = None if affine is None else check_affine(affine, path)
         header = None if header is None else header.tobytes()
@@ -149,7 +156,28 @@ def _inspect(case_id, paths):
     grid = (tuple(shape), channels, volume.spacing, volume.unit, volume.affine, volume.header)
     intensity = casefile.intensity_statistics(volume.array)
     about = (intensity, volume.doubt, tuple(volume.remarks()))
-    return Input(case_id, volume.path, False, tuple(paths), files.suffix_of(path), *grid, *about)
+    suffix = _written_as(files.suffix_of(path))
+    return Input(case_id, volume.path, False, tuple(paths), suffix, *grid, *about)
+
+
+def _written_as(suffix):
+    """The suffix of a prediction for an image of this one; the same where none can be written."""
+    return FORMATS[suffix].written_as or suffix
+
+
+def _with_spacing(volume, spacing, unit):
+    """The input with a spacing that was given by hand; VolumeError where it states another."""
+    if volume.spacing is None:
+        return replace(volume, spacing=tuple(spacing), unit=unit)
+    known = volume.unit in METRES and unit in METRES
+    stated = np.multiply(volume.spacing, METRES[volume.unit] / METRES[unit] if known else 1.0)
+    if not np.allclose(stated, spacing, rtol=HEADER_TOLERANCE, atol=0.0):
+        raise VolumeError(
+            f"{volume.path}: expected no spacing of its own, or that of --spacing, "
+            f"{with_unit(spacing, unit)}, got {with_unit(volume.spacing, volume.unit)}; leave "
+            "--spacing out, or correct the file that is wrong with prepare.py --spacing Z Y X"
+        )
+    return volume
 
 
 def _run_faults(volume, metadata):
@@ -167,10 +195,10 @@ def _run_faults(volume, metadata):
     if not usable or (volume.spacing is None and any(spacing)):
         got = "none" if volume.spacing is None else list(volume.spacing)
         why = f", because the run works at {spacing} {unit}" if any(spacing) else " above 0"
-        yield (
-            f"{volume.path}: expected a spacing{why}, got {got}; prepare the volume with "
-            "prepare.py --spacing Z Y X"
-        )
+        advice = "give --spacing Z Y X"
+        if volume.spacing is not None:
+            advice = "prepare the volume with prepare.py --spacing Z Y X"
+        yield f"{volume.path}: expected a spacing{why}, got {got}; {advice}"
     if not any(spacing):
         return
     if volume.doubt:
@@ -231,6 +259,8 @@ def _output_faults(inputs, output):
                 f"{target}: expected one input for this prediction, got several of id {case_id}, "
                 f"{', '.join(volume.path for volume in volumes)}; give one of them"
             )
+        if fault := fault_of_writing(target, volumes[0].suffix):
+            yield fault
         if target.is_dir():
             yield f"{target}: expected a file to write, got a folder; give another --output"
         if target.resolve() in read:

@@ -5,6 +5,7 @@ import pytest
 
 from runtime import config, outputs
 from runtime.outputs import Outputs
+from settings import Settings
 
 CLASSES = {"background": 0, "artery": 3, "vein": 7, "nerve": 1}
 
@@ -48,6 +49,15 @@ def test_regions_that_the_data_declare_hold_unless_the_settings_name_others():
     assert outputs.choose(CLASSES, None, named, declared).regions["all"] == (1, 7)
 
 
+def test_a_class_is_meant_by_its_name_or_its_number():
+    for foreground in (("artery", "vein"), ("3", "vein"), ("3", "7")):
+        assert outputs.choose(CLASSES, foreground) == Outputs({"artery+vein": (3, 7)})
+    regions = {"all": ("1", "vein"), "vein": ("7",)}
+    assert outputs.choose(CLASSES, regions=regions).regions == {"all": (1, 7), "vein": (7,)}
+    given = Settings.model_validate({"data": {"foreground": [3, "vein"]}}).data.foreground
+    assert given == ("3", "vein")
+
+
 def test_a_region_that_later_ones_cover_is_refused():
     regions = {"vessel": ("artery", "vein"), "artery": ("artery",), "vein": ("vein",)}
     with pytest.raises(ValueError, match=r"in no later one.*, got none of vessel; put it after"):
@@ -57,9 +67,13 @@ def test_a_region_that_later_ones_cover_is_refused():
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        ({"foreground": ("nerv",)}, "data.foreground: expected names among artery, vein, nerve, "),
-        ({"foreground": ("background",)}, "got background"),
-        ({"regions": {"all": ("artery", "x")}}, "data.regions.all: .*, got x"),
+        (
+            {"foreground": ("nerv",)},
+            "data.foreground: expected a class by its name or number, artery",
+        ),
+        ({"foreground": ("2",)}, "data.foreground: .*, artery 3, vein 7, nerve 1, got '2'"),
+        ({"foreground": ("background",)}, "got 'background'"),
+        ({"regions": {"all": ("artery", "x")}}, "data.regions.all: .*, got 'x'"),
         ({"regions": {"mean": ("artery",), "b": ("vein",)}}, "data.regions: .*, got 'mean'"),
         ({"regions": {"a/b": ("artery",), "b": ("vein",)}}, "data.regions: .*, got 'a/b'"),
         ({"regions": {"-x": ("artery",), "b": ("vein",)}}, "data.regions: .*, got '-x'"),

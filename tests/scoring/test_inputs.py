@@ -116,13 +116,13 @@ def test_what_is_left_out_of_a_folder_is_noted_once(folders):
     pred, truth = folders
     masks(pred, "a.tif")
     masks(truth, "a_lbl.tif", "b.tif")
-    (pred / "c.nrrd").touch()
+    (pred / "c.xyz").touch()
     (truth / "old").mkdir()
     masks(truth / "old", "a.tif")
     ids, errors, notes = match({"m": str(pred), "n": str(pred)}, truth)
     assert (ids, errors) == (["a"], [])
     assert notes == [
-        f"{pred}: passed over 1 .nrrd file, e.g. c.nrrd",
+        f"{pred}: passed over 1 .xyz file, e.g. c.xyz",
         f"{truth}: passed over 1 subfolder, e.g. old",
         f"{truth}: not named as labels, left out: {truth}/b.tif",
     ]

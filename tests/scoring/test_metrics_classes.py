@@ -144,23 +144,3 @@ def test_what_is_not_as_it_must_be_is_named(change, message):
     with pytest.raises(ValueError) as fault:
         score(**volumes, **{"classes": SIZES} | change)
     assert message in str(fault.value)
-
-
-def test_texts_of_classes_are_read_as_ids_or_names():
-    known = {"artery": 3, "vein": 7}
-    texts = ["vessel=artery+vein", "artery=3", "x=y=9+9"]
-    assert names_of.parsed(texts, known) == {"vessel": (3, 7), "artery": (3,), "x=y": (9,)}
-    for text, message in {
-        "artery": "--classes: expected NAME=ID, or NAME=ID+ID of a region, got artery",
-        "a=vien": "a number or a class among artery, vein, got 'vien'; the nearest is vein",
-        "a=": "a number or a class among artery, vein, got ''",
-    }.items():
-        with pytest.raises(ValueError) as fault:
-            names_of.parsed([text], known)
-        assert message in str(fault.value)
-    with pytest.raises(ValueError, match="got a twice"):
-        names_of.parsed(["a=1", "a=2"], {})
-    with pytest.raises(
-        ValueError, match="the number of a class, got 'vein'; only a folder made by"
-    ):
-        names_of.parsed(["a=vein"], {})

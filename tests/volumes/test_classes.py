@@ -146,3 +146,24 @@ def test_classes_that_are_rare_in_a_dataset_are_listed():
     ]
     assert [*classes.rare(named, {"a": {3, 7, 9}})] == []
     assert [*classes.rare(classes.UNNAMED, {"a": {0}, "b": {0, 1}})] == []
+
+
+def test_texts_of_classes_are_read_as_ids_or_names():
+    known = {"artery": 3, "vein": 7}
+    texts = ["vessel=artery+vein", "artery=3", "x=y=7+7"]
+    assert classes.parsed(texts, known) == {"vessel": (3, 7), "artery": (3,), "x=y": (7,)}
+    for text, message in {
+        "artery": "--classes: expected NAME=ID, or NAME=ID+ID of a region, got artery",
+        "a=vien": "artery 3, vein 7, got 'vien'; the nearest is vein",
+        "a=9": "a class by its name or number, artery 3, vein 7, got '9'",
+        "a=": "a class by its name or number, artery 3, vein 7, got ''",
+    }.items():
+        with pytest.raises(ValueError) as fault:
+            classes.parsed([text], known)
+        assert message in str(fault.value)
+    with pytest.raises(ValueError, match="got a twice"):
+        classes.parsed(["a=1", "a=2"], {})
+    with pytest.raises(
+        ValueError, match="the number of a class, got 'vein'; name it with --classes"
+    ):
+        classes.parsed(["a=vein"], {})

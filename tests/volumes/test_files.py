@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from volumes import casefile, files
 from volumes.files import case_id, find_volumes, read_image, read_label, write_volume
+from volumes.formats import Format
 from volumes.volume import Volume, VolumeError, crop_affine, scale_affine
 
 SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[3] / "shared"))
@@ -244,7 +245,7 @@ def test_another_format_is_a_module_and_a_line_of_the_table(tmp_path, voxels, mo
         write=lambda path, array, *_: np.save(path, array),
         count_voxels=lambda path, dataset: np.load(path).size,
     )
-    monkeypatch.setitem(files.FORMATS, ".npy", npy)
+    monkeypatch.setitem(files.FORMATS, ".npy", Format(npy, ".npy"))
     write_volume(tmp_path / "a_img.npy", voxels)
     (source,) = find_volumes(tmp_path)
     assert (source.id, files.voxel_count(source.path)) == ("a", voxels.size)
@@ -294,8 +295,8 @@ def test_a_file_is_called_truncated_only_where_it_may_be(
     def fail(*_args, **_options):
         raise error
 
-    for reader in files.FORMATS.values():
-        monkeypatch.setattr(reader, "read", fail)
+    for one in files.FORMATS.values():
+        monkeypatch.setattr(one.module, "read", fail)
     (tmp_path / name).touch()
     with pytest.raises(VolumeError) as caught:
         read_image(tmp_path / name)

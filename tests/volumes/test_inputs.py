@@ -117,11 +117,9 @@ def test_one_file_that_is_named_twice_is_one_input(tmp_path):
 def test_what_an_input_folder_holds_besides_is_said(tmp_path):
     scan(tmp_path / "in" / "a.nii.gz")
     scan(tmp_path / "in" / "day2" / "b.nii.gz")
-    (tmp_path / "in" / "c.nrrd").touch()
+    (tmp_path / "in" / "c.xyz").touch()
     _, notes = checked(tmp_path, tmp_path / "in")
-    assert notes == [
-        f"{tmp_path}/in: passed over 1 .nrrd file, e.g. c.nrrd; 1 subfolder, e.g. day2"
-    ]
+    assert notes == [f"{tmp_path}/in: passed over 1 .xyz file, e.g. c.xyz; 1 subfolder, e.g. day2"]
 
 
 @pytest.mark.parametrize("ids", [(3, 7), (7, 3), (3, 9)])
@@ -143,3 +141,33 @@ def test_cases_whose_labels_have_other_ids_than_the_masks_will_have_are_a_warnin
         assert notes == [expected] * (ids != (3, 7))
     one = metadata | {"regions": {"a+v": [3, 7]}}  # whose masks are of 0 and 1
     assert check_inputs([str(tmp_path / "set")], one, "root", tmp_path / "out")[1] == []
+
+
+def with_spacing(tmp_path, path, spacing, unit="micron"):
+    """What check_inputs makes of a file for a network of 3 1 1 with --spacing."""
+    metadata = {"spacing": [3.0, 1.0, 1.0], "unit": unit, "channels": 1}
+    return check_inputs([str(path)], metadata, tmp_path, tmp_path / "out", spacing)[0][0]
+
+
+def test_a_spacing_by_hand_is_that_of_a_volume_without_one_in_the_unit_of_the_run(tmp_path):
+    array = np.random.default_rng(0).integers(0, 9, SHAPE).astype(np.uint8)
+    files.write_volume(tmp_path / "a.tif", array)
+    with pytest.raises(InputErrors, match=r"a\.tif: expected a spacing.*got none; give --spacing"):
+        with_spacing(tmp_path, tmp_path / "a.tif", None)
+    volume = with_spacing(tmp_path, tmp_path / "a.tif", [5.0, 2.0, 2.0])
+    assert (volume.spacing, volume.unit) == ((5.0, 2.0, 2.0), "micron")
+
+
+def test_a_spacing_by_hand_is_refused_where_the_file_states_another(tmp_path):
+    path = scan(tmp_path / "a.nii", spacing=(0.001, 0.001, 0.002))  # mm
+    assert with_spacing(tmp_path, path, [0.002, 0.001, 0.001], unit="mm").unit == "mm"
+    with pytest.raises(InputErrors) as caught:
+        with_spacing(tmp_path, path, [5.0, 1.0, 1.0])
+    (fault,) = str(caught.value).split("\n")
+    assert "a.nii: expected" in fault and "5 1 1 micron, got 0.002 0.001 0.001 mm" in fault
+
+
+@pytest.mark.parametrize("spacing", [[0.0, 1.0, 1.0], [-1.0, 1.0, 1.0], [float("nan"), 1.0, 1.0]])
+def test_a_spacing_by_hand_is_above_0(tmp_path, spacing):
+    with pytest.raises(ValueError, match="--spacing: expected three numbers above 0, got"):
+        with_spacing(tmp_path, scan(tmp_path / "a.nii"), spacing)

@@ -71,9 +71,9 @@ def test_channel_files_are_one_case_in_a_plain_folder_too(tmp_path):
 
 
 def test_the_same_note_on_one_folder_is_said_once(tmp_path):
-    touch(tmp_path / "a_img.tif", tmp_path / "a_lbl.tif", tmp_path / "b.nrrd")
+    touch(tmp_path / "a_img.tif", tmp_path / "a_lbl.tif", tmp_path / "b.xyz")
     layout = layouts.find_cases(tmp_path, tmp_path)
-    assert layout.notes == [f"{tmp_path}: passed over 1 .nrrd file, e.g. b.nrrd"]
+    assert layout.notes == [f"{tmp_path}: passed over 1 .xyz file, e.g. b.xyz"]
 
 
 # ---------------------------------------------------------------------------- nnU-Net and MSD
