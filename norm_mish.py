@@ -15,7 +15,6 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -31,16 +30,36 @@ PIECE = 2**18  # numbers that a CPU takes through all of Mish at once
 
 def norm_mish(x, norm, dropout=None, residual=None):
     """mish(dropout(norm(x)) + residual), (B, C, D, H, W), of x's type."""
-    if torch.compiler.is_compiling() or not fused(x.device)[0]:  # a compiler fuses by itself
+    plain = _operations_are_recorded()
+    if plain or not fused(x.device)[0]:
         y = norm(x) if dropout is None else dropout(norm(x))
         y = y if residual is None else y + residual
         on_cpu = y.device.type == "cpu" and y.dtype in (torch.float32, torch.bfloat16)
-        return F.mish(y) if torch.compiler.is_compiling() or not on_cpu else MishOnCPU.apply(y)
+        return F.mish(y) if plain or not on_cpu else MishOnCPU.apply(y)
     scale, shift = norm.weight.expand(x.shape[:2]), norm.bias.expand(x.shape[:2])
     if dropout is not None:  # drops whole channels
         keep = dropout(torch.ones_like(scale)[..., None, None, None]).flatten(1)
         scale, shift = scale * keep, shift * keep
     return FusedNormMish.apply(x, scale, shift, residual, norm.eps)
+
+
+def _operations_are_recorded():
+    """Whether a compiler, torch.export, torch.jit.trace or torch.func looks at each operation."""
+    # The first fuses by itself; the last two cannot look into a function with its own backward.
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return recorded or torch._C._are_functorch_transforms_active()
+
+
+def _refuse_second_derivatives():
+    """RuntimeError in a backward pass that makes a graph of itself (create_graph=True).
+
+    torch's `once_differentiable` is silent where the gradient that comes in has no graph.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "norm_mish: expected to be differentiated once, got create_graph=True; put plain torch "
+            "into norm_mish() for second derivatives: F.mish(norm(x))"
+        )
 
 
 class MishOnCPU(torch.autograd.Function):
@@ -52,17 +71,17 @@ class MishOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        x = x.contiguous()
         ctx.save_for_backward(x)
         return _in_pieces(_mish, x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        return _in_pieces(_mish_gradient, *ctx.saved_tensors, grad.contiguous())
+        _refuse_second_derivatives()
+        return _in_pieces(_mish_gradient, *ctx.saved_tensors, grad)
 
 
 def _in_pieces(function, *tensors):
+    tensors = [t.contiguous() for t in tensors]
     result = torch.empty_like(tensors[0])
     pieces = (t.view(-1).split(PIECE) for t in (result, *tensors))
     for piece, *arguments in zip(*pieces, strict=True):
@@ -138,8 +157,8 @@ class FusedNormMish(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        _refuse_second_derivatives()
         x, scale, shift, residual, sums = ctx.saved_tensors
         grad = _channels_last(grad.to(x.dtype))
         grid, sizes, constants = _launch(x)
