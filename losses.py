@@ -298,7 +298,7 @@ def toploss_loss(
 ):  # fmt: skip
     """Persistent homology of the probabilities against the target's Betti numbers, in [0, 1.5].
 
-    The mean of `topological_losses` (Hu et al. 2019) over windows of the batch. Windows of `window`
+    The mean of `losses_of_plans` (Hu et al. 2019) over windows of the batch. Windows of `window`
     voxels (z, y, x; less where the volume is smaller) cover each volume; those `windows` of the
     whole batch, and of all classes, with the largest sum of |p - target| are used, each with the
     weight of its class. Components, loops and hollows that the target lacks are removed, those that

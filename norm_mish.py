@@ -16,7 +16,6 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -34,7 +33,7 @@ def norm_mish(x, norm, dropout=None, residual=None):
     """mish(dropout(norm(x)) + residual), (B, C, D, H, W), of x's type."""
     known = type(norm) is nn.InstanceNorm3d and norm.affine and not norm.track_running_stats
     known = known and type(dropout) in (type(None), nn.Dropout3d)
-    if torch.compiler.is_compiling() or not known:  # a compiler fuses by itself
+    if _operations_are_recorded() or not known:
         return F.mish(_sum(norm(x), dropout, residual))
     if fused(x.device)[0]:
         scale, shift = norm.weight.expand(x.shape[:2]), norm.bias.expand(x.shape[:2])
@@ -53,6 +52,25 @@ def _sum(x, dropout, residual):
     return x if residual is None else x + residual
 
 
+def _operations_are_recorded():
+    """Whether a compiler, torch.export, torch.jit.trace or torch.func looks at each operation."""
+    # The first fuses by itself; the last two cannot look into a function with its own backward.
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return recorded or torch._C._are_functorch_transforms_active()
+
+
+def _refuse_second_derivatives():
+    """RuntimeError in a backward pass that makes a graph of itself (create_graph=True).
+
+    torch's `once_differentiable` is silent where the gradient that comes in has no graph.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "norm_mish: expected to be differentiated once, got create_graph=True; put plain torch "
+            "into norm_mish() for second derivatives: F.mish(norm(x))"
+        )
+
+
 class MishOnCPU(torch.autograd.Function):
     """x * tanh(log(1 + exp(x))) = x w / (-2 - w), with w = s (s - 2) and the sigmoid s of x.
 
@@ -62,17 +80,17 @@ class MishOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        x = x.contiguous()
         ctx.save_for_backward(x)
         return _in_pieces(_mish, x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        return _in_pieces(_mish_gradient, *ctx.saved_tensors, grad.contiguous())
+        _refuse_second_derivatives()
+        return _in_pieces(_mish_gradient, *ctx.saved_tensors, grad)
 
 
 def _in_pieces(function, *tensors):
+    tensors = [t.contiguous() for t in tensors]
     result = torch.empty_like(tensors[0])
     pieces = (t.view(-1).split(PIECE) for t in (result, *tensors))
     for piece, *arguments in zip(*pieces, strict=True):
@@ -148,8 +166,8 @@ class FusedNormMish(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        _refuse_second_derivatives()
         x, scale, shift, residual, sums = ctx.saved_tensors
         grad = _channels_last(grad.to(x.dtype))
         grid, sizes, constants = _launch(x)

@@ -24,9 +24,8 @@ class OneDNN(TorchFunctionMode):
 def _conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """F.conv3d, by oneDNN where the arguments are right and as nn.Conv3d gives them."""
     sizes = padding, stride, dilation
-    usual = not torch.compiler.is_compiling() and all(
-        isinstance(size, tuple) and len(size) == 3 for size in sizes
-    )
+    others = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")  # the network's own
+    usual = not others and all(isinstance(size, tuple) and len(size) == 3 for size in sizes)
     if usual and _fits(input, weight, groups):
         return torch.mkldnn_convolution(input, weight, bias, *sizes, groups)
     return F.conv3d(input, weight, bias, stride, padding, dilation, groups)

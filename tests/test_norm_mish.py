@@ -113,6 +113,13 @@ def layers():
     return torch.randn(2, 4, 3, 4, 5), norm
 
 
+@pytest.fixture
+def small_network():
+    torch.manual_seed(0)
+    about = {"strides": [(1, 1, 1), (2, 2, 2)], "kernels": [(1, 3, 3)] * 2}
+    return model.UNet3D(1, 1, base=2, multipliers=[1, 1], blocks=1, **about).eval()
+
+
 def test_a_cpu_runs_norm_dropout_residual_and_mish(layers):
     x, norm = layers
     y, residual, dropout = norm_mish.norm_mish(x, norm), torch.randn_like(x), nn.Dropout3d(0.5)
@@ -166,6 +173,34 @@ def test_what_is_no_number_stays_none():
     x = torch.tensor([float("nan"), float("inf")])
     y = norm_mish.MishOnCPU.apply(x)
     assert y[0].isnan() and y[1] == float("inf")
+
+
+def test_a_second_derivative_is_an_error_also_where_torch_would_take_it_for_0():
+    x = torch.randn(5, requires_grad=True)
+    y = norm_mish.MishOnCPU.apply(x)  # a sum's gradient has no graph
+    with pytest.raises(RuntimeError, match="expected to be differentiated once"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_traced_network_can_be_saved_and_takes_other_sizes(small_network, tmp_path):
+    with torch.no_grad():
+        torch.jit.trace(small_network, torch.randn(1, 1, 4, 4, 4)).save(tmp_path / "network.pt")
+        other = torch.randn(2, 1, 6, 4, 8)
+        found = torch.jit.load(tmp_path / "network.pt")(other)
+        torch.testing.assert_close(found, small_network(other))
+
+
+def test_torch_func_differentiates_a_network_as_backward_does(small_network):
+    x, names = torch.randn(1, 1, 4, 4, 4), dict(small_network.named_parameters())
+
+    def loss(weights):
+        return torch.func.functional_call(small_network, weights, (x,)).square().mean()
+
+    found = torch.func.grad(loss)(names)
+    loss(names).backward()
+    for name, weight in names.items():
+        torch.testing.assert_close(found[name], weight.grad)
 
 
 def test_without_triton_a_gpu_runs_plain_torch_and_the_reason_is_said(monkeypatch):

@@ -2,7 +2,8 @@
 
     components, loops, hollows = diagrams(probs, valid)    # numpy: births, deaths, their voxels
     b0, b1, b2 = betti_numbers(mask, valid)                # how many of each a label has
-    loss, = topological_losses([(probs, target, valid)])   # torch: the graph goes through probs
+    plans = plan([(probs, label, valid)], threads=1)       # numpy
+    loss, = losses_of_plans([probs], plans)                # torch: the graph goes through probs
 
 A probability p becomes a level 1 - p, and the window fills from level 0 up: the surest foreground
 enters first. A component, loop or hollow is born at the level at which it appears and dies at the
@@ -112,12 +113,20 @@ def _diagram(rows, shape):
 # ---------------------------------------------------------------------------- loss
 
 
-def topological_losses(windows):
+def plan(windows, threads):
+    """What `losses_of_plans` needs of each window: it takes nearly all the time, on the host alone.
+
+    windows: N of (probs in [0, 1], label, valid), arrays (D, H, W), the last two bool. NaN in a
+    valid probability makes the loss NaN. ValueError as for `diagrams`.
+    """
+    with ThreadPoolExecutor(max(1, min(len(windows), threads))) as pool:
+        return list(pool.map(_plan, windows))
+
+
+def losses_of_plans(windows, plans):
     """How far the topology of each probability window is from its label's: (N,) in [0, 1.5].
 
-    windows: N of (probs, target, valid), in as many threads as torch has. probs (D, H, W) float in
-    [0, 1] with graph; target (D, H, W), foreground above 0.5; valid (D, H, W) bool (None:
-    everywhere). The result is float32 (float64 if probs is).
+    windows: N of probs (D, H, W) with graph; plans: of `plan` for the same windows.
 
     In each dimension the label's Betti number says how many classes the prediction should have. As
     many of the most persistent are pulled to birth at 0 and death at 1: birth^2 + (1 - death)^2.
@@ -133,27 +142,8 @@ def topological_losses(windows):
     false handle can stand in for a true one that is fainter.
 
     The gradient reaches the voxels of births and deaths only, none of them invalid; which ones
-    these are counts as constant. Without a valid voxel: 0, with gradient 0. NaN in a valid
-    probability: NaN. ValueError as for `diagrams`. Waits for the device once for each.
+    these are counts as constant. Without a valid voxel: 0, with gradient 0.
     """
-    windows = [(p if p.dtype == torch.float64 else p.float(), t, v) for p, t, v in windows]
-    arrays = [_to_host(*window) for window in windows]
-    return losses_of_plans(
-        [probs for probs, _, _ in windows], plan(arrays, torch.get_num_threads())
-    )
-
-
-def plan(windows, threads):
-    """What `losses_of_plans` needs of each window: it takes nearly all the time, on the host alone.
-
-    windows: N of (probs, label, valid), arrays (D, H, W), the last two bool.
-    """
-    with ThreadPoolExecutor(max(1, min(len(windows), threads))) as pool:
-        return list(pool.map(_plan, windows))
-
-
-def losses_of_plans(windows, plans):
-    """The losses (N,) of the probabilities of N windows, tensors with graph, from their plans."""
     costs = [_cost(probs, *plan) for probs, plan in zip(windows, plans, strict=True)]
     return torch.stack(costs) if costs else torch.zeros(0)
 
@@ -170,20 +160,6 @@ def _cost(probs, classes, constant, count):
     kept = born.square() + (1.0 - died).square()
     cost = torch.where(wanted > 0, kept, (died - born).square() / 2)
     return (cost.sum() + constant) / count
-
-
-@torch.no_grad()
-def _to_host(probs, target, valid):
-    """probs, target > 0.5 and valid as arrays, in one copy."""
-    shapes = [tuple(x.shape) for x in (probs, target, valid) if x is not None]
-    if probs.ndim != 3 or len(set(shapes)) != 1:
-        raise ValueError(
-            f"topological_losses: expected probs, target and valid of one shape (D, H, W), "
-            f"got {', '.join(map(str, shapes))}"
-        )
-    valid = torch.ones_like(probs) if valid is None else valid.bool()
-    window, label, labeled = torch.stack([probs, target > 0.5, valid]).cpu().numpy()
-    return window, label > 0, labeled > 0
 
 
 def _plan(arrays):

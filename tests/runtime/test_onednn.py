@@ -73,6 +73,13 @@ def test_arguments_of_other_forms_and_faults_go_to_torch():
 
 
 @needs_onednn
+def test_a_network_with_its_own_autocast_keeps_it():
+    x, conv = torch.randn(1, 2, 5, 5, 5), torch.nn.Conv3d(2, 2, 3)
+    with torch.inference_mode(), OneDNN(), torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).dtype == torch.bfloat16
+
+
+@needs_onednn
 def test_a_compiled_network_predicts_the_same():
     torch.manual_seed(0)
     conv, volume = torch.nn.Conv3d(1, 1, 3, padding=1), torch.randn(1, 6, 6, 6).numpy()
