@@ -36,7 +36,6 @@ from pathlib import Path
 # take the cores from those they wait for. It is read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -45,10 +44,11 @@ from runtime import config, cuda, ensemble, memory_guard, outputs, parts
 from runtime.precision import resolve_precision
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import resolve_device
+from runtime.threads import use_threads
 from runtime.window_transfer import computes_by_itself
 from volumes.files import read_label, write_volume
 from volumes.inputs import check_inputs
-from volumes.processes import cores, run_script
+from volumes.processes import run_script
 from volumes.submission import SubmissionError, open_submission, submission_faults
 from volumes.volume import InputErrors, VolumeError, collect_errors
 
@@ -392,7 +392,7 @@ def main(argv=None):
     ranks_here = part.local[1] if is_rank else 1
     # What concerns all ranks is said by the first.
     console.print("\n".join(lines[:1] if is_rank and part.index else lines))
-    torch.set_num_threads(settings.run.threads or max(1, cores() // ranks_here))
+    use_threads(settings.run.threads, ranks_here)
     cuda.set_deterministic(settings.run.deterministic, predictor.device)
     memory_guard.keep()
     with parts.until_all_ranks_end(part):

@@ -28,6 +28,7 @@ from runtime.log import Means, ProgressLine, RunLog, read_log
 from runtime.memory_guard import MemoryGuard
 from runtime.precision import keep_precision
 from runtime.signals import Stop, Stopped
+from runtime.splits import NO_VALIDATION
 
 
 class Run:
@@ -239,7 +240,8 @@ class Run:
             self.console.print(
                 f"best: {score} {best.best_score:.4f} at step {best.best_step}, in best.pt"
             )
-        for line in [*data.describe_excluded(self.patches), *self.skipped.describe()]:
+        unjudged = [NO_VALIDATION] * (not self.plan.split.validation)
+        for line in [*unjudged, *data.describe_excluded(self.patches), *self.skipped.describe()]:
             self.console.print(line)
         last, where = Path(self.settings.run.folder) / "last.pt", self.folder / "checkpoints"
         self.console.print(f"state in {where}; next: python infer.py --ckpt {last}")
