@@ -22,6 +22,7 @@ from tests import processes
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+MAP = ROOT / "docs/map.md"
 DOCS = sorted(ROOT.glob("docs/*.md"))
 PAGES = [README, ROOT / "AGENTS.md", *DOCS]
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()
@@ -110,7 +111,7 @@ def names_defined_in(path):
 
 
 def test_the_map_lists_every_source_file_and_no_other():
-    mapped = [row[0].strip("`") for row in rows(section(README, "Map"))]
+    mapped = [row[0].strip("`") for row in rows(section(MAP, "Files"))]
     mapped = [name for name in mapped if name.endswith(".py")]
     places = [ROOT, *(ROOT / room for room in ROOMS)]
     files = {str(p.relative_to(ROOT)) for place in places for p in place.glob("*.py")}
@@ -121,7 +122,7 @@ def test_the_map_lists_every_source_file_and_no_other():
 
 
 def test_each_row_of_the_edit_table_names_what_is_there():
-    text = section(README, "To change something")
+    text = section(MAP, "To change something")
     for path in re.findall(r"`([\w/]+\.py)`", text):
         assert (ROOT / path).is_file(), path
     places = re.findall(r"`(\w+)` in `([\w/]+\.py)`", text)
@@ -259,13 +260,13 @@ def test_a_misspelled_setting_is_one_sentence_and_exit_status_2(tmp_path):
 
 
 def test_claimed_sizes_hold():
-    claims = re.findall(r"`(\w+\.py)` has fewer than (\d+) lines", README.read_text())
+    claims = re.findall(r"`(\w+\.py)` has fewer than (\d+) lines", MAP.read_text())
     assert claims
     for name, limit in claims:
         assert len((ROOT / name).read_text().splitlines()) < int(limit)
     assert len(README.read_text().splitlines()) <= 220
     assert len((ROOT / "AGENTS.md").read_text().splitlines()) <= 60
-    for page in DOCS:
+    for page in set(DOCS) - {MAP}:  # that has a line for each file
         assert 40 <= len(page.read_text().splitlines()) <= 120, page.name
 
 
