@@ -1,13 +1,13 @@
 """Segment volumes of any size with a trained network; a checkpoint is all it needs.
 
-    python infer.py --ckpt runs/last.pt                               # the run's own test cases
-    python infer.py --ckpt runs/last.pt --input scans/ --output out/  # NIfTI, TIFF, HDF5
-    python infer.py --ckpt runs/vessels/checkpoints/best.pt --input a.nii.gz inference.flips=true
-    python infer.py --ckpt runs/last.pt inference.threshold=0.4 postprocess.min_component_voxels=50
-    python infer.py --ckpt runs/last.pt --input test_images/ --submission submission.zip
+    python infer.py --ckpt runs/best.pt                               # the run's own test cases
+    python infer.py --ckpt runs/best.pt --input scans/ --output out/  # NIfTI, TIFF, HDF5
+    python infer.py --ckpt runs/vessels/checkpoints/last.pt --input a.nii.gz inference.flips=true
+    python infer.py --ckpt runs/best.pt inference.threshold=0.4 postprocess.min_component_voxels=50
+    python infer.py --ckpt runs/best.pt --input test_images/ --submission submission.zip
     python infer.py --ckpt fold0.pt fold1.pt --input scans/ --output out/   # or a sweep folder
-    torchrun --nproc-per-node=4 infer.py --ckpt runs/last.pt                # a part for each rank
-    python infer.py --ckpt runs/last.pt --part 2/8                          # anywhere, at any time
+    torchrun --nproc-per-node=4 infer.py --ckpt runs/best.pt                # a part for each rank
+    python infer.py --ckpt runs/best.pt --part 2/8                          # anywhere, at any time
 
 Of several checkpoints the probabilities are averaged. Parts share out volumes and slabs of volumes;
 the part that finds the last slab of a volume writes it, with the bits that one process gives.

@@ -11,7 +11,8 @@
 
 Leaves runs/<name>/: config.yaml (all settings), source/ (the code that ran), log.jsonl,
 system.jsonl, progress.png, tensorboard/, checkpoints/{last,best}.pt and the generation before.
-runs/last.pt points to the newest run's last.pt. `python monitor.py runs/<name>` shows it all.
+runs/last.pt (to resume from) and runs/best.pt (to predict with: the best in validation) point to
+those of the newest run. `python monitor.py runs/<name>` shows it all.
 
 Exit status: 0 done; 1 cannot go on (the last good state stays); 2 the input is wrong (one sentence
 per fault, nothing written); 75 stopped early with its state saved, run again with --resume.
