@@ -18,7 +18,7 @@ from losses import LOSSES
 from runtime import config, ending, jobs
 from scoring.metrics import SCORES
 from settings import Settings
-from tests import processes
+from tests import docs_check, processes
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -350,3 +350,46 @@ def test_the_five_commands_for_your_own_data_work(tmp_path):
     assert (tmp_path / "runs/mine/checkpoints/last.pt").is_file()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["unseen.nii.gz"]
     assert "unseen" in (tmp_path / "scores.csv").read_text()
+
+
+# ---------------------------------------------------------------------------- what docs_check runs
+
+
+@pytest.mark.parametrize("page", docs_check.PAGES, ids=lambda page: page.name)
+def test_every_block_of_a_page_is_run_by_docs_check_or_says_why_not(page):
+    commands = docs_check.commands_of(page)
+    shown = [text for language, text in blocks(page) if language in ("", "python")]
+    assert bool(commands) == bool(shown)
+    for language, text, reason in commands:
+        runnable = language == "python" or text.split()[0] in (
+            "python",
+            "torchrun",
+            "echo",
+            "touch",
+        )
+        assert reason or runnable, f"{page.name}: {text}"
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs/classes.md"], ids=lambda page: page.name)
+def test_the_python_of_a_page_runs(page):
+    scripts = [text for language, text, _ in docs_check.commands_of(page) if language == "python"]
+    assert scripts
+    for text in scripts:
+        done = docs_check.run("python", text, ROOT)
+        assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_a_command_that_fails_is_listed_and_one_that_needs_a_cluster_too(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```\necho a > b\ntouch none/c\nsbatch x\n```\n\n<!-- not run: no GPU -->\n```\npython x.py\n```\n"
+    )
+    (tmp_path / "configs/sweeps").mkdir(parents=True)
+    number, skipped, failed = docs_check.check(page, tmp_path)
+    assert number == 2 and [line.split(": ")[1] for line in skipped] == [
+        "not run, needs SLURM",
+        "not run, no GPU",
+    ]
+    assert (
+        len(failed) == 1 and "touch none/c" in failed[0] and (tmp_path / "b").read_text() == "a\n"
+    )
