@@ -4,9 +4,9 @@
     python -m tests.docs_check docs/data.md    # one page
 
 Each page gets a folder of its own with volumes, datasets, a trained run and small copies of the
-configs. The commands are those of the page, but for SUBSTITUTIONS and ADDED. What needs a cluster or
-installs packages is not run, but listed with its reason: see NOT_RUN, and `<!-- not run: REASON -->`
-above a block. Exit status: 0 if all that ran has exit status 0.
+configs. The commands are those of the page, but for SUBSTITUTIONS and ADDED. What needs a cluster
+or installs packages is not run, but listed with its reason: see NOT_RUN, and the comment
+`<!-- not run: REASON -->` above a block. Exit status: 0 if all that ran has exit status 0.
 """
 
 import glob
@@ -32,16 +32,15 @@ from tests import processes
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"(?:^<!-- not run: (.*?) -->\n)?^```(\w*)\n(.*?)^```", flags=re.M | re.S)
-NOT_RUN = {
-    "sbatch": "needs SLURM",
-    "make": "installs packages; its commands are tests of their own",
+NOT_RUN = {  # {pattern: reason}
+    r"\bsbatch\b": "needs SLURM",
+    r"^make\b": "installs packages; tests run what it does",
 }
 SUBSTITUTIONS = [  # (pattern, what stands in for it)
     (r"--nproc-per-node=4", "--nproc-per-node=2"),
     (r"--shape \d+ \d+ \d+", "--shape 24 32 32"),
     (r"(--phantom (?:arteries_veins|spinal_cord)) --out", r"\1 --shape 24 32 32 --out"),
     (r"FILE\.h5", "scan.h5"),
-    (r"train=0:80 validation=80:86 test=90:116", "train=0:16 validation=16:24 test=24:32"),
     (r"train=0:80 test=90:116", "train=0:16 test=24:32"),
     (r"grey=128 white=255", "artery=3 vein=7"),
     (r"(raw|new)/labels(.*--classes artery=3)", r"\1/classes\2"),
@@ -49,9 +48,10 @@ SUBSTITUTIONS = [  # (pattern, what stands in for it)
     (r"runs/losses/cldice_\*", "runs/folds/*_fold*"),
     (r"--pred pairs --truth data/mine", "--pred pairs --truth data/pairs"),
     (r"--pred pairs --truth labels", "--pred pairs --truth raw/classes"),
-    (r"(best\.pt) ('postprocess\S* 50}')", r"\1 --ckpt runs/pairs/checkpoints/best.pt \2"),
-    (r"(best\.pt) ('inference\.threshold={vessel)", r"--ckpt runs/regions/checkpoints/best.pt \2"),
+    (r"runs/best\.pt ('postprocess)", r"runs/pairs/checkpoints/best.pt \1"),
+    (r"runs/best\.pt ('inference\.threshold={vessel)", r"runs/regions/checkpoints/best.pt \1"),
 ]
+RUNS = ("mine", "vessels", "exp001", "pretrained")  # copies of one run
 ADDED = {"tune.py": ["--steps", "15"], "monitor.py": ["--once"]}
 TINY = {
     "data": {"cache_gb": 0.01},
@@ -79,13 +79,9 @@ def commands_of(page):
         elif not language:
             lines = re.sub(r"\\\n\s*", "", re.sub(r"(?<=')\n", "\n", text)).splitlines()
             for line in filter(None, lines):
-                word = line.split()[0]
-                found.append(("shell", line, reason or NOT_RUN.get(word) or _needs_slurm(line)))
+                reasons = [why for pattern, why in NOT_RUN.items() if re.search(pattern, line)]
+                found.append(("shell", line, reason or next(iter(reasons), None)))
     return found
-
-
-def _needs_slurm(line):
-    return "needs SLURM" if "sbatch" in line else None
 
 
 # ---------------------------------------------------------------------------- the world of a page
@@ -120,7 +116,7 @@ def make_volumes(world):
         shutil.copytree(world / "raw/labels", world / "runs" / run / "predictions")
     for name in ("s1", "s2"):
         make_case(name, world / f"raw/{name}_img.tif", world / f"raw/{name}_lbl.tif")
-    for name in ("burgess2014_a", "burgess2014_b", "poon2015_c", "santos2015_d"):
+    for name in ("burgess2014_a", "burgess2014_b", "poon2015_c"):
         folder = world / "vesselNN_nifti"
         make_case(name, folder / f"{name}_img.nii.gz", folder / f"{name}_lbl.nii.gz")
     nnunet = world / "nnUNet_raw/Dataset001_X"
@@ -164,8 +160,18 @@ def make_world(world):
     ):
         done = run_script(words, world)
         assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("mine", "vessels", "exp001", "pretrained"):
+    for name in RUNS:
         shutil.copytree(world / "runs/quickstart", world / "runs" / name)
+
+
+def clear(world, commands):
+    """Remove what a page makes itself: datasets, and runs that it trains before it uses them."""
+    for name in {name for _, text, _ in commands for name in re.findall(r"--out (data/\w+)", text)}:
+        shutil.rmtree(world / name, ignore_errors=True)
+    for name in RUNS:
+        first = next((t for _, t, _ in commands if re.search(rf"(runs|configs)/{name}\b", t)), "")
+        if f"train.py configs/{name}.yaml" in first and "--resume" not in first:
+            shutil.rmtree(world / "runs" / name)
 
 
 def shrink(path):
@@ -214,20 +220,16 @@ def run(language, text, world):
         (bin_folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
         (bin_folder / "python").chmod(0o755)
     environment = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
-    return subprocess.run(
-        ["bash", "-c", text],
-        cwd=world,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    how = {"cwd": world, "env": environment, "capture_output": True, "text": True, "timeout": 600}
+    return subprocess.run(["bash", "-c", text], **how)
 
 
 def check(page, world):
     """Run a page in a world; (number run, lines on what was not, lines on what failed)."""
     number, skipped, failed = 0, [], []
-    for language, text, reason in commands_of(page):
+    commands = commands_of(page)
+    clear(world, commands)
+    for language, text, reason in commands:
         shown = text.strip().splitlines()[0][:90]
         if reason:
             skipped.append(f"{page.name}: not run, {reason}: {shown}")
@@ -238,11 +240,8 @@ def check(page, world):
         print(f"{time.monotonic() - started:5.1f} s  {page.name}: {shown}", flush=True)
         if done.returncode:
             lines = (done.stdout + done.stderr).strip().splitlines()[-8:]
-            failed.append(
-                "\n    ".join(
-                    [f"{page.name}: exit status {done.returncode}: {text.strip()}", *lines]
-                )
-            )
+            about = f"{page.name}: exit status {done.returncode}: {text.strip()}"
+            failed.append("\n    ".join([about, *lines]))
     return number, skipped, failed
 
 

@@ -381,9 +381,8 @@ def test_the_python_of_a_page_runs(page):
 
 def test_a_command_that_fails_is_listed_and_one_that_needs_a_cluster_too(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(
-        "```\necho a > b\ntouch none/c\nsbatch x\n```\n\n<!-- not run: no GPU -->\n```\npython x.py\n```\n"
-    )
+    lines = "```\necho a > b\ntouch none/c\nsbatch x\n```\n"
+    page.write_text(f"{lines}\n<!-- not run: no GPU -->\n```\npython x.py\n```\n")
     (tmp_path / "configs/sweeps").mkdir(parents=True)
     number, skipped, failed = docs_check.check(page, tmp_path)
     assert number == 2 and [line.split(": ")[1] for line in skipped] == [
