@@ -1,10 +1,11 @@
 # make quickstart   phantoms, training, prediction, scores: minutes on a laptop
 # make test         style and tests on two cores, in an environment of their own
+# make docs-check   every command of README and docs on tiny data: minutes
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test docs-check clean
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +31,9 @@ test: $(VENV)/ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+
+docs-check: $(VENV)/ready-dev
+	OMP_NUM_THREADS=1 $(RUN) -m tests.docs_check
 
 clean:
 	rm -rf $(VENV) data/quickstart

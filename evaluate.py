@@ -48,10 +48,12 @@ WRONG_INPUT, FAILED = 2, 1
 
 
 def with_summaries(rows, names):
-    """The rows, then a row for mean, median and worst of each method."""
+    """The rows, then a row for mean, median and worst of each method: in the column summary, for a
+    case may have such a name."""
     summaries = report.summary(rows, names)
-    return rows + [
-        {"case": kind, "method": method} | {name: scores[name][kind] for name in names}
+    return [{"case": row["case"], "summary": ""} | row for row in rows] + [
+        {"case": "", "summary": kind, "method": method}
+        | {name: scores[name][kind] for name in names}
         for kind in ("mean", "median", "worst")
         for method, scores in summaries.items()
     ]
@@ -365,7 +367,8 @@ def write_report(rows, pairs, options, args, notes):
         print(f"note: {note}")
     all_rows, units = with_summaries(rows, args.scores), {row["unit"] for row in rows}
     unit = units.pop() if len(units) == 1 else ""
-    report.print_scores(console, all_rows if len(pairs) > 1 else rows, args.scores, unit, len(rows))
+    shown = all_rows if len(pairs) > 1 else all_rows[: len(rows)]
+    report.print_scores(console, shown, args.scores, unit, len(rows))
     if len(report.methods_of(rows)) > 1:
         board = report.leaderboard(rows, args.rank)
         report.print_leaderboard(console, board, args.rank, len(pairs))

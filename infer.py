@@ -1,14 +1,14 @@
 """Segment volumes of any size with a trained network; a checkpoint is all it needs.
 
-    python infer.py --ckpt runs/last.pt                               # the run's own test cases
-    python infer.py --ckpt runs/last.pt --input scans/ --output out/  # any format
-    python infer.py --ckpt runs/vessels/checkpoints/best.pt --input a.nii.gz inference.flips=true
-    python infer.py --ckpt runs/last.pt inference.threshold=0.4 postprocess.min_component_voxels=50
-    python infer.py --ckpt runs/last.pt --input stacks/ --spacing 5 1 1   # TIFF states none
-    python infer.py --ckpt runs/last.pt --input test_images/ --submission submission.zip
+    python infer.py --ckpt runs/best.pt                               # the run's own test cases
+    python infer.py --ckpt runs/best.pt --input scans/ --output out/  # any format
+    python infer.py --ckpt runs/vessels/checkpoints/last.pt --input a.nii.gz inference.flips=true
+    python infer.py --ckpt runs/best.pt inference.threshold=0.4 postprocess.min_component_voxels=50
+    python infer.py --ckpt runs/best.pt --input stacks/ --spacing 5 1 1   # TIFF states none
+    python infer.py --ckpt runs/best.pt --input test_images/ --submission submission.zip
     python infer.py --ckpt fold0.pt fold1.pt --input scans/ --output out/   # or a sweep folder
-    torchrun --nproc-per-node=4 infer.py --ckpt runs/last.pt                # a part for each rank
-    python infer.py --ckpt runs/last.pt --part 2/8                          # anywhere, at any time
+    torchrun --nproc-per-node=4 infer.py --ckpt runs/best.pt                # a part for each rank
+    python infer.py --ckpt runs/best.pt --part 2/8                          # anywhere, at any time
 
 Of several checkpoints the probabilities are averaged. Parts share out volumes and slabs of volumes;
 the part that finds the last slab of a volume writes it, with the bits that one process gives.
@@ -37,7 +37,6 @@ from pathlib import Path
 # take the cores from those they wait for. It is read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -46,10 +45,11 @@ from runtime import config, cuda, ensemble, memory_guard, outputs, parts
 from runtime.precision import resolve_precision
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import resolve_device
+from runtime.threads import use_threads
 from runtime.window_transfer import computes_by_itself
 from volumes.files import read_label, write_volume
 from volumes.inputs import check_inputs
-from volumes.processes import cores, run_script
+from volumes.processes import run_script
 from volumes.submission import SubmissionError, open_submission, submission_faults
 from volumes.volume import InputErrors, VolumeError, collect_errors
 
@@ -395,7 +395,7 @@ def main(argv=None):
     ranks_here = part.local[1] if is_rank else 1
     # What concerns all ranks is said by the first.
     console.print("\n".join(lines[:1] if is_rank and part.index else lines))
-    torch.set_num_threads(settings.run.threads or max(1, cores() // ranks_here))
+    use_threads(settings.run.threads, ranks_here)
     cuda.set_deterministic(settings.run.deterministic, predictor.device)
     memory_guard.keep()
     with parts.until_all_ranks_end(part):

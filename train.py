@@ -11,7 +11,8 @@
 
 Leaves runs/<name>/: config.yaml (all settings), source/ (the code that ran), log.jsonl,
 system.jsonl, progress.png, tensorboard/, checkpoints/{last,best}.pt and the generation before.
-runs/last.pt points to the newest run's last.pt. `python monitor.py runs/<name>` shows it all.
+runs/last.pt (to resume from) and runs/best.pt (to predict with: the best in validation) point to
+those of the newest run. `python monitor.py runs/<name>` shows it all.
 
 Exit status: 0 done; 1 cannot go on (the last good state stays); 2 the input is wrong (one sentence
 per fault, nothing written); 75 stopped early with its state saved, run again with --resume.
@@ -39,8 +40,9 @@ from runtime.microbatch import MicroBatch
 from runtime.optimizer import make_optimizer
 from runtime.run import Run
 from runtime.step_batches import StepBatches
+from runtime.threads import use_threads
 from runtime.timer import StepTimer
-from volumes.processes import cores, run_script
+from volumes.processes import run_script
 
 
 def learning_rate(step, total, *, lr, schedule, max_lr, warmup_steps, final_lr_share):
@@ -82,7 +84,7 @@ def train(settings, resume, group):
     iterations, accumulate = training.train_iterations_per_epoch, training.accumulate
     total_steps = training.max_epochs * iterations
     stop_step = total_steps if training.max_steps is None else min(training.max_steps, total_steps)
-    torch.set_num_threads(settings.run.threads or max(1, cores() // group.local_size))
+    use_threads(settings.run.threads, group.local_size)
     cuda.set_deterministic(settings.run.deterministic, device)
     checkpoint.seed_generators(settings.run.seed)
 

@@ -51,6 +51,7 @@ from runtime import build, config, folder, sliding_window, tuning
 from runtime.device_memory import out_of_memory
 from runtime.ending import DONE, FAILED, STOPPED
 from runtime.signals import CannotGoOn, Stopped
+from runtime.threads import use_threads
 from runtime.tuning import WARM_UP
 from volumes.processes import cores, run_script
 
@@ -271,7 +272,7 @@ def device_name(plan):
 
 def benchmark(plan, *, steps=STEPS, json_file=None):
     """Measure what a plan will cost, over this many steps. Returns the exit status."""
-    torch.set_num_threads(plan.settings.run.threads or cores())
+    use_threads(plan.settings.run.threads)
     device = device_name(plan)
     console.print(f"device     {device}, {torch.get_num_threads()} CPU threads, {plan.precision}")
     console.print(f"data       {len(plan.split.train)} training cases of {plan.dataset.root}")

@@ -25,7 +25,7 @@ status=$?
 
 # torchrun makes 1 of every status. The last line of the log says why the run stopped: a run that
 # somebody has stopped stays so.
-folder=runs name=$(basename "$1" .yaml)
+folder=runs name=$(basename "$1" .yaml)${SLURM_ARRAY_TASK_ID:+_task$SLURM_ARRAY_TASK_ID}
 for setting in "$@"; do
     case $setting in
         run.folder=*) folder=${setting#run.folder=} ;;

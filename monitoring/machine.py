@@ -6,12 +6,12 @@ an empty list; `Machine` never raises because something cannot be read.
 
 import contextlib
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
 from monitoring.formatting import format_bytes
+from volumes.processes import cgroups
 
 GB = 10**9
 
@@ -29,13 +29,15 @@ class MemoryLimit(NamedTuple):
 
 # Names of files of a memory cgroup: of its limits, usage, and events; of its cache in memory.stat.
 # Above memory.high a process is not killed, but slowed until it nearly stands still.
-V2 = "memory.max memory.high", "memory.current", "memory.events", "inactive_file active_file"
-V1 = (
-    "memory.limit_in_bytes",
-    "memory.usage_in_bytes",
-    "memory.oom_control",
-    "total_inactive_file total_active_file",  # total: with the cgroups inside
-)
+MEMORY_FILES = {
+    1: (
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "memory.oom_control",
+        "total_inactive_file total_active_file",  # total: with the cgroups inside
+    ),
+    2: ("memory.max memory.high", "memory.current", "memory.events", "inactive_file active_file"),
+}
 UNLIMITED = 2**62  # from here on a number of version 1 means "no limit"
 
 
@@ -52,7 +54,8 @@ def rooms(proc="/proc", cgroup="/sys/fs/cgroup"):
     """
     host = psutil.virtual_memory()
     limits = [MemoryLimit(host.available, host.total, "memory of this machine")]
-    for folder, (limit_names, usage, _, cache_names) in _cgroups(Path(proc), Path(cgroup)):
+    for folder, version in cgroups("memory", proc, cgroup):
+        limit_names, usage, _, cache_names = MEMORY_FILES[version]
         total = min(_number(folder / name, UNLIMITED) for name in limit_names.split())
         used = _number(folder / usage, None)
         if total < UNLIMITED and used is not None:
@@ -67,28 +70,11 @@ def oom_kills(proc="/proc", cgroup="/sys/fs/cgroup"):
 
     None where no cgroup counts them: outside of any, or with an old kernel.
     """
-    cgroups = _cgroups(Path(proc), Path(cgroup))
-    counts = [_statistics(folder / events, "oom_kill") for folder, (_, _, events, _) in cgroups]
+    counts = [
+        _statistics(folder / MEMORY_FILES[version][2], "oom_kill")
+        for folder, version in cgroups("memory", proc, cgroup)
+    ]
     return max((count for count in counts if count is not None), default=None)
-
-
-def _cgroups(proc, root):
-    """(folder, version) of the cgroups that this process is in, those around them included."""
-    lines = (attempt((proc / "self" / "cgroup").read_text) or "").splitlines()
-    for line in lines:
-        number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
-        if "memory" in controllers.split(","):
-            mount, version = root / "memory", V1
-        elif number == "0" and path:
-            # Beside version 1, version 2 is mounted one folder further down.
-            mount, version = root / "unified" if (root / "unified").is_dir() else root, V2
-        else:
-            continue
-        # In a container the path may be the host's. Its folder is then missing here, and the
-        # container's own limit stands in the root.
-        names = [] if ".." in path.split("/") else path.strip("/").split("/")
-        for depth in range(len(names) + 1):
-            yield mount.joinpath(*names[:depth]), version
 
 
 def _number(path, otherwise):

@@ -24,6 +24,7 @@ from runtime import (
     outputs,
     sliding_window,
     splits,
+    threads,
     validation,
 )
 from runtime.precision import autocast, resolve_precision
@@ -378,7 +379,8 @@ def announce(plan, network, patches):
     steps = training.max_epochs * training.train_iterations_per_epoch
     parameters = sum(p.numel() for p in network.parameters())
     return [
-        f"device     {plan.device} ({plan.device_reason}), {torch.get_num_threads()} CPU threads",
+        f"device     {plan.device} ({plan.device_reason})",
+        threads.describe(settings.run.threads, group.local_size),
         f"precision  {plan.precision} ({plan.precision_reason})",
         *([f"norm, Mish {norm_mish.fused(plan.device)[1]}"] if plan.device.type == "cuda" else []),
         f"data       {len(split.train)} train, {len(split.validation)} validation, "

@@ -11,6 +11,7 @@ later one wins. Every key can also be given as `group.key=value`, which wins ove
 import contextlib
 import difflib
 import functools
+import os
 import re
 from pathlib import Path
 
@@ -23,24 +24,45 @@ from volumes.volume import printable
 SYNONYMS = {  # other common names of a setting
     word: key
     for key, words in {
-        "data.root": "data_dir data_path",
-        "optim.clip": "grad_clip gradient_clipping",
+        "augment.flip": "mirroring random_flip",
+        "data.cache_gb": "cache cache_num cache_rate",
+        "data.folds": "kfold n_folds num_folds",
+        "data.foreground": "class_names classes labels n_classes num_classes out_channels",
+        "data.root": "data_dir data_path dataset dataset_path",
+        "data.spacing": "pixdim target_spacing voxel_size voxel_spacing",
+        "data.validation": "val val_fraction val_split validation_split",
+        "inference.flips": "test_time_augmentation tta",
+        "inference.batch": "sw_batch_size",
+        "model.base": "base_filters features filters init_filters n_filters width",
+        "model.checkpointing": "activation_checkpointing gradient_checkpointing",
+        "model.multipliers": "depth n_stages num_levels",
+        "monitor.log_every": "log_interval log_steps",
+        "optim.betas": "momentum",
+        "optim.clip": "clip_grad grad_clip gradient_clip_val gradient_clipping max_grad_norm",
         "optim.ema": "ema_decay",
-        "optim.lr": "learning_rate",
-        "optim.schedule": "scheduler lr_scheduler",
-        "optim.weight_decay": "decay wd",
-        "run.device": "cuda gpu gpus",
-        "run.folder": "output output_dir",
-        "run.init_from": "pretrained",
-        "run.seed": "random_seed",
-        "sampling.patch": "crop_size patch_size roi_size",
-        "training.accumulate": "accumulation_steps gradient_accumulation",
-        "training.max_epochs": "epochs n_epochs num_epochs",
-        "training.max_steps": "num_steps steps",
-        "training.precision": "amp bf16 fp16 mixed_precision",
-        "training.train_batch_size": "batch batch_size",
-        "training.train_iterations_per_epoch": "iterations num_iterations steps_per_epoch",
+        "optim.lr": "base_lr initial_lr learning_rate lr0",
+        "optim.schedule": "lr_scheduler scheduler",
+        "optim.warmup_steps": "warmup warmup_epochs warmup_iters",
+        "optim.weight_decay": "decay l2 wd",
+        "run.device": "accelerator cuda devices gpu gpus",
+        "run.folder": "log_dir out_dir output output_dir save_dir",
+        "run.init_from": "checkpoint ckpt ckpt_path load_from pretrained weights",
+        "run.name": "exp_name experiment experiment_name run_name",
+        "run.seed": "manual_seed random_seed",
+        "run.threads": "n_threads num_threads",
+        "sampling.foreground_share": "oversample_foreground_percent pos_neg_ratio",
+        "sampling.patch": "crop_size img_size input_size patch_size roi_size spatial_size",
+        "training.accumulate": "accumulate_grad_batches accumulation_steps grad_accum "
+        "gradient_accumulation gradient_accumulation_steps",
+        "training.max_epochs": "epochs max_epoch n_epochs num_epochs",
+        "training.max_steps": "max_iter max_iterations n_steps num_steps steps total_steps",
+        "training.precision": "amp bf16 dtype fp16 half mixed_precision",
+        "training.save_minutes": "checkpoint_every save_every save_interval",
+        "training.train_batch_size": "batch batch_size batch_size_per_gpu bs",
+        "training.train_iterations_per_epoch": "iterations iters_per_epoch num_iterations "
+        "num_iterations_per_epoch steps_per_epoch",
         "training.workers": "n_workers num_workers",
+        "validation.every": "check_val_every_n_epoch eval_every val_every val_interval",
         "validation.patience": "early_stopping",
     }.items()
     for word in words.split()
@@ -88,6 +110,8 @@ def _group_of(name, model):
 def _nearest(key, model=Settings):
     """The valid key that `key` means, or most like it: its last part counts more than its group."""
     keys, last = valid_keys(model), key.split(".")[-1]
+    if last in ("resume", "resume_from"):
+        return "; python train.py --resume RUN goes on with a run"
     groups = sorted({k.rsplit(".", i)[0] for k in keys for i in (1, 2) if k.count(".") >= i})
     meant = [] if key.startswith("loss.") else [k for k in keys if k == SYNONYMS.get(last)]
     by_last = [k for k in keys if k.split(".")[-1] == last]
@@ -211,8 +235,15 @@ def load(path, more=()):
     content = functools.reduce(merge, map(read, paths))
     with faults_of(" with ".join(map(str, paths))):
         settings = build(apply_overrides(content, filter(is_override, more)))
-    settings.run.name = settings.run.name or printable(Path(path).stem)
+    settings.run.name = settings.run.name or default_name(path)
     return settings
+
+
+def default_name(path):
+    """A run's name by its config; the tasks of a SLURM array have one each, which they keep when
+    they are queued again."""
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return printable(Path(path).stem) + (f"_task{task}" if task else "")
 
 
 def changes(before, after):

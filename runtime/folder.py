@@ -185,18 +185,24 @@ def record(folder, settings_text):
         shutil.copy2(path, copy)
 
 
-def link_last(runs_folder, run_checkpoint):
-    """Point `<runs_folder>/last.pt` at a run's checkpoint: a relative link, replaced atomically.
+def link_newest(runs_folder, checkpoints):
+    """Point `<runs_folder>/last.pt` and best.pt at those of a run: relative links, replaced
+    atomically.
 
-    Relative, so that the folder of runs can be moved. A copy where the file system has no links.
+    A best.pt that this run does not have yet is removed: both are of one run. Relative, so that the
+    folder of runs can be moved. Copies where the file system has no links.
     """
-    folder, target = Path(runs_folder).resolve(), Path(run_checkpoint)
-    target = target.parent.resolve() / target.name
-    with atomic.replacing(folder / "last.pt") as partial:
-        try:
-            os.symlink(os.path.relpath(target, folder), partial)
-        except OSError:
-            shutil.copyfile(target, partial)
+    folder = Path(runs_folder).resolve()
+    for name in ("last.pt", "best.pt"):
+        target = Path(checkpoints).resolve() / name
+        if not target.exists():
+            (folder / name).unlink(missing_ok=True)
+            continue
+        with atomic.replacing(folder / name) as partial:
+            try:
+                os.symlink(os.path.relpath(target, folder), partial)
+            except OSError:
+                shutil.copyfile(target, partial)
 
 
 def _git(*arguments):

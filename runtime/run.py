@@ -28,6 +28,7 @@ from runtime.log import Means, ProgressLine, RunLog, read_log
 from runtime.memory_guard import MemoryGuard
 from runtime.precision import keep_precision
 from runtime.signals import Stop, Stopped
+from runtime.splits import NO_VALIDATION
 
 
 class Run:
@@ -179,7 +180,7 @@ class Run:
             self.state,
             step=self.step if is_last else None,
             before=self.log.sync,  # a state counts lines of the log
-            after=lambda path: folder.link_last(self.settings.run.folder, path),
+            after=lambda path: folder.link_newest(self.settings.run.folder, path.parent),
         )
 
     def begin(self, batches, validator):
@@ -239,10 +240,12 @@ class Run:
             self.console.print(
                 f"best: {score} {best.best_score:.4f} at step {best.best_step}, in best.pt"
             )
-        for line in [*data.describe_excluded(self.patches), *self.skipped.describe()]:
+        unjudged = [NO_VALIDATION] * (not self.plan.split.validation)
+        for line in [*unjudged, *data.describe_excluded(self.patches), *self.skipped.describe()]:
             self.console.print(line)
-        last, where = Path(self.settings.run.folder) / "last.pt", self.folder / "checkpoints"
-        self.console.print(f"state in {where}; next: python infer.py --ckpt {last}")
+        runs, where = Path(self.settings.run.folder), self.folder / "checkpoints"
+        newest = next((p for p in (runs / "best.pt", runs / "last.pt") if p.exists()), where)
+        self.console.print(f"state in {where}; next: python infer.py --ckpt {newest}")
 
     # ------------------------------------------------------------------------ between two steps
 

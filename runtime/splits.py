@@ -4,6 +4,11 @@ from dataclasses import dataclass
 
 from volumes.files import few, matching
 
+NO_VALIDATION = (
+    "NO VALIDATION: there are no scores and no curve of them, best.pt is the last state, and masks "
+    "are made with threshold 0.5 and all components; set data.validation, or data.folds=5"
+)
+
 
 @dataclass(frozen=True)
 class Split:
@@ -38,7 +43,7 @@ def choose_cases(dataset, *, train, validation, test, folds, fold):
     if faults:
         raise ValueError("\n".join(faults))
     if not split.validation:
-        notes.append("validation: no cases are set aside for it, so best.pt is the last state")
+        notes.append(NO_VALIDATION)
     return split, notes
 
 

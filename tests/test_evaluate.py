@@ -48,7 +48,8 @@ def run(*arguments):
 
 def read_csv(path):
     with open(path, newline="") as file:
-        return {(row["case"], row["method"]): row for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    return {(row["summary"] or row["case"], row["method"]): row for row in rows}
 
 
 # ---------------------------------------------------------------------------- what it writes
@@ -90,6 +91,20 @@ def test_a_method_of_a_folder_that_is_no_utf8_has_escapes_in_the_table(tmp_path)
     rows = list(csv.DictReader(out.read_text(encoding="utf-8").splitlines()))
     scores = {(row["case"], row["method"]): row["dice"] for row in rows}
     assert scores["ö", "m\\udcf6"] == "1.0" and scores["ö", "b"] == "0.75"
+
+
+def test_a_case_called_mean_is_not_taken_for_the_mean(tmp_path):
+    for name, prediction in (("mean", bar(1)), ("b", bar(2))):
+        write(tmp_path / "pred" / f"{name}.tif", prediction)
+        write(tmp_path / "truth" / f"{name}.tif", bar(2))
+    out = tmp_path / "s.csv"
+    command = ("--pred", tmp_path / "pred", "--truth", tmp_path / "truth")
+    assert run(*command, "--scores", "dice", "--out", out) == 0
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [(row["case"], row["summary"], row["dice"]) for row in rows] == [
+        *[("b", "", "1.0"), ("mean", "", "0.75")],
+        *[("", "mean", "0.875"), ("", "median", "0.875"), ("", "worst", "0.75")],
+    ]
 
 
 def test_one_file_each_is_a_pair_whatever_the_names(tmp_path):

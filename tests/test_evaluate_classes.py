@@ -70,7 +70,7 @@ def test_each_class_and_the_mean_have_columns_of_the_csv(folders):
     assert status == 0
     row, mean = rows["a", "prediction"], rows["mean", "prediction"]
     columns = [f"{n}/{c}" for n in ("dice", "components") for c in ("artery", "vein", "mean")]
-    assert list(row)[2:8] == columns
+    assert list(row)[3:9] == columns
     assert (row["dice/artery"], row["dice/vein"], row["dice/mean"]) == ("0.75", "1.0", "0.875")
     # b: the artery is right, the vein is missed.
     assert (mean["dice/artery"], mean["dice/vein"]) == ("0.875", "0.5")
@@ -151,7 +151,7 @@ def test_the_regions_of_a_prepared_dataset_are_scored_if_it_has_some(folders):
     dataset(folders / "set", {"a": two(2), "b": two(2)}, classes, regions=regions)
     _, rows = evaluate(folders, "--scores", "dice", pred=("old",), truth="set")
     row = rows["a", "prediction"]
-    assert list(row)[2:5] == ["dice/vessel", "dice/artery", "dice/mean"]
+    assert list(row)[3:6] == ["dice/vessel", "dice/artery", "dice/mean"]
     assert float(row["dice/vessel"]) == pytest.approx(2 * 5 / 12, abs=1e-6)
 
 

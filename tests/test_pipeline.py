@@ -33,7 +33,7 @@ def script(name, *arguments, cwd, status=0):
 
 def means(path):
     with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["case"] == "mean"]
+        rows = [row for row in csv.DictReader(file) if row["summary"] == "mean"]
     return {row["method"]: {k: float(row[k]) for k in ("dice", "surface_dice")} for row in rows}
 
 

@@ -18,10 +18,11 @@ from losses import LOSSES
 from runtime import config, ending, jobs
 from scoring.metrics import SCORES
 from settings import Settings
-from tests import processes
+from tests import docs_check, processes
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+MAP = ROOT / "docs/map.md"
 DOCS = sorted(ROOT.glob("docs/*.md"))
 PAGES = [README, ROOT / "AGENTS.md", *DOCS]
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()
@@ -110,7 +111,7 @@ def names_defined_in(path):
 
 
 def test_the_map_lists_every_source_file_and_no_other():
-    mapped = [row[0].strip("`") for row in rows(section(README, "Map"))]
+    mapped = [row[0].strip("`") for row in rows(section(MAP, "Files"))]
     mapped = [name for name in mapped if name.endswith(".py")]
     places = [ROOT, *(ROOT / room for room in ROOMS)]
     files = {str(p.relative_to(ROOT)) for place in places for p in place.glob("*.py")}
@@ -121,7 +122,7 @@ def test_the_map_lists_every_source_file_and_no_other():
 
 
 def test_each_row_of_the_edit_table_names_what_is_there():
-    text = section(README, "To change something")
+    text = section(MAP, "To change something")
     for path in re.findall(r"`([\w/]+\.py)`", text):
         assert (ROOT / path).is_file(), path
     places = re.findall(r"`(\w+)` in `([\w/]+\.py)`", text)
@@ -259,13 +260,13 @@ def test_a_misspelled_setting_is_one_sentence_and_exit_status_2(tmp_path):
 
 
 def test_claimed_sizes_hold():
-    claims = re.findall(r"`(\w+\.py)` has fewer than (\d+) lines", README.read_text())
+    claims = re.findall(r"`(\w+\.py)` has fewer than (\d+) lines", MAP.read_text())
     assert claims
     for name, limit in claims:
         assert len((ROOT / name).read_text().splitlines()) < int(limit)
     assert len(README.read_text().splitlines()) <= 220
     assert len((ROOT / "AGENTS.md").read_text().splitlines()) <= 60
-    for page in DOCS:
+    for page in set(DOCS) - {MAP}:  # that has a line for each file
         assert 40 <= len(page.read_text().splitlines()) <= 120, page.name
 
 
@@ -349,3 +350,45 @@ def test_the_five_commands_for_your_own_data_work(tmp_path):
     assert (tmp_path / "runs/mine/checkpoints/last.pt").is_file()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["unseen.nii.gz"]
     assert "unseen" in (tmp_path / "scores.csv").read_text()
+
+
+# ---------------------------------------------------------------------------- what docs_check runs
+
+
+@pytest.mark.parametrize("page", docs_check.PAGES, ids=lambda page: page.name)
+def test_every_block_of_a_page_is_run_by_docs_check_or_says_why_not(page):
+    commands = docs_check.commands_of(page)
+    shown = [text for language, text in blocks(page) if language in ("", "python")]
+    assert bool(commands) == bool(shown)
+    for language, text, reason in commands:
+        runnable = language == "python" or text.split()[0] in (
+            "python",
+            "torchrun",
+            "echo",
+            "touch",
+        )
+        assert reason or runnable, f"{page.name}: {text}"
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs/classes.md"], ids=lambda page: page.name)
+def test_the_python_of_a_page_runs(page):
+    scripts = [text for language, text, _ in docs_check.commands_of(page) if language == "python"]
+    assert scripts
+    for text in scripts:
+        done = docs_check.run("python", text, ROOT)
+        assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_a_command_that_fails_is_listed_and_one_that_needs_a_cluster_too(tmp_path):
+    page = tmp_path / "page.md"
+    lines = "```\necho a > b\ntouch none/c\nsbatch x\n```\n"
+    page.write_text(f"{lines}\n<!-- not run: no GPU -->\n```\npython x.py\n```\n")
+    (tmp_path / "configs/sweeps").mkdir(parents=True)
+    number, skipped, failed = docs_check.check(page, tmp_path)
+    assert number == 2 and [line.split(": ")[1] for line in skipped] == [
+        "not run, needs SLURM",
+        "not run, no GPU",
+    ]
+    assert (
+        len(failed) == 1 and "touch none/c" in failed[0] and (tmp_path / "b").read_text() == "a\n"
+    )

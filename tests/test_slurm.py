@@ -42,3 +42,21 @@ def test_a_job_goes_back_into_the_queue_until_its_run_is_done(root, tmp_path):
         assert done.returncode == status, done.stderr
         assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     assert events(tmp_path / "runs" / "long", "end")
+
+
+def test_a_task_of_an_array_looks_into_its_own_run(tmp_path):
+    stand_ins = {**STAND_INS, "torchrun": "exit 1"}
+    for name, line in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    for task, reason in ((3, "its time is up"), (4, "signal SIGTERM")):
+        log = tmp_path / "runs" / f"job_task{task}" / "log.jsonl"
+        log.parent.mkdir(parents=True)
+        log.write_text(json.dumps({"event": "stop", "reason": reason, "status": 75}) + "\n")
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "1"}
+    for task in (3, 4):
+        about = {"SLURM_JOB_ID": str(10 + task), "SLURM_ARRAY_TASK_ID": str(task)}
+        command = ["bash", ROOT / "docs" / "slurm.sh", "job.yaml"]
+        about |= environment | {"SLURM_JOB_NODELIST": "n1"}
+        assert subprocess.run(command, env=about, cwd=tmp_path, timeout=60).returncode == 1
+    assert (tmp_path / "requeued").read_text() == "requeue 13\n"

@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 from multiprocessing import resource_tracker
+from pathlib import Path
 
 NO_MEMORY = 12  # exit status of a process that got no memory
 # Schedulers send SIGTERM and SIGUSR1 before a job's time ends; SIGHUP says the terminal is gone.
@@ -64,9 +66,59 @@ def run_script(main):
 
 
 def cores():
-    """The CPU cores that this process may use; not every system tells them from all cores."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
+    """The CPU cores that this process may use."""
+    return cores_and_reason()[0]
+
+
+def cores_and_reason(proc="/proc", cgroup="/sys/fs/cgroup"):
+    """(cores that this process may use, why so many): of the machine, those that its affinity
+    allows, and the time that a quota of its cgroups leaves (of a container or a job)."""
+    machine = os.cpu_count() or 1
+    choices = [(machine, f"all {machine} cores")]
+    if hasattr(os, "sched_getaffinity"):
+        choices.append((len(os.sched_getaffinity(0)), f"CPU affinity, of {machine} cores"))
+    for folder, version in cgroups("cpu", proc, cgroup):
+        quota = _quota(folder, version)
+        if quota is not None:
+            choices.append((max(1, math.ceil(quota)), f"cgroup quota, of {machine} cores"))
+    return min(choices, key=lambda choice: choice[0])  # of equal ones the first
+
+
+def _quota(folder, version):
+    """CPU seconds per second that a cgroup may use; None: no limit, or it cannot be read."""
+    try:
+        if version == 2:
+            quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            names = "cpu.cfs_quota_us", "cpu.cfs_period_us"
+            quota, period = ((folder / name).read_text(encoding="ascii") for name in names)
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
+        return None
+
+
+def cgroups(controller, proc="/proc", root="/sys/fs/cgroup"):
+    """(folder, 1 or 2) of the cgroups that this process is in, those around them included, with
+    the version of the interface. controller: "memory" or "cpu". None where there are none."""
+    try:
+        lines = (Path(proc) / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return
+    root = Path(root)
+    for line in lines:
+        number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if controller in controllers.split(","):
+            mount, version = root / controller, 1
+        elif number == "0" and path:
+            # Beside version 1, version 2 is mounted one folder further down.
+            mount, version = root / "unified" if (root / "unified").is_dir() else root, 2
+        else:
+            continue
+        # In a container the path may be the host's. Its folder is then missing here, and the
+        # container's own limit stands in the root.
+        names = [] if ".." in path.split("/") else path.strip("/").split("/")
+        for depth in range(len(names) + 1):
+            yield mount.joinpath(*names[:depth]), version
 
 
 def start_worker(*_):

@@ -13,7 +13,7 @@ from runtime import checkpoint, config
 from runtime import folder as runs
 from runtime.checkpoint import CheckpointError, load, load_newest, previous_path, save
 from runtime.evaluations import Standing
-from runtime.folder import link_last
+from runtime.folder import link_newest
 
 
 def state_of(step, **changes):
@@ -340,7 +340,7 @@ def test_last_run_is_linked_relatively_and_the_folder_can_move(tmp_path):
     for step, name in enumerate(("a", "b")):
         path = runs / name / "checkpoints" / "last.pt"
         save(state_of(step), path)
-        link_last(runs, path)
+        link_newest(runs, path.parent)
         assert load(runs / "last.pt")["loop"] == {"step": step}
     assert os.readlink(runs / "last.pt") == "b/checkpoints/last.pt"
     runs.rename(tmp_path / "moved")

@@ -28,15 +28,27 @@ def test_an_unknown_key_is_named_with_the_nearest_one():
 @pytest.mark.parametrize(
     "key, words",
     [
-        ("optim.lr", "learning_rate"),
+        ("data.folds", "n_folds num_folds"),
+        ("data.foreground", "num_classes"),
+        ("data.spacing", "target_spacing"),
+        ("data.validation", "val_split"),
+        ("inference.flips", "tta"),
+        ("model.base", "features n_filters"),
+        ("model.checkpointing", "gradient_checkpointing"),
+        ("optim.betas", "momentum"),
+        ("optim.clip", "gradient_clip_val max_grad_norm"),
+        ("optim.lr", "learning_rate base_lr"),
         ("optim.weight_decay", "wd"),
-        ("run.device", "gpu"),
+        ("run.device", "gpu gpus devices"),
+        ("run.init_from", "checkpoint ckpt_path weights"),
+        ("run.name", "exp_name experiment_name"),
+        ("run.threads", "num_threads"),
         ("run.seed", "random_seed"),
-        ("sampling.patch", "patch_size"),
-        ("training.max_epochs", "epochs num_epochs"),
+        ("sampling.patch", "patch_size spatial_size"),
+        ("training.max_epochs", "epochs max_epoch num_epochs"),
         ("training.max_steps", "steps"),
         ("training.precision", "amp"),
-        ("training.train_batch_size", "batch batch_size"),
+        ("training.train_batch_size", "batch batch_size bs"),
         ("training.train_iterations_per_epoch", "iterations"),
         ("training.workers", "num_workers"),
     ],
@@ -48,6 +60,22 @@ def test_other_common_names_of_a_setting_lead_to_it_in_any_group_and_in_none(key
         assert fault(overrides=[f"{word}=1"]) == f"{word}=1: expected group.key=value{named}"
         for text in (f"{g}.{word}" for g in ("data", "optimizer", "train", "training")):
             assert fault(overrides=[f"{text}=1"]) == f"{text}: no such setting{named}"
+
+
+def test_resume_is_an_option_and_no_setting():
+    expected = "no such setting; python train.py --resume RUN goes on with a run"
+    assert fault(overrides=["training.resume=1"]) == f"training.resume: {expected}"
+
+
+def test_each_task_of_a_slurm_array_has_a_run_name_of_its_own_unless_it_is_given(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "vessels.yaml"
+    path.write_text("")
+    assert config.load(path).run.name == "vessels"
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert config.load(path).run.name == "vessels_task3"
+    assert config.load(path, ["run.name=mine"]).run.name == "mine"
 
 
 def test_other_names_are_of_valid_keys_and_hide_no_nearer_one():

@@ -10,7 +10,7 @@ import pytest
 
 from runtime import checkpoint
 from runtime import folder as runs
-from runtime.folder import claim, link_last, new_run_folder, newest_run_folder, open_run
+from runtime.folder import claim, link_newest, new_run_folder, newest_run_folder, open_run
 from tests.runtime.test_checkpoint import state_of
 
 HOLD = """
@@ -195,11 +195,21 @@ def test_where_there_are_no_links_the_last_state_is_a_copy(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "symlink", no_link)
     path = with_state(tmp_path / "r", 6) / "checkpoints" / "last.pt"
-    link_last(tmp_path, path)
-    link_last(tmp_path, path)
+    link_newest(tmp_path, path.parent)
+    link_newest(tmp_path, path.parent)
     assert not (tmp_path / "last.pt").is_symlink()
     assert checkpoint.load(tmp_path / "last.pt")["loop"]["step"] == 6
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "r"]
+
+
+def test_the_links_to_the_best_and_the_last_state_are_of_one_run(tmp_path):
+    old, new = (with_state(tmp_path / name, 6) / "checkpoints" for name in ("old", "new"))
+    (old / "best.pt").write_bytes(b"")
+    link_newest(tmp_path, old)
+    assert os.readlink(tmp_path / "best.pt") == "old/checkpoints/best.pt"
+    link_newest(tmp_path, new)  # which has not been validated
+    assert os.readlink(tmp_path / "last.pt") == "new/checkpoints/last.pt"
+    assert not os.path.lexists(tmp_path / "best.pt")
 
 
 CRASH = """

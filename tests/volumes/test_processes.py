@@ -132,3 +132,49 @@ def test_threads_that_wait_leave_their_core_to_others_unless_the_caller_decides(
     command = [sys.executable, Path(prepare.__file__).parent / f"{script}.py"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert run.stdout.strip() == (given or "1000"), run.stderr
+
+
+def quota_tree(root, line, folder, **files):
+    """(proc, cgroup) of a process in one cgroup that has some files."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(line + "\n")
+    (root / "cgroup" / folder).mkdir(parents=True)
+    for name, content in files.items():
+        (root / "cgroup" / folder / name.replace("__", ".")).write_text(content)
+    return root / "proc", root / "cgroup"
+
+
+@pytest.mark.parametrize(
+    "line, folder, files, expected",
+    [
+        ("0::/job", "job", {"cpu__max": "150000 100000\n"}, (2, "cgroup quota, of 8 cores")),
+        ("0::/job", "job", {"cpu__max": "10000 100000\n"}, (1, "cgroup quota, of 8 cores")),
+        ("0::/job", "job", {"cpu__max": "max 100000\n"}, (4, "CPU affinity, of 8 cores")),
+        ("0::/job", "job", {}, (4, "CPU affinity, of 8 cores")),
+        (
+            "3:cpu,cpuacct:/job",
+            "cpu/job",
+            {"cpu__cfs_quota_us": "300000", "cpu__cfs_period_us": "100000"},
+            (3, "cgroup quota, of 8 cores"),
+        ),
+        (
+            "3:cpu,cpuacct:/job",
+            "cpu/job",
+            {"cpu__cfs_quota_us": "-1", "cpu__cfs_period_us": "100000"},
+            (4, "CPU affinity, of 8 cores"),
+        ),
+    ],
+)
+def test_cores_are_those_that_affinity_and_the_quota_of_a_cgroup_leave(
+    tmp_path, monkeypatch, line, folder, files, expected
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    where = quota_tree(tmp_path, line, folder, **files)
+    assert processes.cores_and_reason(*where) == expected
+
+
+def test_without_affinity_or_a_quota_all_cores_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert processes.cores_and_reason(tmp_path, tmp_path) == (8, "all 8 cores")
