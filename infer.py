@@ -13,7 +13,8 @@ Of several checkpoints the probabilities are averaged. Parts share out volumes a
 the part that finds the last slab of a volume writes it, with the bits that one process gives.
 
 Leaves <output>/<id> in the format of the source, on the image's own grid with its spacing and
-affine: uint8 0 and 1, or the ids of the label where the network tells several classes apart. With
+affine: uint8 0 and 1, or the ids of the label where the network tells several classes apart.
+predictions.jsonl beside them says which checkpoint each is of. With
 inference.save_probabilities=true also <output>/probabilities/<id>, or <class>/<id> in there.
 Without --output these go to the run's predictions/. --submission writes the masks a second time,
 in the format of the Vesuvius Challenge, and reads them back. Every input is checked before the
@@ -46,6 +47,7 @@ from runtime.precision import resolve_precision
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import resolve_device
 from runtime.window_transfer import computes_by_itself
+from volumes import origins
 from volumes.files import read_label, write_volume
 from volumes.inputs import check_inputs
 from volumes.processes import cores, run_script
@@ -157,6 +159,7 @@ def write_prediction(predictor, volume, whole, output):
             paths.append(folder / target.name)
             write_volume(paths[-1], own, **grid)
         write_volume(target, mask, **grid)
+        origins.write(target, [member.origin for member in predictor.members])
     except Exception as error:  # each format's writer has its own
         raise CannotGoOn(f"the prediction cannot be written ({error})") from error
     shares = ", ".join(f"{100 * share:.2f} % {name}" for name, share in shares.items())

@@ -20,6 +20,7 @@ from runtime.jobs import Ledger
 from runtime.sliding_window import network_ratio, predict_case
 from runtime.window_axis import window_rows
 from scoring import postprocess
+from volumes import origins
 from volumes.files import split_dataset
 from volumes.inputs import UNLIKE
 from volumes.volume import InputErrors, VolumeError, collect_errors
@@ -43,6 +44,7 @@ class Member(NamedTuple):
     config: dict
     data: dict  # what the run knows of its data
     chosen: dict  # by validation
+    origin: dict  # see volumes/origins.py
 
 
 # ---------------------------------------------------------------------------- reading
@@ -62,11 +64,13 @@ def read(texts):
             )
             continue
         with collect_errors(faults):
+            came_from = origins.origin(path)
             state = checkpoint.load(path)
             network, weights = build_network(state, path)
             loop = state["loop"]
             about = state["config"], state["data"], loop["evaluations"]["chosen"]
-            members.append(Member(str(path), loop["step"], weights, network, *about))
+            came_from |= {"step": loop["step"]}
+            members.append(Member(str(path), loop["step"], weights, network, *about, came_from))
     if not faults:
         faults = [fault for other in members[1:] for fault in _layout_faults(members[0], other)]
     if faults:

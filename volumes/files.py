@@ -47,8 +47,9 @@ ADVICE = {
     r"\[Errno": "see to that first, for the file may be whole",
 }
 # Files that lie beside volumes. Other files that are no volumes are mentioned as passed over.
-SIDECARS = {".json", ".csv", ".tsv", ".txt", ".xml", ".md", ".rst", ".yaml", ".yml", ".log", ".pdf",
-            ".html", ".py", ".sh", ".toml", ".ini", ".xlsx", ".bval", ".bvec"}  # fmt: skip
+SIDECARS = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".xml", ".md", ".rst", ".yaml", ".yml",
+            ".log", ".pdf", ".html", ".py", ".sh", ".toml", ".ini", ".xlsx", ".bval",
+            ".bvec"}  # fmt: skip
 SIDECAR_NAMES = {"readme", "license", "changes", "makefile", "probabilities"}
 _HDF5_NAME = re.compile(r"^(.*\.(?:h5|hdf5)):(.+)$", re.IGNORECASE)
 _WILDCARD = re.compile(r"([*?]|\[!?\]?[^\]]*\])")
