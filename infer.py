@@ -54,27 +54,10 @@ from volumes.processes import cores, run_script
 from volumes.submission import SubmissionError, open_submission, submission_faults
 from volumes.volume import InputErrors, VolumeError, collect_errors
 
-# All else that a config holds was decided by training and comes from the checkpoint.
-DEVICE_KEYS = ("run.device", "run.threads", "run.deterministic", "training.precision")
-SETTABLE = ("inference.", "postprocess.", "data.root", *DEVICE_KEYS)
 SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 
 
 # ---------------------------------------------------------------------------- settings
-
-
-def resolve_settings(members, overrides):
-    """`ensemble.joint_settings`; also a ValueError for keys that training has decided."""
-    given = {text.partition("=")[0] for text in overrides}
-    # A key may go on below a setting: data.regions.vessel.
-    keys = {key for key in given for own in config.valid_keys() if f"{key}.".startswith(f"{own}.")}
-    if fixed := sorted(key for key in keys if not key.startswith(SETTABLE)):
-        sentence = (
-            f"expected a setting of inference (those under {', '.join(SETTABLE)}), got one that "
-            "training has decided; leave it out"
-        )
-        raise InputErrors(*(f"{key}: {sentence}" for key in fixed))
-    return ensemble.joint_settings(members, overrides)
 
 
 def output_folder(arguments, members):
@@ -96,7 +79,7 @@ def prepare_to_predict(arguments, part):
     output, metadata = output_folder(arguments, members), ensemble.joint_metadata(members)
     roots = [t.partition("=")[2] for t in arguments.overrides if t.startswith("data.root=")]
     with collect_errors(faults):
-        settings, joint_line = resolve_settings(members, arguments.overrides)
+        settings, joint_line = ensemble.joint_settings(members, arguments.overrides)
         device, device_reason = resolve_device(settings.run.device)
         device = part.device(device) if part else device
         precision, precision_reason = resolve_precision(settings.training.precision, device)

@@ -34,6 +34,11 @@ ALIKE = (
 )
 
 
+# All else that a config holds was decided by training and comes from the checkpoint.
+DEVICE_KEYS = ("run.device", "run.threads", "run.deterministic", "training.precision")
+SETTABLE = ("inference.", "postprocess.", "data.root", *DEVICE_KEYS)
+
+
 class Member(NamedTuple):
     """A checkpoint without what only training needs; network: in eval mode on the CPU."""
 
@@ -167,11 +172,21 @@ def _regions(told_apart, names):
 
 
 def joint_settings(members, overrides):
-    """(settings, line) of all members with overrides; ValueError names every fault, a line each.
+    """(settings, line) of all members with overrides; ValueError names every fault, a line each:
+    also keys that training has decided.
 
     All that an ensemble does must be the same for its members, but for what is `CHOSEN`; how it
     runs (device, windows at once) is said by the first. line: for people, None without an ensemble.
     """
+    given = {text.partition("=")[0] for text in overrides}
+    # A key may go on below a setting: data.regions.vessel.
+    keys = {key for key in given for own in config.valid_keys() if f"{key}.".startswith(f"{own}.")}
+    if fixed := sorted(key for key in keys if not key.startswith(SETTABLE)):
+        sentence = (
+            f"expected a setting of inference (those under {', '.join(SETTABLE)}), got one that "
+            "training has decided; leave it out"
+        )
+        raise InputErrors(*(f"{key}: {sentence}" for key in fixed))
     faults, each = [], []
     told_apart = outputs.of_metadata(members[0].data)
     for member in members:
