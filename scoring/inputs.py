@@ -73,7 +73,7 @@ def predictions_of_run(text):
         known = origins.read(folder).values()
         there = any(path == Path(one["checkpoint"]) for of in known for one in of)
     else:
-        path, there = run / "checkpoints" / "best.pt", folder.is_dir()
+        path, there = Path(text) / "checkpoints" / "best.pt", folder.is_dir()
     if not there:
         raise ValueError(
             f"expected predictions, got {text}, of which there are none in {folder}; predict first "
