@@ -65,7 +65,7 @@ def predictions_of_run(text):
     other path as it is. ValueError that says how to predict, if that was not done."""
     path = Path(text).resolve()  # runs/best.pt is a link
     of_checkpoint = path.suffix == ".pt" and path.is_file()
-    run = path.parents[1] if of_checkpoint else path
+    run = path.parent.parent if of_checkpoint else path
     if not of_checkpoint and not (run / "checkpoints").is_dir():
         return text
     folder = run / "predictions"
@@ -79,7 +79,7 @@ def predictions_of_run(text):
             f"expected predictions, got {text}, of which there are none in {folder}; predict first "
             f"with python infer.py --ckpt {text if of_checkpoint else path}"
         )
-    return os.path.relpath(folder)
+    return str(folder)
 
 
 def find_sources(text, role, errors, notes):
