@@ -30,19 +30,26 @@ NATIVE = [0.0, 0.0, 0.0]
 TURNED = np.array([[-0.5, 0, 0, 40.0], [0, 0, 2.0, -7.0], [0, 0.5, 0, 3.0], [0, 0, 0, 1]])
 
 
+def build_network(channels, strides, kernels):
+    """(the project's network, whichever it is, its last convolution), in eval mode."""
+    settings = config.build({"model": {"base": 4, "multipliers": (1, 2), "blocks": 1}}).model
+    how = {"strides": strides, "kernels": kernels, "settings": settings.model_dump()}
+    network = model.build_network(1, channels, **how).eval()
+    return network, [m for m in network.modules() if isinstance(m, torch.nn.Conv3d)][-1]
+
+
 def network_of(seed, probability=None):
     torch.manual_seed(seed)
     strides = model.derive_strides(PATCH, (2, 1, 1), 2)
     kernels = model.derive_kernels(PATCH, (2, 1, 1), strides)
-    shape = {"base": 4, "multipliers": (1, 2), "blocks": 1, "strides": strides, "kernels": kernels}
-    network = model.UNet3D(1, 1, **shape, dropout=0.0, deep_supervision=True)
+    network, last = build_network(1, strides, kernels)
     with torch.no_grad():  # about half of all voxels are foreground, or all as likely
         if probability is None:
-            network.heads[-1].bias -= network.eval()(torch.randn(1, 1, *PATCH)).median()
+            last.bias -= network(torch.randn(1, 1, *PATCH)).median()
         else:
-            network.heads[-1].weight.zero_()
-            network.heads[-1].bias.fill_(math.log(probability / (1 - probability)))
-    return network.eval(), strides, kernels
+            last.weight.zero_()
+            last.bias.fill_(math.log(probability / (1 - probability)))
+    return network, strides, kernels
 
 
 @pytest.fixture
