@@ -1,6 +1,6 @@
 """Compare predicted masks with the truth: tables of scores, a leaderboard, pictures of the worst.
 
-    python evaluate.py --pred runs/exp001/predictions --truth data/vessels --out scores.csv
+    python evaluate.py --pred runs/exp001 --truth data/vessels --out scores.csv
     python evaluate.py --pred pred.nii.gz --truth truth.nii.gz --spacing 5 1 1 --tolerance 2
     python evaluate.py --pred predictions --truth 'labels/{id}_lbl.tif' --ignore-label 2 \\
         --scores vesuvius_score toposcore surface_dice voi_score --overlays runs/overlays
@@ -8,9 +8,10 @@
         --otsu data/x --out scores.csv scores.json
     python evaluate.py --pred predictions --truth labels --classes artery=1 vein=2 vessel=1+2
 
-Each PATH is a file, a folder, a pattern, or a folder made by prepare.py; predictions, truth and
-images are matched by case id. Several predictions of the same cases are ranked, and compared case
-by case. What each score means is explained in scoring/metrics.py; --list-scores names them all.
+Each PATH is a file, a folder, a pattern, or a folder made by prepare.py; a run, by its folder or a
+checkpoint, stands for its predictions. Predictions, truth and images are matched by case id.
+Several predictions of the same cases are ranked, and compared case by case. What each score means
+is explained in scoring/metrics.py; --list-scores names them all.
 With --classes, or a folder made by prepare.py that has several, each is scored, and their mean.
 
 Leaves the files of --out (a row per case and method, then mean, median and worst; or the same and
@@ -36,7 +37,7 @@ from rich.progress import Progress
 from monitoring import machine
 from scoring import inputs, metrics, parallel, report
 from scoring.classes import MEAN, checked, full_names, ids_of, split_name
-from volumes import atomic, files
+from volumes import atomic, files, origins
 from volumes.classes import id_of, parsed
 from volumes.processes import run_script
 from volumes.statistics import clip_fill
@@ -129,10 +130,12 @@ def named(texts):
     predictions = []
     for text in texts:
         given = re.fullmatch(r"([\w.+-]+)=(.+)", text)
+        given = None if Path(text).exists() else given
+        text = inputs.predictions_of_run(given[2] if given else text)
         path = Path(text)
         inside = path.name if path.name != "predictions" else path.absolute().parent.name
         name = "prediction" if len(texts) == 1 else printable(files.stem_of(inside))
-        predictions.append((given[1], given[2]) if given and not path.exists() else (name, text))
+        predictions.append((given[1] if given else name, text))
     names = [name for name, _ in predictions]
     if inputs.OTSU in names or len(set(names)) < len(names):
         raise ValueError(
@@ -268,6 +271,8 @@ def notes_on(pairs, results, classes):
         for note in dict.fromkeys(result.masks.notes):
             cases.setdefault(note, []).append(pair.id)
     notes = [f"{note}: {inputs.listed(ids)}" for note, ids in cases.items()]
+    for method in pairs[0].predictions:
+        notes += origins.doubts({pair.id: pair.predictions[method] for pair in pairs})
     if classes:
         notes += absences(pairs, results, classes)
     rows = [row for result in results for row in result.rows]

@@ -14,7 +14,8 @@ Of several checkpoints the probabilities are averaged. Parts share out volumes a
 the part that finds the last slab of a volume writes it, with the bits that one process gives.
 
 Leaves <output>/<id> in the format of the source, on the image's own grid with its spacing and
-affine: uint8 0 and 1, or the ids of the label where the network tells several classes apart. With
+affine: uint8 0 and 1, or the ids of the label where the network tells several classes apart.
+predictions.jsonl beside them says which checkpoint each is of. With
 inference.save_probabilities=true also <output>/probabilities/<id>, or <class>/<id> in there.
 Without --output these go to the run's predictions/. --submission writes the masks a second time,
 in the format of the Vesuvius Challenge, and reads them back. Every input is checked before the
@@ -47,33 +48,17 @@ from runtime.signals import CannotGoOn
 from runtime.sliding_window import resolve_device
 from runtime.threads import use_threads
 from runtime.window_transfer import computes_by_itself
+from volumes import origins
 from volumes.files import read_label, write_volume
 from volumes.inputs import check_inputs
 from volumes.processes import run_script
 from volumes.submission import SubmissionError, open_submission, submission_faults
 from volumes.volume import InputErrors, VolumeError, collect_errors
 
-# All else that a config holds was decided by training and comes from the checkpoint.
-DEVICE_KEYS = ("run.device", "run.threads", "run.deterministic", "training.precision")
-SETTABLE = ("inference.", "postprocess.", "data.root", *DEVICE_KEYS)
 SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 
 
 # ---------------------------------------------------------------------------- settings
-
-
-def resolve_settings(members, overrides):
-    """`ensemble.joint_settings`; also a ValueError for keys that training has decided."""
-    given = {text.partition("=")[0] for text in overrides}
-    # A key may go on below a setting: data.regions.vessel.
-    keys = {key for key in given for own in config.valid_keys() if f"{key}.".startswith(f"{own}.")}
-    if fixed := sorted(key for key in keys if not key.startswith(SETTABLE)):
-        sentence = (
-            f"expected a setting of inference (those under {', '.join(SETTABLE)}), got one that "
-            "training has decided; leave it out"
-        )
-        raise InputErrors(*(f"{key}: {sentence}" for key in fixed))
-    return ensemble.joint_settings(members, overrides)
 
 
 def output_folder(arguments, members):
@@ -95,7 +80,7 @@ def prepare_to_predict(arguments, part):
     output, metadata = output_folder(arguments, members), ensemble.joint_metadata(members)
     roots = [t.partition("=")[2] for t in arguments.overrides if t.startswith("data.root=")]
     with collect_errors(faults):
-        settings, joint_line = resolve_settings(members, arguments.overrides)
+        settings, joint_line = ensemble.joint_settings(members, arguments.overrides)
         device, device_reason = resolve_device(settings.run.device)
         device = part.device(device) if part else device
         precision, precision_reason = resolve_precision(settings.training.precision, device)
@@ -158,6 +143,7 @@ def write_prediction(predictor, volume, whole, output):
             paths.append(folder / target.name)
             write_volume(paths[-1], own, **grid)
         write_volume(target, mask, **grid)
+        origins.write(target, [member.origin for member in predictor.members])
     except Exception as error:  # each format's writer has its own
         raise CannotGoOn(f"the prediction cannot be written ({error})") from error
     shares = ", ".join(f"{100 * share:.2f} % {name}" for name, share in shares.items())

@@ -7,8 +7,8 @@ x (B, C, D, H, W), contiguous or channels_last_3d; norm an affine nn.InstanceNor
 nn.Dropout3d. torch's own instance norm gives one block of threads to each channel of each patch,
 which leaves most of a GPU idle, and norm and Mish apart read and write each voxel some ten times
 more often and keep the normed voxels for the backward pass. Here a sum is spread over the chip:
-chunks of voxels are summed by as many programs, and their sums by one more. A CPU has a faster Mish;
-under torch.compile, and on a GPU where Triton cannot run, it is all plain torch.
+chunks of voxels are summed by as many programs, and their sums by one more. A CPU has a Mish
+that is faster; under torch.compile, and on a GPU where Triton cannot run, it is all plain torch.
 """
 
 import functools

@@ -20,6 +20,7 @@ from runtime.jobs import Ledger
 from runtime.sliding_window import network_ratio, predict_case
 from runtime.window_axis import window_rows
 from scoring import postprocess
+from volumes import origins
 from volumes.files import split_dataset
 from volumes.inputs import UNLIKE
 from volumes.volume import InputErrors, VolumeError, collect_errors
@@ -33,6 +34,11 @@ ALIKE = (
 )
 
 
+# All else that a config holds was decided by training and comes from the checkpoint.
+DEVICE_KEYS = ("run.device", "run.threads", "run.deterministic", "training.precision")
+SETTABLE = ("inference.", "postprocess.", "data.root", *DEVICE_KEYS)
+
+
 class Member(NamedTuple):
     """A checkpoint without what only training needs; network: in eval mode on the CPU."""
 
@@ -43,6 +49,7 @@ class Member(NamedTuple):
     config: dict
     data: dict  # what the run knows of its data
     chosen: dict  # by validation
+    origin: dict  # see volumes/origins.py
 
 
 # ---------------------------------------------------------------------------- reading
@@ -62,11 +69,13 @@ def read(texts):
             )
             continue
         with collect_errors(faults):
+            came_from = origins.origin(path)
             state = checkpoint.load(path)
             network, weights = build_network(state, path)
             loop = state["loop"]
             about = state["config"], state["data"], loop["evaluations"]["chosen"]
-            members.append(Member(str(path), loop["step"], weights, network, *about))
+            came_from |= {"step": loop["step"]}
+            members.append(Member(str(path), loop["step"], weights, network, *about, came_from))
     if not faults:
         faults = [fault for other in members[1:] for fault in _layout_faults(members[0], other)]
     if faults:
@@ -163,11 +172,21 @@ def _regions(told_apart, names):
 
 
 def joint_settings(members, overrides):
-    """(settings, line) of all members with overrides; ValueError names every fault, a line each.
+    """(settings, line) of all members with overrides; ValueError names every fault, a line each:
+    also keys that training has decided.
 
     All that an ensemble does must be the same for its members, but for what is `CHOSEN`; how it
     runs (device, windows at once) is said by the first. line: for people, None without an ensemble.
     """
+    given = {text.partition("=")[0] for text in overrides}
+    # A key may go on below a setting: data.regions.vessel.
+    keys = {key for key in given for own in config.valid_keys() if f"{key}.".startswith(f"{own}.")}
+    if fixed := sorted(key for key in keys if not key.startswith(SETTABLE)):
+        sentence = (
+            f"expected a setting of inference (those under {', '.join(SETTABLE)}), got one that "
+            "training has decided; leave it out"
+        )
+        raise InputErrors(*(f"{key}: {sentence}" for key in fixed))
     faults, each = [], []
     told_apart = outputs.of_metadata(members[0].data)
     for member in members:

@@ -11,12 +11,13 @@ import dataclasses
 import itertools
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from scoring import metrics
 from scoring.classes import described, ids_of, voxels_of
-from volumes import casefile, files
+from volumes import casefile, files, origins
 from volumes.statistics import clip_fill
 from volumes.volume import WHITE, compare, is_spacing, with_unit
 
@@ -58,6 +59,28 @@ class Masks:
     unit: str
     notes: list  # on their headers and values
     absent: dict  # {method, or None for the truth: [classes without a voxel]}
+
+
+def predictions_of_run(text):
+    """Where infer.py has put the predictions of a run, which its folder or a checkpoint names; any
+    other path as it is. ValueError that says how to predict, if that was not done."""
+    path = Path(text).resolve()  # runs/best.pt is a link
+    of_checkpoint = path.suffix == ".pt" and path.is_file()
+    run = path.parent.parent if of_checkpoint else path
+    if not of_checkpoint and not (run / "checkpoints").is_dir():
+        return text
+    folder = run / "predictions"
+    if of_checkpoint:
+        known = origins.read(folder).values()
+        there = any(path == Path(one["checkpoint"]) for of in known for one in of)
+    else:
+        path, there = Path(text) / "checkpoints" / "best.pt", folder.is_dir()
+    if not there:
+        raise ValueError(
+            f"expected predictions, got {text}, of which there are none in {folder}; predict first "
+            f"with python infer.py --ckpt {text if of_checkpoint else path}"
+        )
+    return str(folder)
 
 
 def find_sources(text, role, errors, notes):

@@ -148,7 +148,11 @@ def print_scores(console, rows, names, unit, cases):
         if start == cases or len(classes) > 1:
             table.add_section()
         for which, row in itertools.product(classes, rows[start : start + methods]):
-            cells = [row["summary"] or row["case"]] + [which] * several + [row["method"]] * (methods > 1)
+            cells = (
+                [row["summary"] or row["case"]]
+                + [which] * several
+                + [row["method"]] * (methods > 1)
+            )
             found = [known.get((score, which)) for score in scores]
             table.add_row(*cells, *(name and format_score(row[name], name) for name in found))
     console.print(table)

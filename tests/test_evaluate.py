@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import evaluate
-from volumes import casefile, files
+from volumes import casefile, files, origins
 
 SHARED = Path(os.environ.get("LAMINA_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -399,6 +399,47 @@ def test_predictions_are_named_after_their_run(tmp_path):
     names = [name for name, _ in evaluate.named(list(map(str, paths)))]
     assert names == ["x.1", "b", "c", "d"]
     assert evaluate.named(["runs/b/predictions"]) == [("prediction", "runs/b/predictions")]
+
+
+def run_with_predictions(folder):
+    """A run folder whose last.pt was used to predict a case."""
+    last = folder / "checkpoints" / "last.pt"
+    last.parent.mkdir(parents=True)
+    last.write_text("weights")
+    path = write(folder / "predictions" / "a.tif", bar(2))
+    origins.write(path, [origins.origin(last) | {"step": 8}])
+    return last
+
+
+def test_a_run_stands_for_its_predictions_by_folder_link_or_checkpoint(tmp_path, capsys):
+    last = run_with_predictions(tmp_path / "runs" / "r")
+    (tmp_path / "runs" / "last.pt").symlink_to("r/checkpoints/last.pt")
+    truth = write(tmp_path / "truth" / "a.tif", bar(2))
+    for source in (tmp_path / "runs" / "r", tmp_path / "runs" / "last.pt", last, f"x={last}"):
+        assert run("--pred", source, "--truth", truth, "--scores", "dice") == 0
+        out, err = capsys.readouterr()
+        assert "1.000" in out and "note" not in out and err == ""
+
+
+def test_a_checkpoint_that_predicted_nothing_is_one_sentence_with_the_command(tmp_path, capsys):
+    best = run_with_predictions(tmp_path / "r").with_name("best.pt")
+    best.write_text("other weights")
+    truth = write(tmp_path / "truth" / "a.tif", bar(2))
+    with pytest.raises(SystemExit) as caught:
+        run("--pred", best, "--truth", truth)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert f"expected predictions, got {best}, of which there are none in {tmp_path}/r/" in error
+    assert error.endswith(f"predict first with python infer.py --ckpt {best}\n")
+
+
+def test_stale_predictions_are_a_note(tmp_path, capsys):
+    last = run_with_predictions(tmp_path / "r")
+    last.write_text("weights of later")
+    truth = write(tmp_path / "truth" / "a.tif", bar(2))
+    assert run("--pred", tmp_path / "r", "--truth", truth, "--scores", "dice") == 0
+    note = f"note: a: predicted with {last} of step 8, which was saved anew since; predict again"
+    assert note in capsys.readouterr().out
 
 
 def test_a_truth_without_prediction_is_a_fault_unless_cases_are_named(tmp_path, capsys):

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 # The files of each folder. A file that is not listed here fails, and so does a name without a file.
 ROOMS = {
     "volumes": "files formats volume tiff nifti nrrd metaimage hdf5 layouts classes ingest "
-    "phantoms skeletons statistics casefile inputs submission colors data_sheet atomic processes",
+    "phantoms skeletons statistics casefile inputs origins submission colors data_sheet atomic "
+    "processes",
     "topology": "distance soft_skeleton persistence",
     "monitoring": "machine records recorder health panels picture formatting",
     "scoring": "metrics classes surface dilation partitions homology postprocess inputs parallel "
@@ -24,8 +25,8 @@ ROOMS = {
     "patches": "cache resample intensity augment contact_sheet feed transfer",
     "runtime": "config build composite_loss run evaluations checkpoint folder log signals "
     "microbatch device_memory cuda nonfinite timer memory_guard sliding_window splits evaluator "
-    "validation jobs comparison page distributed ending ensemble parts tuning outputs step_batches "
-    "optimizer window_axis window_transfer onednn precision threads",
+    "validation jobs comparison page distributed ending ensemble arrays parts tuning outputs "
+    "step_batches optimizer window_axis window_transfer onednn precision threads",
 }
 TOP = "settings data model norm_mish losses"
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()

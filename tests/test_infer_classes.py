@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-import model
 from runtime import checkpoint, config, ensemble
 from scoring import postprocess
 from tests.test_ensembles import read
 from tests.test_infer import (
     PATCH,
+    build_network,
     expected_probs,
     faults_of,
     image_of,
@@ -36,12 +36,11 @@ def network_of_channels(count, seed):
     """A network whose channels are highest in about as many voxels each, and half above 0."""
     _, strides, kernels = network_of(seed)
     torch.manual_seed(seed)
-    shape = {"base": 4, "multipliers": (1, 2), "blocks": 1, "strides": strides, "kernels": kernels}
-    network = model.UNet3D(1, count, **shape).eval()
+    network, last = build_network(count, strides, kernels)
     with torch.no_grad():
-        network.heads[-1].weight.normal_()
+        last.weight.normal_()
         logits = network(torch.randn(1, 1, *PATCH))
-        network.heads[-1].bias -= logits.flatten(2).median(dim=2).values[0]
+        last.bias -= logits.flatten(2).median(dim=2).values[0]
     return network
 
 

@@ -23,6 +23,7 @@ from tests.test_infer import (
     run,
     write_nifti,
 )
+from volumes import origins
 
 __all__ = ["run"]  # a fixture
 
@@ -48,8 +49,10 @@ def scans(tmp_path):
 
 
 def files_of(folder):
-    """{name: content} of all files under a folder but those of parts."""
+    """{name: content} of all files under a folder but those of parts, and the list of what was
+    predicted with which checkpoint, to which parts add in any order."""
     paths = [path for path in folder.rglob("*") if path.is_file() and ".parts" not in path.parts]
+    paths = [path for path in paths if path.name != origins.NAME]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 

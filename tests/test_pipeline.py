@@ -51,10 +51,12 @@ def test_a_trained_network_beats_the_untrained_one_and_otsu_on_an_unseen_phantom
     script("train.py", "c.yaml", *TINY, cwd=tmp_path)
     submission = ("--submission", "s.zip")
     script("infer.py", "--ckpt", "runs/last.pt", *submission, cwd=tmp_path)  # the test case
-    assert os.listdir(tmp_path / "runs/c/predictions") == ["scroll_004.nii.gz"]
+    assert {*os.listdir(tmp_path / "runs/c/predictions")} == {
+        *("predictions.jsonl", "scroll_004.nii.gz")
+    }
     assert zipfile.ZipFile(tmp_path / "s.zip").namelist() == ["scroll_004.tif"]
     scored = ("--truth", "d", "--otsu", "d", "--overlays", "o", "--out", "s.csv")
-    both = ("prediction=runs/c/predictions", "untrained=u")
+    both = ("prediction=runs/c", "untrained=u")
     script("evaluate.py", "--pred", *both, *scored, cwd=tmp_path)
     assert sorted(os.listdir(tmp_path / "o")) == ["prediction.png", "untrained.png"]
     scores = means(tmp_path / "s.csv")

@@ -348,7 +348,7 @@ def test_the_five_commands_for_your_own_data_work(tmp_path):
         done = processes.run([ROOT / script, *arguments], cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert (tmp_path / "runs/mine/checkpoints/last.pt").is_file()
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["unseen.nii.gz"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"predictions.jsonl", "unseen.nii.gz"}
     assert "unseen" in (tmp_path / "scores.csv").read_text()
 
 

@@ -801,7 +801,9 @@ def test_each_case_is_predicted_by_the_real_run_that_did_not_see_it(base, capsys
     folder, (_, job) = jobs.expand(path)
     run, plan = folder / "base_fold1_seed0", build.resolve(job.settings)
     ids = [case.id for case in plan.split.validation]
-    assert sorted(p.name for p in (run / "predictions").iterdir()) == [f"{i}.nii.gz" for i in ids]
+    assert sorted(os.listdir(run / "predictions")) == ["predictions.jsonl"] + [
+        f"{i}.nii.gz" for i in ids
+    ]
     assert [row["case"] for row in job.cases()] == ids and len(ids) == 2
     (entry,) = ledger_of(path).values()
     mean = sum(row["surface_dice"] for row in job.cases()) / 2

@@ -19,8 +19,9 @@ from volumes.formats import ADVICE, DETACHED, FORMATS, HEADERS, fault_of_writing
 from volumes.volume import InputErrors, VolumeError, check_affine, compare, printable, sizes
 
 # Files that lie beside volumes. Other files that are no volumes are mentioned as passed over.
-SIDECARS = {".json", ".csv", ".tsv", ".txt", ".xml", ".md", ".rst", ".yaml", ".yml", ".log", ".pdf",
-            ".html", ".py", ".sh", ".toml", ".ini", ".xlsx", ".bval", ".bvec"}  # fmt: skip
+SIDECARS = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".xml", ".md", ".rst", ".yaml", ".yml",
+            ".log", ".pdf", ".html", ".py", ".sh", ".toml", ".ini", ".xlsx", ".bval",
+            ".bvec"}  # fmt: skip
 SIDECAR_NAMES = {"readme", "license", "changes", "makefile", "probabilities"}
 _HDF5_NAME = re.compile(r"^(.*\.(?:h5|hdf5)):(.+)$", re.IGNORECASE)
 _WILDCARD = re.compile(r"([*?]|\[!?\]?[^\]]*\])")

@@ -1,0 +1,93 @@
+"""A trained network in Python: arrays in, probabilities and a mask out.
+
+    from runtime.arrays import load_network
+
+    network = load_network("runs/best.pt")
+    probs, mask = network.predict(image, spacing=(2, 0.5, 0.5))
+
+The mask is that of infer.py for these voxels, byte for byte on a CPU with as many threads.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import numpy as np
+
+import data
+from runtime import ensemble, parts
+from runtime.precision import resolve_precision
+from runtime.sliding_window import resolve_device
+from volumes.statistics import faults_of_contrast, intensity_statistics
+from volumes.volume import InputErrors, is_spacing
+
+
+def load_network(*paths, settings=()):
+    """The `TrainedNetwork` of a checkpoint; of several, or a sweep folder, the ensemble.
+
+    settings: as on the command line of infer.py, such as ["inference.flips=true",
+    "run.device=cpu"]. ValueError names every fault.
+    """
+    members = ensemble.read(paths)
+    joint, _ = ensemble.joint_settings(members, settings)
+    joint.inference.save_probabilities = True
+    device, _ = resolve_device(joint.run.device)
+    precision, _ = resolve_precision(joint.training.precision, device)
+    metadata = ensemble.joint_metadata(members)
+    return TrainedNetwork(members, joint, metadata, device, precision)
+
+
+class TrainedNetwork(ensemble.Predictor):
+    """networks: those of the checkpoints, in eval mode; settings, metadata: what they know."""
+
+    def predict(self, image, spacing=None):
+        """(probabilities, mask) of an image (D, H, W), or (C, D, H, W), of any real dtype.
+
+        spacing: of its voxels (z, y, x), in the unit of training; None: that of training.
+        probabilities: (D, H, W) float32, of several classes {name: (D, H, W)}; mask: (D, H, W)
+        uint8 as infer.py writes it, 0 and 1 or the ids of classes. ValueError, a line per fault.
+        """
+        if spacing is None:
+            spacing = self.metadata.get("trained_spacing")  # none in older versions
+        volume = self._checked(np.asarray(image), spacing)
+        whole = parts.assemble(volume.shape[0], self.slabs(volume))
+        probs = self.regions_of(whole, "probs")
+        mask = self.outputs.paint(self.masks(volume, whole))
+        return probs if self.outputs.several else next(iter(probs.values())), mask
+
+    def _checked(self, image, spacing):
+        channels = self.metadata["channels"]
+        image = image[None] if image.ndim == 3 else image
+        if image.ndim != 4 or len(image) != channels or not image.size:
+            layout = "(D, H, W) or (C, D, H, W)" if channels == 1 else "(C, D, H, W)"
+            raise ValueError(
+                f"image: expected an array {layout} with {channels} channels as in training, got "
+                f"the shape {image.shape}"
+            )
+        if image.dtype.kind not in "uif" or not np.isfinite(image).all():
+            got = "NaN or infinite ones" if image.dtype.kind == "f" else f"dtype {image.dtype}"
+            raise ValueError(f"image: expected finite real numbers, got {got}")
+        intensity = intensity_statistics(image)
+        faults = [f"image: expected {fault}" for fault in faults_of_contrast(intensity)]
+        if spacing is not None and (len(spacing) != 3 or not is_spacing(spacing)):
+            faults.append(f"spacing: expected 3 numbers above 0 (z, y, x), got {spacing}")
+        elif spacing is not None:
+            grid = spacing, self.metadata["spacing"], self.metadata["unit"]
+            window = self.settings.inference.window
+            faults += data.spacing_faults("image", image.shape[1:], window, *grid)
+        if faults:
+            raise InputErrors(*faults)
+        return _ArrayVolume(image, image.shape[1:], spacing, intensity)
+
+
+@dataclass(frozen=True)
+class _ArrayVolume:
+    """What a `Predictor` asks of a volume. array (C, D, H, W)."""
+
+    array: np.ndarray
+    shape: tuple
+    spacing: tuple | None
+    intensity: dict
+
+    @contextlib.contextmanager
+    def voxels(self):
+        yield self.array

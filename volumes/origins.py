@@ -1,0 +1,69 @@
+"""Which checkpoints a prediction is of: predictions.jsonl beside the masks, a line for each.
+
+Parts of a prediction append to one file. Of two lines on a mask the later counts.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from volumes.files import few, split_dataset
+
+NAME = "predictions.jsonl"
+
+
+def origin(path):
+    """What tells a checkpoint from a later one at its path; ask before it is read."""
+    file = Path(path).resolve()
+    with contextlib.suppress(OSError):
+        about = os.stat(file)
+        return {"checkpoint": str(file), "bytes": about.st_size, "time_ns": about.st_mtime_ns}
+    return {"checkpoint": str(file)}
+
+
+def write(path, origins):
+    """Write down what a mask was predicted with: [`origin` with its step]."""
+    path = Path(path)
+    with open(path.with_name(NAME), "a", encoding="utf-8") as file:
+        file.write(json.dumps({"file": path.name, "of": origins}) + "\n")
+
+
+def read(folder):
+    """{name of a mask: [origin]} of a folder, {} if nothing is known."""
+    known = {}
+    with contextlib.suppress(OSError), open(Path(folder) / NAME, encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # it was cut off
+                about = json.loads(line)
+                known[about["file"]] = about["of"]
+    return known
+
+
+def doubts(predictions):
+    """Sentences on predictions {case: path} of several checkpoints, or of one that was saved anew
+    since; none on masks of other programs."""
+    known, cases = {}, {}
+    for case, path in predictions.items():
+        file = Path(split_dataset(path)[0])
+        if file.parent not in known:
+            known[file.parent] = read(file.parent)
+        origins = known[file.parent].get(file.name)
+        cases.setdefault(json.dumps(origins), []).append(case)
+    if len(cases) > 1:
+        groups = [f"{_named(json.loads(text))} ({few(ids, 3)})" for text, ids in cases.items()]
+        yield f"predictions of several checkpoints: {'; '.join(groups)}; predict all anew with one"
+    for text, ids in cases.items():
+        for one in json.loads(text) or ():
+            about = {key: one[key] for key in one if key != "step"}
+            if Path(one["checkpoint"]).exists() and origin(one["checkpoint"]) != about:
+                path = one["checkpoint"]
+                yield (
+                    f"{few(ids, 3)}: predicted with {path} of step {one['step']}, which was saved "
+                    f"anew since; predict again with python infer.py --ckpt {path}"
+                )
+
+
+def _named(origins):
+    named = [f"{one['checkpoint']} of step {one['step']}" for one in origins or ()]
+    return " and ".join(named) or "not by infer.py"
