@@ -305,7 +305,9 @@ def test_nan_in_a_valid_voxel_gives_nan():
 
 
 def test_shapes_that_differ_are_refused():
-    with pytest.raises(ValueError, match=r"one shape \(D, H, W\), .* got \(3, 3, 4\) and \(3, 3, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"one shape \(D, H, W\), .* got \(3, 3, 4\) and \(3, 3, 3\)"
+    ):
         topological_loss(torch.zeros(3, 3, 3), torch.zeros(3, 3, 4))
     with pytest.raises(ValueError, match=r"got \(1, 3, 3, 3\)"):
         topological_loss(torch.zeros(1, 3, 3, 3), torch.zeros(1, 3, 3, 3))
