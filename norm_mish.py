@@ -43,8 +43,11 @@ def norm_mish(x, norm, dropout=None, residual=None):
         return FusedNormMish.apply(x, scale, shift, residual, norm.eps)
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return F.mish(_sum(norm(x), dropout, residual))
-    normed = F.group_norm(x, x.shape[1], norm.weight, norm.bias, norm.eps)  # the same, faster
-    return MishOnCPU.apply(_sum(normed, dropout, residual))
+    y = F.group_norm(x, x.shape[1], norm.weight, norm.bias, norm.eps)  # the same, faster
+    y = y if dropout is None else dropout(y)
+    if residual is not None:  # in place, for nothing else needs y
+        y = y.add_(residual) if residual.dtype == y.dtype else y + residual
+    return MishOnCPU.apply(y) if y.requires_grad else _in_pieces(_mish, y, in_place=True)
 
 
 def _sum(x, dropout, residual):
@@ -89,9 +92,9 @@ class MishOnCPU(torch.autograd.Function):
         return _in_pieces(_mish_gradient, *ctx.saved_tensors, grad)
 
 
-def _in_pieces(function, *tensors):
+def _in_pieces(function, *tensors, in_place=False):
     tensors = [t.contiguous() for t in tensors]
-    result = torch.empty_like(tensors[0])
+    result = tensors[0] if in_place else torch.empty_like(tensors[0])
     pieces = (t.view(-1).split(PIECE) for t in (result, *tensors))
     for piece, *arguments in zip(*pieces, strict=True):
         piece.copy_(function(*arguments))
@@ -99,14 +102,16 @@ def _in_pieces(function, *tensors):
 
 
 def _mish(x):
-    s = torch.sigmoid(x.float())
+    x = x.float()
+    s = torch.sigmoid(x)
     w = s.mul_(s - 2)
     return w.div_(w + 2).mul_(x).neg_()
 
 
 def _mish_gradient(x, grad):
     """grad * (t + x t'), with t = -w / (2 + w) and t' = 4 s (1 - s)^2 / (2 + w)^2."""
-    s = torch.sigmoid(x.float())
+    x = x.float()
+    s = torch.sigmoid(x)
     w, rise = s * (s - 2), (s - 1).square_().mul_(s).mul_(x)
     whole = torch.add(w, 2, out=s)
     return rise.mul_(4).div_(whole).sub_(w).div_(whole).mul_(grad)
