@@ -47,7 +47,7 @@ from runtime.precision import resolve_precision
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import resolve_device
 from runtime.threads import use_threads
-from runtime.window_transfer import computes_by_itself
+from runtime.window_transfer import is_asynchronous
 from volumes import origins
 from volumes.files import read_label, write_volume
 from volumes.inputs import check_inputs
@@ -225,7 +225,7 @@ def predict_all(predictor, inputs, output, console):
             if whole is not None:
                 writing = pool.submit(write, volume, place, started, whole)
                 del whole  # it is the thread's, which frees each layer that it has written
-                if not computes_by_itself(predictor.device):
+                if not is_asynchronous(predictor.device):
                     writing.result()
         if writing:
             writing.result()
@@ -383,7 +383,7 @@ def main(argv=None):
     console.print("\n".join(lines[:1] if is_rank and part.index else lines))
     use_threads(settings.run.threads, ranks_here)
     cuda.set_deterministic(settings.run.deterministic, predictor.device)
-    memory_guard.keep()
+    memory_guard.keep_freed()
     with parts.until_all_ranks_end(part):
         what = (predictor, inputs, output, arguments.submission)
         if sentences := predict_and_submit(*what, part, console):

@@ -207,10 +207,14 @@ def _launch(x):
 if triton:
 
     @triton.jit
-    def _place(voxels, channels, TILE_C: tl.constexpr):
-        """(channels of this program, which of them exist, offsets of their first voxels)."""
+    def _place(voxels, channels, chunk, UNIT: tl.constexpr, TILE_C: tl.constexpr):
+        """(channels in all, those of this program, which of them exist, offsets of their first
+        voxels; first voxel of the program, and the one behind its last)."""
+        channels *= UNIT  # so that a thread knows that it may read 16 bytes at once
         c = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
-        return c, c < channels, tl.program_id(2).to(tl.int64) * voxels * channels + c
+        first = tl.program_id(2).to(tl.int64) * voxels * channels + c
+        begin = tl.program_id(0) * chunk
+        return channels, c, c < channels, first, begin, tl.minimum(begin + chunk, voxels)
 
     @triton.jit
     def _tile(first, start, end, real, channels, TILE_V: tl.constexpr):
@@ -225,13 +229,10 @@ if triton:
         UNIT: tl.constexpr, TILE_C: tl.constexpr, TILE_V: tl.constexpr,
     ):  # fmt: skip
         """Sums of x - (its first voxel) and of its square, of each chunk and channel."""
-        channels *= UNIT  # so that a thread knows that it may read 16 bytes at once
-        c, real, first = _place(voxels, channels, TILE_C)
+        channels, c, real, first, begin, end = _place(voxels, channels, chunk, UNIT, TILE_C)
         origin = tl.load(x + first, real, other=0.0).to(tl.float32)[None, :]
         total = tl.zeros((TILE_V, TILE_C), tl.float32)
         square = tl.zeros((TILE_V, TILE_C), tl.float32)
-        begin = tl.program_id(0) * chunk
-        end = tl.minimum(begin + chunk, voxels)
         for start in range(begin, end, TILE_V):
             place, inside = _tile(first, start, end, real, channels, TILE_V)
             value = tl.load(x + place, inside, other=0.0).to(tl.float32)
@@ -262,28 +263,36 @@ if triton:
         return (origin + offset)[None, :], rate[None, :], scale[None, :], shift[None, :]
 
     @triton.jit
+    def _rise(z):
+        """(exp(z), t = tanh(log(1 + exp(z))), 1 - t) of Mish, z * t."""
+        e = tl.exp(tl.minimum(z, 20.0))  # beyond, t is 1
+        n = e * (e + 2.0)
+        return e, n / (n + 2.0), 2.0 / (n + 2.0)
+
+    @triton.jit
+    def _slope(z):
+        """The derivative of Mish."""
+        e, t, rest = _rise(z)
+        return t + z * (1.0 + t) * rest * (e / (1.0 + e))
+
+    @triton.jit
     def _apply(
         x, residual, y, sums, scale, shift, eps, voxels, channels, chunk,
         HAS_RESIDUAL: tl.constexpr,
         UNIT: tl.constexpr, TILE_C: tl.constexpr, TILE_V: tl.constexpr,
     ):  # fmt: skip
         """y = mish(norm(x) + residual)."""
-        channels *= UNIT  # so that a thread knows that it may read 16 bytes at once
-        c, real, first = _place(voxels, channels, TILE_C)
+        channels, c, real, first, begin, end = _place(voxels, channels, chunk, UNIT, TILE_C)
         mean, rate, scale, shift = _norm(
             x, first, sums, scale, shift, eps, voxels, channels, c, real
         )
-        begin = tl.program_id(0) * chunk
-        end = tl.minimum(begin + chunk, voxels)
         for start in range(begin, end, TILE_V):
             place, inside = _tile(first, start, end, real, channels, TILE_V)
             value = tl.load(x + place, inside, other=0.0).to(tl.float32)
             z = (value - mean) * (rate * scale) + shift
             if HAS_RESIDUAL:
                 z += tl.load(residual + place, inside, other=0.0).to(tl.float32)
-            e = tl.exp(tl.minimum(z, 20.0))  # beyond, Mish is z itself
-            n = e * (e + 2.0)
-            tl.store(y + place, (z * (n / (n + 2.0))).to(y.dtype.element_ty), inside)
+            tl.store(y + place, (z * _rise(z)[1]).to(y.dtype.element_ty), inside)
 
     @triton.jit
     def _sum_gradients(
@@ -293,15 +302,12 @@ if triton:
         UNIT: tl.constexpr, TILE_C: tl.constexpr, TILE_V: tl.constexpr,
     ):  # fmt: skip
         """Sums of the gradient of Mish's input, alone and times norm(x); stored if HAS_RESIDUAL."""
-        channels *= UNIT  # so that a thread knows that it may read 16 bytes at once
-        c, real, first = _place(voxels, channels, TILE_C)
+        channels, c, real, first, begin, end = _place(voxels, channels, chunk, UNIT, TILE_C)
         mean, rate, scale, shift = _norm(
             x, first, sums, scale, shift, eps, voxels, channels, c, real
         )
         total = tl.zeros((TILE_V, TILE_C), tl.float32)
         product = tl.zeros((TILE_V, TILE_C), tl.float32)
-        begin = tl.program_id(0) * chunk
-        end = tl.minimum(begin + chunk, voxels)
         for start in range(begin, end, TILE_V):
             place, inside = _tile(first, start, end, real, channels, TILE_V)
             normed = (tl.load(x + place, inside, other=0.0).to(tl.float32) - mean) * rate
@@ -317,14 +323,6 @@ if triton:
         _store(parts, total, product, channels, c, real)
 
     @triton.jit
-    def _slope(z):
-        """The derivative of Mish, z * tanh(log(1 + exp(z)))."""
-        e = tl.exp(tl.minimum(z, 20.0))
-        n = e * (e + 2.0)
-        t = n / (n + 2.0)
-        return t + z * (1.0 + t) * (2.0 / (n + 2.0)) * (e / (1.0 + e))
-
-    @triton.jit
     def _input_gradient(
         x, inner, of_x, totals, sums, scale, shift, eps,
         voxels, channels, chunk,
@@ -332,16 +330,13 @@ if triton:
         UNIT: tl.constexpr, TILE_C: tl.constexpr, TILE_V: tl.constexpr,
     ):  # fmt: skip
         """The gradient of x. inner: that of Mish's input, or of its output if not HAS_RESIDUAL."""
-        channels *= UNIT  # so that a thread knows that it may read 16 bytes at once
-        c, real, first = _place(voxels, channels, TILE_C)
+        channels, c, real, first, begin, end = _place(voxels, channels, chunk, UNIT, TILE_C)
         mean, rate, scale, shift = _norm(
             x, first, sums, scale, shift, eps, voxels, channels, c, real
         )
         row, size = tl.program_id(2) * channels + c, tl.num_programs(2) * channels
         mean_g = (tl.load(totals + row, real, other=0.0) / voxels)[None, :]
         mean_p = (tl.load(totals + size + row, real, other=0.0) / voxels)[None, :]
-        begin = tl.program_id(0) * chunk
-        end = tl.minimum(begin + chunk, voxels)
         for start in range(begin, end, TILE_V):
             place, inside = _tile(first, start, end, real, channels, TILE_V)
             normed = (tl.load(x + place, inside, other=0.0).to(tl.float32) - mean) * rate

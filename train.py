@@ -135,7 +135,7 @@ def train(settings, resume, group):
             samples_of_step = step_batches.take()  # of the first step; later ones have come before
             group.seed_step(settings.run.seed, step)
             micro_batch.start()
-            while True:  # once more, in smaller parts, if the device ran out of memory
+            while True:  # once more, with less, if the device ran out of memory
                 try:
                     results = []
                     for samples in samples_of_step:

@@ -37,7 +37,7 @@ def take_steps(path, overrides, steps):
     plan = build.resolve(config.load(path, ["run.device=cpu", "training.workers=0", *overrides]))
     torch.set_num_threads(plan.settings.run.threads or cores())
     torch.manual_seed(0)
-    memory_guard.keep()
+    memory_guard.keep_freed()
     trainer = training_step.Trainer(plan)
     fetch = training_step.from_loader(
         plan, training_step.batches(plan, build.make_patches(plan), 10000)

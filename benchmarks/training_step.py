@@ -1,12 +1,11 @@
 """A network and its training step outside of a run, for those who measure them.
 
-    plan = planning.resolve(settings)
+    plan = build.resolve(settings)
     trainer = training_step.Trainer(plan)
-    source = training_step.batches(plan, planning.make_patches(plan), 20 + 1)
+    source = training_step.batches(plan, build.make_patches(plan), 20 + 1)
     with contextlib.closing(source):                      # or the workers stay
         step = functools.partial(trainer.step, training_step.from_loader(plan, source))
         steps = training_step.run_steps(step, range(20), plan.device)
-    training_step.medians(steps), training_step.wait_share(steps)
 
 The step is that of train.py: the same parts, in the same order, under the same names; it fetches
 the first batch of the next step too, so that a source has one more than the steps take. Nothing is
@@ -15,8 +14,6 @@ written.
 
 import copy
 import math
-import statistics
-import threading
 
 import psutil
 import torch
@@ -25,9 +22,6 @@ import data
 from patches import transfer
 from runtime import build, composite_loss, nonfinite, timer
 from runtime.optimizer import make_optimizer
-
-SAMPLED_EVERY = 0.02  # seconds between two looks at the resident memory
-
 
 # ---------------------------------------------------------------------------- data
 
@@ -125,7 +119,7 @@ class Trainer:
 
 
 def run_steps(step, numbers, device):
-    """[{part: seconds}] of step(number, ticks), one for each number; see clock.PARTS.
+    """[{part: seconds}] of step(number, ticks), one for each number; see timer.PARTS.
 
     Each step has a clock of its own, read when all are done, so that no step waits for one.
     """
@@ -136,75 +130,9 @@ def run_steps(step, numbers, device):
     return [ticks.means(1) for ticks in clocks]
 
 
-def medians(steps):
-    """{part: median seconds}, and "step": that of the steps as a whole; {} for no steps."""
-    if not steps:
-        return {}
-    parts = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
-    return parts | {"step": statistics.median(sum(step.values()) for step in steps)}
-
-
-def wait_share(steps):
-    """The share of all steps' time, 0 to 1, in which they waited for data; 0 for no steps."""
-    total = sum(sum(step.values()) for step in steps)
-    return sum(step.get("wait", 0.0) for step in steps) / total if total else 0.0
-
-
-# ---------------------------------------------------------------------------- memory, load
+# ---------------------------------------------------------------------------- memory
 
 
 def resident_bytes():
     """Resident memory of this process."""
     return psutil.Process().memory_info().rss
-
-
-class Sampler:
-    """Calls read() every `interval` seconds on a thread of its own while the block runs.
-
-    values: what it gave, the first from the start of the block and the last from its end.
-    """
-
-    def __init__(self, read, interval):
-        self.read, self.interval, self.values = read, interval, []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def _run(self):
-        while not self._stop.wait(self.interval):
-            self.values.append(self.read())
-
-    def __enter__(self):
-        self.values.append(self.read())
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self._stop.set()
-        self._thread.join()
-        self.values.append(self.read())
-
-
-class PeakMemory:
-    """The most memory that a block took, known after it.
-
-    ram: bytes by which the resident memory of this process grew; gpu, reserved: bytes of live
-    tensors, and those that torch held for them, what was there before included; None on a CPU.
-    """
-
-    def __init__(self, device):
-        self.device, self.gpu, self.reserved = device, None, None
-        self._sampler = Sampler(resident_bytes, SAMPLED_EVERY)
-
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self._sampler.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._sampler.__exit__(*error)
-        self.ram = max(self._sampler.values) - self._sampler.values[0]
-        if self.device.type == "cuda":
-            self.gpu = torch.cuda.max_memory_allocated(self.device)
-            self.reserved = torch.cuda.max_memory_reserved(self.device)

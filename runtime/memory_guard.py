@@ -22,7 +22,7 @@ ADVICE = (
 
 
 class MemoryGuard:
-    """Looks at the memory of a run and acts on it; see also `keep`.
+    """Looks at the memory of a run and acts on it; see also `keep_freed`.
 
     cache: a `cache.VolumeCache`; limit: bytes that all processes of the run may take, or None;
     report(kind, text, **figures) is called with everything that is freed.
@@ -31,7 +31,7 @@ class MemoryGuard:
     def __init__(self, cache, *, limit, report):
         self.cache, self.limit, self.report = cache, limit, report
         self.freed_cache, self.looked = False, 0.0
-        keep()
+        keep_freed()
 
     def look(self, batches):
         """Why the run must stop, or None. At most once a second, some 0.3 ms.
@@ -81,7 +81,7 @@ def nearly_used_up(limits):
     return min((x for x in limits if x.free < min(SHARE * x.total, MOST)), default=None)
 
 
-def keep():
+def keep_freed():
     """Let memory that a step has freed be there for the next one, until `release` or the end.
 
     By default glibc gives most of it back to the system after each step, which clears it page by

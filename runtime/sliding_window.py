@@ -31,7 +31,7 @@ from runtime.microbatch import listed, nothing
 from runtime.onednn import OneDNN
 from runtime.precision import PRECISIONS, autocast
 from runtime.window_axis import axis_spans
-from runtime.window_transfer import computes_by_itself, read_ahead, to_host
+from runtime.window_transfer import is_asynchronous, read_ahead, to_host
 
 FLIPS = [axes for n in range(4) for axes in combinations((-3, -2, -1), n)]  # all 8 of z, y, x
 # Sent to the device as stored (a uint8 box is a quarter of its float32 copy); others, among them
@@ -234,7 +234,7 @@ def _slabs(volume, axes, rows, channels, predict, normalize, fit, progress):
     # Rows before the first that is wanted reach into its planes.
     reach = sum(z.stop > spans[rows.start].start for z in spans[: rows.start])
     needed = range(rows.start - reach, rows.stop)
-    overlaps = computes_by_itself(fit.device)
+    overlaps = is_asynchronous(fit.device)
     read = functools.partial(_read_box, volume, fit.device)
     jobs = ((spans[row], y, x) for row in needed for y, x in columns)
     slab, done, total, finished = None, 0, len(needed) * len(columns), deque()

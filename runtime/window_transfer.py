@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 
-def computes_by_itself(device):
+def is_asynchronous(device):
     """Whether a device computes what it was given while the host does other things."""
     return torch.device(device).type == "cuda"
 
@@ -49,7 +49,7 @@ def to_host(planes):
 
     Their memory may be overwritten at once by what is issued later on the same stream.
     """
-    if not computes_by_itself(planes.device):
+    if not is_asynchronous(planes.device):
         array = planes.numpy().copy()
         return lambda: array
     host = torch.empty(planes.shape, dtype=planes.dtype, pin_memory=True)

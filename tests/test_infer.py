@@ -529,7 +529,7 @@ def written(tmp_path):
     return sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz"))
 
 
-def order_of_work(monkeypatch, computes_by_itself, fails=()):
+def order_of_work(monkeypatch, is_asynchronous, fails=()):
     """(what was done with volumes a, b, c, {id: sentence} of those that failed)."""
     events, about_to_write = [], {"a": "predict b", "b": "predict c"}
     inputs = [types.SimpleNamespace(id=name, shape=(1, 1, 1)) for name in "abc"]
@@ -541,7 +541,7 @@ def order_of_work(monkeypatch, computes_by_itself, fails=()):
     def write(predictor, volume, whole, output):
         assert whole == volume.id
         end = time.monotonic() + 20
-        while computes_by_itself and about_to_write.get(whole, events[0]) not in events:
+        while is_asynchronous and about_to_write.get(whole, events[0]) not in events:
             assert time.monotonic() < end
             time.sleep(0.001)
         if whole in fails:
@@ -551,7 +551,7 @@ def order_of_work(monkeypatch, computes_by_itself, fails=()):
 
     monkeypatch.setattr(infer, "predict_whole", predict)
     monkeypatch.setattr(infer, "write_prediction", write)
-    monkeypatch.setattr(infer, "computes_by_itself", lambda device: computes_by_itself)
+    monkeypatch.setattr(infer, "is_asynchronous", lambda device: is_asynchronous)
     predictor = types.SimpleNamespace(device="a device")
     return events, infer.predict_all(predictor, inputs, None, infer.Voice(None))
 
@@ -570,11 +570,11 @@ def test_beside_a_cpu_a_volume_is_written_before_the_next_is_predicted(monkeypat
     assert events == [f"{what} {name}" for name in "abc" for what in ("predict", "write")]
 
 
-@pytest.mark.parametrize("computes_by_itself", [True, False])
+@pytest.mark.parametrize("is_asynchronous", [True, False])
 def test_a_volume_that_a_thread_cannot_write_is_named_and_the_others_are_written(
-    monkeypatch, computes_by_itself
+    monkeypatch, is_asynchronous
 ):
-    events, failures = order_of_work(monkeypatch, computes_by_itself, fails="b")
+    events, failures = order_of_work(monkeypatch, is_asynchronous, fails="b")
     assert failures == {"b": "b: the prediction cannot be written (no space left on device)"}
     assert [event for event in events if "write" in event] == ["write a", "write c"]
 

@@ -3,14 +3,12 @@
 import contextlib
 import copy
 import functools
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import norm_mish
 import train
 from benchmarks import training_step
 from runtime import build, checkpoint, config, timer
@@ -124,22 +122,7 @@ def test_draws_around_background_take_each_case_once(root):
     assert sorted(patches[0, i]["case"] for i in range(4)) == [f"slab{i}" for i in range(4)]
 
 
-# ---------------------------------------------------------------------------- time and memory
-
-
-def test_medians_are_of_each_part_and_of_whole_steps():
-    steps = [
-        {"wait": 1.0, "forward": 9.0},
-        {"wait": 2.0, "forward": 2.0},
-        {"wait": 6, "forward": 1},
-    ]
-    assert training_step.medians(steps) == {"wait": 2.0, "forward": 2.0, "step": 7.0}
-    assert training_step.medians([]) == {}
-
-
-def test_the_share_of_waiting_is_of_all_steps_together():
-    assert training_step.wait_share([{"wait": 1.0, "forward": 3.0}, {"forward": 4.0}]) == 1 / 8
-    assert training_step.wait_share([]) == 0.0
+# ---------------------------------------------------------------------------- time
 
 
 def test_every_step_gets_its_number_and_a_time_of_its_own(monkeypatch):
@@ -152,57 +135,3 @@ def test_every_step_gets_its_number_and_a_time_of_its_own(monkeypatch):
 
     taken = [step["forward"] for step in training_step.run_steps(step, range(3, 6), CPU)]
     assert seen == [3, 4, 5] and taken == seen
-
-
-def test_a_sampler_looks_at_the_start_in_between_and_at_the_end():
-    looks = iter(range(10**6))
-    with training_step.Sampler(lambda: next(looks), 0.001) as sampler:
-        while len(sampler.values) < 4:
-            time.sleep(0.001)
-    count = len(sampler.values)
-    time.sleep(0.02)
-    assert sampler.values == list(range(count)) and count >= 5
-
-
-def test_peak_memory_sees_what_was_held_only_for_a_while():
-    with training_step.PeakMemory(CPU) as peak:
-        held, looks = torch.ones(16, 2**20), len(peak._sampler.values)
-        while len(peak._sampler.values) < looks + 2:  # one of them may have begun before
-            time.sleep(training_step.SAMPLED_EVERY)
-        del held
-    assert 60e6 < peak.ram < 100e6
-    assert peak.gpu is None and peak.reserved is None
-
-
-def test_a_compiled_network_trains_alike_on_all_scales_in_parts_and_with_activations_recomputed(
-    root, monkeypatch
-):
-    compile, loss = torch.nn.Module.compile, train.composite_loss
-    graphs = []
-
-    def traced(graph, inputs):  # what a compiler is given; compiling it would take a minute
-        graphs.append(graph)
-        return graph.forward
-
-    def short_of_memory(logits, *arguments, **named):
-        scales.append(len(logits))
-        if len(scales) in (2, 4):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return loss(logits, *arguments, **named)
-
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", functools.partialmethod(compile, backend=traced)
-    )
-    monkeypatch.setattr(train, "composite_loss", short_of_memory)
-    monkeypatch.setattr(norm_mish, "_operations_are_recorded", lambda: True)  # equal bits
-    changes = ["model.base=2", "model.multipliers=[1,1,1]", "model.blocks=1"]
-    changes += ["sampling.patch=[16,16,16]", "training.train_batch_size=2"]
-    changes += ["training.accumulate=2", "training.max_steps=2"]
-    for name in ("plain", "compiled"):
-        scales, own = [], [f"run.name={name}", f"model.compile={name == 'compiled'}"]
-        assert train.main(make_settings(root, *changes, *own)) == 0
-        assert set(scales) == {2} and bool(graphs) == (name == "compiled")
-    a, b = (checkpoint.load(root / f"runs/{n}/checkpoints/last.pt") for n in ("plain", "compiled"))
-    learnt = a["loop"]["micro_batch"]
-    assert learnt["size"] == 1 and learnt["checkpointing"]
-    assert all(torch.equal(weight, b["model"][name]) for name, weight in a["model"].items())

@@ -51,7 +51,7 @@ def same(x):
 @pytest.fixture
 def beside(monkeypatch):
     """The CPU taken for a device that computes while the host does other things."""
-    monkeypatch.setattr(sliding_window, "computes_by_itself", lambda device: True)
+    monkeypatch.setattr(sliding_window, "is_asynchronous", lambda device: True)
 
 
 # ---------------------------------------------------------------------------- a thread that reads
