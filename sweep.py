@@ -2,7 +2,7 @@
 
     python sweep.py configs/sweeps/losses.yaml              # one after another
     python sweep.py configs/sweeps/losses.yaml --jobs 2     # two at a time
-    python sweep.py configs/sweeps/folds.yaml --print | xargs -P2 -d '\\n' -n1 sh -c
+    python sweep.py configs/sweeps/folds.yaml --print | xargs -r -P2 -d '\\n' -n1 sh -c
     sbatch --array=0-11 ... python sweep.py SWEEP.yaml --index $SLURM_ARRAY_TASK_ID
     python sweep.py configs/sweeps/losses.yaml --report     # the table of what is done so far
 

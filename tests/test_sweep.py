@@ -656,7 +656,7 @@ def test_a_sweep_that_was_killed_with_all_its_runs_goes_on(scripts, two_by_two):
     assert [e["status"] for e in ledger_of(two_by_two).values()] == ["done"] * 4
 
 
-XARGS = "xargs -P2 -d '\\n' -n1 sh -c"  # as the docs have it
+XARGS = "xargs -r -P2 -d '\\n' -n1 sh -c"  # as the docs have it
 
 
 @pytest.mark.skipif(not shutil.which("xargs"), reason="this system has no xargs")
