@@ -131,14 +131,14 @@ def fused(device):
 
 def _difference(device):
     """The largest difference between the kernels and torch, of values and gradients."""
-    numbers = torch.randn(2, 1, 8, 2, 4, 4, generator=torch.Generator().manual_seed(0)).to(device)
-    one, zero = torch.ones(1, 8, device=device), torch.zeros(1, 8, device=device)
     with (
-        torch.inference_mode(False),
+        torch.inference_mode(False),  # a prediction may be the first to ask
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
     ):
-        x, y = (n.clone().requires_grad_() for n in numbers)
+        drawn = torch.randn(2, 1, 8, 2, 4, 4, generator=torch.Generator().manual_seed(0)).to(device)
+        one, zero = torch.ones(1, 8, device=device), torch.zeros(1, 8, device=device)
+        x, y = (n.clone().requires_grad_() for n in drawn)
         found = FusedNormMish.apply(x, one, zero, y, 1e-5)
         expected = F.mish(F.instance_norm(x) + y)
         gradients = (torch.autograd.grad(z.square().sum(), (x, y)) for z in (found, expected))

@@ -20,6 +20,7 @@ import gpu_steps
 import gpu_verdicts as names
 import training_step
 
+import norm_mish
 from patches import intensity
 from runtime import build, config, sliding_window
 from runtime.composite_loss import composite_loss
@@ -258,8 +259,7 @@ def tests(check):
     )
     check.note("tests", "exit status", done.returncode)
     check.note("tests", "result", (done.stdout.strip().splitlines() or [done.stderr])[-1])
-    if done.returncode:
-        check.note("tests", "output", done.stdout[-3000:])
+    (check.file.parent / "tests.log").write_text(done.stdout + done.stderr, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------- speed
@@ -272,6 +272,7 @@ def env(check):
         return
     check.note("env", "card", torch.cuda.get_device_name())
     check.note("env", "cuDNN", torch.backends.cudnn.version())
+    check.note("env", "norm, Mish", norm_mish.fused(check.device)[1])
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     ms = check.milliseconds(lambda: target.copy_(source))

@@ -1,11 +1,15 @@
 """What all tests stand on."""
 
 import gc
+import os
 import signal
 import sys
 from multiprocessing import forkserver
 
 import pytest
+
+# cuBLAS reads it once, when a process first uses it: tests of `run.deterministic` may come later.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_collection_finish():

@@ -231,8 +231,9 @@ def test_kernels_that_cannot_be_built_are_not_used_and_the_reason_is_said(monkey
 
 
 def test_the_check_of_a_card_sees_a_wrong_value_and_a_wrong_gradient(monkeypatch):
-    def plain(x, scale, shift, residual, eps):
-        return F.mish(F.instance_norm(x, eps=eps) + residual)
+    def plain(x, scale, shift, residual, eps):  # keeps scale for its backward pass, as the kernels
+        scale, shift = (t[..., None, None, None] for t in (scale, shift))
+        return F.mish(F.instance_norm(x, eps=eps) * scale + shift + residual)
 
     class Wrong:
         apply = staticmethod(plain)

@@ -93,6 +93,7 @@ def test_rng_state_survives_the_file_and_repeats_the_draws(tmp_path):
 def test_a_run_on_the_cpu_opens_no_cuda_context_for_its_generators(monkeypatch):
     on_a_gpu = checkpoint.rng_state() | {"cuda": torch.zeros(16, dtype=torch.uint8)}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # other tests may have
     for name in ("get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch.cuda, name, lambda *arguments: pytest.fail("a context"))
     assert checkpoint.rng_state()["cuda"] is None

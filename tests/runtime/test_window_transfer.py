@@ -229,4 +229,5 @@ def test_cuda_that_runs_out_of_memory_gives_the_same_with_fewer_windows_and_on_t
     how = {"device": torch.device("cuda"), "batch": 4, "remembered": known}
     probs = predict_volume(network, volume, (16, 16, 16), **how)
     np.testing.assert_allclose(probs, volume, atol=1e-6)
-    assert known == {"40x30x30": [1, True]}
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert known == {"40x30x30": [1, True, total]}
