@@ -1,15 +1,17 @@
-"""The peer on real vessels: MONAI's DynUNet, trained as its tutorials do, scored by metrics.py.
+"""The peer on real vessels: MONAI's DynUNet, trained as its tutorials do, judged by left_out.py.
 
-    python prepare.py --images DIR --labels DIR --out data/vessels
-    .venv-bench/bin/python benchmarks/vessels_dynunet.py data/vessels --minutes 10
+    .venv-bench/bin/python benchmarks/vessels_dynunet.py data/vessels --minutes 10 \\
+        --groups burgess2014 poon2015 santos2015 --seeds 0 1 2 --out runs/dynunet.csv
 
-Same training and test cases as configs/vessels.yaml, same number of threads; filters 16 to 128,
-Dice + cross-entropy, fp32, whole volumes normalised over non-zero voxels, patches balanced between
-foreground and background, flips, quarter turns, intensity scale and shift. Prints the scores and
-leaves nothing on disk. Needs requirements-bench.txt.
+Each group in turn is the test, all other cases train. Filters 16 to 128, Dice + cross-entropy,
+fp32, whole volumes normalised over non-zero voxels, patches balanced between foreground and
+background, flips, quarter turns, intensity scale and shift. One thread, as in left_out.py. A row
+for each group and seed is added to the CSV, rows that are there are not made again. Needs
+requirements-bench.txt.
 """
 
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -23,11 +25,12 @@ from monai.losses import DiceCELoss
 from monai.networks.nets import DynUNet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import left_out
+
 from scoring import metrics
 from volumes import casefile
 
 PATCH = (12, 96, 96)
-SPACING = (5.0, 1.0, 1.0)  # of the published comparison
 
 
 def load(case):
@@ -44,18 +47,9 @@ def build():
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("root")
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    dataset = casefile.read_dataset(arguments.root)
-    normalise = mt.NormalizeIntensityd("image", nonzero=True)
+def transforms(seed):
     keys = ("image", "label")
-    draw = mt.Compose(
+    return mt.Compose(
         [
             mt.SpatialPadd(keys, PATCH),
             mt.RandCropByPosNegLabeld(keys, "label", PATCH, pos=1, neg=1, num_samples=2),
@@ -65,37 +59,66 @@ def main():
             mt.RandScaleIntensityd("image", factors=0.25, prob=0.5),
             mt.RandShiftIntensityd("image", offsets=0.25, prob=0.5),
         ]
-    ).set_random_state(seed=0)
-    volumes = [
-        normalise(load(c)) for c in dataset.cases.values() if c.id.startswith("burgess2014_")
-    ]
-    network = build()
+    ).set_random_state(seed=seed)
+
+
+def train(volumes, seed, minutes):
+    """The network after so many minutes, and how many steps these were."""
+    torch.manual_seed(seed)
+    draw, network, loss_of = transforms(seed), build(), DiceCELoss(to_onehot_y=True, softmax=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
-    loss_of = DiceCELoss(to_onehot_y=True, softmax=True)
     started, step = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - started) < 60 * arguments.minutes:
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - elapsed / (60 * arguments.minutes)) ** 0.9
+    while (elapsed := time.perf_counter() - started) < 60 * minutes:
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - elapsed / (60 * minutes)) ** 0.9
         drawn = draw(volumes[step % len(volumes)])
         image = torch.stack([torch.as_tensor(d["image"]) for d in drawn])
         label = torch.stack([torch.as_tensor(d["label"]) for d in drawn])
-        loss = loss_of(network(image), label)
-        loss.backward()
+        loss_of(network(image), label).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        if step % 50 == 0:
-            print(f"step {step} {elapsed:.0f} s loss {loss.item():.4f}", flush=True)
+    return network.eval(), step
 
-    network.eval()
-    for case in (c for c in dataset.cases.values() if c.id.startswith("poon2015_")):
-        stored = load(case)
-        image = torch.as_tensor(normalise(dict(stored))["image"])[None]
-        with torch.inference_mode():
-            logits = sliding_window_inference(image, PATCH, 2, network, 0.25, mode="gaussian")
-        mask = logits.argmax(1)[0].numpy().astype(np.uint8)
-        scores = metrics.score(mask, stored["label"][0], SPACING, None, 2.0)
-        print(case.id, f"{step} steps", {k: round(v, 4) for k, v in scores.items()})
+
+def predict(network, image):
+    """The mask (D, H, W) of a normalised image (1, D, H, W)."""
+    with torch.inference_mode():
+        image = torch.as_tensor(image)[None]
+        logits = sliding_window_inference(image, PATCH, 2, network, 0.25, mode="gaussian")
+        return logits.argmax(1)[0].numpy().astype(np.uint8)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("root")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--groups", nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    cases = list(casefile.read_dataset(arguments.root).cases.values())
+    normalise = mt.NormalizeIntensityd("image", nonzero=True)
+    rows = left_out.read_rows(arguments.out)
+    for seed, group in itertools.product(arguments.seeds, arguments.groups):
+        values = ("vessels", "MONAI DynUNet", group, seed, "", f"{arguments.minutes} minutes")
+        identity = dict(zip(left_out.KEYS, map(str, values), strict=True))
+        if any(identity.items() <= row.items() for row in rows):
+            continue
+        volumes = [normalise(load(case)) for case in cases if case.group != group]
+        network, steps = train(volumes, seed, arguments.minutes)
+        tests = [case for case in cases if case.group == group]
+        masks = [predict(network, normalise(load(case))["image"]) for case in tests]
+        scores = [left_out.score_case(*pair, (1,)) for pair in zip(tests, masks, strict=True)]
+        row = {key: f"{x:.4f}" for key, x in metrics.mean_scores(scores).items()} | identity
+        row |= {"seconds_per_step": f"{60 * arguments.minutes / steps:.4f}", "cases": len(tests)}
+        rows.append({key: str(value) for key, value in row.items()} | {"lamina": ""})
+        left_out.write_rows(arguments.out, rows)
+        print(row, flush=True)
+    left_out.show(rows)
 
 
 if __name__ == "__main__":

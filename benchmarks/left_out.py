@@ -1,34 +1,40 @@
-"""What each loss term brings: one training per set of terms, all else the same, scored alike.
+"""Recipes judged on groups that training never saw: one training per recipe, group and seed.
 
-    python benchmarks/ablation.py quickstart --steps 160 --out runs/ablation_quickstart.csv
-    python benchmarks/ablation.py vessels --steps 600 --jobs 2 --out runs/ablation_vessels.csv
-    python benchmarks/ablation.py membranes --steps 600 --terms none,cldice,all --out runs/m.csv
+    python benchmarks/left_out.py vessels RECIPES.yaml --groups burgess2014 poon2015 santos2015 \\
+        --seeds 0 1 2 --steps 300 --jobs 2 --out runs/left_out.csv
+    python benchmarks/left_out.py membranes RECIPES.yaml --steps 300 --out runs/membranes.csv
 
-The sets are `none` (BCE + Dice alone), each other term beside these two, `all`, and `all-<term>`;
---terms picks among them. Each is trained from the same seed on one thread by train.py, predicts the
-test cases by infer.py from its last checkpoint, and adds one row to the CSV as soon as it is done,
-the mean over test cases. Rows that are there are not made again: give the same command after an
-interruption. Runs lie in the folder beside the CSV that is named after it. skeleton_recall needs
-cases that prepare.py made with skeletons. Exit status 1 if a run failed.
+RECIPES.yaml holds {name: {group.key: value}}, changes of configs/<config>.yaml; {} is the config as
+it is. With --groups, each group in turn is the test and all other cases train, else the config's
+own split counts. No case validates: nothing of the group that is left out picks a checkpoint, a
+threshold or a size. Each recipe is trained on one thread by train.py, predicts the test cases by
+infer.py from its last checkpoint at 0.5, and adds a row to the CSV as soon as it is done: the mean
+over the cases of that group. Rows that are there are not made again: give the same command after an
+interruption. Runs lie in the folder beside the CSV that is named after it. Exit status 1 if a run
+failed. At the end, per recipe: means over groups and seeds, with the deviation over seeds.
 
-    dice, surface_dice        as metrics.score, at the config's tolerance
+    dice                      as metrics.score
+    surface_dice              the same, at 2 voxels of the finest axis
     cldice                    of the masks and their 3D skeletons, see `centreline_dice`
     b0_, b1_, b2_error        |pieces, handles, cavities of the prediction less those of the truth|
-    components, _truth        26-connected, of the prediction and of the truth
     seconds_per_step          while --jobs runs share the machine
 """
 
 import argparse
 import csv
+import itertools
+import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from statistics import mean, stdev
 
 import cc3d
 import h5py
 import numpy as np
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from runtime import checkpoint, config
@@ -38,25 +44,18 @@ from volumes import casefile
 from volumes import files as volumes
 from volumes.inputs import default_inputs
 
-# What a term weighs where it is on.
-BASE = {"weighted_bce": 0.5, "soft_dice": 0.5}
-WEIGHTS = {
-    "cldice": 0.2,
-    "morph_skeleton": 1.0,  # its values are small
-    "surface_distance": 0.2,
-    "skeleton_recall": 0.2,
-    "toploss": 0.05,
-}
-SETS = {
-    "none": {},
-    **{name: {name: weight} for name, weight in WEIGHTS.items()},
-    "all": WEIGHTS,
-    **{f"all-{name}": {k: w for k, w in WEIGHTS.items() if k != name} for name in WEIGHTS},
-}
-KEYS = ("config", "steps", "seed", "terms", "weights")  # of a row: what makes it the same one
+KEYS = ("config", "recipe", "left_out", "seed", "steps", "changes")  # what makes a row the same one
 SCORES = ("dice", "surface_dice", "cldice", "b0_error", "b1_error", "b2_error")
-SCORES += ("components", "components_truth")
 COLUMNS = (*KEYS, *SCORES, "seconds_per_step", "cases", "lamina")
+FIXED = {  # of all recipes, before their own changes
+    "run.threads": 1,
+    "data.validation": [],
+    "validation.untrained": False,
+    "monitor.tensorboard": False,
+    "monitor.picture": False,
+    "inference.threshold": 0.5,
+    "postprocess.min_component_voxels": 0,
+}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -95,11 +94,12 @@ def betti_numbers(mask):
     return int(pieces), int(pieces) + cavities - int(euler_number(mask, connectivity=1)), cavities
 
 
-def score_case(case, prediction, foreground, tolerance):
+def score_case(case, prediction, foreground):
     """The SCORES of one predicted mask (D, H, W); unlabeled voxels are background of both sides."""
     with h5py.File(case.path) as file:
         label = file["label"][:]
     truth = np.where(label == case.ignore_label, label, np.isin(label, foreground))
+    tolerance = 2 * min(case.spacing)
     scores = metrics.score(prediction, truth, case.spacing, case.ignore_label, tolerance)
     masks = metrics.labeled_masks(prediction, truth, case.ignore_label)
     scores["cldice"] = centreline_dice(*masks)
@@ -120,57 +120,54 @@ def script(name, *arguments):
         raise RuntimeError(f"{name} ended with status {done.returncode}: {' '.join(said)}")
 
 
-def make_row(identity, settings, arguments, folder):
-    """Train, predict and score one set of terms: its row, a dict of COLUMNS.
+def make_row(identity, changes, arguments, folder):
+    """Train, predict and score one recipe: its row, a dict of COLUMNS.
 
     folder: for its runs alone, since a link to the newest one lies in it.
     """
-    name = identity["terms"]
-    weights = {**dict.fromkeys(WEIGHTS, 0.0), **BASE, **SETS[name]}
-    per_epoch = settings.training.train_iterations_per_epoch
-    per_epoch = per_epoch if arguments.steps % per_epoch == 0 else arguments.steps
-    overrides = {
-        "run.folder": folder,
-        "run.name": name,
-        "run.seed": arguments.seed,
-        "run.threads": 1,
-        "data.root": settings.data.root,
-        "training.train_iterations_per_epoch": per_epoch,
-        "training.max_epochs": arguments.steps // per_epoch,
-        "validation.every": arguments.steps // per_epoch,
-        "validation.untrained": "false",
-        "monitor.tensorboard": "false",
-        "monitor.picture": "false",
-        **{f"loss.{term}.weight": weight for term, weight in weights.items()},
-    }
-    given = [f"{key}={value}" for key, value in overrides.items()]
+    given = {"run.folder": str(folder), "run.name": "run", "run.seed": int(identity["seed"])}
+    given |= FIXED | {"data.root": arguments.data, **steps_of(arguments.steps), **changes}
+    if group := identity["left_out"]:
+        others = [case.id for case in arguments.cases if case.group != group]
+        given |= {"data.train": others, "data.test": [group]}
+    given = [f"{key}={json.dumps(value)}" for key, value in given.items()]
     script("train.py", config_path(arguments.config), *given)
-    run = runs.newest_run_folder(folder, name)
+    run = runs.newest_run_folder(folder, "run")
     state = checkpoint.load(run / "checkpoints" / "last.pt")
-    root = settings.data.root
-    script("infer.py", "--ckpt", run / "checkpoints" / "last.pt", f"data.root={root}")
-    scores = score_run(run, state["data"], root, settings.validation.tolerance)
+    script("infer.py", "--ckpt", run / "checkpoints" / "last.pt", f"data.root={arguments.data}")
+    scores = score_run(run, state["data"], arguments.data)
     row = {**identity, **{key: f"{x:.4f}" for key, x in metrics.mean_scores(scores).items()}}
     row["seconds_per_step"] = f"{state['loop']['seconds'] / state['loop']['step']:.4f}"
     return row | {"cases": len(scores), "lamina": state["versions"]["lamina"]}
 
 
-def score_run(run, facts, root, tolerance):
+def steps_of(steps):
+    """Settings for so many steps in all, evaluated never."""
+    keys = ("training.train_iterations_per_epoch", "training.max_epochs", "validation.every")
+    return dict(zip(keys, (steps, 1, 1), strict=True))
+
+
+def score_run(run, facts, root):
     """The SCORES of each case that infer.py predicted; facts: what the checkpoint holds of data."""
     files, _ = default_inputs(facts, root)
     scores = []
     for case in map(casefile.read_case, files):
         (path,) = (run / "predictions").glob(f"{case.id}.*")
         prediction = volumes.read_label(str(path)).array
-        scores.append(score_case(case, prediction, facts["foreground"], tolerance))
+        scores.append(score_case(case, prediction, facts["foreground"]))
     return scores
 
 
-def identity_of(name, arguments):
-    weights = {**BASE, **SETS[name]}
-    written = " ".join(f"{term}={weight:g}" for term, weight in weights.items())
-    values = (arguments.config, arguments.steps, arguments.seed, name, written)
-    return dict(zip(KEYS, map(str, values), strict=True))
+def identities_of(recipes, arguments):
+    """{what makes a row the same one: changes}, seed by seed, so that all recipes advance alike."""
+    found = {}
+    for seed, (name, changes), group in itertools.product(
+        arguments.seeds, recipes.items(), arguments.groups or [""]
+    ):
+        written = json.dumps(changes, sort_keys=True)
+        values = (arguments.config, name, group, seed, arguments.steps, written)
+        found[tuple(map(str, values))] = changes
+    return found
 
 
 def config_path(name):
@@ -207,10 +204,18 @@ def write_rows(path, rows):
 
 
 def show(rows):
-    columns = ("terms", *SCORES, "seconds_per_step")
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in sorted(rows, key=lambda row: list(SETS).index(row["terms"])):
-        print(f"| {' | '.join(row[column] for column in columns)} |")
+    """Per recipe and number of steps: the mean over groups of each seed; mean and deviation."""
+    print(f"\n| recipe | steps | seeds | {' | '.join(SCORES)} | seconds_per_step |")
+    print(f"|{'---|' * (len(SCORES) + 4)}")
+    kinds = dict.fromkeys((row["recipe"], row["changes"], row["steps"]) for row in rows)
+    for kind in kinds:
+        mine = [row for row in rows if (row["recipe"], row["changes"], row["steps"]) == kind]
+        seeds, cells = sorted({row["seed"] for row in mine}), []
+        for name in (*SCORES, "seconds_per_step"):
+            means = [mean(float(r[name]) for r in mine if r["seed"] == seed) for seed in seeds]
+            spread = f" ± {stdev(means):.3g}" if len(means) > 1 else ""
+            cells.append(f"{mean(means):.{0 if name[0] == 'b' else 3}f}{spread}")
+        print(f"| {kind[0]} | {kind[2]} | {len(seeds)} | {' | '.join(cells)} |")
 
 
 # ---------------------------------------------------------------------------- command line
@@ -222,47 +227,51 @@ def parse(argv):
     )
     add = parser.add_argument
     add("config", choices=("vessels", "membranes", "quickstart"), help="of configs/")
+    add("recipes", type=Path, metavar="RECIPES.yaml")
+    add(
+        "--groups", nargs="+", default=[], help="each is left out once; default: the config's split"
+    )
+    add("--seeds", type=int, nargs="+", default=[0])
     add("--steps", type=int, required=True, help="of every training")
-    add("--terms", default=",".join(SETS), help="which sets, with commas between; default: all")
     add("--out", type=Path, required=True, metavar="FILE.csv")
     add("--jobs", type=int, default=1, help="runs at a time, one thread each")
     add("--data", metavar="DIR", help="the prepared cases; default: data.root of the config")
-    add("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    arguments.terms = arguments.terms.split(",")
-    for name in arguments.terms:
-        if name not in SETS:
-            parser.error(f"--terms: expected some of {', '.join(SETS)}, got {name!r}")
     if arguments.out.suffix != ".csv":
         parser.error(f"--out: expected a name that ends in .csv, got {arguments.out}")
     for name in ("steps", "jobs"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name}: expected 1 or more, got {getattr(arguments, name)}")
+    settings = config.load(config_path(arguments.config))
+    arguments.data = arguments.data or settings.data.root
+    arguments.cases = list(casefile.read_dataset(arguments.data).cases.values())
+    known = {case.group for case in arguments.cases}
+    for group in arguments.groups:
+        if group not in known:
+            parser.error(f"--groups: expected some of {', '.join(sorted(known))}, got {group}")
     return arguments
 
 
-def make_rows(wanted, rows, settings, arguments):
+def make_rows(wanted, rows, arguments):
     """Add each wanted row to `rows` and to the file as it comes; sentences on those that failed."""
-    runs = arguments.out.with_suffix("")
+    folder = arguments.out.with_suffix("")
     failed, pool = [], ThreadPoolExecutor(arguments.jobs)
     try:
-        futures = {
-            pool.submit(
-                make_row, identity, settings, arguments, runs / identity["terms"]
-            ): identity["terms"]
-            for identity in wanted
-        }
+        futures = {}
+        for number, (key, changes) in enumerate(wanted.items(), len(rows)):
+            identity = dict(zip(KEYS, key, strict=True))
+            job = pool.submit(make_row, identity, changes, arguments, folder / str(number))
+            futures[job] = f"{identity['recipe']}, {identity['left_out']}, seed {identity['seed']}"
         for future in as_completed(futures):
-            name = futures[future]
             try:
                 row = future.result()
             except (RuntimeError, ValueError, OSError) as error:
-                failed.append(f"{name}: {error}")
+                failed.append(f"{futures[future]}: {error}")
                 print(failed[-1], file=sys.stderr, flush=True)
                 continue
             rows.append({key: str(value) for key, value in row.items()})
             write_rows(arguments.out, rows)
-            print(f"{name}: " + " ".join(f"{k} {row[k]}" for k in SCORES), flush=True)
+            print(f"{futures[future]}: " + " ".join(f"{k} {row[k]}" for k in SCORES), flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
     return failed
@@ -270,21 +279,19 @@ def make_rows(wanted, rows, settings, arguments):
 
 def main(argv=None):
     arguments = parse(argv)
-    settings = config.load(
-        config_path(arguments.config), [f"data.root={arguments.data}"] if arguments.data else ()
-    )
+    recipes = yaml.safe_load(arguments.recipes.read_text(encoding="utf-8"))
     try:
         rows = read_rows(arguments.out)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    known = [[row[key] for key in KEYS] for row in rows]
-    identities = [identity_of(name, arguments) for name in dict.fromkeys(arguments.terms)]
-    wanted = [i for i in identities if list(i.values()) not in known]
-    print(f"{len(identities) - len(wanted)} of {len(identities)} rows are in {arguments.out}")
-    failed = make_rows(wanted, rows, settings, arguments)
-    show([row for row in rows if {key: row[key] for key in KEYS} in identities])
+    known = {tuple(row[key] for key in KEYS) for row in rows}
+    asked = identities_of(recipes, arguments)
+    wanted = {key: changes for key, changes in asked.items() if key not in known}
+    print(f"{len(asked) - len(wanted)} of {len(asked)} rows are in {arguments.out}", flush=True)
+    failed = make_rows(wanted, rows, arguments)
+    show([row for row in rows if tuple(row[key] for key in KEYS) in asked])
     return 1 if failed else 0
 
 
