@@ -16,7 +16,9 @@ the part that finds the last slab of a volume writes it, with the bits that one 
 Leaves <output>/<id> in the format of the source, on the image's own grid with its spacing and
 affine: uint8 0 and 1, or the ids of the label where the network tells several classes apart.
 predictions.jsonl beside them says which checkpoint each is of. With
-inference.save_probabilities=true also <output>/probabilities/<id>, or <class>/<id> in there.
+inference.save_probabilities=true also <output>/probabilities/<id>, or <class>/<id> in there; with
+inference.save_disagreement=true <output>/disagreement/<id> likewise: how much the flips and
+networks that are averaged differ, in each voxel.
 Without --output these go to the run's predictions/. --submission writes the masks a second time,
 in the format of the Vesuvius Challenge, and reads them back. Every input is checked before the
 first is predicted. Parts keep slabs in <output>/.parts/ and go on from there when started again.
@@ -132,16 +134,17 @@ def write_prediction(predictor, volume, whole, output):
     """Write the results of a volume from its whole layers: (files, a clause about them)."""
     target, several = volume.prediction_path(output), predictor.outputs.several
     grid = {key: getattr(volume, key) for key in ("spacing", "unit", "affine", "header")}
-    probs, paths = predictor.regions_of(whole, "probs"), [target]
+    kinds = "probabilities", "disagreement"
+    maps, paths = {kind: predictor.regions_of(whole, kind) for kind in kinds}, [target]
     masks = predictor.masks(volume, whole)
     mask = predictor.outputs.paint(masks)
     shares = {name if several else "foreground": own.mean() for name, own in masks.items()}
     del masks
     try:
-        for name, own in probs.items():
-            folder = output / "probabilities" / (name if several else "")
-            paths.append(folder / target.name)
-            write_volume(paths[-1], own, **grid)
+        for kind, regions in maps.items():
+            for name, own in regions.items():
+                paths.append(output / kind / (name if several else "") / target.name)
+                write_volume(paths[-1], own, **grid)
         write_volume(target, mask, **grid)
         origins.write(target, [member.origin for member in predictor.members])
     except Exception as error:  # each format's writer has its own

@@ -327,6 +327,7 @@ class Inference(Group):
     # Of regions one for all, or {name: threshold}; null: what validation chose, 0.5 without.
     threshold: Probabilities | None = None
     save_probabilities: bool = False
+    save_disagreement: bool = False  # of the flips or networks that are averaged
 
 
 class Postprocess(Group):

@@ -44,15 +44,17 @@ class TrainedNetwork(ensemble.Predictor):
 
         spacing: of its voxels (z, y, x), in the unit of training; None: that of training.
         probabilities: (D, H, W) float32, of several classes {name: (D, H, W)}; mask: (D, H, W)
-        uint8 as infer.py writes it, 0 and 1 or the ids of classes. ValueError, a line per fault.
+        uint8 as infer.py writes it, 0 and 1 or the ids of classes. With
+        inference.save_disagreement=true (probabilities, mask, disagreement): that of regions that
+        may overlap by name, else one (D, H, W) float32. ValueError, a line per fault.
         """
         if spacing is None:
             spacing = self.metadata.get("trained_spacing")  # none in older versions
         volume = self._checked(np.asarray(image), spacing)
         whole = parts.assemble(volume.shape[0], self.slabs(volume))
-        probs = self.regions_of(whole, "probs")
-        mask = self.outputs.paint(self.masks(volume, whole))
-        return probs if self.outputs.several else next(iter(probs.values())), mask
+        maps = [self.regions_of(whole, kind) for kind in ("probabilities", "disagreement")]
+        probs, *disagreement = [own if len(own) > 1 else own.popitem()[1] for own in maps if own]
+        return probs, self.outputs.paint(self.masks(volume, whole)), *disagreement
 
     def _checked(self, image, spacing):
         channels = self.metadata["channels"]

@@ -208,9 +208,14 @@ def joint_settings(members, overrides):
         if len(values) > 1:
             got = ", ".join(f"{value} ({path})" for value, path in values.items())
             faults.append(f"{key}: expected one for all checkpoints, got {got}; give {key}=VALUE")
+    joint, clauses = each[0], []
+    if joint.inference.save_disagreement and len(members) == 1 and not joint.inference.flips:
+        faults.append(
+            "inference.save_disagreement: expected predictions that can differ, got one network "
+            "without flips; give inference.flips=true or several checkpoints, or set it to false"
+        )
     if faults:
         raise InputErrors(*faults)
-    joint, clauses = each[0], []
     for key, digits in CHOSEN.items():
         group, name = key.split(".")
         values = [attrgetter(key)(settings) for settings in each]
@@ -269,6 +274,7 @@ class Predictor:
         self.how["typical"] = metadata.get("typical", False)  # not in those of older versions
         self.how |= {"channels": self.outputs.channels, "exclusive": self.outputs.exclusive}
         self.how |= settings.window_arguments()
+        self.how["disagreement"] = settings.inference.save_disagreement
 
     def rows(self, volume):
         """(rows, windows in each) that a volume is predicted by."""
@@ -286,14 +292,19 @@ class Predictor:
                 yield z0, layers
 
     def _layers(self, probs):
-        """The layers of a slab of probabilities (K, d, H, W). Of each region, see `_layer`:
+        """The layers of a slab (K, d, H, W) of `predict_slabs`. Of each region, see `_layer`:
 
-        high: bool, above the threshold; low: above that of hysteresis, if there is one; probs:
-        float32, if inference.save_probabilities asks for them. Of classes that exclude each other
-        one layer, classes, in place of high and low: uint8, see `outputs.most_probable`.
+        high: bool, above the threshold; low: above that of hysteresis, if there is one;
+        probabilities and disagreement: float32, if inference.save_... asks for them. Of classes
+        that exclude each other there is one disagreement, and one layer, classes, in place of high
+        and low: uint8, see `outputs.most_probable`.
         """
         inference, hysteresis = self.settings.inference, self.settings.postprocess.hysteresis
         layers, exclusive = {}, self.outputs.exclusive
+        if inference.save_disagreement:
+            for name, own in zip(self._disagreeing, probs[self.outputs.channels :], strict=True):
+                layers[self._layer("disagreement", name)] = own
+            probs = probs[: self.outputs.channels]
         if exclusive:
             layers["classes"] = outputs.most_probable(probs)
         for name, own in zip(self.outputs.regions, probs[int(exclusive) :], strict=True):
@@ -304,19 +315,25 @@ class Predictor:
             if hysteresis is not None:
                 layers[self._layer("low", name)] = own >= hysteresis
             if inference.save_probabilities:
-                layers[self._layer("probs", name)] = own
+                layers[self._layer("probabilities", name)] = own
         return layers
 
     def _layer(self, kind, region):
-        return f"{kind}/{region}" if self.outputs.several else kind
+        return f"{kind}/{region}" if self.outputs.several and region else kind
+
+    @property
+    def _disagreeing(self):
+        """The regions that have a disagreement of their own, or "" for one of all together."""
+        return [""] if self.outputs.exclusive else self.outputs.regions
 
     def regions_of(self, whole, kind):
-        """Take {region: (D, H, W)} of one kind out of whole layers: high, low or probs; {} if there
-        are none."""
+        """Take {region: (D, H, W)} of one kind out of whole layers, see `_layers`; {} if there are
+        none. The one disagreement of exclusive classes is that of the region ""."""
         if kind == "high" and self.outputs.exclusive:
             classes = whole.pop("classes")
             return {name: classes == i for i, name in enumerate(self.outputs.regions, start=1)}
-        layers = {name: self._layer(kind, name) for name in self.outputs.regions}
+        names = self._disagreeing if kind == "disagreement" else self.outputs.regions
+        layers = {name: self._layer(kind, name) for name in names}
         return {name: whole.pop(layer) for name, layer in layers.items() if layer in whole}
 
     def masks(self, volume, whole):

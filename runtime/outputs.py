@@ -159,11 +159,13 @@ def check_settings(outputs, settings):
                 f"{key}: expected names among {', '.join(outputs.regions)}, got "
                 f"{', '.join(unknown)}"
             )
-    if settings.inference.save_probabilities and outputs.several:
-        if bad := [name for name in outputs.regions if name in (".", "..") or "/" in name]:
+    bad = [name for name in outputs.regions if name in (".", "..") or "/" in name]
+    folders = {"save_probabilities": outputs.several, "save_disagreement": outputs.overlapping}
+    for key, of_regions in folders.items():
+        if bad and of_regions and getattr(settings.inference, key):
             faults.append(
-                "inference.save_probabilities: expected names of regions that folders can have, "
-                f"got {', '.join(bad)}; set it to false"
+                f"inference.{key}: expected names of regions that folders can have, got "
+                f"{', '.join(bad)}; set it to false"
             )
     if outputs.exclusive:
         names = ", ".join(outputs.regions)

@@ -117,15 +117,24 @@ def _call(network, patches, precision, channels):
     return logits
 
 
-def _probabilities(networks, patches, flips, precision, channels, exclusive):
-    """Probabilities (B, K, *window) float32: the mean over networks, and the 8 flips if wanted."""
-    views = [*product(networks, FLIPS if flips else FLIPS[:1])]
-    total = 0.0
-    for network, axes in views:
+def _probabilities(views, patches, precision, channels, exclusive, disagreement):
+    """Probabilities (B, K, *window) float32: the mean over views, pairs of a network and the axes
+    that it sees flipped. disagreement: followed by that of the views, see `predict_slabs`."""
+    total, squares = 0.0, 0.0
+    for count, (network, axes) in enumerate(views):
         logits = _call(network, patches.flip(axes), precision, channels).float()
         probs = logits.softmax(dim=1) if exclusive else logits.sigmoid()
-        total = total + probs.flip(axes)
-    return total / len(views)
+        probs = probs.flip(axes)
+        if disagreement and count:  # Welford's sum: a mean of squares less a square cancels
+            squares = squares + (probs - total / count).square() * (count / (count + 1))
+        total = total + probs
+    mean = total / len(views)
+    if not disagreement:
+        return mean
+    variance = squares / len(views)
+    if exclusive:
+        variance = variance.sum(dim=1, keepdim=True) / 2
+    return torch.cat([mean, variance.sqrt()], dim=1)
 
 
 @torch.inference_mode()
@@ -148,7 +157,7 @@ def _add_windows(slab, windows, predict, normalize, device):
 # ---------------------------------------------------------------------------- volumes
 
 
-def _check(volume, window, overlap, ratio, precision, batch):
+def _check(volume, window, overlap, ratio, precision, batch, disagreement, views):
     """ValueError with one sentence per argument that cannot work."""
     faults = []
     if len(volume.shape) != 4 or min(volume.shape) < 1:
@@ -164,6 +173,8 @@ def _check(volume, window, overlap, ratio, precision, batch):
         faults.append(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     if batch is not None and batch < 1:
         faults.append(f"batch: expected 1 or more windows at once, got {batch}")
+    if disagreement and len(views) == 1:
+        faults.append("disagreement: expected flips or several networks, got one network, no flips")
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -180,6 +191,7 @@ def predict_slabs(
     normalize=None,
     batch=None,
     flips=False,
+    disagreement=False,
     device="cpu",
     precision="fp32",
     progress=nothing,
@@ -206,12 +218,18 @@ def predict_slabs(
     z row that go through the network at once, None: see `windows_at_once`. precision: fp32, bf16
     or fp16 (autocast); sums are float32 always. progress(done, total): called with numbers of
     windows. remembered, report(kind, text, **figures): see `WindowFit`.
+    disagreement: K channels follow, the standard deviation of the probabilities over flips and
+    networks; if exclusive one, the root of half the sum of their variances. A window's is blended
+    as its probabilities are: never less than that of blended flips, without a slab for each.
 
     ValueError, at the call and naming all faults, for arguments that cannot work.
     """
-    _check(volume, window, overlap, ratio, precision, batch)
-    how = {"flips": flips, "precision": precision, "channels": channels, "exclusive": exclusive}
-    predict = functools.partial(_probabilities, listed(network), **how)
+    views = [*product(listed(network), FLIPS if flips else FLIPS[:1])]
+    _check(volume, window, overlap, ratio, precision, batch, disagreement, views)
+    how = {"precision": precision, "channels": channels, "exclusive": exclusive}
+    predict = functools.partial(_probabilities, views, disagreement=disagreement, **how)
+    if disagreement:
+        channels += 1 if exclusive else channels
     axes = [
         axis_spans(size, int(length), overlap, float(r), device)
         for size, length, r in zip(volume.shape[1:], window, ratio, strict=True)
@@ -298,12 +316,14 @@ def predict_case(network, image, spacing, intensity, *, wanted, clip, typical=Tr
     return predict_slabs(network, image, normalize=functools.partial(normalise, **scale), **how)
 
 
-def predict_volume(network, volume, window, overlap=0.5, *, channels=1, **how):
-    """Probabilities (K, D, H, W) float32 numpy of a whole volume, in its own voxels.
+def predict_volume(network, volume, window, overlap=0.5, **how):
+    """What `predict_slabs` yields, (K, D, H, W) float32 numpy, of a whole volume in its own voxels.
 
     Arguments and errors as in `predict_slabs`. Host memory: the result itself.
     """
-    probs = np.empty((channels, *volume.shape[1:]), np.float32)
-    for z0, planes in predict_slabs(network, volume, window, overlap, channels=channels, **how):
+    probs = None
+    for z0, planes in predict_slabs(network, volume, window, overlap, **how):
+        if probs is None:
+            probs = np.empty((len(planes), *volume.shape[1:]), np.float32)
         probs[:, z0 : z0 + planes.shape[1]] = planes
     return probs

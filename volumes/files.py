@@ -22,7 +22,7 @@ from volumes.volume import InputErrors, VolumeError, check_affine, compare, prin
 SIDECARS = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".xml", ".md", ".rst", ".yaml", ".yml",
             ".log", ".pdf", ".html", ".py", ".sh", ".toml", ".ini", ".xlsx", ".bval",
             ".bvec"}  # fmt: skip
-SIDECAR_NAMES = {"readme", "license", "changes", "makefile", "probabilities"}
+SIDECAR_NAMES = {"readme", "license", "changes", "makefile", "probabilities", "disagreement"}
 _HDF5_NAME = re.compile(r"^(.*\.(?:h5|hdf5)):(.+)$", re.IGNORECASE)
 _WILDCARD = re.compile(r"([*?]|\[!?\]?[^\]]*\])")
 _CHANNEL = re.compile(r"_0000$")

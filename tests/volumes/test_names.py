@@ -111,7 +111,8 @@ def test_what_is_passed_over_is_one_note_and_sidecars_are_not_mentioned(tmp_path
     touch(*(tmp_path / name for name in ("a.tif", "b.xyz", "c.XYZ", "d.abc", "IM0001")))
     touch(*(tmp_path / name for name in ("README", "x.json", "t.csv", ".hidden.xyz")))
     touch(tmp_path / "more" / "deep" / "e.tif", tmp_path / "logs" / "log.txt")
-    touch(tmp_path / "v.zarr" / "0", tmp_path / "probabilities" / "a.tif", tmp_path / "z.tif" / "0")
+    touch(*(tmp_path / name / "0" for name in ("v.zarr", "z.tif")))
+    touch(*(tmp_path / name / "a.tif" for name in ("probabilities", "disagreement")))
     notes = []
     assert [s.id for s in find_volumes(tmp_path, notes)] == ["a"]
     (note,) = notes
