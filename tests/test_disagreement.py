@@ -146,7 +146,7 @@ def test_on_cuda_it_is_that_of_a_cpu():
         expected = disagreement([n.cpu() for n in networks], volume, (6, 6, 6), **how)
         on_gpu = [network.cuda() for network in networks]
         differs = disagreement(on_gpu, volume, (6, 6, 6), device="cuda", **how)
-        np.testing.assert_allclose(differs, expected, atol=2e-3)  # TF32, if it is allowed
+        np.testing.assert_allclose(differs, expected, atol=5e-3)  # TF32, if it is allowed
 
 
 # ---------------------------------------------------------------------------- files
