@@ -21,7 +21,6 @@ file needs topology/ beside it and nothing else of this project.
 """
 
 import functools
-import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,7 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from topology.distance import edt, truncated_edt
-from topology.persistence import losses_of_plans, plan
+from topology.neighbors import worst_neighbors
+from topology.persistence import boxes_of, losses_of_plans, plan
 from topology.soft_skeleton import soft_skeleton
 
 NEVER = -1e4  # a logit whose sigmoid is 0 in float32, and its slope too
@@ -146,9 +146,31 @@ def soft_dice_loss(logits, target, valid=None, *, smooth=1e-5, batch=False, clas
     probs, target, valid = _foreground(logits, target, valid)
     if batch:
         probs, target, valid = (x.movedim(1, 0).flatten(1, 2)[None] for x in (probs, target, valid))
+    return _mean_per_sample(1.0 - _dice(probs, target, smooth), valid, class_weights)
+
+
+def _dice(probs, target, smooth=1e-5):
     overlap, p, t = (x.flatten(2).sum(2) for x in (probs * target, probs, target))
-    dice = (2.0 * overlap + smooth) / (p + t + smooth)
-    return _mean_per_sample(1.0 - dice, valid, class_weights)
+    return (2.0 * overlap + smooth) / (p + t + smooth)
+
+
+def worst_neighbor_loss(logits, target, valid=None, *, class_weights=None):
+    """Cross-entropy and soft Dice, half each, of logits that `worst_neighbors` has replaced.
+
+    One wrong voxel makes its whole neighborhood wrong, so that a gap or a speck of one voxel counts
+    as much as what is around it. After SCNP (2026, arXiv 2603.18671), there in place of all other
+    terms. The mean over samples with a valid voxel; >= 0.
+    """
+    logits, target, valid = _masked(logits, target, valid)
+    if (classes := logits.shape[1]) > 1:  # each against the rest
+        rest = [torch.cat((logits[:, :c], logits[:, c + 1 :]), 1) for c in range(1, classes)]
+        rest = torch.stack([others.logsumexp(1) for others in rest], 1)
+        logits, target, valid = logits[:, 1:] - rest, target[:, 1:], valid.expand_as(rest)
+    worst = worst_neighbors(logits, target, valid)
+    entropy = F.binary_cross_entropy_with_logits(worst, target, reduction="none")
+    entropy = torch.where(valid, entropy, 0.0).flatten(2).sum(2) / valid.flatten(2).sum(2).clamp(1)
+    loss = entropy + 1.0 - _dice(torch.where(valid, worst.sigmoid(), 0.0), target)
+    return 0.5 * _mean_per_sample(loss, valid, class_weights)
 
 
 def soft_skeletons(logits, target, valid=None, *, iterations=ITERATIONS):
@@ -329,7 +351,7 @@ def start_homology(logits, target, valid=None, *, window=(48, 48, 48), windows=2
             f"got {windows} and {window}"
         )
     probs, target, valid = (x.flatten(0, 1) for x in _foreground(logits, target, valid))
-    boxes = [(i, *box) for i in range(len(probs)) for box in _boxes(probs.shape[1:], window)]
+    boxes = [(i, *box) for i in range(len(probs)) for box in boxes_of(probs.shape[1:], window)]
     errors = (probs - target).abs()
     sums = torch.stack([errors[box].sum() for box in boxes])
     sums = sums.nan_to_num(nan=math.inf)  # NaN must reach the loss
@@ -352,17 +374,6 @@ def start_homology(logits, target, valid=None, *, window=(48, 48, 48), windows=2
     return future
 
 
-def _boxes(shape, window):
-    """Slices of windows that cover a volume, evenly spread along each axis."""
-    along = []
-    for n, size in zip(shape, window, strict=True):
-        size = min(size, n)
-        count = math.ceil(n / size)
-        starts = [round(i * (n - size) / max(count - 1, 1)) for i in range(count)]
-        along.append([slice(start, start + size) for start in starts])
-    return list(itertools.product(*along))
-
-
 LOSSES = {
     "weighted_bce": weighted_bce_loss,
     "soft_dice": soft_dice_loss,
@@ -371,6 +382,7 @@ LOSSES = {
     "surface_distance": surface_distance_loss,
     "skeleton_recall": skeleton_recall_loss,
     "toploss": toploss_loss,
+    "worst_neighbor": worst_neighbor_loss,
 }
 
 PER_VOXEL = ("weighted_bce", "morph_skeleton", "surface_distance")  # means over valid voxels

@@ -245,6 +245,10 @@ class SkeletonRecall(Term):
     scales: Count | None = 1
 
 
+class WorstNeighbor(Term):
+    scales: Count | None = 1
+
+
 class Toploss(Term):
     scales: Count | None = 1
     window: tuple[Count, Count, Count] = (48, 48, 48)  # voxels
@@ -259,6 +263,7 @@ class Loss(Group):
     surface_distance: SurfaceDistance = SurfaceDistance()
     skeleton_recall: SkeletonRecall = SkeletonRecall()
     toploss: Toploss = Toploss()
+    worst_neighbor: WorstNeighbor = WorstNeighbor()
     # What each class or region counts beside the others, {name: weight}; unnamed: 1.
     class_weights: dict[str, Positive] | None = None
 

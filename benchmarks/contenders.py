@@ -20,7 +20,7 @@ from volumes import phantoms, skeletons
 
 UNLABELED = 0.4
 NO_MASK = ", no mask"
-BASE, ALL = "weighted_bce + soft_dice", "all seven terms"
+BASE, ALL = "weighted_bce + soft_dice", "all terms"
 HAUSDORFF, SCIPY = "MONAI HausdorffDTLoss", "the same formula by scipy"
 BOUNDARY, CLDICE = "MONAI BoundaryLoss", "MONAI SoftclDiceLoss"
 DICE = (

@@ -18,7 +18,7 @@ ROOMS = {
     "volumes": "files formats volume tiff nifti nrrd metaimage hdf5 layouts classes ingest "
     "phantoms skeletons statistics casefile inputs origins submission colors data_sheet atomic "
     "processes",
-    "topology": "distance soft_skeleton persistence",
+    "topology": "distance soft_skeleton persistence neighbors",
     "monitoring": "machine records recorder health panels picture formatting",
     "scoring": "metrics classes surface dilation partitions homology postprocess inputs parallel "
     "report",

@@ -49,5 +49,5 @@ def test_the_losses_train_a_network_in_an_empty_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     terms, ratio = done.stdout.split()
-    assert int(terms) == 7
+    assert int(terms) == 8
     assert float(ratio) < 0.7
