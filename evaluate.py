@@ -197,6 +197,8 @@ def check(parser, args):
     """Leave with status 2 if options do not go together; complete those that depend on others."""
     if args.invert and not args.otsu:
         parser.error("--invert: expected --otsu PATH with it")
+    if args.otsu and any(metrics.entry(name)[0].probs for name in args.scores):
+        parser.error("--otsu: expected scores of masks with it, got ece, of probabilities")
     if args.images and args.otsu:
         parser.error("--images: expected either this or --otsu, whose images are shown too")
     if args.ignore_label in ((0,) if args.classes and not args.foreground else (0, 1)):
@@ -341,6 +343,7 @@ def main(argv=None):
         check_spacing=args.spacing is None and dataset is None,
         otsu=bool(args.otsu),
         invert=args.invert,
+        probs=metrics.of_probabilities(args.scores, classes) if pairs else (),
     )
     results = score(pairs, options, args)
     errors += [error for result in results for error in result.errors]

@@ -17,6 +17,7 @@ import numpy as np
 
 from scoring import metrics
 from scoring.classes import described, ids_of, voxels_of
+from scoring.masks import is_probability
 from volumes import casefile, files, origins
 from volumes.statistics import clip_fill
 from volumes.volume import WHITE, compare, is_spacing, with_unit
@@ -47,6 +48,8 @@ class ReadOptions:
     check_spacing: bool = True  # whether files must agree on it
     otsu: bool = False  # whether the image is thresholded too
     invert: bool = False  # whether its dark side is the mask
+    # Classes whose probabilities are read, (None,) those of one foreground.
+    probs: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Masks:
     unit: str
     notes: list  # on their headers and values
     absent: dict  # {method, or None for the truth: [classes without a voxel]}
+    probs: dict  # {method: {class, or None: (D, H, W)}} of those that the options ask for
 
 
 def predictions_of_run(text):
@@ -228,12 +232,18 @@ def read(pair, options, errors):
     predictions = {m: _read(files.read_label, p, errors) for m, p in pair.predictions.items()}
     truth = _read(files.read_label, pair.truth, errors)
     image = _read(files.read_image, pair.image, errors) if options.otsu else None
+    probs = {
+        m: {which: _read(_read_probs, _probs_path(p, which), errors) for which in options.probs}
+        for m, p in pair.predictions.items()
+    }
     if len(errors) > before:
         return None
     how, notes = {"spacing": options.check_spacing, "axes": options.spacing is None}, []
     stated = [v for v in (truth, *predictions.values()) if v.spacing is not None]
     sides = [("prediction and truth", p, truth) for p in predictions.values()]
     sides += [("truth and image", truth, image)] if image else []
+    of_masks = [(predictions[m], p) for m, own in probs.items() for p in own.values()]
+    sides += [("prediction and probabilities", *both) for both in of_masks]
     if truth.spacing is None:  # else each prediction is compared with that of the truth
         sides += [("predictions", p, stated[0]) for p in stated[1:]]
     for what, volume, other in sides:
@@ -280,7 +290,8 @@ def read(pair, options, errors):
             notes.append("the truth has no spacing, that of the prediction is used (--spacing)")
     elif not options.spacing:
         notes.append("no file has a spacing, 1 1 1 is used (--spacing)")
-    return Masks(masks, true_mask, tuple(spacing), unit, notes, absent)
+    values = {m: {which: p.array[0] for which, p in own.items()} for m, own in probs.items()}
+    return Masks(masks, true_mask, tuple(spacing), unit, notes, absent, values)
 
 
 def _read(reader, path, errors):
@@ -288,6 +299,28 @@ def _read(reader, path, errors):
         return reader(path)
     except files.VolumeError as error:
         errors.append(str(error))
+
+
+def _probs_path(prediction, which):
+    """Where infer.py writes the probabilities of a prediction: of a class, None if there is one."""
+    path = Path(files.split_dataset(prediction)[0])
+    return path.parent / "probabilities" / (which or "") / path.name
+
+
+def _read_probs(path):
+    if not path.is_file():
+        raise files.VolumeError(
+            f"{path}: expected the probabilities of this prediction for the ece, got none; predict "
+            "with inference.save_probabilities=true"
+        )
+    volume = files.read_image(str(path))
+    if len(volume.array) != 1 or not is_probability(volume.array):
+        got = f"{len(volume.array)} channels from {volume.array.min():g} to {volume.array.max():g}"
+        raise files.VolumeError(
+            f"{path}: expected probabilities of one channel from 0 to 1, got {got}; predict again "
+            "with inference.save_probabilities=true"
+        )
+    return volume
 
 
 def _merged(truth, options, notes, errors):
