@@ -404,8 +404,8 @@ SCORES = {
     "betti_matching_f1_2": Score(lambda c: homology.matching_f1(*c.matching[2]), "higher", "slow"),
     "toposcore": Score(lambda c: homology.toposcore(c.matching), "higher", "slow"),
     "vesuvius_score": Score(lambda c: c.vesuvius["score"], "higher", "slow"),
-    "sheet_recall": Score(Comparison.sheet_recall, "higher", "moderate", "low:high"),
-    "gap_filled": Score(Comparison.gap_filled, "lower", "moderate", "low:high"),
+    "sheet_recall": Score(Comparison.sheet_recall, "higher", "slow", "low:high"),
+    "gap_filled": Score(Comparison.gap_filled, "lower", "slow", "low:high"),
     "ece": Score(Comparison.ece, "lower", "cheap", "bins", probs=True),
 }
 
