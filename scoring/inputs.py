@@ -232,13 +232,9 @@ def read(pair, options, errors):
     predictions = {m: _read(files.read_label, p, errors) for m, p in pair.predictions.items()}
     truth = _read(files.read_label, pair.truth, errors)
     image = _read(files.read_image, pair.image, errors) if options.otsu else None
-    probs = {
-        m: {which: _read(_read_probs, _probs_path(p, which), errors) for which in options.probs}
-        for m, p in pair.predictions.items()
-    }
+    probs = {m: _read_probs(p, options.probs, errors) for m, p in pair.predictions.items()}
     if len(errors) > before:
         return None
-    how, notes = {"spacing": options.check_spacing, "axes": options.spacing is None}, []
     stated = [v for v in (truth, *predictions.values()) if v.spacing is not None]
     sides = [("prediction and truth", p, truth) for p in predictions.values()]
     sides += [("truth and image", truth, image)] if image else []
@@ -246,10 +242,7 @@ def read(pair, options, errors):
     sides += [("prediction and probabilities", *both) for both in of_masks]
     if truth.spacing is None:  # else each prediction is compared with that of the truth
         sides += [("predictions", p, stated[0]) for p in stated[1:]]
-    for what, volume, other in sides:
-        faults, odd = compare(volume, other, **how)
-        errors += faults
-        notes += [f"{what}: {note}" for note in odd]
+    notes = _notes_on(sides, options, errors)
     for value in options.foreground or ():
         if not (truth.array == value).any():
             notes.append(f"truth: no voxel of class {value}")
@@ -301,13 +294,24 @@ def _read(reader, path, errors):
         errors.append(str(error))
 
 
-def _probs_path(prediction, which):
-    """Where infer.py writes the probabilities of a prediction: of a class, None if there is one."""
+def _notes_on(sides, options, errors):
+    """What is odd about [(what, a volume, one that has to have the same voxels)]."""
+    how, notes = {"spacing": options.check_spacing, "axes": options.spacing is None}, []
+    for what, volume, other in sides:
+        faults, odd = compare(volume, other, **how)
+        errors += faults
+        notes += [f"{what}: {note}" for note in odd]
+    return notes
+
+
+def _read_probs(prediction, classes, errors):
+    """{class: `Volume`} of what infer.py has put beside a prediction; the class None is its all."""
     path = Path(files.split_dataset(prediction)[0])
-    return path.parent / "probabilities" / (which or "") / path.name
+    folder = path.parent / "probabilities"
+    return {c: _read(_read_map, folder / (c or "") / path.name, errors) for c in classes}
 
 
-def _read_probs(path):
+def _read_map(path):
     if not path.is_file():
         raise files.VolumeError(
             f"{path}: expected the probabilities of this prediction for the ece, got none; predict "

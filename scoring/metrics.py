@@ -34,9 +34,9 @@ def score(
 
     prediction (D, H, W): bool or integers 0 and 1. truth (D, H, W): the same, and `ignore_label`
     where nobody labeled (None: nowhere). spacing (z, y, x) and tolerance (of surface_dice) share
-    one unit, that of distances. names: of SCORES, also `surface_dice@4` (at that tolerance) and
-    `hausdorff@99` (that percentile), `ece@20` (so many bins), `sheet_recall@0:4` (such distances);
-    None: DEFAULT. probs (D, H, W) in [0, 1]: what `ece` is of, and nothing else.
+    one unit, that of distances. names: of SCORES, also `surface_dice@4` (at that tolerance),
+    `hausdorff@99` (that percentile), `ece@20` (bins), `sheet_recall@2:4` (distances above 2, up to
+    4); None: DEFAULT. probs: (D, H, W) in [0, 1], of classes {name: (D, H, W)}, for the ece.
 
         dice, iou, precision, recall    over labeled voxels, in [0, 1]
         surface_dice                    share of both surfaces within the tolerance of the other
@@ -53,11 +53,9 @@ def score(
         betti_matching_f1_0, _1, _2     F1 of pieces, handles and cavities at the same place, over
                                         2 x 2 x 2 tiles; foreground is 6-connected
         toposcore, vesuvius_score       see `vesuvius_score`
-        sheet_recall                    recall of the voxels of truth whose distance to the next
-                                        sheet is above LOW and at most HIGH, see `gaps`; without
-                                        LOW:HIGH from 0 to twice the tolerance
-        gap_filled                      share of the truth's gaps of that width that is predicted
-        ece                             see `calibration.expected_calibration_error`; 15 bins
+        sheet_recall, gap_filled        recall of truth at such distances from the next sheet, share
+                                        of such gaps that is predicted; to twice the tolerance
+        ece                             see `calibration`
 
     Voxels of ignore_label are background in both masks: where the unlabeled region cuts a
     structure, the cut is a surface of both, and the end of a skeleton.
@@ -66,14 +64,12 @@ def score(
     and number 0. One of them empty: ratios are 0, distances the diagonal of the volume, Betti
     errors what the other one has. VOI then sees one undivided component on the empty side, so that
     voi_score is 1 if the other is of one piece, as published. For an F1 see `homology.matching_f1`.
-    A truth without a sheet or gap of such distances: sheet_recall 1, gap_filled 0. No labeled
-    voxel: ece 0.
+    A truth without such distances: sheet_recall 1, gap_filled 0.
 
     classes: {name: id, or several ids of a region}; regions may overlap. Both volumes then hold
     these ids, 0 for background, and the truth ignore_label, which may be 1 if no class is. Each
     class is scored as a mask of its own: {"dice/artery": ..., "dice/vein": ..., "dice/mean": ...}
-    for the name dice, the mean over classes last; the name dice/artery gives that one alone. probs
-    is then {name: (D, H, W)} of the classes that have an ece.
+    for the name dice, the mean over classes last; the name dice/artery gives that one alone.
 
     ValueError, before any work, for masks, options and names that are not as above, and for values
     that are no class.
@@ -87,8 +83,7 @@ def score(
     full_names(entries, None)
     masks = labeled_masks(prediction, truth, ignore_label)
     labeled = None if ignore_label is None else np.asarray(truth) != ignore_label
-    if of_probabilities(entries):
-        probs = checked_probs(probs, masks[1].shape)
+    probs = checked_probs(probs, masks[1].shape) if of_probabilities(entries) else None
     pair = Comparison(*masks, *how, labeled, probs)
     return {name: kind.of(pair, *number) for name, (kind, number) in entries.items()}
 
