@@ -197,8 +197,6 @@ def check(parser, args):
     """Leave with status 2 if options do not go together; complete those that depend on others."""
     if args.invert and not args.otsu:
         parser.error("--invert: expected --otsu PATH with it")
-    if args.otsu and any(metrics.entry(name)[0].probs for name in args.scores):
-        parser.error("--otsu: expected scores of masks with it, got ece, of probabilities")
     if args.images and args.otsu:
         parser.error("--images: expected either this or --otsu, whose images are shown too")
     if args.ignore_label in ((0,) if args.classes and not args.foreground else (0, 1)):
@@ -218,6 +216,8 @@ def check(parser, args):
         parser.error("--scores: expected one where higher or lower is better among them")
     args.rank = args.rank or ("surface_dice" if "surface_dice" in ranking else ranking[0])
     args.scores = tuple(dict.fromkeys([*args.scores, args.rank]))
+    if args.otsu and any(metrics.entry(name)[0].probs for name in args.scores):
+        parser.error("--otsu: expected scores of masks with it, got ece, of probabilities")
 
 
 def settle_classes(args, dataset):

@@ -20,7 +20,7 @@ from volumes import files
 from volumes.processes import NO_MEMORY, cores, describe_death, signals_blocked, start_worker
 
 BYTES_PER_VOXEL = 48  # of one case: 37 were the most seen in metrics.score, and the masks are read
-BYTES_PER_PROBABILITY = 4
+BYTES_PER_PROBABILITY = 4  # of each class and method
 SMALL = 4_000_000  # voxels of all cases together
 
 

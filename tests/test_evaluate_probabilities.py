@@ -91,7 +91,8 @@ def test_missing_and_wrong_probabilities_are_named_at_once_and_nothing_is_writte
     assert "inference.save_probabilities=true" in said[2]
 
 
-def test_otsu_has_no_probabilities_and_that_is_said(folders, capsys):
+@pytest.mark.parametrize("asked", [ECE, ("--rank", "ece@20")])
+def test_otsu_has_no_probabilities_and_that_is_said(folders, capsys, asked):
     with pytest.raises(SystemExit, match="2"):
-        evaluate(folders, *ECE, "--otsu", folders / "truth")
+        evaluate(folders, *asked, "--otsu", folders / "truth")
     assert "--otsu: expected scores of masks with it, got ece" in capsys.readouterr().err

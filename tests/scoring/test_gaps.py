@@ -97,7 +97,7 @@ def test_no_way_leads_through_an_unlabeled_voxel():
 
 def test_unlabeled_voxels_change_no_score_of_a_gap_whatever_is_predicted_there():
     truth = plates(3, 7).astype(np.uint8)
-    truth[:, :, :5] = 2
+    truth[5, :, :5] = 2  # between the plates, whose gap is not known there
     prediction = plates(3, 4, 5, 7)
     names = ["sheet_recall", "gap_filled"]
     found = [
