@@ -216,6 +216,8 @@ def check(parser, args):
         parser.error("--scores: expected one where higher or lower is better among them")
     args.rank = args.rank or ("surface_dice" if "surface_dice" in ranking else ranking[0])
     args.scores = tuple(dict.fromkeys([*args.scores, args.rank]))
+    if args.otsu and any(metrics.entry(name)[0].probs for name in args.scores):
+        parser.error("--otsu: expected scores of masks with it, got ece, of probabilities")
 
 
 def settle_classes(args, dataset):
@@ -341,6 +343,7 @@ def main(argv=None):
         check_spacing=args.spacing is None and dataset is None,
         otsu=bool(args.otsu),
         invert=args.invert,
+        probs=metrics.of_probabilities(args.scores, classes) if pairs else (),
     )
     results = score(pairs, options, args)
     errors += [error for result in results for error in result.errors]

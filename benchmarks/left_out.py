@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from runtime import checkpoint, config
 from runtime import folder as runs
 from scoring import metrics
+from scoring.masks import labeled_masks
 from volumes import casefile
 from volumes import files as volumes
 from volumes.inputs import default_inputs
@@ -101,7 +102,7 @@ def score_case(case, prediction, foreground):
     truth = np.where(label == case.ignore_label, label, np.isin(label, foreground))
     tolerance = 2 * min(case.spacing)
     scores = metrics.score(prediction, truth, case.spacing, case.ignore_label, tolerance)
-    masks = metrics.labeled_masks(prediction, truth, case.ignore_label)
+    masks = labeled_masks(prediction, truth, case.ignore_label)
     scores["cldice"] = centreline_dice(*masks)
     numbers = zip(*map(betti_numbers, masks), strict=True)
     scores |= {f"b{i}_error": abs(ours - true) for i, (ours, true) in enumerate(numbers)}

@@ -129,6 +129,8 @@ PARTS = {
     "Betti errors": names("betti_error_0", "betti_error_1", "betti_error_2"),
     "HD95, ASSD and surface Dice": names("hd95", "assd", "surface_dice"),
     "clDice": names("cldice"),
+    "sheet recall and filled gaps": names("sheet_recall", "gap_filled"),
+    "calibration": lambda p, t: metrics.score(p, t, names=["ece"], probs=p.astype(np.float32)),
     "Betti matching, one tile": homology.betti_matching,
     "Betti matching, 2 x 2 x 2 tiles": lambda p, t: homology.betti_matching(p, t, tiles=(2, 2, 2)),
     "challenge score": metrics.vesuvius_score,

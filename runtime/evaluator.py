@@ -319,7 +319,8 @@ def full_names(metric, names, outputs):
     regions = classes.checked(outputs.regions) if outputs.several else None
     for name in (metric, *names):
         try:
-            metrics.entry(name)
+            if metrics.entry(name)[0].probs:
+                raise ValueError(f"expected a score of masks, got {name}, of probabilities")
             classes.full_names([name], regions)
         except ValueError as error:
             key = "validation.score" if name == metric else "validation.scores"

@@ -17,6 +17,7 @@ import numpy as np
 
 from scoring import metrics
 from scoring.classes import described, ids_of, voxels_of
+from scoring.masks import is_probability
 from volumes import casefile, files, origins
 from volumes.statistics import clip_fill
 from volumes.volume import WHITE, compare, is_spacing, with_unit
@@ -47,6 +48,8 @@ class ReadOptions:
     check_spacing: bool = True  # whether files must agree on it
     otsu: bool = False  # whether the image is thresholded too
     invert: bool = False  # whether its dark side is the mask
+    # Classes whose probabilities are read, (None,) those of one foreground.
+    probs: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Masks:
     unit: str
     notes: list  # on their headers and values
     absent: dict  # {method, or None for the truth: [classes without a voxel]}
+    probs: dict  # {method: {class, or None: (D, H, W)}} of those that the options ask for
 
 
 def predictions_of_run(text):
@@ -228,18 +232,17 @@ def read(pair, options, errors):
     predictions = {m: _read(files.read_label, p, errors) for m, p in pair.predictions.items()}
     truth = _read(files.read_label, pair.truth, errors)
     image = _read(files.read_image, pair.image, errors) if options.otsu else None
+    probs = {m: _read_probs(p, options.probs, errors) for m, p in pair.predictions.items()}
     if len(errors) > before:
         return None
-    how, notes = {"spacing": options.check_spacing, "axes": options.spacing is None}, []
     stated = [v for v in (truth, *predictions.values()) if v.spacing is not None]
     sides = [("prediction and truth", p, truth) for p in predictions.values()]
     sides += [("truth and image", truth, image)] if image else []
+    of_masks = [(predictions[m], p) for m, own in probs.items() for p in own.values()]
+    sides += [("prediction and probabilities", *both) for both in of_masks]
     if truth.spacing is None:  # else each prediction is compared with that of the truth
         sides += [("predictions", p, stated[0]) for p in stated[1:]]
-    for what, volume, other in sides:
-        faults, odd = compare(volume, other, **how)
-        errors += faults
-        notes += [f"{what}: {note}" for note in odd]
+    notes = _notes_on(sides, options, errors)
     for value in options.foreground or ():
         if not (truth.array == value).any():
             notes.append(f"truth: no voxel of class {value}")
@@ -280,7 +283,8 @@ def read(pair, options, errors):
             notes.append("the truth has no spacing, that of the prediction is used (--spacing)")
     elif not options.spacing:
         notes.append("no file has a spacing, 1 1 1 is used (--spacing)")
-    return Masks(masks, true_mask, tuple(spacing), unit, notes, absent)
+    values = {m: {which: p.array[0] for which, p in own.items()} for m, own in probs.items()}
+    return Masks(masks, true_mask, tuple(spacing), unit, notes, absent, values)
 
 
 def _read(reader, path, errors):
@@ -288,6 +292,39 @@ def _read(reader, path, errors):
         return reader(path)
     except files.VolumeError as error:
         errors.append(str(error))
+
+
+def _notes_on(sides, options, errors):
+    """What is odd about [(what, a volume, one that has to have the same voxels)]."""
+    how, notes = {"spacing": options.check_spacing, "axes": options.spacing is None}, []
+    for what, volume, other in sides:
+        faults, odd = compare(volume, other, **how)
+        errors += faults
+        notes += [f"{what}: {note}" for note in odd]
+    return notes
+
+
+def _read_probs(prediction, classes, errors):
+    """{class: `Volume`} of what infer.py has put beside a prediction; the class None is its all."""
+    path = Path(files.split_dataset(prediction)[0])
+    folder = path.parent / "probabilities"
+    return {c: _read(_read_map, folder / (c or "") / path.name, errors) for c in classes}
+
+
+def _read_map(path):
+    if not path.is_file():
+        raise files.VolumeError(
+            f"{path}: expected the probabilities of this prediction for the ece, got none; predict "
+            "with inference.save_probabilities=true"
+        )
+    volume = files.read_image(str(path))
+    if len(volume.array) != 1 or not is_probability(volume.array):
+        got = f"{len(volume.array)} channels from {volume.array.min():g} to {volume.array.max():g}"
+        raise files.VolumeError(
+            f"{path}: expected probabilities of one channel from 0 to 1, got {got}; predict again "
+            "with inference.save_probabilities=true"
+        )
+    return volume
 
 
 def _merged(truth, options, notes, errors):

@@ -4,6 +4,7 @@
     scores = score(prediction, truth, spacing, names=["assd", "surface_dice@4", "toposcore"])
     scores = score(prediction, truth, spacing, ignore_label=2)       # 2: nobody labeled the voxel
     scores = score(prediction, truth, spacing, classes={"artery": 1, "vein": 2})
+    scores = score(prediction, truth, probs=probs, names=["ece"])    # of probabilities
     parts = vesuvius_score(prediction, truth)
 
 Scores equal their published reference implementations on the same masks, and share no code with
@@ -12,38 +13,30 @@ the losses. SCORES, at the end of the file, lists all of them.
 
 import difflib
 import functools
-import numbers
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from scoring import homology, partitions, surface
-from scoring.classes import (
-    MEAN,
-    checked,
-    described,
-    full_names,
-    ids_of,
-    mask_of,
-    split_name,
-    voxels_of,
-)
+from scoring import calibration, gaps, homology, partitions, surface
+from scoring.classes import MEAN, checked, full_names, ids_of, mask_of, split_name
+from scoring.masks import check_ids, checked_arrays, checked_probs, is_integer, labeled_masks
 
 VOXEL = (1.0, 1.0, 1.0)
 
 
 def score(
     prediction, truth, spacing=VOXEL, ignore_label=None, tolerance=2.0, *, names=None, classes=None,
-    threads=2,
+    probs=None, threads=2,
 ):  # fmt: skip
     """Scores of a mask: {name: float or int} in the order of `names`, none of them NaN or infinite.
 
     prediction (D, H, W): bool or integers 0 and 1. truth (D, H, W): the same, and `ignore_label`
     where nobody labeled (None: nowhere). spacing (z, y, x) and tolerance (of surface_dice) share
-    one unit, that of distances. names: of SCORES, also `surface_dice@4` (at that tolerance) and
-    `hausdorff@99` (that percentile); None: DEFAULT.
+    one unit, that of distances. names: of SCORES, also `surface_dice@4` (at that tolerance),
+    `hausdorff@99` (that percentile), `ece@20` (bins), `sheet_recall@2:4` (distances above 2, up to
+    4); None: DEFAULT. probs: (D, H, W) in [0, 1], of classes {name: (D, H, W)}, for the ece.
 
         dice, iou, precision, recall    over labeled voxels, in [0, 1]
         surface_dice                    share of both surfaces within the tolerance of the other
@@ -60,6 +53,9 @@ def score(
         betti_matching_f1_0, _1, _2     F1 of pieces, handles and cavities at the same place, over
                                         2 x 2 x 2 tiles; foreground is 6-connected
         toposcore, vesuvius_score       see `vesuvius_score`
+        sheet_recall, gap_filled        recall of truth at such distances from the next sheet, share
+                                        of such gaps that is predicted; to twice the tolerance
+        ece                             see `calibration`
 
     Voxels of ignore_label are background in both masks: where the unlabeled region cuts a
     structure, the cut is a surface of both, and the end of a skeleton.
@@ -68,6 +64,7 @@ def score(
     and number 0. One of them empty: ratios are 0, distances the diagonal of the volume, Betti
     errors what the other one has. VOI then sees one undivided component on the empty side, so that
     voi_score is 1 if the other is of one piece, as published. For an F1 see `homology.matching_f1`.
+    A truth without such distances: sheet_recall 1, gap_filled 0.
 
     classes: {name: id, or several ids of a region}; regions may overlap. Both volumes then hold
     these ids, 0 for background, and the truth ignore_label, which may be 1 if no class is. Each
@@ -82,26 +79,39 @@ def score(
     entries = {name: entry(name) for name in (DEFAULT if names is None else names)}
     how = spacing, tolerance, threads
     if classes is not None:
-        return _class_scores(prediction, truth, ignore_label, how, entries, classes)
+        return _class_scores(prediction, truth, ignore_label, how, entries, classes, probs)
     full_names(entries, None)
-    pair = Comparison(*labeled_masks(prediction, truth, ignore_label), *how)
+    masks = labeled_masks(prediction, truth, ignore_label)
+    labeled = None if ignore_label is None else np.asarray(truth) != ignore_label
+    probs = checked_probs(probs, masks[1].shape) if of_probabilities(entries) else None
+    pair = Comparison(*masks, *how, labeled, probs)
     return {name: kind.of(pair, *number) for name, (kind, number) in entries.items()}
 
 
-def _class_scores(prediction, truth, ignore_label, how, entries, classes):
+def of_probabilities(names, classes=None):
+    """The classes that have a score of probabilities among names, (None,) for one foreground."""
+    wanted = [split_name(name)[1] for name in full_names(names, classes) if entry(name)[0].probs]
+    return tuple(classes) if MEAN in wanted else tuple(dict.fromkeys(wanted))
+
+
+def _class_scores(prediction, truth, ignore_label, how, entries, classes, probs):
     """`score` of several classes: the masks of one class at a time are in memory."""
     classes = checked(classes, ignore_label)
-    prediction, truth = _checked_arrays(prediction, truth, ignore_label, (0, *ids_of(classes)))
-    _check_ids("prediction", prediction, classes, None)
-    _check_ids("truth", truth, classes, ignore_label)
+    prediction, truth = checked_arrays(prediction, truth, ignore_label, (0, *ids_of(classes)))
+    check_ids("prediction", prediction, classes, None)
+    check_ids("truth", truth, classes, ignore_label)
     labeled = None if ignore_label is None else truth != ignore_label
     kinds = {split_name(name)[0]: kind for name, kind in entries.items()}
+    of_one = {
+        name: checked_probs((probs or {}).get(name), truth.shape, name)
+        for name in of_probabilities(entries, classes)
+    }
 
     def score_of(name, wanted):
         masks = [mask_of(values, classes[name]) for values in (prediction, truth)]
         if labeled is not None:
             masks[0] &= labeled
-        pair = Comparison(*masks, *how)
+        pair = Comparison(*masks, *how, labeled, of_one.get(name))
         return {base: kinds[base][0].of(pair, *kinds[base][1]) for base in wanted}
 
     return by_class(entries, classes, score_of)
@@ -147,76 +157,21 @@ def vesuvius_score(prediction, truth, ignore_label=2, *, threads=2):
     return Comparison(*masks, VOXEL, 2.0, threads).vesuvius
 
 
-def labeled_masks(prediction, truth, ignore_label):
-    """Both as bool masks (D, H, W) that are False where truth is ignore_label; see `score`."""
-    prediction, truth = _checked_arrays(prediction, truth, ignore_label, (0, 1))
-    ignored = None if ignore_label is None else truth == ignore_label
-    allowed = f"0, 1 and {ignore_label} (ignored)"
-    if ignored is None:
-        allowed = "0 and 1, as no ignore_label is given"
-    prediction = _as_mask("prediction", prediction, "0 and 1", None)
-    truth = _as_mask("truth", truth, allowed, ignored)
-    return [prediction if ignored is None else prediction & ~ignored, truth]
-
-
-def _checked_arrays(prediction, truth, ignore_label, taken):
-    """Both as arrays of one shape (D, H, W); ignore_label must be none of the values taken."""
-    prediction, truth = np.asarray(prediction), np.asarray(truth)
-    if prediction.shape != truth.shape or truth.ndim != 3:
-        raise ValueError(
-            f"expected prediction and truth of one shape (D, H, W), got {prediction.shape} and "
-            f"{truth.shape}"
-        )
-    if not (ignore_label is None or _is_integer(ignore_label)) or ignore_label in taken:
-        raise ValueError(
-            f"ignore_label: expected neither {' nor '.join(map(str, taken))} but another integer "
-            f"or None, got {ignore_label}"
-        )
-    return prediction, truth
-
-
-def _is_integer(value):
-    return isinstance(value, numbers.Real) and value == value // 1
-
-
-def _as_mask(name, values, allowed, ignored):
-    """values == 1, if all others are 0 or ignored."""
-    if values.dtype == bool:
-        return values
-    if not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(f"{name}: expected a bool or integer mask, got {values.dtype}")
-    mask = values == 1
-    known = np.count_nonzero(mask) + (0 if ignored is None else np.count_nonzero(ignored))
-    if known != np.count_nonzero(values):
-        values = ", ".join(map(str, np.unique(values)[:8]))
-        raise ValueError(f"{name}: expected the values {allowed}, got {values}")
-    return mask
-
-
-def _check_ids(name, values, classes, ignore_label):
-    """ValueError for values that are neither 0, nor an id of the classes, nor ignore_label."""
-    if values.dtype != bool and not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(f"{name}: expected a volume of integer ids, got {values.dtype}")
-    ignored = [] if ignore_label is None else [ignore_label]
-    _, others = voxels_of(values, [0, *ids_of(classes), *ignored])
-    if others:
-        also = "".join(f" and {value} (ignored)" for value in ignored)
-        got = ", ".join(map(str, others[:8]))
-        raise ValueError(f"{name}: expected 0, the ids of {described(classes)}{also}, got {got}")
-
-
 class Comparison:
-    """Two masks (D, H, W) bool; what scores share is computed once, when first needed."""
+    """Two masks (D, H, W) bool; what scores share is computed once, when first needed.
 
-    def __init__(self, prediction, truth, spacing, tolerance, threads):
-        self.whole = prediction, truth
+    labeled (D, H, W) bool, None: everywhere; probs: see `score`.
+    """
+
+    def __init__(self, prediction, truth, spacing, tolerance, threads, labeled=None, probs=None):
+        self.whole, self.labeled, self.probs = (prediction, truth), labeled, probs
         self.spacing = surface.checked_spacing(spacing)
         self.tolerance = surface.checked_tolerance(tolerance)
-        if not _is_integer(threads) or threads < 1:
+        if not is_integer(threads) or threads < 1:
             raise ValueError(f"threads: expected an integer of 1 or more, got {threads}")
         self.threads = int(threads)
-        box = surface.bounding_box(prediction | truth)
-        self.masks = prediction[box], truth[box]
+        self.box = surface.bounding_box(prediction | truth)
+        self.masks = prediction[self.box], truth[self.box]
 
     def both(self, function, *arguments):
         """[function of the prediction, of the truth]: at the same time if there are two threads."""
@@ -283,6 +238,28 @@ class Comparison:
     def cldice(self):
         precision, sensitivity = self.topology
         return 2 * precision * sensitivity / (precision + sensitivity or 1.0)
+
+    @functools.cached_property
+    def gap_widths(self):
+        background = ~self.masks[1]
+        if self.labeled is not None:
+            background &= self.labeled[self.box]
+        return gaps.gap_widths(self.masks[1], background, self.spacing)
+
+    def sheet_recall(self, *bounds):
+        return self.predicted_share(self.masks[1], *bounds, otherwise=1.0)
+
+    def gap_filled(self, *bounds):
+        return self.predicted_share(~self.masks[1], *bounds, otherwise=0.0)
+
+    def predicted_share(self, of, low=0.0, high=None, *, otherwise):
+        """Of the voxels of a mask that have a gap width in that range; `otherwise` without any."""
+        near = gaps.within(self.gap_widths, low, 2 * self.tolerance if high is None else high) & of
+        found, all_ = (int(np.count_nonzero(mask)) for mask in (near & self.masks[0], near))
+        return found / all_ if all_ else otherwise
+
+    def ece(self, bins=calibration.BINS):
+        return calibration.expected_calibration_error(self.probs, self.whole[1], self.labeled, bins)
 
     @functools.cached_property
     def vesuvius(self):
@@ -354,6 +331,7 @@ class Score:
     better: str | None  # "higher", "lower", or None: it describes a mask
     cost: str
     number: str | None = None  # what may follow the name after an @
+    probs: bool = False  # whether it is of probabilities
 
 
 def entry(name):
@@ -371,11 +349,21 @@ def entry(name):
     if kind.number is None:
         raise ValueError(f"expected {base} without a number, got {name}")
     try:
-        number = float(number)
+        numbers = [float(part) for part in number.split(":")]
     except ValueError:
-        raise ValueError(f"expected {base}@{kind.number.upper()}, got {name}") from None
-    check = {"tolerance": surface.checked_tolerance, "percentile": surface.checked_percentile}
-    return kind, (check[kind.number](number),)
+        numbers = []
+    if len(numbers) != len(kind.number.split(":")):
+        raise ValueError(f"expected {base}@{kind.number.upper()}, got {name}")
+    NUMBERS[kind.number](*numbers)
+    return kind, tuple(numbers)
+
+
+NUMBERS = {  # what may follow an @, and what raises ValueError for a wrong one
+    "tolerance": surface.checked_tolerance,
+    "percentile": surface.checked_percentile,
+    "bins": calibration.checked_bins,
+    "low:high": gaps.check_range,
+}
 
 
 SCORES = {
@@ -411,6 +399,9 @@ SCORES = {
     "betti_matching_f1_2": Score(lambda c: homology.matching_f1(*c.matching[2]), "higher", "slow"),
     "toposcore": Score(lambda c: homology.toposcore(c.matching), "higher", "slow"),
     "vesuvius_score": Score(lambda c: c.vesuvius["score"], "higher", "slow"),
+    "sheet_recall": Score(Comparison.sheet_recall, "higher", "slow", "low:high"),
+    "gap_filled": Score(Comparison.gap_filled, "lower", "slow", "low:high"),
+    "ece": Score(Comparison.ece, "lower", "cheap", "bins", probs=True),
 }
 
 DEFAULT = ("dice", "iou", "precision", "recall", "surface_dice", "components", "components_truth")

@@ -20,6 +20,7 @@ from volumes import files
 from volumes.processes import NO_MEMORY, cores, describe_death, signals_blocked, start_worker
 
 BYTES_PER_VOXEL = 48  # of one case: 37 were the most seen in metrics.score, and the masks are read
+BYTES_PER_PROBABILITY = 4  # of each class and method
 SMALL = 4_000_000  # voxels of all cases together
 
 
@@ -51,9 +52,11 @@ class Scorer:
         how = (case.spacing, self.options.ignore_label, self.tolerance)
         which = {"names": self.names, "classes": self.options.classes}
         for method, mask in ({} if only_check else case.masks).items():
+            probs = case.probs.get(method, {})
+            which["probs"] = probs if self.options.classes else probs.get(None)
             scores = metrics.score(mask, case.truth, *how, **which, threads=self.threads)
             rows.append({"case": pair.id, "method": method} | scores | details)
-        return Result(rows, errors, dataclasses.replace(case, masks={}, truth=None))
+        return Result(rows, errors, dataclasses.replace(case, masks={}, truth=None, probs={}))
 
 
 def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda: None):
@@ -62,8 +65,10 @@ def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda: None):
     jobs: cases at one time, None: as many as there are cores, cases and budget for; budget: bytes
     of memory for all of them, but for a case on its own. progress() is called after each.
     """
-    needs = [BYTES_PER_VOXEL * files.voxel_count(pair.truth) for pair in pairs]
-    small = jobs is None and sum(needs) < SMALL * BYTES_PER_VOXEL
+    maps = len(scorer.options.probs) * len(pairs[0].predictions) if pairs else 0
+    each = BYTES_PER_VOXEL + BYTES_PER_PROBABILITY * maps
+    needs = [each * files.voxel_count(pair.truth) for pair in pairs]
+    small = jobs is None and sum(needs) < SMALL * each
     wanted = 1 if small else min(jobs or cores(), len(pairs))
     scorer = dataclasses.replace(scorer, threads=max(1, cores() // max(wanted, 1)))
     results = {}

@@ -226,6 +226,22 @@ def test_constant_network_gives_the_constant_up_to_the_border(run, tmp_path):
     assert not tifffile.imread(tmp_path / "out" / "a.tif").any()
 
 
+@pytest.mark.parametrize("suffix", ["tif", "h5"])
+def test_evaluate_finds_the_probabilities_that_were_saved(run, tmp_path, suffix):
+    scan, truth = image_of((20, 40, 23)), np.zeros((20, 40, 23), np.uint8)
+    truth[:10] = 1
+    for folder, voxels in (("in", scan), ("truth", truth)):
+        (tmp_path / folder).mkdir()
+        files.write_volume(tmp_path / folder / f"a.{suffix}", voxels, spacing=(2.0, 1.0, 1.0))
+    infer_ok("--ckpt", run(probability=0.3), "--input", tmp_path / "in", "--output",
+             tmp_path / "out", "inference.save_probabilities=true")  # fmt: skip
+    out = tmp_path / "s.json"
+    about = ["--pred", tmp_path / "out", "--truth", tmp_path / "truth", "--out", out]
+    assert evaluate.main([*map(str, about), "--scores", "ece"]) == 0
+    (row,) = json.loads(out.read_text())["cases"]
+    assert row["ece"] == pytest.approx(0.2, abs=1e-6)
+
+
 def test_target_spacing_reaches_the_network_and_the_mask_keeps_the_grid(run, tmp_path):
     image = image_of((9, 40, 36))
     write_nifti(tmp_path / "fine.nii.gz", image)

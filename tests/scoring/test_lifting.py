@@ -13,7 +13,7 @@ from scoring import metrics
 truth = np.zeros((6, 8, 12), np.uint8)
 truth[3, 4, 2:10] = 1
 prediction = np.roll(truth, 2, axis=2)
-names = [name for name in metrics.SCORES if name not in ("cldice", "vesuvius_score")]
+names = [name for name in metrics.SCORES if name not in ("cldice", "vesuvius_score", "ece")]
 scores = metrics.score(prediction, truth, (2.0, 1.0, 1.0), names=names)
 print(scores["dice"], scores["surface_dice"], scores["hausdorff"], scores["toposcore"])
 """

@@ -9,7 +9,7 @@ import pytest
 import skimage.morphology
 from scipy import ndimage
 
-from scoring import homology, partitions, surface
+from scoring import gaps, homology, partitions, surface
 from scoring.metrics import (
     DEFAULT,
     SCORES,
@@ -115,7 +115,7 @@ def test_means_are_over_cases():
 
 
 def everything(prediction, truth, **options):
-    return score(prediction, truth, names=SCORES, **options)
+    return score(prediction, truth, names=SCORES, probs=np.asarray(prediction, float), **options)
 
 
 RING = np.array([[[0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 1, 0, 1, 0], [0, 1, 1, 1, 0], [0] * 5]])
@@ -196,7 +196,7 @@ def test_scores_of_a_box_are_those_of_a_volume_around_it():
     small = [(field > 0.05).astype(np.uint8) for field in fields]
     large = [np.pad(mask, ((3, 0), (2, 9), (0, 5))) for mask in small]
     tiled = {"toposcore", "vesuvius_score"} | {f"betti_matching_f1_{dim}" for dim in range(3)}
-    names = [name for name in SCORES if name not in tiled]
+    names = [name for name in SCORES if name not in tiled | {"ece"}]
     assert score(*small, names=names) == score(*large, names=names)
 
 
@@ -217,6 +217,7 @@ def counted(monkeypatch, module, name):
 
 
 def test_what_scores_share_is_made_once_for_each_mask(monkeypatch):
+    widths = counted(monkeypatch, gaps, "gap_widths")
     calls = [
         counted(monkeypatch, surface, "extract"),
         counted(monkeypatch, surface, "nearest_distances"),
@@ -226,12 +227,15 @@ def test_what_scores_share_is_made_once_for_each_mask(monkeypatch):
     tiles = counted(monkeypatch, homology, "_deaths")
     # Components of the background, for cavities, are labeled apart.
     names = [
-        name for name in SCORES if not name.startswith(("cav", "hand", "betti", "topos", "ves"))
+        name
+        for name in SCORES
+        if not name.startswith(("cav", "hand", "betti", "topos", "ves", "ece"))
     ]
-    score(bar(2, 8), bar(3, 8), names=[*names, "surface_dice@1", "hausdorff@50"])
+    score(bar(2, 8), bar(3, 8), names=[*names, "surface_dice@1", "hausdorff@50", "gap_filled@2:4"])
     assert [len(made) for made in calls] == [2, 2, 2, 2]
+    assert len(widths) == 1
     assert not tiles
-    score(bar(2, 8), bar(3, 8), names=SCORES)
+    everything(bar(2, 8), bar(3, 8))
     assert len(calls[0]) == 4
     assert len(tiles) == 2 * 8
 

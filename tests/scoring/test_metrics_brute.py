@@ -155,14 +155,54 @@ def matching(p, t):
     return {f"betti_matching_f1_{dim}": f1s[dim] for dim in range(3)} | {"toposcore": mean}
 
 
-def brute_force(prediction, truth, spacing, tolerance, ignore_label):
+# ---------------------------------------------------------------------------- gaps, calibration
+
+
+def ways(t, labeled, spacing):
+    """(where, length) of every straight way from foreground over background to foreground."""
+    inside = set(np.ndindex(*t.shape))
+    for step in itertools.product((-1, 0, 1), repeat=3):
+        for start in map(tuple, np.argwhere(t)) if any(step) else ():
+            way = [tuple(np.add(start, step))]
+            while way[-1] in inside and labeled[way[-1]] and not t[way[-1]]:
+                way.append(tuple(np.add(way[-1], step)))
+            if len(way) > 1 and way[-1] in inside and t[way[-1]]:
+                yield [start, *way], len(way) * math.hypot(*np.multiply(step, spacing))
+
+
+def between_sheets(p, t, labeled, spacing, widest):
+    shortest = {}
+    for way, length in ways(t, labeled, spacing):
+        for voxel in way:
+            shortest[voxel] = min(length, shortest.get(voxel, math.inf))
+    near = [voxel for voxel, length in shortest.items() if length <= widest]
+    sheets, gaps = ([p[v] for v in near if t[v] == kind] for kind in (True, False))
+    return {
+        "sheet_recall": np.mean(sheets) if sheets else 1.0,
+        "gap_filled": np.mean(gaps) if gaps else 0.0,
+    }
+
+
+def calibration(probs, t, labeled):
+    """The definition of Guo et al. with the foreground's probability as confidence."""
+    error, values, on = 0.0, probs[labeled].astype(float), t[labeled]
+    for low in range(15):
+        chosen = (values * 15 >= low) & ((values * 15 < low + 1) | (low == 14))
+        if chosen.any():
+            gap = abs(on[chosen].mean() - values[chosen].mean())
+            error += chosen.sum() / values.size * gap
+    return {"ece": error}
+
+
+def brute_force(prediction, truth, spacing, tolerance, ignore_label, probs):
     labeled = truth != ignore_label
     p, t = (prediction == 1) & labeled, truth == 1
     found = overlaps(p, t) | distances(p, t, spacing, tolerance) | skeleton_scores(p, t)
     found |= information(p, t) | betti(p, t) | matching(p, t)
     surface_share = distances(p, t, (1.0, 1.0, 1.0), 2.0)["surface_dice"]
     parts = 0.3 * found["toposcore"] + 0.35 * surface_share + 0.35 * found["voi_score"]
-    return found | {"vesuvius_score": parts}
+    found |= between_sheets(p, t, labeled, spacing, 2 * tolerance)
+    return found | {"vesuvius_score": parts} | calibration(probs, t, labeled)
 
 
 def random_pair(rng):
@@ -185,8 +225,9 @@ def test_every_score_agrees_with_brute_force():
             truth[rng.random(truth.shape) < rng.choice([0.02, 0.1, 0.4])] = ignore_label
         spacing = tuple(rng.uniform(0.3, 4.0, 3))
         options = spacing, ignore_label, rng.choice([0.0, 0.9, 2.0, 5.0])
-        expected = brute_force(prediction, truth, spacing, options[2], ignore_label)
-        found = score(prediction, truth, *options, names=SCORES)
+        probs = np.clip(rng.normal(prediction, 0.6), 0, 1).astype(np.float32)
+        expected = brute_force(prediction, truth, spacing, options[2], ignore_label, probs)
+        found = score(prediction, truth, *options, names=SCORES, probs=probs)
         assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
         seen.append(list(found.values()))
     assert (np.std(seen, axis=0) > 0).all(), "a score that was always the same is not tested"

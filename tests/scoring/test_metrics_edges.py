@@ -30,7 +30,7 @@ def bar(start, length=4, shape=SHAPE):
 
 
 def everything(prediction, truth, **options):
-    return score(prediction, truth, names=SCORES, **options)
+    return score(prediction, truth, names=SCORES, probs=np.asarray(prediction, float), **options)
 
 
 # ---------------------------------------------------------------------------- degenerate
@@ -63,6 +63,8 @@ EXPECTED = {
     "betti_matching_f1_0": (1, 1, 0, 1 / 3, 1, 1, 1),
     "betti_matching_f1_1": ALWAYS, "betti_matching_f1_2": ALWAYS,
     "toposcore": (1, 1, 0, 1 / 3, 1, 1, 1),
+    "sheet_recall": (1, 1, 0, 1, 1, 1, 1), "gap_filled": NONE,
+    "ece": (0, 0, 4 / 300, 4 / 300, 0, 2 / 300, 0),
     "vesuvius_score": (1, 1, 0.35 / 1.3, 0.1 + 0.35 / 1.3, 1, 0.65, 1),
 }  # fmt: skip
 
@@ -168,7 +170,7 @@ def test_thin_volumes_whose_masks_touch_all_borders_score_as_in_a_wider_one(shap
     masks[:, [0, -1], [0, -1], [0, -1]] = 1
     spacing = (2.0, 1.0, 0.7)
     thin, wide = everything(*masks, spacing=spacing), [np.pad(mask, 2) for mask in masks]
-    names = [name for name in SCORES if name not in TILED]
+    names = [name for name in SCORES if name not in TILED | {"ece"}]
     assert {name: thin[name] for name in names} == score(*wide, spacing, names=names)
     # Tiles are of the volume as it is: an axis of 1 is one tile.
     assert vesuvius_score(*masks)["counts"] == homology.betti_matching(*masks, tiles=(2, 2, 2))
@@ -214,10 +216,14 @@ def test_an_ignore_label_that_a_truth_cannot_hold_or_does_not_have_ignores_nothi
 def test_a_negative_ignore_label_ignores_as_another():
     prediction, truth = noise((6, 7, 8))
     ignored = np.random.default_rng(1).random(truth.shape) < 0.3
-    expected = everything(prediction * ~ignored, truth * ~ignored)
+    names = [name for name in SCORES if name not in ("ece", "sheet_recall", "gap_filled")]
+    expected, alike = score(prediction * ~ignored, truth * ~ignored, names=names), []
     for label, dtype in ((-1, np.int8), (-100, np.int64), (2, np.uint8), (255, np.uint8)):
         labeled = np.where(ignored, label, truth.astype(np.int64)).astype(dtype)
-        assert everything(prediction, labeled, ignore_label=label) == expected
+        found = everything(prediction, labeled, ignore_label=label)
+        assert {name: found[name] for name in names} == expected
+        alike.append(found)
+    assert alike == alike[:1] * 4
 
 
 @pytest.mark.parametrize(
