@@ -20,11 +20,15 @@ from scoring import classes, metrics, postprocess
 from volumes import casefile, files
 
 DEFAULT_THRESHOLD = 0.5
-# What is tried of each step that the settings leave open, the radius in voxels of the finest axis.
-CANDIDATES = {"hysteresis": (0.3, 0.1), "max_hole_voxels": (20, 100), "closing_radius": (1.5, 2.5)}
+# What is tried of each step that the settings leave open: first what changes least.
+CANDIDATES = {
+    "hysteresis": (0.6, 0.5, 0.4, 0.3, 0.2),  # those below the threshold
+    "max_hole_voxels": (20, 100),
+    "closing_radius": (1.5, 2.5),  # in voxels of the finest axis
+}
 CHOICES = ("threshold", "min_component_voxels", *CANDIDATES)
 TRIED = ("step", "value", "cases", "before", "after", "taken")
-PROOF = 0.001  # the share of a score by which a step must raise it, and may lower it on a case
+PROOF = 0.001  # the share of a score that counts as a change of it
 UNLABELED = 2  # in the truth of a region, which is 0 and 1 else
 
 
@@ -218,13 +222,14 @@ def _proven(spec, predictions, chosen):
             changed = dataclasses.replace(spec, postprocess=spec.postprocess | {step: value})
             after, harms = [], False
             for one, old in zip(predictions, before, strict=True):
-                new = scores(changed, one)
-                after.append(new)
-                if harms := any(_gain(metric, old[n], new[n]) < -PROOF for n in watched):
+                after.append(scores(changed, one))
+                harms = any(_gain(metric, old[n], after[-1][n]) < -PROOF for n in watched)
+                if harms:
                     break
-            pair = [metrics.mean_scores(some)[spec.metric] for some in (before[: len(after)], after)]
-            taken = not harms and _gain(metric, *pair) > PROOF
-            row = (step, value, len(after), *pair, taken)
+            both = (before[: len(after)], after)
+            means = [metrics.mean_scores(some)[spec.metric] for some in both]
+            taken = not harms and _gain(metric, *means) > PROOF
+            row = (step, value, len(after), *means, taken)
             tried.append(dict(zip(TRIED, row, strict=True)))
             if not taken:
                 break
