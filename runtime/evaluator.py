@@ -121,8 +121,8 @@ def evaluate(spec, predictions):
                            chosen one, and after each step of postprocess.py that is on
         unread             ids of the cases whose labels cannot be read; they do not count
 
-    The threshold is chosen first, then, with it, the size of components. Without any prediction
-    the first of the choices is the result. Several regions are chosen for one after the other, each
+    The threshold is chosen first, then, with it, the size of components, then what else proves to
+    help. Without any prediction the first of the choices is the result. Several regions are chosen for one after the other, each
     by its own score; choices and values are then {region: value}, without those of a threshold
     where classes exclude each other.
     """
