@@ -122,9 +122,10 @@ def evaluate(spec, predictions):
         unread             ids of the cases whose labels cannot be read; they do not count
 
     The threshold is chosen first, then, with it, the size of components, then what else proves to
-    help. Without any prediction the first of the choices is the result. Several regions are chosen for one after the other, each
-    by its own score; choices and values are then {region: value}, without those of a threshold
-    where classes exclude each other.
+    help. Without any prediction the first of the choices is the result. Several regions are chosen
+    for one after the other, each by its own score; choices and values are then {region: value},
+    without those of a threshold where classes exclude each other. Of what proves to help there is
+    one value for all regions.
     """
     readable, unread = [], []
     for prediction in predictions:
