@@ -51,6 +51,10 @@ Classes = Annotated[tuple[Class, ...], BeforeValidator(_tuples), Field(min_lengt
 UNFOLDED = 0.075  # elastic amplitude, as a share of the control points' distance
 
 
+# The steps of post-processing that validation may take: {key: the value without}.
+STEPS_OFF = {"hysteresis": None, "max_hole_voxels": 0, "closing_radius": 0.0}
+
+
 class Group(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
 
@@ -228,29 +232,20 @@ class SoftDice(Term):
     batch: bool = False  # one Dice over the batch instead of one per patch
 
 
-class Skeletons(Term):
+class Finest(Term):
     scales: Count | None = 1
+
+
+class Skeletons(Finest):
     iterations: Count = 3  # of the erosion: the largest radius of a structure, in voxels
 
 
-class SurfaceDistance(Term):
-    scales: Count | None = 1  # a thin structure is empty at a coarse one
+class SurfaceDistance(Finest):  # a thin structure is empty at a coarse scale
     tolerance: Positive | None = None  # in the unit of the spacing; null: validation.tolerance
     backend: Literal["native", "scipy", "downsampled"] = "native"  # of the distance transform
 
 
-class SkeletonRecall(Term):
-    """Needs cases that were prepared with skeletons."""
-
-    scales: Count | None = 1
-
-
-class WorstNeighbor(Term):
-    scales: Count | None = 1
-
-
-class Toploss(Term):
-    scales: Count | None = 1
+class Toploss(Finest):
     window: tuple[Count, Count, Count] = (48, 48, 48)  # voxels
     windows: Count = 2  # used in each step, of the whole batch
 
@@ -261,9 +256,9 @@ class Loss(Group):
     cldice: Skeletons = Skeletons()
     morph_skeleton: Skeletons = Skeletons()
     surface_distance: SurfaceDistance = SurfaceDistance()
-    skeleton_recall: SkeletonRecall = SkeletonRecall()
+    skeleton_recall: Finest = Finest()  # needs cases that were prepared with skeletons
     toploss: Toploss = Toploss()
-    worst_neighbor: WorstNeighbor = WorstNeighbor()
+    worst_neighbor: Finest = Finest()
     # What each class or region counts beside the others, {name: weight}; unnamed: 1.
     class_weights: dict[str, Positive] | None = None
 
@@ -315,7 +310,7 @@ class Validation(Group):
     scores: tuple[str, ...] = ("dice", "precision", "recall", "components", "components_truth")
     tolerance: Positive = 2.0  # of surface_dice, in the unit of the spacing
     # The best of these are chosen, unless inference.threshold and postprocess.min_component_voxels
-    # are given.
+    # are given; then the other steps of postprocess that are null, as runtime/evaluator.py says.
     thresholds: Thresholds = (0.3, 0.4, 0.5, 0.6, 0.7)
     min_component_voxels: Annotated[tuple[Whole, ...], Field(min_length=1)] = (0, 20, 100)
     # Whether another process evaluates while training goes on; null: where a GPU trains.
@@ -336,14 +331,19 @@ class Inference(Group):
 
 
 class Postprocess(Group):
-    """In this order, after the threshold: see scoring/postprocess.py."""
+    """In this order, after the threshold: see scoring/postprocess.py.
 
-    hysteresis: Probability | None = None  # voxels above it stay if they touch kept ones
-    # Smaller components are removed, 0: none; null: what validation chose, 0 without. Of several
-    # classes one number for all, or {name: number}.
+    null: what validation chose, else off.
+    """
+
+    hysteresis: Probability | None = None  # voxels above it stay if they touch kept ones; 1: off
+    # Smaller components are removed, 0: none. Of several classes one number for all, or
+    # {name: number}.
     min_component_voxels: Wholes | None = None
-    max_hole_voxels: Whole = 0  # holes of up to so many voxels are filled, in slices too
-    closing_radius: NonNegative = 0.0  # of the ball that closes gaps, in the unit of the spacing
+    # Holes of up to so many voxels are filled, in slices too; 0: none.
+    max_hole_voxels: Whole | None = None
+    # Of the ball that closes gaps, in the unit of the spacing; 0: off.
+    closing_radius: NonNegative | None = None
 
 
 class Monitor(Group):
@@ -382,7 +382,8 @@ class Settings(Group):
         """These settings, with what validation chose ({} if nothing) where they leave it open.
 
         regions: names of what the network tells apart. Of several ones threshold and size are
-        {region: number} then; regions that exclude each other have no threshold.
+        {region: number} then; regions that exclude each other have no threshold. Of the steps of
+        `STEPS_OFF` there is one number for all; hysteresis is None where it is off.
         """
         copy = self.model_copy(deep=True)
         if not exclusive:
@@ -390,6 +391,11 @@ class Settings(Group):
             copy.inference.threshold = _of_each(regions, asked)
         asked = copy.postprocess.min_component_voxels, chosen.get("min_component_voxels"), 0
         copy.postprocess.min_component_voxels = _of_each(regions, asked)
+        for step, off in STEPS_OFF.items():
+            own = getattr(copy.postprocess, step)
+            setattr(copy.postprocess, step, chosen.get(step, off) if own is None else own)
+        if copy.postprocess.hysteresis == 1:
+            copy.postprocess.hysteresis = None
         return copy
 
     def window_arguments(self):

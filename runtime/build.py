@@ -249,7 +249,7 @@ def what_is_measured(plan):
     """What a score of validation means: plain values, which are equal where scores compare."""
     spec = evaluator.make_spec(plan)
     about = {key: getattr(spec, key) for key in ("metric", "thresholds", "sizes")}
-    about |= spec.postprocess
+    about |= spec.postprocess | spec.candidates
     if plan.outputs.several:
         about |= outputs.plain(plan.outputs)
     else:

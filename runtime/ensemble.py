@@ -20,18 +20,14 @@ from runtime.jobs import Ledger
 from runtime.sliding_window import network_ratio, predict_case
 from runtime.window_axis import window_rows
 from scoring import postprocess
+from settings import STEPS_OFF
 from volumes import origins
 from volumes.files import split_dataset
 from volumes.inputs import UNLIKE
 from volumes.volume import InputErrors, VolumeError, collect_errors
 
-# What validation chose for each model: an ensemble takes the mean, in so many digits. Then
-# mean(probs) >= mean(thresholds) where models lie above their own by more than others lie below.
-CHOSEN = {"inference.threshold": 4, "postprocess.min_component_voxels": None}
-ALIKE = (
-    *("inference.window", "inference.overlap", "inference.flips", "postprocess.hysteresis"),
-    *("postprocess.max_hole_voxels", "postprocess.closing_radius"),
-)
+ALIKE = ("inference.window", "inference.overlap", "inference.flips")
+STEPS = tuple(f"postprocess.{step}" for step in STEPS_OFF)  # alike where one is given
 
 
 # All else that a config holds was decided by training and comes from the checkpoint.
@@ -175,8 +171,9 @@ def joint_settings(members, overrides):
     """(settings, line) of all members with overrides; ValueError names every fault, a line each:
     also keys that training has decided.
 
-    All that an ensemble does must be the same for its members, but for what is `CHOSEN`; how it
-    runs (device, windows at once) is said by the first. line: for people, None without an ensemble.
+    All that an ensemble does must be the same for its members, but for what validation chose; how
+    it runs (device, windows at once) is said by the first. line: for people, None without an
+    ensemble.
     """
     given = {text.partition("=")[0] for text in overrides}
     # A key may go on below a setting: data.regions.vessel.
@@ -187,13 +184,14 @@ def joint_settings(members, overrides):
             "training has decided; leave it out"
         )
         raise InputErrors(*(f"{key}: {sentence}" for key in fixed))
-    faults, each = [], []
+    faults, each, given = [], [], set()
     told_apart = outputs.of_metadata(members[0].data)
     for member in members:
         with collect_errors(faults):
             settings = config.build(config.apply_overrides(member.config, overrides))
             outputs.check_settings(told_apart, settings)
             about = told_apart.regions, told_apart.exclusive
+            given |= {key for key in STEPS if attrgetter(key)(settings) is not None}
             settings = settings.with_chosen(member.chosen, *about)
             settings.inference.window = settings.inference.window or settings.sampling.patch
             strides = member.data["strides"]
@@ -201,7 +199,7 @@ def joint_settings(members, overrides):
             each.append(settings)
     if faults:
         raise InputErrors(*dict.fromkeys(faults))
-    for key in ALIKE:
+    for key in (*ALIKE, *sorted(given)):
         values = {}
         for member, settings in zip(members, each, strict=True):
             values.setdefault(attrgetter(key)(settings), member.path)
@@ -216,13 +214,13 @@ def joint_settings(members, overrides):
         )
     if faults:
         raise InputErrors(*faults)
-    for key, digits in CHOSEN.items():
+    for key, join in CHOSEN.items():
         group, name = key.split(".")
         values = [attrgetter(key)(settings) for settings in each]
-        if values[0] is None:  # the threshold of classes
+        if all(value == STEPS_OFF.get(name) for value in values):  # None: the threshold of classes
             continue
         if any(value != values[0] for value in values):
-            setattr(getattr(joint, group), name, _mean(values, digits))
+            setattr(getattr(joint, group), name, join(values))
         clauses.append(
             f"{name} {in_words(attrgetter(key)(joint))} of {', '.join(map(in_words, values))}"
         )
@@ -230,11 +228,28 @@ def joint_settings(members, overrides):
     return joint, line if len(members) > 1 else None
 
 
-def _mean(values, digits):
+def _mean(values, digits=None):
     """Of numbers, or of {region: number}."""
     if isinstance(values[0], dict):
         return {name: _mean([value[name] for value in values], digits) for name in values[0]}
     return round(statistics.mean(values), digits)
+
+
+def _middle_hysteresis(values):
+    middle = statistics.median_high(1.0 if value is None else value for value in values)
+    return None if middle == 1 else middle
+
+
+# How an ensemble puts together what validation chose for each model. By the mean threshold
+# mean(probs) >= mean(thresholds) where models lie above their own by more than others lie below.
+# A step is on if more than half of the models took it, at the middle value, the weaker of two.
+CHOSEN = {
+    "inference.threshold": functools.partial(_mean, digits=4),
+    "postprocess.min_component_voxels": _mean,
+    "postprocess.hysteresis": _middle_hysteresis,
+    "postprocess.max_hole_voxels": statistics.median_low,
+    "postprocess.closing_radius": statistics.median_low,
+}
 
 
 def in_words(value):

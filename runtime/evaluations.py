@@ -123,9 +123,9 @@ class Evaluations:
         if evaluation is None:
             return
         run, step = self.run, evaluation.step
-        result = evaluation.result or {"scores": {}, "cases": {}, "steps": []}
+        result = evaluation.result or {"scores": {}, "cases": {}, "steps": [], "tried": []}
         chosen = {key: result[key] for key in evaluator.CHOICES if key in result}
-        shown = {key: result[key] for key in ("scores", "cases", "steps")}
+        shown = {key: result[key] for key in ("scores", "cases", "steps", "tried")}
         run.log.write(
             "evaluation",
             step=step,

@@ -20,7 +20,15 @@ from scoring import classes, metrics, postprocess
 from volumes import casefile, files
 
 DEFAULT_THRESHOLD = 0.5
-CHOICES = ("threshold", "min_component_voxels")
+# What is tried of each step that the settings leave open: first what changes least.
+CANDIDATES = {
+    "hysteresis": (0.6, 0.5, 0.4, 0.3, 0.2),  # those below the threshold
+    "max_hole_voxels": (20, 100),
+    "closing_radius": (1.5, 2.5),  # in voxels of the finest axis
+}
+CHOICES = ("threshold", "min_component_voxels", *CANDIDATES)
+TRIED = ("step", "value", "cases", "before", "after", "taken")
+PROOF = 0.001  # the share of a score that counts as a change of it
 UNLABELED = 2  # in the truth of a region, which is 0 and 1 else
 
 
@@ -37,6 +45,8 @@ class EvaluationSpec:
     sizes: dict
     # Of `postprocess.stages_of_regions`, but for min_component_voxels.
     postprocess: dict = dataclasses.field(default_factory=dict)
+    # {step: values} of the steps that are off there, and taken if they prove to help.
+    candidates: dict = dataclasses.field(default_factory=dict)
     tolerance: float = 2.0  # of surfaces
     # Of `composite_loss.validation_losses`.
     terms: dict = dataclasses.field(default_factory=dict)
@@ -46,7 +56,7 @@ class EvaluationSpec:
     @property
     def all_thresholds(self):
         """All thresholds that masks are made at, rising; DEFAULT_THRESHOLD is always reported."""
-        weak = {self.postprocess.get("hysteresis")} - {None}
+        weak = {self.postprocess.get("hysteresis"), *self.candidates.get("hysteresis", ())} - {None}
         return tuple(sorted({*sum(self.thresholds.values(), ()), *weak, DEFAULT_THRESHOLD}))
 
     @property
@@ -103,15 +113,19 @@ def evaluate(spec, predictions):
     """The result for predictions of labeled cases, plain values:
 
         threshold, min_component_voxels   the best choices, by the mean of the metric
+        hysteresis, ...    of the steps that have proven to help, see `_proven`
+        tried              [{"step", "value", "cases", "before", "after", "taken"}]: what was tried
+                           of them, with the mean of the metric over so many cases
         scores, cases      with these, after all of postprocess.py: means, and {case id: scores}
         steps              [{"step", "value", **mean scores}]: at the default threshold, at the
                            chosen one, and after each step of postprocess.py that is on
         unread             ids of the cases whose labels cannot be read; they do not count
 
-    The threshold is chosen first, then, with it, the size of components. Without any prediction
-    the first of the choices is the result. Several regions are chosen for one after the other, each
-    by its own score; choices and values are then {region: value}, without those of a threshold
-    where classes exclude each other.
+    The threshold is chosen first, then, with it, the size of components, then what else proves to
+    help. Without any prediction the first of the choices is the result. Several regions are chosen
+    for one after the other, each by its own score; choices and values are then {region: value},
+    without those of a threshold where classes exclude each other. Of what proves to help there is
+    one value for all regions.
     """
     readable, unread = [], []
     for prediction in predictions:
@@ -127,8 +141,11 @@ def evaluate(spec, predictions):
         chosen[name] = _best(spec, readable, chosen, name, choices)
         choices = [(chosen[name][0], size) for size in spec.sizes[name]]
         chosen[name] = _best(spec, readable, chosen, name, choices)
+    spec, tried = _proven(spec, readable, chosen)
     steps = {p.case.id: _score_steps(spec, p, chosen) for p in readable}
-    return {key: value for key, value in _told(spec, chosen).items() if value is not None} | {
+    told = _told(spec, chosen) | {t["step"]: t["value"] for t in tried if t["taken"]}
+    return {key: value for key, value in told.items() if value is not None} | {
+        "tried": tried,
         "scores": metrics.mean_scores([rows[-1][2] for rows in steps.values()]),
         "cases": {case: rows[-1][2] for case, rows in steps.items()},
         "steps": [
@@ -141,7 +158,7 @@ def evaluate(spec, predictions):
 
 def _told(spec, chosen):
     """{what is chosen: its value, of several regions {region: value}}; None for no threshold."""
-    told = {key: {n: pair[i] for n, pair in chosen.items()} for i, key in enumerate(CHOICES)}
+    told = {key: {n: pair[i] for n, pair in chosen.items()} for i, key in enumerate(CHOICES[:2])}
     if not spec.outputs.several:
         return {key: next(iter(values.values())) for key, values in told.items()}
     return told | {"threshold": None} if spec.outputs.exclusive else told
@@ -177,6 +194,54 @@ def _best(spec, predictions, chosen, name, choices):
             sums[i] += _score(spec, case, found[name], truth, (metric,))[metric]
     best = np.argmin if metrics.entry(metric)[0].better == "lower" else np.argmax
     return choices[int(best(np.round(sums, 12)))]
+
+
+def _proven(spec, predictions, chosen):
+    """(spec with the steps of its candidates that help, what was tried: see `evaluate`).
+
+    One step after another, in the order in which they are applied. A value is taken if the mean of
+    the metric over cases gets better by more than PROOF of it, and on no case that of any region
+    gets worse by more than PROOF of it: a mean may be raised by one case that a step happens to
+    suit, which says little of the next volume. Of a single case its own score decides. The next
+    value of a step, which changes more, is tried only if the one before was taken, and the first
+    case that gets worse ends it: what does not help costs little.
+    """
+    metric = classes.split_name(spec.metric)[0]
+    watched = full_names(metric, (), spec.outputs)[1]
+
+    def scores(spec, prediction):
+        *_, (_, found) = _stages(spec, prediction, chosen)
+        spec = dataclasses.replace(spec, names=watched)
+        return _scores(spec, prediction.case, found, _read_label(prediction.case))
+
+    tried, before = [], [scores(spec, one) for one in predictions if spec.candidates]
+    for step, values in spec.candidates.items() if before else ():
+        if step == "hysteresis":
+            highest = max(threshold for threshold, _ in chosen.values())
+            values = [value for value in values if value < highest]
+        for value in values:
+            changed = dataclasses.replace(spec, postprocess=spec.postprocess | {step: value})
+            after, harms = [], False
+            for one, old in zip(predictions, before, strict=True):
+                after.append(scores(changed, one))
+                harms = any(_gain(metric, old[n], after[-1][n]) < -PROOF for n in watched)
+                if harms:
+                    break
+            both = (before[: len(after)], after)
+            means = [metrics.mean_scores(some)[spec.metric] for some in both]
+            taken = not harms and _gain(metric, *means) > PROOF
+            row = (step, value, len(after), *means, taken)
+            tried.append(dict(zip(TRIED, row, strict=True)))
+            if not taken:
+                break
+            spec, before = changed, after
+    return spec, tried
+
+
+def _gain(metric, before, after):
+    """The share of a score by which another is better; negative: by which it is worse."""
+    sign = -1 if metrics.entry(metric)[0].better == "lower" else 1
+    return sign * (after - before) / max(abs(before), 1e-9)
 
 
 def _stages(spec, prediction, chosen):
@@ -270,18 +335,30 @@ def make_spec(plan):
     thresholds = _per_region(settings.inference.threshold, thresholds, regions)
     sizes = _per_region(post.min_component_voxels, sorted(asked.min_component_voxels), regions)
     metric, names = full_names(asked.score, asked.scores, outputs)
+    fixed = settings.with_chosen({}, regions, outputs.exclusive).postprocess
     return EvaluationSpec(
         metric=metric,
         names=names,
         outputs=outputs,
         thresholds={} if outputs.exclusive else thresholds,
         sizes=sizes,
-        postprocess=post.model_dump(exclude={"min_component_voxels"}),
+        postprocess=fixed.model_dump(exclude={"min_component_voxels"}),
+        candidates=_candidates(plan),
         tolerance=asked.tolerance,
         terms=plan.terms,
         class_weights=plan.classes["class_weights"],
         tile=settings.sampling.patch,
     )
+
+
+def _candidates(plan):
+    """{step: values} of the steps that the settings of a `build.Plan` leave open."""
+    steps, post = dict(CANDIDATES), plan.settings.postprocess
+    finest = min((min(case.spacing) for case in plan.split.validation), default=1.0)
+    steps["closing_radius"] = tuple(float(f"{finest * r:.4g}") for r in steps["closing_radius"])
+    if plan.outputs.exclusive:
+        del steps["hysteresis"]
+    return {step: values for step, values in steps.items() if getattr(post, step) is None}
 
 
 def _per_region(given, candidates, regions):

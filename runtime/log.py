@@ -11,8 +11,9 @@ Events of training, which a resumed run writes again from where its state was sa
     epoch        loss: means over the epoch; patches: shares of them; cache: what it holds,
                  and how often it was hit since the start
     evaluation   scores: means; cases: those of each; chosen: threshold and size of components, of
-                 several regions {region: number}; steps: means before and after each step of
-                 postprocess.py; unread: cases left out
+                 several regions {region: number}, and steps of postprocess.py that were taken;
+                 steps: means before and after each that is on; tried: which of them were tried,
+                 with their effect, see `evaluator.evaluate`; unread: cases left out
 
 Events of the run's history, which stay:
 

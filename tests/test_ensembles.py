@@ -84,6 +84,37 @@ def test_threshold_and_size_are_the_means_of_those_chosen_unless_given(other, sc
     assert joint.postprocess.min_component_voxels == 10
 
 
+def test_an_ensemble_takes_the_steps_that_most_of_its_networks_took(other, scan, capsys):
+    took = [
+        {"hysteresis": 0.2, "max_hole_voxels": 100},
+        {"hysteresis": 0.4, "max_hole_voxels": 20, "closing_radius": 1.5},
+        {"closing_radius": 2.5},
+    ]
+    paths = [other(chosen=chosen, name=str(i)) for i, chosen in enumerate(took)]
+    infer_ok("--ckpt", *paths, *scan)
+    said = capsys.readouterr().out
+    assert "hysteresis 0.4 of 0.2, 0.4, None; max_hole_voxels 20 of 100, 20, 0; closing" in said
+    assert (
+        "no flips, threshold 0.5, hysteresis 0.4, max_hole_voxels 20, closing_radius 1.5\n" in said
+    )
+    infer_ok("--ckpt", *paths[:2], *scan)
+    assert "threshold 0.5, hysteresis 0.4, max_hole_voxels 20\n" in capsys.readouterr().out
+    infer_ok("--ckpt", *paths[1:], *scan, "postprocess.hysteresis=0.3")
+    assert "threshold 0.5, hysteresis 0.3, closing_radius 1.5\n" in capsys.readouterr().out
+
+
+def test_one_network_predicts_with_the_steps_that_validation_took(other, scan, tmp_path):
+    took = {"hysteresis": 0.48, "max_hole_voxels": 30, "closing_radius": 1.5}
+    about = ["--ckpt", other(chosen=took), *scan[:2], "inference.save_probabilities=true"]
+    infer_ok(*about, "--output", tmp_path / "taken")
+    given = [f"postprocess.{key}={value}" for key, value in took.items()]
+    infer_ok(*about[:1], other(), *about[2:], *given, "--output", tmp_path / "given")
+    masks = [read(tmp_path / name / "a.nii.gz") for name in ("taken", "given")]
+    np.testing.assert_array_equal(*masks)
+    probs = read(tmp_path / "taken" / "probabilities" / "a.nii.gz")
+    assert (masks[0] != (probs >= 0.5)).any()
+
+
 def test_parts_of_an_ensemble_leave_the_files_of_one_process(run, other, scan, tmp_path):
     about = ["--ckpt", run(), other(), *scan[:2], "inference.save_probabilities=true", "--output"]
     infer_ok(*about, tmp_path / "one")

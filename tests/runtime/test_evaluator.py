@@ -142,6 +142,123 @@ def test_every_step_that_is_on_is_reported_with_its_scores(tmp_path):
         assert step["precision"] == pytest.approx(hits / size), step["step"]
 
 
+# ---------------------------------------------------------------------------- proof of steps
+
+OFF = {"hysteresis": None, "max_hole_voxels": 0, "closing_radius": 0.0}
+
+
+def plane(*, predicted=(), true=(), planes=1):
+    """A label of so many full planes, and the probabilities of a network that is sure of it.
+
+    predicted, true: index of a hole in the first plane that only the network sees, or that is there
+    and that the network knows of.
+    """
+    label = np.zeros((9, 12, 12), np.uint8)
+    label[4 : 4 + planes] = 1
+    probs = np.where(label, 0.65, 0.05).astype(np.float32)
+    for index in (predicted, true):
+        if index:
+            probs[4][index] = 0.1
+    if true:
+        label[4][true] = 0
+    return label, probs
+
+
+SQUARE = np.s_[4:8, 4:8]  # 16 of the 144 voxels of a plane
+
+
+def tried_on(tmp_path, candidates, *pairs, thresholds=(0.5,), **changes):
+    """(the steps that were taken, the rows on what was tried, the whole result)."""
+    spec = spec_of(thresholds=thresholds, candidates=candidates, postprocess=OFF, **changes)
+    found = result_of(tmp_path, spec, *pairs)
+    return {step: found[step] for step in OFF if step in found}, found["tried"], found
+
+
+def dice_without(voxels):
+    """Of a plane of 144 voxels of which so many are missing."""
+    return 2 * (144 - voxels) / (288 - voxels)
+
+
+def test_a_step_that_raises_the_score_is_taken_and_scored(tmp_path):
+    holes = {"max_hole_voxels": (16,)}
+    taken, tried, found = tried_on(tmp_path, holes, plane(predicted=SQUARE), plane())
+    assert taken == {"max_hole_voxels": 16} and found["scores"]["dice"] == 1.0
+    (row,) = tried
+    assert row["before"] == pytest.approx((dice_without(16) + 1) / 2) and row["after"] == 1.0
+    assert (row["step"], row["value"], row["cases"], row["taken"]) == (
+        "max_hole_voxels",
+        16,
+        2,
+        True,
+    )
+    assert [step["step"] for step in found["steps"]] == ["threshold", "max_hole_voxels"]
+
+
+def test_a_step_that_lowers_the_score_of_one_case_is_not_taken_though_the_mean_rises(tmp_path):
+    holes, better = {"max_hole_voxels": (20, 100)}, plane(predicted=SQUARE)
+    worse = plane(true=np.s_[5, 5:7])
+    taken, (row,), found = tried_on(tmp_path, holes, better, worse)
+    assert taken == {} and not row["taken"] and row["after"] > row["before"] + 0.02
+    assert found["scores"]["dice"] == pytest.approx((dice_without(16) + 1) / 2)
+    # The first case that gets worse ends it.
+    _, (row,), _ = tried_on(tmp_path, holes, worse, better)
+    assert row["cases"] == 1 and row["before"] == 1.0
+    assert row["after"] == pytest.approx(2 * 142 / (142 + 144))
+
+
+def test_a_step_that_changes_the_score_by_less_than_a_thousandth_is_not_taken(tmp_path):
+    holes = {"max_hole_voxels": (1, 20)}
+    for planes, expected in ((5, {}), (1, {"max_hole_voxels": 1})):
+        taken, rows, _ = tried_on(tmp_path, holes, plane(predicted=np.s_[5, 5], planes=planes))
+        n = 144 * planes
+        assert rows[0]["before"] == pytest.approx(2 * (n - 1) / (2 * n - 1)) and taken == expected
+
+
+def test_a_larger_value_is_tried_only_after_a_smaller_one_was_taken(tmp_path):
+    both = plane(predicted=SQUARE)
+    both[1][4, 1, 1] = 0.1
+    holes = {"max_hole_voxels": (1, 20)}
+    taken, rows, _ = tried_on(tmp_path, holes, both)
+    assert taken == {"max_hole_voxels": 20} and [row["taken"] for row in rows] == [True, True]
+    assert rows[1]["before"] == rows[0]["after"] == pytest.approx(dice_without(16))
+    taken, rows, _ = tried_on(tmp_path, holes, plane(predicted=SQUARE))
+    assert taken == {} and [row["value"] for row in rows] == [1]
+
+
+def test_steps_are_tried_in_their_order_each_upon_those_that_were_taken(tmp_path):
+    label, probs = plane(predicted=SQUARE)
+    probs[4, :, 9:] = 0.35  # 36 voxels
+    some = {"hysteresis": (0.7, 0.6, 0.3), "max_hole_voxels": (16,), "closing_radius": (1.5,)}
+    taken, rows, found = tried_on(tmp_path, some, (label, probs), thresholds=(0.6,))
+    assert [(row["step"], row["value"]) for row in rows] == [
+        ("hysteresis", 0.3),  # no other is below the threshold
+        ("max_hole_voxels", 16),
+        ("closing_radius", 1.5),
+    ]
+    before, after = ([row[key] for row in rows] for key in ("before", "after"))
+    assert before == pytest.approx([dice_without(52), dice_without(16), 1])
+    assert after == pytest.approx([dice_without(16), 1, 1])
+    assert taken == {"hysteresis": 0.3, "max_hole_voxels": 16}
+    assert found["scores"]["dice"] == 1.0
+
+
+def test_a_step_is_taken_where_less_of_a_score_is_better(tmp_path):
+    about = {"metric": "betti_error_1", "names": ("betti_error_1",)}
+    holes = {"max_hole_voxels": (16,)}
+    taken, (row,), _ = tried_on(tmp_path, holes, plane(predicted=SQUARE), **about)
+    assert taken and (row["before"], row["after"]) == (1, 0)
+    taken, (row,), _ = tried_on(tmp_path, holes, plane(true=SQUARE), **about)
+    assert not taken and (row["before"], row["after"]) == (0, 1)
+
+
+def test_nothing_is_tried_without_a_case():
+    spec = spec_of(candidates={"max_hole_voxels": (1,)}, postprocess=OFF)
+    assert evaluator.evaluate(spec, [])["tried"] == []
+
+
+# ---------------------------------------------------------------------------- means
+
+
 def test_the_mean_is_over_cases_and_each_is_reported(tmp_path):
     empty = np.zeros((9, 12, 12), np.uint8)
     found = result_of(tmp_path, spec_of(thresholds=(0.5,)), sheet(), (empty, 0.1 * sheet()[1]))
@@ -223,6 +340,18 @@ def cc_kept(mask, size):
 
     labels, _ = ndimage.label(mask, np.ones((3, 3, 3)))
     return (np.bincount(labels.ravel()) >= size)[labels] & mask
+
+
+def test_steps_that_are_given_are_not_tried_and_others_are(root, tmp_path):
+    changes = ["training.max_steps=0", "postprocess.max_hole_voxels=0", "postprocess.hysteresis=1"]
+    assert train.main(settings(root, tmp_path, *changes)) == 0
+    (start,) = events(run_folder(tmp_path), "start")
+    told = [start["measured"][step] for step in OFF]
+    assert told == [None, 0, [1.5, 2.5]]  # the spacing is 2, 1, 1
+    last = events(run_folder(tmp_path), "evaluation")[-1]
+    assert {row["step"] for row in last["tried"]} == {"closing_radius"}
+    taken = {row["step"]: row["value"] for row in last["tried"] if row["taken"]}
+    assert taken == {key: last["chosen"][key] for key in OFF if key in last["chosen"]}
 
 
 def test_choices_see_validation_cases_alone(root, tmp_path, monkeypatch):

@@ -153,6 +153,26 @@ def test_scores_are_those_of_the_masks_after_every_step(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_step_that_helps_one_class_and_harms_another_is_not_taken(tmp_path):
+    label = np.zeros((9, 12, 12), np.uint8)
+    label[2], label[6] = 3, 7
+    probs = np.stack([label == 0, label == 3, label == 7]).astype(np.float32)
+    probs[:2, 2, 4:8, 4:8] = [[[1.0]], [[0.0]]]  # a hole that the artery has not
+    holes = {"candidates": {"max_hole_voxels": (16,)}, "postprocess": {"max_hole_voxels": 0}}
+    for metric in ("dice", "dice/artery"):
+        found = result_of(tmp_path, several(CLASSES, metric, **holes), (label, probs))
+        assert found["max_hole_voxels"] == 16 and found["scores"][found_name(metric)] == 1.0
+    label[6, 5, 5:7], probs[0, 6, 5, 5:7], probs[2, 6, 5, 5:7] = 0, 1.0, 0.0  # one that is there
+    for metric in ("dice", "dice/artery"):
+        found = result_of(tmp_path, several(CLASSES, metric, **holes), (label, probs))
+        assert "max_hole_voxels" not in found
+        assert [row["taken"] for row in found["tried"]] == [False]
+
+
+def found_name(metric):
+    return metric if "/" in metric else f"{metric}/mean"
+
+
 @pytest.mark.parametrize(
     ("score", "said"),
     [

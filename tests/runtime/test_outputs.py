@@ -127,6 +127,18 @@ def test_one_foreground_has_one_number_by_its_name_or_without():
         assert settings.inference.threshold == 0.5
 
 
+def test_a_step_that_is_given_wins_over_one_that_was_taken_and_is_off_without_either():
+    def post(own, chosen):
+        found = config.build({"postprocess": own}).with_chosen(chosen, ["sheet"]).postprocess
+        return found.hysteresis, found.max_hole_voxels, found.closing_radius
+
+    taken = {"hysteresis": 0.3, "max_hole_voxels": 20, "closing_radius": 1.5}
+    assert post({}, {}) == (None, 0, 0.0)
+    assert post({}, taken) == (0.3, 20, 1.5)
+    assert post({"max_hole_voxels": 0, "closing_radius": 4.0}, taken) == (0.3, 0, 4.0)
+    assert post({"hysteresis": 1.0}, taken) == (None, 20, 1.5)
+
+
 def test_classes_that_exclude_each_other_have_no_threshold():
     chosen = {"min_component_voxels": {"recto": 3, "verso": 0}}
     settings = settings_of().with_chosen(chosen, SHEETS.regions, exclusive=True)

@@ -218,7 +218,7 @@ def finished(run, *results):
 
 
 def scored(score, step=6, unread=(), name="dice"):
-    result = {"scores": {name: score}, "cases": {}, "steps": [], "threshold": 0.4}
+    result = {"scores": {name: score}, "cases": {}, "steps": [], "tried": [], "threshold": 0.4}
     return Evaluation(step, result | {"min_component_voxels": 10}, list(unread), None)
 
 
