@@ -8,6 +8,7 @@ sends both (patches/feed.py). The device does the rest (patches/augment.py).
 """
 
 import math
+import statistics
 import time
 
 import numpy as np
@@ -19,6 +20,7 @@ from patches.feed import ReadFailure, TooManyExcluded
 from patches.intensity import sample_intensity_params
 from patches.resample import place_patch
 from volumes.casefile import Unreadable
+from volumes.volume import HEADER_TOLERANCE
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 NEAR_BORDER = 0.9  # of half the patch: how far the center voxel may lie from the patch's middle
@@ -230,6 +232,26 @@ def native(array):
 def network_spacing(stored, wanted):
     """The spacing the network sees: wanted where it is given, else the stored one; z, y, x."""
     return tuple(float(w or s) for w, s in zip(wanted, stored, strict=True))
+
+
+def median_spacing(spacings):
+    """The median along each axis."""
+    return tuple(map(statistics.median, zip(*spacings, strict=True)))
+
+
+def mixed_spacings(cases, wanted):
+    """A note if the sizes of the cases' voxels differ along an axis of which none is wanted."""
+    own = [sorted(sizes) for sizes in zip(*(case.spacing for case in cases), strict=True)]
+    mixed = [
+        f"{sizes[0]:g} to {sizes[-1]:g} in {axis}"
+        for axis, sizes, size in zip("zyx", own, wanted, strict=True)
+        if not size and sizes[-1] > sizes[0] * (1 + HEADER_TOLERANCE)
+    ]
+    if mixed:
+        yield (
+            f"data.spacing: cases have voxels of {', '.join(mixed)}, which are used as stored; "
+            "a size for each axis in z, y, x samples all alike"
+        )
 
 
 def spacing_faults(name, shape, patch, stored, wanted, unit):
