@@ -241,16 +241,15 @@ def median_spacing(spacings):
 
 def mixed_spacings(cases, wanted):
     """A note if the sizes of the cases' voxels differ along an axis of which none is wanted."""
-    own = [sorted(sizes) for sizes in zip(*(case.spacing for case in cases), strict=True)]
-    mixed = [
-        f"{sizes[0]:g} to {sizes[-1]:g} in {axis}"
-        for axis, sizes, size in zip("zyx", own, wanted, strict=True)
-        if not size and sizes[-1] > sizes[0] * (1 + HEADER_TOLERANCE)
-    ]
+    mixed, alike = [], [size or "null" for size in wanted]
+    for i, sizes in enumerate(zip(*(case.spacing for case in cases), strict=True)):
+        if not wanted[i] and max(sizes) > min(sizes) * (1 + HEADER_TOLERANCE):
+            mixed.append(f"{min(sizes):g} to {max(sizes):g} in {'zyx'[i]}")
+            alike[i] = statistics.median(sizes)
     if mixed:
         yield (
-            f"data.spacing: cases have voxels of {', '.join(mixed)}, which are used as stored; "
-            "a size for each axis in z, y, x samples all alike"
+            f"data.spacing: cases have voxels of {', '.join(mixed)}, and each is used as stored; "
+            f"data.spacing=[{','.join(map(str, alike))}] samples all alike"
         )
 
 
