@@ -127,6 +127,6 @@ def test_a_term_of_ones_own_trains_and_is_not_needed_to_predict(changed, tmp_pat
 def test_settings_of_another_version_name_the_checkpoint_and_its_source():
     state = {"config": {"model": {"heads": 4}}, "data": {}}
     with pytest.raises(
-        ValueError, match=r"a\.pt: expected settings .* model\.heads: no such .* source/"
+        ValueError, match=r"a\.pt: expected settings .*model\.heads: no such .* source/"
     ):
         ensemble.build_network(state, "a.pt")

@@ -232,22 +232,22 @@ def doubts(volume, metadata):
     ratios, trained = _beside_training(volume, metadata)
     if not ratios:
         return
-    kept = [r for r, wanted in zip(ratios, metadata["spacing"], strict=True) if not wanted]
-    far = kept and (max(kept) > UNLIKE or min(kept) < 1 / UNLIKE)
-    orders = [np.divide(order, trained) for order in itertools.permutations(volume.spacing)]
-    spreads = [max(order) / min(order) for order in orders]  # the first is that of z, y, x
-    swapped = bool(spreads[0] > UNLIKE * min(spreads))
+    pairs = zip(ratios, metadata["spacing"], strict=True)
+    far = any(not (wanted or 1 / UNLIKE <= ratio <= UNLIKE) for ratio, wanted in pairs)
+    orders = np.divide([*itertools.permutations(volume.spacing)], trained)  # z, y, x is the first
+    spreads = (orders.max(axis=1) / orders.min(axis=1)).tolist()
+    swapped = spreads[0] > UNLIKE * min(spreads)
     if far or swapped:
         yield (
             f"voxels of {with_unit(volume.spacing, volume.unit)}, where training had "
             f"{with_unit(trained, unit)}"
-            + "; they are not resampled" * bool(far)
+            + "; they are not resampled" * far
             + "; are its axes in another order than z, y, x?" * swapped
         )
 
 
 def _beside_training(volume, metadata):
-    """([size of a voxel as a share of that in training], the latter), z, y, x; [] if unknown."""
+    """([voxel size as a share of that in training], that in training), z, y, x; [] if unknown."""
     trained = metadata.get("stored_spacing", metadata.get("trained_spacing"))  # of older versions
     if volume.spacing is None or trained is None or not is_spacing(volume.spacing):
         return [], trained
