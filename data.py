@@ -8,6 +8,7 @@ sends both (patches/feed.py). The device does the rest (patches/augment.py).
 """
 
 import math
+import statistics
 import time
 
 import numpy as np
@@ -19,6 +20,7 @@ from patches.feed import ReadFailure, TooManyExcluded
 from patches.intensity import sample_intensity_params
 from patches.resample import place_patch
 from volumes.casefile import Unreadable
+from volumes.volume import HEADER_TOLERANCE
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 NEAR_BORDER = 0.9  # of half the patch: how far the center voxel may lie from the patch's middle
@@ -230,6 +232,25 @@ def native(array):
 def network_spacing(stored, wanted):
     """The spacing the network sees: wanted where it is given, else the stored one; z, y, x."""
     return tuple(float(w or s) for w, s in zip(wanted, stored, strict=True))
+
+
+def median_spacing(spacings):
+    """The median along each axis."""
+    return tuple(map(statistics.median, zip(*spacings, strict=True)))
+
+
+def mixed_spacings(cases, wanted):
+    """A note if the sizes of the cases' voxels differ along an axis of which none is wanted."""
+    mixed, alike = [], [size or "null" for size in wanted]
+    for i, sizes in enumerate(zip(*(case.spacing for case in cases), strict=True)):
+        if not wanted[i] and max(sizes) > min(sizes) * (1 + HEADER_TOLERANCE):
+            mixed.append(f"{min(sizes):g} to {max(sizes):g} in {'zyx'[i]}")
+            alike[i] = statistics.median(sizes)
+    if mixed:
+        yield (
+            f"data.spacing: cases have voxels of {', '.join(mixed)}, and each is used as stored; "
+            f"data.spacing=[{','.join(map(str, alike))}] samples all alike"
+        )
 
 
 def spacing_faults(name, shape, patch, stored, wanted, unit):

@@ -349,7 +349,7 @@ def parse_arguments(argv):
     )
     add = parser.add_argument
     several = {"nargs": "+", "action": "extend", "default": [], "metavar": "PATH"}
-    what = "a checkpoint that train.py wrote; several, or a sweep folder: an ensemble"
+    what = "a checkpoint, or a run folder for its best; several, or a sweep folder: an ensemble"
     add("--ckpt", required=True, help=what, **several)
     what = "case files, prepared folders, volumes, folders or patterns of volumes"
     add("--input", help=what, **several)

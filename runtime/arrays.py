@@ -9,6 +9,7 @@ The mask is that of infer.py for these voxels, byte for byte on a CPU with as ma
 """
 
 import contextlib
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,8 @@ import data
 from runtime import ensemble, parts
 from runtime.precision import resolve_precision
 from runtime.sliding_window import resolve_device
-from volumes.statistics import faults_of_contrast, intensity_statistics
+from volumes import inputs
+from volumes.statistics import intensity_statistics
 from volumes.volume import InputErrors, is_spacing
 
 
@@ -42,14 +44,14 @@ class TrainedNetwork(ensemble.Predictor):
     def predict(self, image, spacing=None):
         """(probabilities, mask) of an image (D, H, W), or (C, D, H, W), of any real dtype.
 
-        spacing: of its voxels (z, y, x), in the unit of training; None: that of training.
+        spacing: of its voxels (z, y, x), in the unit of training; None: unknown, which a run with
+        data.spacing refuses.
         probabilities: (D, H, W) float32, of several classes {name: (D, H, W)}; mask: (D, H, W)
         uint8 as infer.py writes it, 0 and 1 or the ids of classes. With
         inference.save_disagreement=true (probabilities, mask, disagreement): that of regions that
-        may overlap by name, else one (D, H, W) float32. ValueError, a line per fault.
+        may overlap by name, else one (D, H, W) float32. ValueError, a line per fault; what infer.py
+        warns of is a UserWarning.
         """
-        if spacing is None:
-            spacing = self.metadata.get("trained_spacing")  # none in older versions
         volume = self._checked(np.asarray(image), spacing)
         whole = parts.assemble(volume.shape[0], self.slabs(volume))
         maps = [self.regions_of(whole, kind) for kind in ("probabilities", "disagreement")]
@@ -68,27 +70,35 @@ class TrainedNetwork(ensemble.Predictor):
         if image.dtype.kind not in "uif" or not np.isfinite(image).all():
             got = "NaN or infinite ones" if image.dtype.kind == "f" else f"dtype {image.dtype}"
             raise ValueError(f"image: expected finite real numbers, got {got}")
-        intensity = intensity_statistics(image)
-        faults = [f"image: expected {fault}" for fault in faults_of_contrast(intensity)]
-        if spacing is not None and (len(spacing) != 3 or not is_spacing(spacing)):
-            faults.append(f"spacing: expected 3 numbers above 0 (z, y, x), got {spacing}")
-        elif spacing is not None:
-            grid = spacing, self.metadata["spacing"], self.metadata["unit"]
+        if spacing is not None and (np.shape(spacing) != (3,) or not is_spacing(spacing)):
+            raise ValueError(f"spacing: expected 3 numbers above 0 (z, y, x), got {spacing}")
+        unit, intensity = self.metadata["unit"], intensity_statistics(image)
+        volume = _ArrayVolume(image, image.shape[1:], channels, spacing, unit, intensity)
+        faults = [*inputs.faults_of(volume, self.metadata)]
+        if not faults and spacing is not None:
+            grid = spacing, self.metadata["spacing"], unit
             window = self.settings.inference.window
-            faults += data.spacing_faults("image", image.shape[1:], window, *grid)
+            faults += data.spacing_faults(volume.path, volume.shape, window, *grid)
         if faults:
             raise InputErrors(*faults)
-        return _ArrayVolume(image, image.shape[1:], spacing, intensity)
+        for doubt in inputs.doubts(volume, self.metadata):
+            warnings.warn(f"image: {doubt}", stacklevel=3)
+        return volume
 
 
 @dataclass(frozen=True)
 class _ArrayVolume:
-    """What a `Predictor` asks of a volume. array (C, D, H, W)."""
+    """What is asked of an `inputs.Input`. array (C, D, H, W)."""
 
     array: np.ndarray
     shape: tuple
+    channels: int
     spacing: tuple | None
+    unit: str
     intensity: dict
+    path: str = "image"
+    affine: None = None
+    doubt: str = ""
 
     @contextlib.contextmanager
     def voxels(self):

@@ -4,7 +4,6 @@ plan = resolve(settings)                # all checks; ValueError or FileNotFound
 patches, network = make_patches(plan), make_network(plan)
 """
 
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from runtime.precision import autocast, resolve_precision
 from settings import Settings
 from volumes import casefile
 from volumes.files import few
+from volumes.volume import with_unit
 
 
 @dataclass
@@ -77,7 +77,7 @@ def resolve(settings, group=None):
     notes += evaluator.absent_regions(told_apart, validation_cases(settings, split))
     notes += cuda.notes(device, precision)
     terms = settings.terms()
-    composite_loss.check_terms(terms, in_training=True)
+    composite_loss.check_terms(terms, settings.loss.class_weights, in_training=True)
     evaluator.full_names(settings.validation.score, settings.validation.scores, told_apart)
     outputs.check_settings(told_apart, settings)
     check_skeletons(terms, split)
@@ -85,7 +85,8 @@ def resolve(settings, group=None):
     spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
     for case_spacing in spacings:
         augment.elastic_range(case_spacing, settings.augment.model_dump())  # or a ValueError
-    spacing = tuple(map(statistics.median, zip(*spacings, strict=True)))
+    notes += data.mixed_spacings(split.train + split.validation, settings.data.spacing)
+    spacing = data.median_spacing(spacings)
     strides, kernels = model.fit(
         settings.sampling.patch,
         spacing,
@@ -319,7 +320,7 @@ def _other_data(path, saved, plan):
     if other := outputs.difference(outputs.of_metadata(old), plan.outputs):
         yield f"init_from: the network is for {other[1]}, was for {other[0]} in {path}"
     for name, before, after in (
-        ("spacing", _spacing(spacing, old["unit"]), _spacing(plan.spacing, plan.dataset.unit)),
+        ("spacing", with_unit(spacing, old["unit"]), with_unit(plan.spacing, plan.dataset.unit)),
         ("data.clip_percentiles", old_clip, clip),
     ):
         if before != after:
@@ -331,10 +332,6 @@ def _other_data(path, saved, plan):
             f"init_from: {path} was trained on {len(known)} validation or test cases of this run, "
             f"whose scores will be too good: {', '.join(known[:5])}" + ", ..." * (len(known) > 5)
         )
-
-
-def _spacing(spacing, unit):
-    return f"{' x '.join(f'{s:g}' for s in spacing)} {unit}".strip()
 
 
 def make_validator(plan, run):
@@ -384,8 +381,8 @@ def announce(plan, network, patches):
         f"precision  {plan.precision} ({plan.precision_reason})",
         *([f"norm, Mish {norm_mish.fused(plan.device)[1]}"] if plan.device.type == "cuda" else []),
         f"data       {len(split.train)} train, {len(split.validation)} validation, "
-        f"{len(split.test)} test cases of {settings.data.root}, spacing {plan.spacing} "
-        f"{plan.dataset.unit}",
+        f"{len(split.test)} test cases of {settings.data.root}, spacing "
+        f"{with_unit(plan.spacing, plan.dataset.unit)}",
         f"network    {parameters / 1e6:.2f} M parameters, strides "
         f"{plan.strides[1:]} for patch {settings.sampling.patch}",
         *([f"classes    {plan.outputs.describe()}"] if plan.outputs.several else []),
@@ -413,6 +410,8 @@ def metadata(plan):
         "typical": True,  # see data.normalisation
         "trained": {case.id: casefile.fingerprint(case) for case in plan.split.train},
         "trained_spacing": list(plan.spacing),
+        "stored_spacing": [*data.median_spacing(case.spacing for case in plan.split.train)],
+        "axes": sorted({case.axes for case in plan.split.train} - {""}),
         "strides": [list(stride) for stride in plan.strides],
         "kernels": [list(kernel) for kernel in plan.kernels],
     }

@@ -74,7 +74,7 @@ def composite_loss(
     ValueError for names and numbers that no term has (the nearest one is offered).
     """
     outputs = [outputs] if torch.is_tensor(outputs) else list(outputs)
-    check_terms(terms, in_training=True)
+    check_terms(terms, class_weights, in_training=True)
     acts_now = acting(terms, step)
     depths = {name: terms[name].get("scales") or len(outputs) for name in acts_now}
     how = (target, valid, spacing, skeleton, overlapping, class_weights)
@@ -189,7 +189,7 @@ class _Scale:
     def __init__(self, logits, target, valid, spacing, skeleton, class_weights=None):
         self.arguments = (logits, target, valid)
         self.spacing, self.skeleton = spacing, skeleton
-        self.weighting = {"class_weights": class_weights}
+        self.weighting = {} if class_weights is None else {"class_weights": class_weights}
         self.skeletons = functools.cache(functools.partial(soft_skeletons, *self.arguments))
         boundary = functools.partial(boundary_loss, *self.arguments, **self.weighting)
         self.boundary = functools.cache(boundary)
@@ -233,7 +233,7 @@ def validation_losses(
     wanted = _validated(terms)
     if not wanted:
         return {}
-    check_terms(wanted)
+    check_terms(wanted, class_weights)
     acting = {
         name: term | {"weight": 1.0, "validation_only": False} for name, term in wanted.items()
     }
@@ -284,10 +284,11 @@ def pool_target(target, valid, shape, classes=1):
     return coarse, share > 0.5 - 1e-6  # averaging may round a half down
 
 
-def check_terms(terms, *, in_training=False):
+def check_terms(terms, class_weights=None, *, in_training=False):
     """ValueError in one sentence for the first setting that no term or no sum can have.
 
-    in_training: also if some training step would have no term.
+    class_weights: None, if terms need not take any; in_training: also if some training step would
+    have no term.
     """
     for name, term in terms.items():
         if name not in LOSSES:
@@ -296,6 +297,12 @@ def check_terms(terms, *, in_training=False):
         for key in term:
             if key not in known or key in (FROM_CALLER.get(name), "class_weights"):
                 raise ValueError(f"loss term {name!r} has no {key!r}; {_nearest(key, known)}")
+        used = term.get("weight") or term.get("validation_only")
+        if class_weights and used and "class_weights" not in known:
+            raise ValueError(
+                f"loss.class_weights: expected terms that take it, got {name}; add the keyword "
+                "class_weights to its function in losses.py, or leave one of the two out"
+            )
         fault = _fault({**DEFAULTS, **term})
         if fault:
             raise ValueError(f"loss term {name!r}: expected {fault}")

@@ -52,11 +52,13 @@ class Member(NamedTuple):
 
 
 def read(texts):
-    """[`Member`] of checkpoints and sweep folders; InputErrors names every fault."""
+    """[`Member`] of checkpoints, run folders and sweep folders; InputErrors names every fault."""
     faults, paths, members = [], [], []
     for text in texts:
         with collect_errors(faults):
-            paths += _of_sweep(Path(text)) if (Path(text) / "ledger.jsonl").is_file() else [text]
+            is_sweep, own = (Path(text) / "ledger.jsonl").is_file(), Path(text) / "checkpoints"
+            of_run = [path for path in (own / "best.pt", own / "last.pt") if path.is_file()]
+            paths += _of_sweep(Path(text)) if is_sweep else of_run[:1] or [text]
     files = [Path(path).resolve() for path in paths]
     for path, file in zip(paths, files, strict=True):
         if files.count(file) > 1:
@@ -67,6 +69,7 @@ def read(texts):
         with collect_errors(faults):
             came_from = origins.origin(path)
             state = checkpoint.load(path)
+            state["config"] |= {"loss": {}}  # nothing here needs it, and terms may be one's own
             network, weights = build_network(state, path)
             loop = state["loop"]
             about = state["config"], state["data"], loop["evaluations"]["chosen"]
@@ -101,7 +104,12 @@ def _of_sweep(folder):
 
 def build_network(state, path):
     """(network, which weights) of a checkpoint, in eval mode on the CPU; ValueError names path."""
-    metadata, settings = state["data"], config.build(state["config"])
+    advice = "use the code in the run's source/ folder"
+    try:
+        metadata, settings = state["data"], config.build(state["config"])
+    except config.ConfigError as error:
+        got = f"got others ({'; '.join(str(error).splitlines())}); {advice}"
+        raise ValueError(f"{path}: expected settings of this version, {got}") from None
     told_apart = outputs.of_metadata(metadata)
     network = model.build_network(
         metadata["channels"],
@@ -117,7 +125,7 @@ def build_network(state, path):
     except RuntimeError as error:
         raise ValueError(
             f"{path}: expected the weights of the network that model.py builds, got those of "
-            "another version; use the code in the run's source/ folder"
+            f"another version; {advice}"
         ) from error
     return network.eval(), "averaged (EMA) weights" if averaged else "weights of the last step"
 

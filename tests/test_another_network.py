@@ -1,4 +1,5 @@
-"""The networks of docs/python.md in the place of ours: copies of the project, changed like that."""
+"""The networks of docs/python.md in the place of ours, and the term of docs/losses.md: copies of
+the project, changed like that."""
 
 import importlib.util
 import re
@@ -34,15 +35,17 @@ TINY = [
 
 @pytest.fixture
 def changed(tmp_path):
-    """changed(edit): the folder of a copy of the project with another `build_network`."""
+    """changed(edit): the folder of a copy of the project with another `build_network`, if any."""
 
-    def change(edit):
+    def change(edit=None):
         copy = tmp_path / "project"
         for room in ROOMS:
             for path in (ROOT / room).glob("*.py"):
                 target = copy / path.relative_to(ROOT)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, target)
+        if edit is None:
+            return copy
         path = copy / "model.py"
         source, (old,) = path.read_text(), re.findall(
             r"^def build_network.*?^(?=def )", path.read_text(), re.S | re.M
@@ -97,3 +100,33 @@ def test_a_network_of_ones_own_trains_stops_resumes_and_predicts(changed, tmp_pa
 def test_dynunet_of_monai_trains_stops_resumes_and_predicts(changed, tmp_path):
     state = trained(changed(DYN_UNET), tmp_path, "model.multipliers=[1,2,4]")
     assert any(name.startswith("deep_supervision_heads") for name in state["model"])
+
+
+def test_a_term_of_ones_own_trains_and_is_not_needed_to_predict(changed, tmp_path):
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    function, group = re.findall(r"```python\n(.*?)```", page, re.S)
+    (name,), (setting,) = (re.findall(p, page) for p in (r"`(\"focal.*?)`", r"`(focal: F.*?)`"))
+    copy = changed()
+    for file, before, text in (
+        ("losses.py", "LOSSES = {\n", f"{function}\n\nLOSSES = {{\n    {name}\n"),
+        ("settings.py", "class Loss(Group):\n", f"{group}\n\nclass Loss(Group):\n    {setting}\n"),
+    ):
+        source = (copy / file).read_text(encoding="utf-8")
+        assert source.count(before) == 1
+        (copy / file).write_text(source.replace(before, text), encoding="utf-8")
+    prepare.main(["--phantom", "scroll", "--cases", "2", "--shape", "16", "24", "24",
+                  "--no-skeletons", "--out", str(tmp_path / "d")])  # fmt: skip
+    (tmp_path / "c.yaml").write_text("loss: {focal: {weight: 0.5, gamma: 1.5}}\n")
+    settings = *TINY, "model.multipliers=[1,2]", "training.max_steps=1"
+    out = script(copy, "train.py", "c.yaml", *settings, cwd=tmp_path)
+    assert "focal 0." in out and "done: step 1" in out
+    (member,) = ensemble.read([tmp_path / "runs" / "c"])  # a run folder, by our code
+    assert member.path.endswith("runs/c/checkpoints/best.pt")
+
+
+def test_settings_of_another_version_name_the_checkpoint_and_its_source():
+    state = {"config": {"model": {"heads": 4}}, "data": {}}
+    with pytest.raises(
+        ValueError, match=r"a\.pt: expected settings .*model\.heads: no such .* source/"
+    ):
+        ensemble.build_network(state, "a.pt")

@@ -314,3 +314,12 @@ FINE = [
 @pytest.mark.parametrize("shape, patch, stored, wanted", FINE)
 def test_a_patch_may_be_larger_than_a_volume_and_coarser(shape, patch, stored, wanted):
     assert not list(data.spacing_faults("case a", shape, patch, stored, wanted, "mm"))
+
+
+def test_spacings_that_differ_are_said_of_axes_that_are_used_as_stored(tmp_path):
+    sizes = [(5.0, 0.994, 0.994), (5.0, 1.59, 0.995), (5.0, 1.0, 0.994)]
+    cases = [write(tmp_path, i, SHAPES[i], spacing=size) for i, size in enumerate(sizes)]
+    (note,) = data.mixed_spacings(cases, (None, 0.0, 0.0))
+    assert "cases have voxels of 0.994 to 1.59 in y, and each is used as stored" in note
+    assert note.endswith("data.spacing=[null,1.0,null] samples all alike")
+    assert not [*data.mixed_spacings(cases, (0.0, 1.0, 0.0))]

@@ -165,7 +165,7 @@ def test_another_spacing_or_normalization_is_said_in_a_note(root, tmp_path, file
     other = changed(file, tmp_path / "other.pt", change)
     _, folder = started(root, tmp_path, other, "data.clip_percentiles=5-95")
     assert lines(folder)[1:] == [
-        f"init_from: spacing is 2 x 1 x 1 micron, was 0.5 x 0.5 x 0.5 mm in {other}",
+        f"init_from: spacing is 2 1 1 micron, was 0.5 0.5 0.5 mm in {other}",
         f"init_from: data.clip_percentiles is 5-95, was 0.5-99.5 with fill values in {other}",
     ]
 

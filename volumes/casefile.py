@@ -28,7 +28,7 @@ import numpy as np
 from volumes import atomic
 from volumes.skeletons import tubed_skeletons
 from volumes.statistics import intensity_statistics, sample_coordinates
-from volumes.volume import InputErrors, printable
+from volumes.volume import InputErrors, axes_of, check_affine, printable
 
 DATASET_FILE = "dataset.json"
 NNUNET_KEYS = {"labels", "channel_names", "modality"}  # of its file of that name, and of MSD's
@@ -64,6 +64,7 @@ class Case:
     skeleton: bool = False
     source: str = ""  # the raw image
     planes: tuple[int, ...] = ()  # first and stop, of its z slices; () where that is not known
+    axes: str = ""  # as of `axes_of`; "" without an affine
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def read_case(path):
     try:
         with h5py.File(path, "r") as file:
             channels, *shape = file["image"].shape
-            ignore = int(file.attrs["ignore_label"])
+            ignore, affine = int(file.attrs["ignore_label"]), file.attrs.get("affine")
             coordinates = {"background": "background"} if "background" in file else {}
             coordinates |= {int(c): f"foreground/{c}" for c in file.get("foreground", ())}
             names = [name for name in VOLUMES if name in file] + list(coordinates.values())
@@ -190,6 +191,7 @@ def read_case(path):
                 skeleton="skeleton" in file,
                 source=str(file.attrs.get("source_image", "")),
                 planes=tuple(int(z) for z in file.attrs.get("planes", ())),
+                axes="" if affine is None else axes_of(check_affine(affine, path)),
             )
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(

@@ -129,7 +129,7 @@ def find_volumes(text, notes=None):
     passed = [f"{counted(len(n), kind)}, e.g. {n[0]}" for kind, n in others.items() if kind]
     if not sources:
         also = f" but {'; '.join(passed)}" if passed else ""
-        raise VolumeError(f"{text}: expected {expected}{also}; check the path")
+        raise VolumeError(f"{text}: expected {expected}{also}; {_advice([p for _, p in found])}")
     if passed and notes is not None:
         notes.append(f"{text}: passed over {'; '.join(passed)}")
     return _in_utf8(sources)
@@ -144,6 +144,12 @@ def _in_utf8(sources):
             "archives have; rename them"
         )
     return sources
+
+
+def _advice(paths):
+    """What to do where none of these is a volume."""
+    arrays = any(path.lower().endswith((".npy", ".npz")) for path in paths)
+    return "write arrays as HDF5 (docs/python.md)" if arrays else "check the path"
 
 
 def _what_is_at(path):
@@ -341,6 +347,7 @@ def _read(path, role):
     suffix = suffix_of(file)
     if not suffix or not os.path.isfile(file):
         got = "another kind" if os.path.isfile(file) else "none there"
+        got += f"; {_advice([file])}"
         raise VolumeError(f"{path}: expected a {', '.join(FORMATS)} file, got {got}")
     try:
         volume = FORMATS[suffix].module.read(file, dataset, role)

@@ -1,6 +1,7 @@
 """What infer.py predicts: volumes found by name, each checked before the first is predicted."""
 
 import contextlib
+import itertools
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +17,15 @@ from volumes.volume import (
     METRES,
     InputErrors,
     VolumeError,
-    check_affine,
+    axes_of,
     collect_errors,
     is_spacing,
     with_unit,
 )
 
 UNLIKE = 2.0  # times the voxel size of training, from which on it is said
+FAR = 100.0  # times that size on all axes: it must be in another unit
+TURNED = str.maketrans("LPI", "RAS")  # directions of axes without their signs
 PHANTOM_SUFFIX = ".nii.gz"  # of cases that were made from no file
 
 
@@ -94,12 +97,9 @@ def check_inputs(texts, metadata, root, output, spacing=None):
             if spacing is not None:
                 volume = _with_spacing(volume, spacing, metadata["unit"])
             inputs.append(volume)
-            faults += _run_faults(volume, metadata)
-            remarks = [*volume.remarks, *_unlike_training(volume, metadata)]
-            notes += [f"note: {volume.path}: {remark}" for remark in remarks]
-            for channel, value in blank_channels(volume.intensity).items():
-                blank = f"channel {channel} is {value:g} in all voxels"
-                notes.append(f"warning: {volume.path}: {blank}")
+            faults += faults_of(volume, metadata)
+            notes += [f"note: {volume.path}: {remark}" for remark in volume.remarks]
+            notes += [f"warning: {volume.path}: {doubt}" for doubt in doubts(volume, metadata)]
     faults += _output_faults(inputs, output)
     if faults:
         raise InputErrors(*faults)
@@ -147,7 +147,6 @@ def _inspect(case_id, paths):
         sources = (source, *source.split(", "), str(attributes["source_label"]))
         suffix = _written_as(files.suffix_of(source) or PHANTOM_SUFFIX)
         affine, header = attributes.get("affine"), attributes.get("nifti_header")
-        affine = None if affine is None else check_affine(affine, path)
         header = None if header is None else header.tobytes()
         grid = (case.shape, case.channels, case.spacing, case.unit, affine, header)
         return Input(case.id, path, True, sources, suffix, *grid, case.intensity)
@@ -180,7 +179,7 @@ def _with_spacing(volume, spacing, unit):
     return volume
 
 
-def _run_faults(volume, metadata):
+def faults_of(volume, metadata):
     """What keeps a network that was trained on such data from predicting an input."""
     spacing, unit = metadata["spacing"], metadata["unit"]
     for fault in faults_of_contrast(volume.intensity):
@@ -195,38 +194,66 @@ def _run_faults(volume, metadata):
     if not usable or (volume.spacing is None and any(spacing)):
         got = "none" if volume.spacing is None else list(volume.spacing)
         why = f", because the run works at {spacing} {unit}" if any(spacing) else " above 0"
-        advice = "give --spacing Z Y X"
+        advice = "give one (--spacing Z Y X)"
         if volume.spacing is not None:
             advice = "prepare the volume with prepare.py --spacing Z Y X"
         yield f"{volume.path}: expected a spacing{why}, got {got}; {advice}"
-    if not any(spacing):
-        return
-    if volume.doubt:
+    if any(spacing) and volume.doubt:
         yield (
             f"{volume.path}: {volume.doubt}; correct the header, or prepare the volume with "
             "prepare.py --spacing Z Y X"
         )
-    if volume.unit and unit and volume.unit != unit:
+    ratios, trained = _beside_training(volume, metadata)
+    if unit in METRES and ratios and (min(ratios) > FAR or max(ratios) < 1 / FAR):
+        yield (
+            f"{volume.path}: expected voxels of about {with_unit(trained, unit)} as in training, "
+            f"got {with_unit(volume.spacing, volume.unit)}; correct the unit, or prepare the "
+            f"volume with prepare.py --spacing Z Y X --unit {unit}"
+        )
+    elif any(spacing) and volume.unit and unit and volume.unit != unit:
         yield (
             f"{volume.path}: expected a spacing in {unit} as in training, got {volume.unit}; "
             f"prepare the volume with prepare.py --spacing Z Y X --unit {unit}"
         )
 
 
-def _unlike_training(volume, metadata):
-    """A clause where voxels are far smaller or larger than those of training, and stay so."""
-    trained, unit = metadata.get("trained_spacing"), metadata["unit"]  # none in older versions
-    if volume.spacing is None or trained is None:
+def doubts(volume, metadata):
+    """Clauses on what may make the prediction of an input worse than those in training."""
+    for channel, value in blank_channels(volume.intensity).items():
+        yield f"channel {channel} is {value:g} in all voxels"
+    known, unit = metadata.get("axes"), metadata["unit"]  # none in older versions
+    axes = known and volume.affine is not None and axes_of(volume.affine)
+    if axes and axes not in known:
+        turned = axes.translate(TURNED) not in [own.translate(TURNED) for own in known]
+        yield (
+            f"its axes x, y, z run to {axes}, in training to {' or '.join(known)}: they are "
+            f"{'swapped' if turned else 'mirrored'}, and volumes are not turned; turn it first"
+        )
+    ratios, trained = _beside_training(volume, metadata)
+    if not ratios:
         return
-    known = volume.unit in METRES and unit in METRES
-    scale = METRES[volume.unit] / METRES[unit] if known else 1.0
-    ratios = np.multiply(volume.spacing, scale) / trained
-    kept = [r for r, wanted in zip(ratios, metadata["spacing"], strict=True) if not wanted]
-    if kept and (max(kept) > UNLIKE or min(kept) < 1 / UNLIKE):
+    pairs = zip(ratios, metadata["spacing"], strict=True)
+    far = any(not (wanted or 1 / UNLIKE <= ratio <= UNLIKE) for ratio, wanted in pairs)
+    orders = np.divide([*itertools.permutations(volume.spacing)], trained)  # z, y, x is the first
+    spreads = (orders.max(axis=1) / orders.min(axis=1)).tolist()
+    swapped = spreads[0] > UNLIKE * min(spreads)
+    if far or swapped:
         yield (
             f"voxels of {with_unit(volume.spacing, volume.unit)}, where training had "
             f"{with_unit(trained, unit)}"
+            + "; they are not resampled" * far
+            + "; are its axes in another order than z, y, x?" * swapped
         )
+
+
+def _beside_training(volume, metadata):
+    """([voxel size as a share of that in training], that in training), z, y, x; [] if unknown."""
+    trained = metadata.get("stored_spacing", metadata.get("trained_spacing"))  # of older versions
+    if volume.spacing is None or trained is None or not is_spacing(volume.spacing):
+        return [], trained
+    known = volume.unit in METRES and metadata["unit"] in METRES
+    scale = METRES[volume.unit] / METRES[metadata["unit"]] if known else 1.0
+    return (np.multiply(volume.spacing, scale) / trained).tolist(), trained
 
 
 def _other_ids(folder, metadata):

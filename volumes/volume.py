@@ -212,6 +212,14 @@ def sizes(affine):
     return round_spacing(np.linalg.norm(affine[:3, :3], axis=0)[::-1])
 
 
+def axes_of(affine):
+    """Where the axes x, y, z of an affine run to, such as "RAS": right, anterior, superior."""
+    cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    orders = itertools.permutations(range(3))
+    order = max(orders, key=lambda order: sum(abs(cosines[w, i]) for i, w in enumerate(order)))
+    return "".join(("RL", "AP", "SI")[w][int(cosines[w, i] < 0)] for i, w in enumerate(order))
+
+
 def crop_affine(affine, offset_zyx):
     """The affine of a volume cut out at offset_zyx (voxels): same axes, moved origin."""
     moved = np.array(affine, np.float64)

@@ -6,7 +6,7 @@ import pytest
 import tifffile
 
 from runtime.arrays import load_network
-from tests.test_infer import image_of, infer_ok, make_cases, run, write_nifti
+from tests.test_infer import faults_of, image_of, infer_ok, make_cases, run, write_nifti
 from tests.test_infer_classes import CLASSES, TREES, made
 from volumes import files
 
@@ -49,12 +49,23 @@ def test_the_mask_is_that_of_infer_py_for_a_case_file_and_for_a_stack_without_sp
     assert (files.read_label(tmp_path / "out" / "stack.tif").array == mask).all()
 
 
-def test_without_a_spacing_voxels_are_those_of_training(run):
-    image = image_of((9, 20, 18))
-    network = load_network(run(spacing=[2.0, 0.7, 0.0], trained_spacing=[2.0, 0.7, 0.5]))
-    as_trained, smaller = (network.predict(image, s)[0] for s in ((2.0, 0.7, 0.5), SPACING))
-    np.testing.assert_array_equal(network.predict(image)[0], as_trained)
-    assert not np.array_equal(as_trained, smaller)
+def test_a_network_that_resamples_asks_for_the_spacing_as_infer_py_does(run, tmp_path, capsys):
+    path, image = run(spacing=[2.0, 0.7, 0.0]), image_of((9, 20, 18))
+    tifffile.imwrite(tmp_path / "a.tif", image)
+    with pytest.raises(ValueError, match="image: expected a spacing, because the run") as error:
+        load_network(path).predict(image)
+    (fault,) = faults_of(capsys, "--ckpt", path, "--input", tmp_path / "a.tif")
+    assert fault == str(error.value).replace("image", str(tmp_path / "a.tif"), 1)
+
+
+def test_what_infer_py_warns_of_is_a_warning(run):
+    network = load_network(run(stored_spacing=[3.0, 1.0, 1.0]))
+    with pytest.warns(UserWarning, match=r"image: voxels of 1 1 3 micron.* another order than z"):
+        network.predict(image_of((9, 20, 18)), (1, 1, 3))
+    with pytest.warns(UserWarning, match="image: channel 0 is 0 in all voxels"):
+        network.predict(np.zeros((8, 16, 16)))
+    with pytest.raises(ValueError, match="image: expected voxels of about 3 1 1 micron"):
+        network.predict(image_of((9, 20, 18)), (0.003, 0.001, 0.001))
 
 
 def test_several_classes_have_probabilities_by_name_and_a_mask_of_their_ids(made, tmp_path):
@@ -85,6 +96,7 @@ def test_several_checkpoints_are_averaged(made):
         (np.ones((8, 8, 8), complex), None, "got dtype complex128"),
         (np.ones((8, 8, 8)), (1, 1), r"spacing: expected 3 numbers above 0 .*, got \(1, 1\)"),
         (np.ones((8, 8, 8)), (1, 0, 1), "spacing: expected 3 numbers above 0"),
+        (np.ones((8, 8, 8)), 1.0, "spacing: expected 3 numbers above 0 .*, got 1.0"),
     ],
 )  # fmt: skip
 def test_an_array_that_cannot_be_predicted_is_one_sentence(run, image, spacing, sentence):

@@ -1,6 +1,7 @@
 """What settings and data settle before anything large is made."""
 
 import h5py
+import numpy as np
 import pytest
 
 from patches import feed
@@ -38,8 +39,12 @@ def test_where_no_workers_can_be_the_training_process_reads_and_says_so(tmp_path
 
 def test_metadata_are_plain_and_name_the_cases_of_each_part(tmp_path):
     make_root(tmp_path)
-    plan = build.resolve(make_settings(tmp_path))
+    for path in tmp_path.glob("*.h5"):
+        with h5py.File(path, "a") as file:
+            file.attrs["affine"] = np.diag([-1.0, 1, 2, 1])
+    plan = build.resolve(make_settings(tmp_path, "data.spacing=[1, 1, 1]"))
     metadata = build.metadata(plan)
+    assert (metadata["axes"], metadata["stored_spacing"]) == (["LAS"], [2.0, 1.0, 1.0])
     assert metadata["root"] == str(tmp_path.resolve())
     for part in ("train", "validation", "test"):
         assert metadata[part] == [case.id for case in getattr(plan.split, part)]

@@ -18,6 +18,7 @@ from losses import (
 )
 from runtime.composite_loss import (
     acting,
+    check_terms,
     composite_loss,
     pool_target,
     takes_skeleton,
@@ -523,6 +524,20 @@ def test_wrong_terms_are_refused_by_name(terms, message):
     logits, target, valid = draw()
     with pytest.raises(ValueError, match=message):
         composite_loss(logits, target, valid, terms)
+
+
+def test_a_term_without_class_weights_is_called_without_and_refused_where_they_are_set(monkeypatch):
+    def own_loss(logits, target, valid=None, *, factor=2.0):
+        return factor * logits.mean()
+
+    monkeypatch.setitem(LOSSES, "own", own_loss)
+    logits, target, valid = draw()
+    terms = {"own": {"weight": 0.5, "factor": 3.0}}
+    total, _ = composite_loss(logits, target, valid, terms)
+    torch.testing.assert_close(total, 1.5 * logits.mean())
+    with pytest.raises(ValueError, match="class_weights: expected terms that take it, got own"):
+        check_terms(terms, {"artery": 2.0}, in_training=True)
+    check_terms({"own": {"weight": 0.0}}, {"artery": 2.0})
 
 
 def test_patches_of_differing_spacing_have_the_loss_that_each_has_alone():

@@ -143,6 +143,67 @@ def test_cases_whose_labels_have_other_ids_than_the_masks_will_have_are_a_warnin
     assert check_inputs([str(tmp_path / "set")], one, "root", tmp_path / "out")[1] == []
 
 
+MICRON = {"spacing": [0.0] * 3, "unit": "micron", "channels": 1}
+MICRON |= {"stored_spacing": [3.0, 1.0, 1.0], "axes": ["RAS"]}
+SWAPPED = "they are swapped, and volumes are not turned"
+
+
+def lying(path, axes="RAS", spacing=(1.0, 1.0, 3.0), unit="micron"):
+    """A NIfTI file whose axes run that way, with the spacing of each."""
+    affine = np.zeros((4, 4))
+    for axis, letter in enumerate(axes):
+        world = next(i for i, pair in enumerate(("RL", "AP", "SI")) if letter in pair)
+        affine[world, axis] = -spacing[axis] if letter in "LPI" else spacing[axis]
+    affine[3, 3] = 1
+    image = nibabel.Nifti1Image(np.arange(24, dtype=np.uint8).reshape(2, 3, 4), affine)
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"axes": "LAS"}, ["run to LAS, in training to RAS: they are mirrored"]),
+        ({"axes": "ARS"}, [SWAPPED]),
+        ({"axes": "SAR", "spacing": (3, 1, 1)}, [SWAPPED, "another order than z, y, x?"]),
+        ({"spacing": (1.9, 1.9, 3)}, []),
+        ({"spacing": (3, 3, 9)}, ["3 1 1 micron; they are not resampled"]),
+    ],
+)
+def test_axes_that_lie_otherwise_than_in_training_are_a_warning(tmp_path, changes, said):
+    path = lying(tmp_path / "a.nii", **changes)
+    _, notes = check_inputs([str(path)], MICRON, tmp_path, tmp_path / "out")
+    assert len(notes) == len(said)
+    for note, words in zip(notes, said, strict=True):
+        assert note.startswith(f"warning: {path}: ") and words in note
+
+
+def test_axes_in_another_order_are_said_where_the_run_resamples_too(tmp_path):
+    resampled = MICRON | {"spacing": [1.0, 1.0, 1.0], "axes": []}
+    path = lying(tmp_path / "a.nii", "SAR", (3, 1, 1))
+    _, (note,) = check_inputs([str(path)], resampled, tmp_path, tmp_path / "out")
+    assert note.endswith("had 3 1 1 micron; are its axes in another order than z, y, x?")
+
+
+@pytest.mark.parametrize(
+    ("spacing", "unit"),
+    [((1, 1, 3), "mm"), ((0.001, 0.001, 0.003), "micron"), ((0.001, 0.001, 0.003), "unknown")],
+)
+@pytest.mark.parametrize("wanted", [0.0, 1.0])
+def test_voxels_that_must_be_in_another_unit_than_those_of_training_are_a_fault(
+    tmp_path, spacing, unit, wanted
+):
+    path = lying(tmp_path / "a.nii", spacing=spacing, unit=unit)
+    with pytest.raises(InputErrors) as caught:
+        check_inputs([str(path)], MICRON | {"spacing": [wanted] * 3}, tmp_path, tmp_path / "out")
+    (fault,) = str(caught.value).split("\n")
+    assert fault.startswith(f"{path}: expected voxels of about 3 1 1 micron as in training, got")
+    path = lying(tmp_path / "a.nii", spacing=(0.001, 0.001, 0.003), unit="mm")  # the same in mm
+    assert not check_inputs([str(path)], MICRON, tmp_path, tmp_path / "out")[1]
+
+
 def with_spacing(tmp_path, path, spacing, unit="micron"):
     """What check_inputs makes of a file for a network of 3 1 1 with --spacing."""
     metadata = {"spacing": [3.0, 1.0, 1.0], "unit": unit, "channels": 1}
@@ -152,7 +213,7 @@ def with_spacing(tmp_path, path, spacing, unit="micron"):
 def test_a_spacing_by_hand_is_that_of_a_volume_without_one_in_the_unit_of_the_run(tmp_path):
     array = np.random.default_rng(0).integers(0, 9, SHAPE).astype(np.uint8)
     files.write_volume(tmp_path / "a.tif", array)
-    with pytest.raises(InputErrors, match=r"a\.tif: expected a spacing.*got none; give --spacing"):
+    with pytest.raises(InputErrors, match=r"a\.tif: expected a spacing.*got none; give one"):
         with_spacing(tmp_path, tmp_path / "a.tif", None)
     volume = with_spacing(tmp_path, tmp_path / "a.tif", [5.0, 2.0, 2.0])
     assert (volume.spacing, volume.unit) == ((5.0, 2.0, 2.0), "micron")

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from volumes.files import find_volumes, matching, notes_on_pairs, split_dataset, stem_of
+from volumes.files import (
+    find_volumes,
+    matching,
+    notes_on_pairs,
+    read_image,
+    split_dataset,
+    stem_of,
+)
 from volumes.volume import VolumeError
 
 NFC, NFD = (unicodedata.normalize(form, "Zoë") for form in ("NFC", "NFD"))
@@ -105,6 +112,13 @@ def test_what_is_neither_file_nor_folder_is_a_fault(tmp_path):
     os.mkfifo(tmp_path / "pipe.tif")
     with pytest.raises(ValueError, match=r"pipe.tif: expected a volume, got what is no file"):
         find_volumes(tmp_path)
+
+
+def test_files_of_numpy_are_a_fault_that_says_where_to_read_on(tmp_path):
+    touch(tmp_path / "a.npy")
+    for read, path in ((find_volumes, tmp_path), (read_image, tmp_path / "a.npy")):
+        with pytest.raises(VolumeError, match=r"; write arrays as HDF5 \(docs/python\.md\)$"):
+            read(path)
 
 
 def test_what_is_passed_over_is_one_note_and_sidecars_are_not_mentioned(tmp_path):

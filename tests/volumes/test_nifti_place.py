@@ -12,7 +12,7 @@ import pytest
 import prepare
 from volumes.files import read_image, read_label, write_volume
 from volumes.inputs import check_inputs
-from volumes.volume import Volume, VolumeError, compare, crop_affine
+from volumes.volume import Volume, VolumeError, axes_of, compare, crop_affine
 
 SHAPE = (3, 4, 5)  # z, y, x
 RUN = {"spacing": [0.0] * 3, "unit": "mm", "channels": 1}
@@ -452,3 +452,12 @@ def test_a_constant_volume_that_packs_well_is_read(tmp_path):
     path = make(tmp_path / "i" / "a.nii.gz", HEADERS["plain"], array)
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 9))
     assert read_label(path).array.sum() == 256**3
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
+def test_the_directions_of_axes_are_those_of_nibabel(order):
+    tilt = np.linalg.qr(np.eye(3) + np.random.default_rng(0).normal(0, 0.2, (3, 3)))[0]
+    for signs in itertools.product((-1, 1), repeat=3):
+        affine = np.eye(4)
+        affine[:3, :3] = (tilt @ np.diag(signs))[:, order] * (1, 2, 5)
+        assert axes_of(affine) == "".join(nibabel.aff2axcodes(affine))
