@@ -346,6 +346,7 @@ def make_validator(plan, run):
         background=plan.device.type == "cuda" if background is None else background,
         report=run.report,
         poll=run.check,
+        progress=run.show.meanwhile,
         group=plan.group,
         spacing=settings.data.spacing,
         clip=settings.data.percentiles,

@@ -154,7 +154,7 @@ FAULTS = {
     "type": ({"folds": "two"}, ["folds: expected a valid integer, got 'two'"]),
     "config": ({"config": "nowhere.yaml"}, ["nowhere.yaml: expected a config file in YAML"]),
     "no config": ({"config": ""}, ["config: expected the config file of the runs, got none"]),
-    "groups": ({"folds": 5}, ["folds: expected at most 4, one for each group of cases"]),
+    "groups": ({"folds": 5}, ["data.folds: expected no more folds than groups of cases, got 5 for 4 groups"]),
     "held out": ({}, ["folds: expected labeled cases that a run is not trained on, got none"]),
     "cases": (
         {"folds": 2, "variants": {"a": None, "b": {"data.train": ["slab[0-2]"]}}},
