@@ -56,7 +56,6 @@ from volumes.processes import run_script
 from volumes.submission import SubmissionError, open_submission, submission_faults
 from volumes.volume import InputErrors, VolumeError, collect_errors
 
-
 # ---------------------------------------------------------------------------- settings
 
 

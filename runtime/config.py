@@ -68,8 +68,8 @@ SYNONYMS = {  # other common names of a setting
     for word in words.split()
 }
 HINTS = {
-    "validation.every": "; above training.max_epochs, with validation.untrained=false, only the end "
-    "is evaluated",
+    "validation.every": "; above training.max_epochs, with validation.untrained=false, it is only "
+    "done at the end",
 }
 
 
@@ -156,7 +156,8 @@ def _sentence(error, model):
         text = f"a list such as {_example(key)}"
     elif text.startswith(("greater", "less", "finite")):
         text = f"a number {text}"
-    return f"{key}: expected {text}" + ("" if ", got " in text else f", got {got}{HINTS.get(key, '')}")
+    text += "" if ", got " in text else f", got {got}"
+    return f"{key}: expected {text}{HINTS.get(key, '')}"
 
 
 def build(content, model=Settings):

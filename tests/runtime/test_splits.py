@@ -49,7 +49,7 @@ def test_folds_keep_groups_whole_and_cover_every_case(root):
 )
 def test_more_folds_than_groups_is_a_fault_and_a_single_case_is_to_be_cut(root, train, said):
     how = {"validation": (), "test": (), "folds": 4, "fold": 0}
-    with pytest.raises(ValueError, match="^data.folds: expected no more folds") as error:
+    with pytest.raises(ValueError, match=r"^data\.folds: expected no more folds") as error:
         splits.choose_cases(casefile.read_dataset(root), train=train, **how)
     assert str(error.value).endswith(said)
 
