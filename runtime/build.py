@@ -376,8 +376,7 @@ def check_alike(plan, about_data):
 
 def announce(plan, network, patches):
     """Lines for people: what was chosen, and why."""
-    settings, split, group = plan.settings, plan.split, plan.group
-    training = settings.training
+    settings, split, group, training = plan.settings, plan.split, plan.group, plan.settings.training
     steps, most = training.max_epochs * training.train_iterations_per_epoch, training.max_steps
     stop = "" if most is None or most >= steps else f"{most} of "
     parameters = sum(p.numel() for p in network.parameters())

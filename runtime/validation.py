@@ -60,7 +60,7 @@ class Validator:
         network.eval()
         predictions, unread, slices = {}, [], None
         for number, case in enumerate(cases := self.group.mine(self.cases), start=1):
-            place = f"{now}: case {number} of {len(cases)}"
+            place = f"{now}: case {number}/{len(cases)}"
             how["progress"] = functools.partial(self._advance, place)
             how["with_slices"] = slices is None
             read = functools.partial(predict, network, case, self.spec, **how)

@@ -449,7 +449,7 @@ def test_a_truth_without_prediction_is_a_fault_unless_cases_are_named(tmp_path, 
     command = ("--pred", tmp_path / "pred", "--truth", tmp_path / "truth")
     assert run(*command) == 2
     errors = capsys.readouterr().err
-    assert "expected prediction a2 with it, got a1" in errors
+    assert "expected prediction a2 with it, got a1; say --cases" in errors
     assert "expected prediction b with it, got a1" in errors
     assert "2 errors; nothing was written" in errors
     assert run(*command, "--cases", "a1") == 0

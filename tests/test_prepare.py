@@ -97,7 +97,7 @@ def test_a_mask_of_255_becomes_class_1_and_it_is_said(raw, out, capsys):
     said = capsys.readouterr().out
     assert "label values {0, 255} read as classes {0, 1} (1 case: a)" in said
     assert "label values {0, 254} read as classes {0, 1} (1 case: b)" in said
-    assert "1 1 1 is used" in said
+    assert "note: no spacing in the file; 1 1 1 is used" in said
     for name in "ab":
         with h5py.File(out / f"{name}.h5") as file:
             assert np.array_equal(file["label"], mask())
@@ -192,7 +192,8 @@ def test_a_dataset_with_other_classes_is_left_as_it_was(raw, out, capsys):
     before = (out / "dataset.json").read_text()
     other = ("--phantom", "vessels", "--cases", 2, "--shape", *SHAPE, "--classes", "vein")
     assert run(*other, "--out", out) == 2
-    assert "expected the classes of the dataset there" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "expected the classes of the dataset there" in said and "; delete that folder" in said
     assert sorted(os.listdir(out)) == ["dataset.json", "vessels_000.h5"]
     assert (out / "dataset.json").read_text() == before
 
@@ -286,8 +287,10 @@ def test_an_image_goes_with_the_longest_label_id_it_begins_with():
     assert pairs == [("a_b", "1", "5"), ("c", "2", "6"), ("ab", "3", None), ("a", None, "4")]
 
 
-def test_two_named_files_are_a_pair_whatever_their_names(raw, out):
+def test_two_named_files_are_a_pair_whatever_their_names(raw, out, capsys):
     image, label = tiff(raw / "ct.tif", voxels()), tiff(raw / "artery.tif", mask())
+    advice = ", or a single pair by its two files"
+    assert refused(capsys, out, "--images", raw, "--labels", raw)[0].endswith(advice)
     assert run("--images", image, "--labels", label, "--out", out) == 0
     assert list(casefile.read_dataset(out).cases) == ["ct"]
 

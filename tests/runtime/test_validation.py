@@ -97,8 +97,8 @@ def test_an_evaluation_says_at_which_case_it_is(made):
     one = made("a", "b")
     one.v.start(network(), 7)
     assert one.said == [
-        "evaluation of step 7: case 1 of 2, 50%",
-        "evaluation of step 7: case 2 of 2, 50%",
+        "evaluation of step 7: case 1/2, 50%",
+        "evaluation of step 7: case 2/2, 50%",
         "evaluation of step 7: scoring",
     ]
 
