@@ -216,7 +216,7 @@ def parse(argv):
     add("--sheet", action="store_true", help="draw all cases of DIR: DIR/sheet-1.png and on")
     add("--workers", type=int, default=cores(), help="processes; default: all cores")
     options = parser.parse_args(argv)
-    options.alone = options.sheet and not (options.images or options.phantom)
+    options.alone = options.sheet and not (options.images or options.labels or options.phantom)
     if options.alone and not is_dataset(options.out):
         parser.error(f"--sheet alone: expected a dataset made by prepare.py in {options.out}")
     if bool(options.images) == bool(options.phantom) and not options.alone:

@@ -21,9 +21,9 @@ PLANES, BINS, SAMPLES = 12, 64, 2**18  # of a histogram: z slices that are read,
 SLAB = 16  # planes that a compressed file unpacks together
 LEGEND = (
     "Left: the z slice with most of the label (y down, x right). Center: the y slice (z down, x "
-    "right). {}: border of the label. Blue: unlabeled.\nRight: how many voxels have an intensity (log), of "
-    "all in gray, and of each class as a line; gray levels of the slices go from the 0.5th to the "
-    "99.5th percentile."
+    "right). {}: border of the label. Blue: unlabeled.\nRight: how many voxels have an intensity "
+    "(log), of all in gray, and of each class as a line; gray levels of the slices go from the "
+    "0.5th to the 99.5th percentile."
 )
 
 
