@@ -27,6 +27,7 @@ NEAR_BORDER = 0.9  # of half the patch: how far the center voxel may lie from th
 BACKGROUND = 0
 PAUSES = (0.2, 1.0)  # seconds before a case file that cannot be read is tried again
 LEAST_SEEN, FEW = 1e-3, 4  # share, voxels along an axis: see spacing_faults
+LARGE = 1.5  # times the size of a volume: see padding_notes
 UNREADABLE = (Unreadable, OSError)
 
 
@@ -280,6 +281,18 @@ def spacing_faults(name, shape, patch, stored, wanted, unit):
         + f", got {list(spacing)}: a patch of {patch} "
         + ("covers less than one voxel" if thin else "is larger than the volume, all but padding")
     )
+
+
+def padding_notes(cases, patch, wanted):
+    """A note for each axis on which a patch is much larger than most of the cases."""
+    grids = [(case.shape, case.spacing, network_spacing(case.spacing, wanted)) for case in cases]
+    sizes = [[n * step / s for n, step, s in zip(*grid, strict=True)] for grid in grids]
+    for axis, voxels, own in zip("zyx", patch, zip(*sizes, strict=True), strict=True):
+        if voxels > LARGE * (size := statistics.median(own)):
+            yield (
+                f"sampling.patch: {voxels} voxels in {axis}, where most cases have {size:.0f} or "
+                "less; the rest is padding"
+            )
 
 
 def normalisation(intensity, clip, *, typical=True):

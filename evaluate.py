@@ -278,9 +278,16 @@ def notes_on(pairs, results, classes):
     if classes:
         notes += absences(pairs, results, classes)
     rows = [row for result in results for row in result.rows]
-    if any(row["tolerance"] < min(map(float, row["spacing"].split())) for row in rows):
+    if needs_tolerance(rows[0]) and any(
+        row["tolerance"] < min(map(float, row["spacing"].split())) for row in rows
+    ):
         notes.append(f"the tolerance {rows[0]['tolerance']:g} is less than one voxel")
     return notes
+
+
+def needs_tolerance(names):
+    """Whether a score among these names takes --tolerance: surface_dice@5 has one of its own."""
+    return any(split_name(name)[0] == "surface_dice" for name in names)
 
 
 def absences(pairs, results, classes):
@@ -385,7 +392,8 @@ def write_report(rows, pairs, options, args, notes):
             if path.lower().endswith(".json"):
                 write_json(path, rows, args.scores, notes)
             else:
-                report.write_csv(path, all_rows)
+                out = "" if needs_tolerance(args.scores) else "tolerance"
+                report.write_csv(path, [{k: row[k] for k in row if k != out} for row in all_rows])
             print(f"wrote {path}")
         if args.overlays:
             path = args.overlays

@@ -45,6 +45,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import data
 from runtime import config, cuda, ensemble, memory_guard, outputs, parts
+from runtime.log import SECONDS_BETWEEN_LINES
 from runtime.precision import resolve_precision
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import resolve_device
@@ -56,9 +57,6 @@ from volumes.inputs import check_inputs
 from volumes.processes import run_script
 from volumes.submission import SubmissionError, open_submission, submission_faults
 from volumes.volume import InputErrors, VolumeError, collect_errors
-
-SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
-
 
 # ---------------------------------------------------------------------------- settings
 

@@ -9,7 +9,8 @@ Every case is checked first: all faults of a folder are printed at once, one sen
 then nothing is written (exit status 2). Leaves `<out>/<case>.h5` and `<out>/dataset.json`; cases
 are added to a dataset that is already there, and those of the same id are replaced.
 
---sheet draws what the dataset looks like: slices with the label outlined, intensities, numbers.
+--sheet draws what the dataset looks like: slices with the label outlined, intensities, numbers;
+without --images or --phantom that of a dataset which is there.
 
 Labels of several classes: --classes artery=3 vein=7 names the values that they hold.
 
@@ -38,7 +39,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from volumes import classes, data_sheet, layouts, phantoms
-from volumes.casefile import DATASET_FILE, read_dataset, write_dataset
+from volumes.casefile import DATASET_FILE, is_dataset, read_dataset, write_dataset
 from volumes.files import counted, few, split_dataset
 from volumes.ingest import PhantomCase, Rules, prepare_case
 from volumes.processes import cores, run_script
@@ -215,7 +216,10 @@ def parse(argv):
     add("--sheet", action="store_true", help="draw all cases of DIR: DIR/sheet-1.png and on")
     add("--workers", type=int, default=cores(), help="processes; default: all cores")
     options = parser.parse_args(argv)
-    if bool(options.images) == bool(options.phantom):
+    options.alone = options.sheet and not (options.images or options.labels or options.phantom)
+    if options.alone and not is_dataset(options.out):
+        parser.error(f"--sheet alone: expected a dataset made by prepare.py in {options.out}")
+    if bool(options.images) == bool(options.phantom) and not options.alone:
         parser.error("expected either --images PATH or --phantom KIND")
     if options.phantom and options.labels:
         parser.error("--labels goes with --images; a phantom brings its own label")
@@ -302,7 +306,7 @@ def existing_cases(out, cases, rules, faults):
         if repr(there) != repr(here):  # their order counts too: of channels, and of painting
             faults.append(
                 f"--out {out}: expected the {name.replace('_', ' ')} of the dataset there, "
-                f"{there}, got {here}; choose another folder, or prepare all cases alike"
+                f"{there}, got {here}; delete that folder, choose another, or prepare all alike"
             )
     return dataset.cases
 
@@ -338,10 +342,20 @@ def refuse(faults, cases, notes=()):
     return 2
 
 
+def draw_sheet(out):
+    for path in data_sheet.write_sheet(read_dataset(out), out):
+        print(f"drawn: {path}")
+    return 0
+
+
 def main(argv=None):
     """Prepare what the command line says; returns the exit status."""
     options = parse(argv)
     out, existing = options.out, {}
+    if options.alone:
+        with collect_errors(faults := []):
+            return draw_sheet(out)
+        return refuse(faults, ())
     if options.phantom:
         layout = _phantom_layout(options)
     else:
@@ -386,10 +400,7 @@ def main(argv=None):
     notes += classes.rare(rules.classes, ids | {c.id: c.counts for c in kept if c.labeled})
     report(outcomes, notes)
     print(f"{counted(len(new), 'case')} written to {out}")
-    if options.sheet:
-        for path in data_sheet.write_sheet(read_dataset(out), out):
-            print(f"drawn: {path}")
-    return 0
+    return draw_sheet(out) if options.sheet else 0
 
 
 if __name__ == "__main__":

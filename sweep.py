@@ -292,7 +292,8 @@ def main(argv=None):
         if not arguments.report:
             status = do_all(worker, all_jobs if index is None else [all_jobs[index]])
         if status == STOPPED:
-            console.print(f"stopped: {worker.stop.why}; go on with: python sweep.py {path}")
+            again = path if index is None else f"{path} --index {index}"
+            console.print(f"stopped: {worker.stop.why}; go on with: python sweep.py {again}")
         elif index is None or {job.name for job in all_jobs} <= ledger.entries().keys():
             write_report(all_jobs, ledger, path)
     except OSError as error:

@@ -167,9 +167,10 @@ def saved(view):
     if not saves:
         return Text("no state yet", FAINT)
     last, when = saves[-1], saves[-1].get("time", view.now)
-    return Text(
-        f"{clock(when, view.now)}, {duration(view.now - when)} ago: {last.get('file')} at step "
-        f"{last['step']}, {format_bytes(last.get('bytes'))} in {number(last.get('seconds'))} s"
+    return Group(
+        f"{clock(when, view.now)}, {duration(view.now - when)} ago: {last.get('file')}",
+        f"at step {last['step']}, {format_bytes(last.get('bytes'))} in "
+        f"{number(last.get('seconds'))} s",
     )
 
 
@@ -238,7 +239,7 @@ def memory(view):
         sizes = f"{format_bytes(rss - shared)} + {format_bytes(shared)} shared"
         state = process["status"] if process.get("status") in STANDING_STILL else ""
         cpu = f"{number(process.get('cpu'))} % {state}"
-        processes.append((process["role"], str(process["pid"]), sizes, cpu))
+        processes.append((process["role"], str(process["pid"]), cpu.rstrip(), sizes))
     return Group(*(view.table(rows) for rows in (limits, [tree], processes) if rows))
 
 

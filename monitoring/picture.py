@@ -20,6 +20,7 @@ from volumes.colors import class_color, no_formula, overlay, overlay_classes
 SMOOTH_FROM = 120  # points of a curve: of more, the mean over a fortieth of them is drawn too
 PIXELS = 640  # of a side of a slice, about
 LOG_FROM = 8.0  # times the lowest value that the highest must be for a logarithmic axis
+ENOUGH = 5  # points of a score that show how it goes
 MARK, TROUBLE = "#909090", "#d70000"
 
 
@@ -125,13 +126,14 @@ def _scores(axis, run):
         elif of_classes:  # these have all the colors
             style = {"color": "black"} if name == main else {"ls": "--"}
         _curve(axis, points, name, main=name == main, marker="o", ms=3, **style)
-        # The untrained network sets no scale.
-        shown += [v for step, v in points if step > 0 and finite(v) is not None] or values
+        # Of a curve with enough other points the untrained network sets no scale.
+        trained = [v for step, v in points if step > 0 and finite(v) is not None]
+        shown += trained if len(trained) >= ENOUGH else values
         value, step = run.best(name)
         if value is not None:
             axis.plot(step, value, "*", ms=13, color=axis.lines[-1].get_color())
     if shown:
-        axis.set_ylim(max(0.0, min(shown) - 0.04), min(1.01, max(shown) + 0.04))
+        axis.set_ylim(max(-0.01, min(shown) - 0.04), min(1.01, max(shown) + 0.04))
     return "validation, the best of each starred"
 
 

@@ -114,10 +114,12 @@ class VolumeCache:
             raise ValueError(f"case {case.id}: expected a row of {name} below {length}, got {i}")
         return casefile.read_array(case, name, i).astype(np.int32)
 
-    def announce(self):
-        """For people: how much may be held, of how much."""
+    def announce(self, reason):
+        """For people: how much may be held, of how much, by what reason; or why nothing is."""
+        if not self._total:
+            return "not needed, for the case files are not compressed"
         budget, total = self._budget[0] / 1e6, self._total / 1e6
-        return f"{budget:,.1f} MB for all workers, of {total:,.1f} MB of decoded volumes"
+        return f"{budget:,.1f} MB for all workers, of {total:,.1f} MB of decoded volumes ({reason})"
 
     def counts(self):
         """What all processes did together: cases and bytes held, budget, hits, misses, evictions.

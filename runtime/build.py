@@ -82,6 +82,7 @@ def resolve(settings, group=None):
     outputs.check_settings(told_apart, settings)
     check_skeletons(terms, split)
     check_spacing(settings, split)
+    notes += data.padding_notes(split.train, settings.sampling.patch, settings.data.spacing)
     spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
     for case_spacing in spacings:
         augment.elastic_range(case_spacing, settings.augment.model_dump())  # or a ValueError
@@ -343,6 +344,7 @@ def make_validator(plan, run):
         background=plan.device.type == "cuda" if background is None else background,
         report=run.report,
         poll=run.check,
+        progress=run.show.meanwhile,
         group=plan.group,
         spacing=settings.data.spacing,
         clip=settings.data.percentiles,
@@ -371,9 +373,9 @@ def check_alike(plan, about_data):
 
 def announce(plan, network, patches):
     """Lines for people: what was chosen, and why."""
-    settings, split, group = plan.settings, plan.split, plan.group
-    training = settings.training
-    steps = training.max_epochs * training.train_iterations_per_epoch
+    settings, split, group, training = plan.settings, plan.split, plan.group, plan.settings.training
+    steps, most = training.max_epochs * training.train_iterations_per_epoch, training.max_steps
+    stop = "" if most is None or most >= steps else f"{most} of "
     parameters = sum(p.numel() for p in network.parameters())
     return [
         f"device     {plan.device} ({plan.device_reason})",
@@ -386,11 +388,11 @@ def announce(plan, network, patches):
         f"network    {parameters / 1e6:.2f} M parameters, strides "
         f"{plan.strides[1:]} for patch {settings.sampling.patch}",
         *([f"classes    {plan.outputs.describe()}"] if plan.outputs.several else []),
-        f"training   {steps} steps in {training.max_epochs} epochs, batch "
+        f"training   {stop}{steps} steps in {training.max_epochs} epochs, batch "
         f"{training.train_batch_size} x {training.accumulate}"
         + f" x {group.size} ranks" * (group.size > 1)
         + f", workers: {training.workers}",
-        f"cache      {patches.cache.announce()} ({plan.cache_reason})",
+        f"cache      {patches.cache.announce(plan.cache_reason)}",
     ]
 
 

@@ -67,6 +67,10 @@ SYNONYMS = {  # other common names of a setting
     }.items()
     for word in words.split()
 }
+HINTS = {
+    "validation.every": "; above training.max_epochs, with validation.untrained=false, it is only "
+    "done at the end",
+}
 
 
 class ConfigError(ValueError):
@@ -152,7 +156,8 @@ def _sentence(error, model):
         text = f"a list such as {_example(key)}"
     elif text.startswith(("greater", "less", "finite")):
         text = f"a number {text}"
-    return f"{key}: expected {text}" + ("" if ", got " in text else f", got {got}")
+    text += "" if ", got " in text else f", got {got}"
+    return f"{key}: expected {text}{HINTS.get(key, '')}"
 
 
 def build(content, model=Settings):

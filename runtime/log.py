@@ -41,6 +41,7 @@ from monitoring.records import append_line, read_lines
 from volumes import atomic
 
 TRAINING = ("step", "epoch", "evaluation")
+SECONDS_BETWEEN_LINES = 10  # of what takes long, where there is no terminal
 
 
 class RunLog:
@@ -220,7 +221,7 @@ class ProgressLine:
         self.bar = Progress(
             *columns, *times, TextColumn("{task.description}"), console=self.console
         )
-        self.total = total
+        self.total, self.short, self.said = total, "", time.monotonic()
         self.task = self.bar.add_task("", total=total, completed=done)
 
     def __enter__(self):
@@ -234,9 +235,18 @@ class ProgressLine:
 
     def print(self, text):
         self.console.print(text)
+        self.said = time.monotonic()
+        self.bar.update(self.task, description=self.short)
+
+    def meanwhile(self, text):
+        """text: what goes on between two steps; beside the bar, elsewhere a line now and then."""
+        self.bar.update(self.task, description=text)
+        if not self.console.is_terminal and time.monotonic() - self.said > SECONDS_BETWEEN_LINES:
+            self.print(text)
 
     def advance(self, step, text, short):
         """text: a plain line of its own; short: what a bar has room for."""
+        self.short = short
         self.bar.update(self.task, completed=step, description=short)
         if not self.console.is_terminal:
             self.print(f"step {step}/{self.total} {text}")

@@ -48,7 +48,8 @@ class Stop:
         """Why the run must stop, or None; once there is a reason it stays."""
         now = time.monotonic()
         if self.why is None and self.hours and now - self.started > 3600 * self.hours:
-            self.why = f"its time is up (training.max_hours={self.hours:g})"
+            again = "counted anew after --resume, null: no limit"
+            self.why = f"its time is up (training.max_hours={self.hours:g}, {again})"
         if self.why is None and self.file is not None and now - self.looked > LOOK:
             self.looked = now
             if self.file.exists():

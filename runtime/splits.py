@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
-from volumes.files import few, matching
+from volumes.files import counted, few, matching
 
+CUT = "cut a single case by prepare.py --crop train=0:80 val=90:112"
 NO_VALIDATION = (
     "NO VALIDATION: there are no scores and no curve of them, best.pt is the last state, and masks "
-    "are made with threshold 0.5 and all components; set data.validation, or data.folds=5"
+    f"are made with threshold 0.5 and all components; set data.validation or data.folds; {CUT}"
 )
 
 
@@ -35,8 +36,7 @@ def choose_cases(dataset, *, train, validation, test, folds, fold):
         if bare := sorted(dataset.cases.keys() - elsewhere - chosen_train.keys()):
             notes.append(f"train: without label, not trained on: {few(bare)}")
     if folds:
-        chosen_validation, fold_notes = _fold(chosen_train, folds, fold)
-        notes += fold_notes
+        chosen_validation = _fold(chosen_train, folds, fold, faults)
         chosen_train = {i: c for i, c in chosen_train.items() if i not in chosen_validation}
     split = Split(*(list(d.values()) for d in (chosen_train, chosen_validation, chosen_test)))
     faults += _split_faults(split)
@@ -60,22 +60,20 @@ def _matches(dataset, key, patterns, faults):
     return matches
 
 
-def _fold(cases, folds, fold):
+def _fold(cases, folds, fold, faults):
+    """{id: case} of a fold; {} and a fault if there are fewer groups than folds."""
     groups = {}
     for case in cases.values():
         groups.setdefault(case.group, []).append(case.id)
-    notes = []
-    if len(groups) < folds:
-        got = f"only {len(groups)} groups are there"
-        if len(groups) > 1:
-            got += f", so this is fold {fold % len(groups)} of {len(groups)}"
-        notes.append(f"data.folds: {folds} asked for, {got}")
-    if len(groups) < 2:
-        return {}, notes
-    parts = [[] for _ in range(min(folds, len(groups)))]
+    if 0 < len(groups) < folds:
+        got = f"got {folds} for {counted(len(groups), 'group')}"
+        advice = CUT if len(cases) == 1 else "lower it, or prepare the cases with smaller groups"
+        faults.append(f"data.folds: expected no more folds than groups of cases, {got}; {advice}")
+        return {}
+    parts = [[] for _ in range(folds)]
     for group in sorted(groups, key=lambda g: (-len(groups[g]), g)):
         min(parts, key=len).extend(groups[group])
-    return {i: cases[i] for i in parts[fold % len(parts)]}, notes
+    return {i: cases[i] for i in parts[fold]}
 
 
 def _split_faults(split):

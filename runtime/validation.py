@@ -38,12 +38,13 @@ class Validator:
     background: whether a process of its own evaluates, as it always does with several ranks: these
     share out the cases, and rank 0 evaluates all. how: arguments of `predict`. report(kind, text,
     **figures) records trouble; poll() is called after each batch of windows and once a second
-    of waiting, and may raise. Close it, or the process stays.
+    of waiting, and may raise; progress(text) gets what it does. Close it, or the process stays.
     """
 
-    def __init__(self, cases, spec, *, background, report, poll, group=None, **how):
+    def __init__(self, cases, spec, *, background, report, poll, progress, group=None, **how):
         self.cases, self.spec, self.how = cases, spec, how
-        self.report, self.poll, self.group = report, poll, group or distributed.Group()
+        self.report, self.poll, self.progress = report, poll, progress
+        self.group = group or distributed.Group()
         self.background = (background or self.group.size > 1) and bool(cases)
         self.process = self.pool = self.future = self.pending = None
         self.stack = contextlib.ExitStack()
@@ -54,11 +55,13 @@ class Validator:
             # A process group that is asked to stop: this process answers, and ends the evaluator.
             worker = parallel.worker_process(STOP_SIGNALS)
             self.pool, self.process = self.stack.enter_context(worker)
-        how = self.how | {"report": self.report, "progress": lambda done, total: self.poll()}
+        how, now = self.how | {"report": self.report}, f"evaluation of step {step}"
         training = network.training
         network.eval()
         predictions, unread, slices = {}, [], None
-        for case in self.group.mine(self.cases):
+        for number, case in enumerate(cases := self.group.mine(self.cases), start=1):
+            place = f"{now}: case {number}/{len(cases)}"
+            how["progress"] = functools.partial(self._advance, place)
             how["with_slices"] = slices is None
             read = functools.partial(predict, network, case, self.spec, **how)
             try:
@@ -84,7 +87,12 @@ class Validator:
                 self.future = futures.Future()
                 self.future.set_exception(error)
         else:
+            self.progress(f"{now}: scoring")
             self._complete(evaluator.evaluate(self.spec, predictions))
+
+    def _advance(self, place, done, total):
+        self.progress(f"{place}, {done / total:.0%}")
+        self.poll()
 
     def _brought_together(self, predictions, unread):
         """The predictions of all ranks on rank 0, in the order of the cases."""

@@ -185,7 +185,7 @@ def match(predictions, truth, images, errors, notes, *, only=()):
             there = next(paths[case] for paths in sides.values() if case in paths)
             errors.append(
                 f"{there}: expected {side} {case} with it, got {listed(sources) or 'none'}; "
-                "rename one, name the ids with a pattern such as '{id}.tif', or say --cases"
+                "say --cases, rename one, or name the ids with a pattern such as '{id}.tif'"
             )
     if shown is None and dataset:
         shown = {case.id: f"{case.path}:image" for case in dataset.cases.values()}

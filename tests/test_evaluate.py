@@ -449,7 +449,7 @@ def test_a_truth_without_prediction_is_a_fault_unless_cases_are_named(tmp_path, 
     command = ("--pred", tmp_path / "pred", "--truth", tmp_path / "truth")
     assert run(*command) == 2
     errors = capsys.readouterr().err
-    assert "expected prediction a2 with it, got a1" in errors
+    assert "expected prediction a2 with it, got a1; say --cases" in errors
     assert "expected prediction b with it, got a1" in errors
     assert "2 errors; nothing was written" in errors
     assert run(*command, "--cases", "a1") == 0
@@ -488,9 +488,12 @@ def test_json_holds_summaries_and_leaderboards(tmp_path, capsys):
 
 def test_scores_are_chosen_by_name(tmp_path, capsys):
     mask = write(tmp_path / "a.tif", bar(2))
-    command = ("--pred", mask, "--truth", mask, "--out", tmp_path / "s.csv")
+    command = ("--pred", mask, "--truth", mask, "--out", tmp_path / "s.csv", "--tolerance", "0.5")
+    assert run(*command) == 0 and "0.5 is less than one voxel" in capsys.readouterr().out
     assert run(*command, "--scores", "hd95", "vesuvius_score", "surface_dice@0.5") == 0
     row = read_csv(tmp_path / "s.csv")["a", "prediction"]
+    # None of these takes that tolerance.
+    assert "less than one voxel" not in capsys.readouterr().out and "tolerance" not in row
     assert (row["hd95"], row["vesuvius_score"], row["surface_dice@0.5"]) == ("0.0", "1.0", "1.0")
     assert "dice" not in row
     with pytest.raises(SystemExit, match="2"):

@@ -97,7 +97,7 @@ def test_a_mask_of_255_becomes_class_1_and_it_is_said(raw, out, capsys):
     said = capsys.readouterr().out
     assert "label values {0, 255} read as classes {0, 1} (1 case: a)" in said
     assert "label values {0, 254} read as classes {0, 1} (1 case: b)" in said
-    assert "1 1 1 is used" in said
+    assert "note: no spacing in the file; 1 1 1 is used" in said
     for name in "ab":
         with h5py.File(out / f"{name}.h5") as file:
             assert np.array_equal(file["label"], mask())
@@ -125,10 +125,7 @@ def test_an_empty_label_is_a_warning(raw, out, capsys):
     tiff(raw / "a_img.tif", voxels())
     tiff(raw / "a_lbl.tif", mask(0))
     assert run("--images", raw, "--labels", raw, "--out", out) == 0
-    assert (
-        "warning: the label is empty, no voxel of it is foreground (1 case: a)"
-        in capsys.readouterr().out
-    )
+    assert "the label is empty, no voxel of it is foreground (1 case: a)" in capsys.readouterr().out
 
 
 def test_crops_are_cases_of_their_own_with_a_moved_affine(raw, out):
@@ -195,7 +192,8 @@ def test_a_dataset_with_other_classes_is_left_as_it_was(raw, out, capsys):
     before = (out / "dataset.json").read_text()
     other = ("--phantom", "vessels", "--cases", 2, "--shape", *SHAPE, "--classes", "vein")
     assert run(*other, "--out", out) == 2
-    assert "expected the classes of the dataset there" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "expected the classes of the dataset there" in said and "; delete that folder" in said
     assert sorted(os.listdir(out)) == ["dataset.json", "vessels_000.h5"]
     assert (out / "dataset.json").read_text() == before
 
@@ -289,8 +287,10 @@ def test_an_image_goes_with_the_longest_label_id_it_begins_with():
     assert pairs == [("a_b", "1", "5"), ("c", "2", "6"), ("ab", "3", None), ("a", None, "4")]
 
 
-def test_two_named_files_are_a_pair_whatever_their_names(raw, out):
+def test_two_named_files_are_a_pair_whatever_their_names(raw, out, capsys):
     image, label = tiff(raw / "ct.tif", voxels()), tiff(raw / "artery.tif", mask())
+    advice = ", or a single pair by its two files"
+    assert refused(capsys, out, "--images", raw, "--labels", raw)[0].endswith(advice)
     assert run("--images", image, "--labels", label, "--out", out) == 0
     assert list(casefile.read_dataset(out).cases) == ["ct"]
 
@@ -302,7 +302,7 @@ def test_a_label_of_unlabeled_and_background_only_is_empty(raw, out, capsys):
     tiff(raw / "a_img.tif", voxels())
     tiff(raw / "a_lbl.tif", mask(2))
     assert run("--images", raw, "--labels", raw, "--ignore-label", 2, "--out", out) == 0
-    assert "warning: the label is empty" in capsys.readouterr().out
+    assert "note: the label is empty" in capsys.readouterr().out
 
 
 def test_all_faults_of_a_folder_are_named_at_once_and_nothing_is_written(raw, out, capsys):
@@ -627,7 +627,7 @@ def test_a_blank_image_with_a_label_is_a_fault_and_without_one_a_warning(tmp_pat
     status, file = prepared(tmp_path, blank, label=False)
     assert status == 0 and file.exists()
     said = capsys.readouterr().out
-    assert f"note: warning: the image is blank, {value} in all voxels (1 case: a)" in said
+    assert f"note: the image is blank, {value} in all voxels (1 case: a)" in said
 
 
 def test_a_blank_channel_beside_others_is_a_warning(tmp_path, capsys):
@@ -637,7 +637,7 @@ def test_a_blank_channel_beside_others_is_a_warning(tmp_path, capsys):
     nifti(tmp_path / "l" / "a.nii.gz", mask())
     where = ("--images", tmp_path / "i", "--labels", tmp_path / "l", "--out", tmp_path / "out")
     assert run(*where) == 0
-    assert "warning: channel 1 is blank, 0 in all voxels" in capsys.readouterr().out
+    assert "note: channel 1 is blank, 0 in all voxels" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fill", [-3.4e38, -1e4, 65535])

@@ -326,7 +326,7 @@ def make_raw_case(folder, name, seed):
 
 
 def test_the_five_commands_for_your_own_data_work(tmp_path):
-    for i in range(3):
+    for i in range(5):
         make_raw_case(tmp_path / "raw", f"case{i}", seed=i)
     make_raw_case(tmp_path / "new", "unseen", seed=9)
     (tmp_path / "configs").mkdir()

@@ -154,7 +154,10 @@ FAULTS = {
     "type": ({"folds": "two"}, ["folds: expected a valid integer, got 'two'"]),
     "config": ({"config": "nowhere.yaml"}, ["nowhere.yaml: expected a config file in YAML"]),
     "no config": ({"config": ""}, ["config: expected the config file of the runs, got none"]),
-    "groups": ({"folds": 5}, ["folds: expected at most 4, one for each group of cases"]),
+    "groups": (
+        {"folds": 5},
+        ["data.folds: expected no more folds than groups of cases, got 5 for 4 groups"],
+    ),
     "held out": ({}, ["folds: expected labeled cases that a run is not trained on, got none"]),
     "cases": (
         {"folds": 2, "variants": {"a": None, "b": {"data.train": ["slab[0-2]"]}}},
@@ -412,16 +415,19 @@ def test_a_line_of_the_ledger_says_what_a_run_was_and_came_to(scripts, two_by_tw
 
 def test_a_run_that_stops_stops_the_sweep_which_then_goes_on(scripts, two_by_two, capsys):
     (scripts / NAMES[1]).write_text("print('time is up'); sys.exit(75)")
-    assert sweep.main([two_by_two]) == 75
-    last = capsys.readouterr().out.strip().split("\n")[-1]
-    assert last == (
-        f"stopped: {NAMES[1]} stopped: time is up; go on with: python sweep.py {two_by_two}"
-    )
-    assert begun(scripts) == NAMES[:2]
-    assert [e["status"] for e in ledger_of(two_by_two).values()] == ["done", "stopped"]
+    for index in (["--index", "1"], []):  # of an array job one run alone is to go on
+        assert sweep.main([two_by_two, *index]) == 75
+        last = capsys.readouterr().out.strip().split("\n")[-1]
+        words = " ".join([two_by_two, *index])
+        assert last == (
+            f"stopped: {NAMES[1]} stopped: time is up; go on with: python sweep.py {words}"
+        )
+    assert begun(scripts) == [NAMES[1], *NAMES[:2]]
+    status = {name: entry["status"] for name, entry in ledger_of(two_by_two).items()}
+    assert status == {NAMES[0]: "done", NAMES[1]: "stopped"}
     (scripts / NAMES[1]).unlink()
     assert sweep.main([two_by_two]) == 0
-    assert begun(scripts) == [*NAMES[:2], *NAMES[1:]]
+    assert begun(scripts) == [NAMES[1], *NAMES[:2], *NAMES[1:]]
 
 
 def test_a_signal_to_the_sweep_is_handed_on_to_the_run(scripts, two_by_two):

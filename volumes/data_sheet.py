@@ -1,7 +1,7 @@
 """The data sheet: what a prepared data set looks like, one block of a page for each case.
 
-`python prepare.py ... --sheet` draws it: the middle slices with the label outlined, how the
-intensities are spread, and the numbers of the case.
+`python prepare.py ... --sheet` draws it: the slices with most foreground, the label outlined, how
+the intensities are spread, and the numbers of the case.
 """
 
 import textwrap
@@ -20,10 +20,10 @@ WIDTH, HEIGHT = 8.4, 3.5  # inches of a block
 PLANES, BINS, SAMPLES = 12, 64, 2**18  # of a histogram: z slices that are read, bars, voxels
 SLAB = 16  # planes that a compressed file unpacks together
 LEGEND = (
-    "Left: the middle z slice (y down, x right). Center: the middle y slice (z down, x right). "
-    "{}: border of the label. Blue: unlabeled.\nRight: how many voxels have an intensity (log), of "
-    "all in gray, and of each class as a line; gray levels of the slices go from the 0.5th to the "
-    "99.5th percentile."
+    "Left: the z slice with most of the label (y down, x right). Center: the y slice (z down, x "
+    "right). {}: border of the label. Blue: unlabeled.\nRight: how many voxels have an intensity "
+    "(log), of all in gray, and of each class as a line; gray levels of the slices go from the "
+    "0.5th to the 99.5th percentile."
 )
 
 
@@ -75,41 +75,51 @@ def _draw_case(panel, case, names):
     low, high = (usual["percentiles"][name][0] for name in ("0.5", "99.5"))
     high = high if high > low else low + 1
     panel.text(0.02, 0.97, no_formula(case.id), fontsize=9, weight="bold", va="top")
-    panel.text(0.02, 0.92, no_formula(_numbers(case, names)), fontsize=8, va="top")
+    numbers, planes = _survey(case, names)
+    panel.text(0.02, 0.92, no_formula(numbers), fontsize=8, va="top")
     grid = {"left": 0.02, "right": 0.97, "top": 0.76, "bottom": 0.1, "wspace": 0.06}
     axes = panel.subplots(1, 3, gridspec_kw=grid)
     for axis, ax in enumerate(axes[:2]):
-        middle = tuple(n // 2 if a == axis else slice(None) for a, n in enumerate(case.shape))
-        image, valid = read_array(case, "image", (0, *middle)), np.True_
+        plane = (slice(None),) * axis + (planes[axis],)
+        image, valid = read_array(case, "image", (0, *plane)), np.True_
         masks = np.zeros((0, *image.shape), bool)
         if case.labeled:
-            label = read_array(case, "label", middle)
+            label = read_array(case, "label", plane)
             masks, valid = np.array([label == i for i in names]), label != case.ignore_label
         valid = np.broadcast_to(valid, image.shape)
         aspect = case.spacing[1 - axis] / case.spacing[2]
         show_slice(ax, image.astype(np.float32), masks, valid, aspect, (low, high))
+        ax.set_xlabel(f"{'zy'[axis]} = {planes[axis]}", fontsize=7)
     _draw_histogram(axes[2], case, names, (low, high))
 
 
-def _numbers(case, names):
-    """Three lines on a case."""
+def _survey(case, names):
+    """(three lines on a case, [z, y] of the slices that show most of its classes, each class by
+    the share of its voxels; the middle ones without)."""
     usual = case.intensity.get("typical") or case.intensity
     mean, std = (f"{usual[key][0]:.4g}" for key in ("mean", "std"))
     channels = f", channel 0 of {case.channels}" if case.channels > 1 else ""
     shape, spacing = "x".join(map(str, case.shape)), with_unit(case.spacing, case.unit)
     lines = [f"{shape} voxels of {spacing}, group {case.group}"]
     lines.append(f"{np.dtype(case.dtype)}{channels}: mean {mean}, deviation {std}")
+    planes = [case.shape[0] // 2, case.shape[1] // 2]
     if not case.labeled:
-        return "\n".join([*lines, "no label"])
-    counts = np.zeros(256, np.int64)
+        return "\n".join([*lines, "no label"]), planes
+    counts, along = np.zeros(256, np.int64), [np.zeros((len(names), n)) for n in case.shape[:2]]
     for first in range(0, case.shape[0], SLAB):
         slab = read_array(case, "label", slice(first, first + SLAB))
         counts += np.bincount(slab.reshape(-1), minlength=256)
+        for index, number in enumerate(names):
+            mask = slab == number
+            along[0][index, first : first + SLAB] = mask.sum((1, 2))
+            along[1][index] += mask.sum((0, 2))
+    if counts[[*names]].any():
+        planes = [int(np.argmax((n / n.sum(1, keepdims=True).clip(1)).sum(0))) for n in along]
     percent = 100 * counts / counts.sum()
     shares = [f"{percent[i]:.3g} % {name}" for i, name in names.items()]
     if case.ignore_label is not None:
         shares.append(f"{percent[case.ignore_label]:.3g} % unlabeled")
-    return "\n".join([*lines, few(shares, 6)])
+    return "\n".join([*lines, few(shares, 6)]), planes
 
 
 def _draw_histogram(ax, case, names, limits):

@@ -188,7 +188,7 @@ def _spacing_and_unit(name, image, label, rules, outcome):
     elif header is None:
         spacing = (1.0, 1.0, 1.0)
         outcome.notes.append(
-            "warning: no spacing in the file; 1 1 1 is used, give --spacing Z Y X if that is wrong"
+            "no spacing in the file; 1 1 1 is used, give --spacing Z Y X if that is wrong"
         )
     elif not is_spacing(header):
         outcome.faults.append(
@@ -242,7 +242,7 @@ def _check_label(name, label, ignore_label, outcome):
             "everywhere; leave the case out, or check --ignore-label"
         )
     elif not (labeled & (label != 0)).any():
-        outcome.notes.append("warning: the label is empty, no voxel of it is foreground")
+        outcome.notes.append("the label is empty, no voxel of it is foreground")
 
 
 def _check_contrast(name, intensity, labeled, outcome):
@@ -257,7 +257,7 @@ def _check_contrast(name, intensity, labeled, outcome):
         outcome.faults.append(f"case {name}: expected an image with contrast, {got}")
     for channel, value in blank.items():
         where = "the image" if channels == 1 else f"channel {channel}"
-        outcome.notes.append(f"warning: {where} is blank, {value:g} in all voxels")
+        outcome.notes.append(f"{where} is blank, {value:g} in all voxels")
 
 
 def _summary(image, label, spacing, unit, rules):

@@ -115,7 +115,7 @@ def _add_cases(images, labels, layout):
     for name, what, path in alone:
         layout.faults.append(
             f"case {name}: expected {what} of this id for {path}, got none; add it, or name the "
-            "pairs by patterns such as 'folder/{id}_img.tif'"
+            "pairs by patterns such as 'folder/{id}_img.tif', or a single pair by its two files"
         )
 
 

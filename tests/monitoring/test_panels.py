@@ -169,16 +169,16 @@ def test_memory_is_shown_against_each_limit_the_tightest_first(shown):
 
 
 def test_each_process_has_its_memory(shown):
-    assert row(shown, panels.memory, "training") == "training 7 750 MB + 250 MB shared 90 %"
-    assert row(shown, panels.memory, "worker 0") == "worker 0 8 750 MB + 250 MB shared 90 %"
-    assert row(shown, panels.memory, "worker 1") == "worker 1 9 750 MB + 250 MB shared – %"
+    assert row(shown, panels.memory, "training") == "training 7 90 % 750 MB + 250 MB shared"
+    assert row(shown, panels.memory, "worker 0") == "worker 0 8 90 % 750 MB + 250 MB shared"
+    assert row(shown, panels.memory, "worker 1") == "worker 1 9 – % 750 MB + 250 MB shared"
 
 
 def test_a_process_that_stands_still_is_marked(tmp_path):
     processes = [process(8, "worker 0", status="zombie"), process(9, "worker 1", status="sleeping")]
     shown = view_of(full_run(tmp_path, processes=processes), 302)
-    assert row(shown, panels.memory, "worker 0").endswith(" zombie")
-    assert row(shown, panels.memory, "worker 1").endswith(" 90 %")
+    assert row(shown, panels.memory, "worker 0").startswith("worker 0 8 90 % zombie ")
+    assert row(shown, panels.memory, "worker 1").startswith("worker 1 9 90 % 7")
 
 
 def test_gpu_host_cache_and_state_are_shown(shown):
@@ -192,8 +192,16 @@ def test_gpu_host_cache_and_state_are_shown(shown):
     (cache,) = panel(shown, panels.cache)
     assert cache == "1.0 GB of 4.0 GB · 12 cases · 90 hits · 10 misses · 3 evictions"
     when = time.strftime("%H:%M:%S", time.localtime(NOW + 230))
-    (saved,) = panel(shown, panels.saved)
-    assert saved == f"{when}, 72 s ago: checkpoints/last.pt at step 100, 541 MB in 1.25 s"
+    assert panel(shown, panels.saved) == [
+        f"{when}, 72 s ago: checkpoints/last.pt",
+        "at step 100, 541 MB in 1.25 s",
+    ]
+
+
+def test_a_number_and_its_unit_stay_on_one_line_of_a_narrow_column(shown):
+    lines = text_of(shown, width=110).splitlines()
+    assert sum("  90 %  750 MB + 250 MB" in line for line in lines) == 2
+    assert any("at step 100, 541 MB in 1.25 s" in line for line in lines)
 
 
 def test_a_gpu_whose_driver_has_gone_is_still_named(tmp_path):
@@ -211,8 +219,7 @@ def test_the_newest_events_stand_first_and_troubles_in_their_own_words(shown):
 def test_of_many_saved_states_the_newest_is_shown(tmp_path):
     saved = [event("saved", s, file="last.pt", seconds=1.0, bytes=1) for s in range(50)]
     write_lines(tmp_path / "log.jsonl", [start(**FAR), *saved])
-    (text,) = panel(view_of(tmp_path, 60), panels.saved)
-    assert "at step 49" in text
+    assert panel(view_of(tmp_path, 60), panels.saved)[1].startswith("at step 49, ")
 
 
 def test_a_dead_run_has_causes_and_what_to_do_before_all_else(tmp_path):

@@ -107,7 +107,7 @@ def test_a_noisy_loss_has_its_running_mean(tmp_path, panels):
 
 
 def test_scores_are_drawn_with_the_best_of_the_one_that_chooses(tmp_path, panels):
-    scores = [(0, 0.0), (10, 0.8), (20, 0.9), (30, 0.7)]
+    scores = [(0, 0.0), (10, 0.8), (20, 0.9), (30, 0.7), (40, 0.8), (50, 0.8)]
     log = [
         event(
             "evaluation",
@@ -124,7 +124,9 @@ def test_scores_are_drawn_with_the_best_of_the_one_that_chooses(tmp_path, panels
     assert (star.get_xdata()[0], star.get_ydata()[0]) == (20, 0.9)
     assert "components" not in texts(axis) and "cldice_loss" not in texts(axis)
     assert axis.get_ylim() == pytest.approx((0.66, 0.94))  # not for the untrained network
-    assert curve(result["loss"], "cldice, validation") == {0: 0.3, 10: 0.3, 20: 0.3, 30: 0.3}
+    write_lines(tmp_path / "log.jsonl", [start(score="dice", better={"dice": "higher"}), *log[:5]])
+    assert panels()["validation"].get_ylim() == pytest.approx((-0.01, 0.94))  # of so few, for all
+    assert curve(result["loss"], "cldice, validation") == {step: 0.3 for step, _ in scores}
 
 
 def test_of_classes_the_mean_of_each_score_is_drawn_and_the_main_one_of_each_class_in_its_color(

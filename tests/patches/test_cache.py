@@ -140,6 +140,13 @@ def test_the_default_is_half_of_what_is_available_and_at_most_all_cases(tmp_path
     packed, _ = write(tmp_path, 1, shape=(16, 32, 32), stored="lzf")
     assert default_budget([case, packed], HUGE) == 4 * 4 * 4096
     assert default_budget([packed], 10_001) == 5000
+    names = ("image", "label")
+    assert VolumeCache([case], HUGE, names).announce("free") == (
+        "not needed, for the case files are not compressed"
+    )
+    assert VolumeCache([packed], 40_960, names).announce("free") == (
+        "0.0 MB for all workers, of 0.0 MB of decoded volumes (free)"
+    )
 
 
 @pytest.mark.parametrize("budget", [-1, math.nan])

@@ -37,6 +37,25 @@ def test_where_no_workers_can_be_the_training_process_reads_and_says_so(tmp_path
     assert plan.notes[-1].startswith("training.workers: 0 instead of 3")
 
 
+def test_a_patch_much_larger_than_most_cases_is_noted_at_the_spacing_of_the_network(tmp_path):
+    make_root(tmp_path)  # 12 x 24 x 24 voxels of 2 x 1 x 1
+    how = ["sampling.patch=[16,40,32]", "data.spacing=[2.5,0.5,null]"]
+    notes = build.resolve(make_settings(tmp_path, *how)).notes
+    assert [n for n in notes if n.startswith("sampling.patch")] == [
+        "sampling.patch: 16 voxels in z, where most cases have 10 or less; the rest is padding"
+    ]
+
+
+def test_the_line_on_training_names_the_steps_that_max_steps_leaves(tmp_path):
+    make_root(tmp_path)
+    lines = []
+    for most in (2, 3, "null"):
+        plan = build.resolve(make_settings(tmp_path, f"training.max_steps={most}"))
+        about = build.announce(plan, build.make_network(plan), build.make_patches(plan))
+        lines += [line.split(", ")[0] for line in about if line.startswith("training")]
+    assert lines == ["training   2 of 3 steps in 1 epochs", *["training   3 steps in 1 epochs"] * 2]
+
+
 def test_metadata_are_plain_and_name_the_cases_of_each_part(tmp_path):
     make_root(tmp_path)
     for path in tmp_path.glob("*.h5"):

@@ -121,6 +121,7 @@ def test_other_names_are_of_valid_keys_and_hide_no_nearer_one():
         ("model.strides=[[1,2,2]]", "one row of strides"),
         ("data.folds=1", "folds >= 2"),
         ("optim.max_lr=1e-3", "schedule one_cycle"),
+        ("validation.every=0", "got 0; above training.max_epochs, with validation.untrained=false"),
         ("training=3", "expected group.key=value"),
         ("a.b=[1", "not readable as YAML"),
         ("run.seed=true", "run.seed"),

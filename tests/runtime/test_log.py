@@ -199,3 +199,21 @@ def test_what_is_said_stands_in_the_output_once(capsys, terminal):
     with runlog.ProgressLine(console, 2, 0) as show:
         show.print("a sentence")
     assert capsys.readouterr().out.count("a sentence") == 1
+
+
+def test_what_takes_long_is_a_line_now_and_then_and_beside_the_bar_on_a_terminal(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: clock[0])
+    out = io.StringIO()
+    show = runlog.ProgressLine(Console(file=out), 2, 0)
+    for second in range(31):
+        clock[0] = float(second)
+        show.meanwhile(f"case {second}")
+    assert out.getvalue().split("\n") == ["case 11", "case 22", ""]
+    for terminal in (False, True):
+        show = runlog.ProgressLine(Console(file=out, force_terminal=terminal), 2, 0)
+        show.advance(1, "a line of its own", short="of the step")
+        show.meanwhile("case 1")
+        assert show.bar.tasks[0].description == "case 1"
+        show.print("scores")
+        assert show.bar.tasks[0].description == "of the step"

@@ -126,7 +126,8 @@ def test_hours_are_counted_from_the_start_and_end_the_run_when_they_are_over(clo
     clock[0] += 7200
     assert stop.reason() is None
     clock[0] += 0.1
-    assert stop.reason() == "its time is up (training.max_hours=2)"
+    again = "counted anew after --resume, null: no limit"
+    assert stop.reason() == f"its time is up (training.max_hours=2, {again})"
 
 
 def test_without_hours_there_is_no_end(clock):

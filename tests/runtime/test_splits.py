@@ -39,13 +39,19 @@ def test_folds_keep_groups_whole_and_cover_every_case(root):
     assert sorted(held_out) == ["bar0", "bar1", "bar2", "bar3"]
 
 
-def test_fewer_groups_than_folds_is_said_and_one_group_trains_without(root):
-    dataset = casefile.read_dataset(root)
-    several = {"validation": (), "test": (), "folds": 5, "fold": 4}
-    split, notes = splits.choose_cases(dataset, train=None, **several)
-    assert split.validation and "only 3 groups are there, so this is fold 1 of 3" in notes[0]
-    split, notes = splits.choose_cases(dataset, train=("a",), **several)
-    assert len(split.train) == 2 and not split.validation
+@pytest.mark.parametrize(
+    "train, said",
+    [
+        (None, "got 4 for 3 groups; lower it, or prepare the cases with smaller groups"),
+        (("a",), "got 4 for 1 group; lower it, or prepare the cases with smaller groups"),
+        (("b",), "got 4 for 1 group; cut a single case by prepare.py --crop train=0:80 val=90:112"),
+    ],
+)
+def test_more_folds_than_groups_is_a_fault_and_a_single_case_is_to_be_cut(root, train, said):
+    how = {"validation": (), "test": (), "folds": 4, "fold": 0}
+    with pytest.raises(ValueError, match=r"^data\.folds: expected no more folds") as error:
+        splits.choose_cases(casefile.read_dataset(root), train=train, **how)
+    assert str(error.value).endswith(said)
 
 
 def test_cases_without_label_are_named_and_a_bracket_in_an_id_means_itself(tmp_path):

@@ -43,7 +43,7 @@ def made(monkeypatch):
     """make(*case ids, ...) -> v: the validator, whose predictions are ids, and what it does."""
 
     def make(*cases, background=False, unreadable=()):
-        pool, reports, polls, tried = Pool(), [], [], []
+        pool, reports, polls, tried, said = Pool(), [], [], [], []
 
         @contextlib.contextmanager
         def worker_process(blocked_signals):
@@ -67,8 +67,10 @@ def made(monkeypatch):
             background=background,
             report=lambda kind, text, **figures: reports.append((kind, text, figures)),
             poll=lambda: polls.append(1),
+            progress=said.append,
         )
-        return SimpleNamespace(v=validator, pool=pool, reports=reports, polls=polls, tried=tried)
+        about = {"reports": reports, "polls": polls, "tried": tried, "said": said}
+        return SimpleNamespace(v=validator, pool=pool, **about)
 
     return make
 
@@ -89,6 +91,16 @@ def test_every_case_is_predicted_in_evaluation_mode_which_does_not_stay(made):
     assert (found.step, found.unread, found.slices) == (7, [], {"of": "a"})
     assert list(found.result["cases"]) == ["a", "b"]
     assert one.v.result() is None and one.v.result(wait=True) is None  # given once
+
+
+def test_an_evaluation_says_at_which_case_it_is(made):
+    one = made("a", "b")
+    one.v.start(network(), 7)
+    assert one.said == [
+        "evaluation of step 7: case 1/2, 50%",
+        "evaluation of step 7: case 2/2, 50%",
+        "evaluation of step 7: scoring",
+    ]
 
 
 def test_a_case_that_cannot_be_read_is_tried_again_named_and_left_out(made):
@@ -117,7 +129,8 @@ def test_predictions_of_classes_come_from_the_rank_that_made_them(exclusive):
     assert predictions["a"].probs.shape == (2 + exclusive, 2, 3, 4)
     sent = [predictions["b"].encoded, predictions["b"].probs]
     second = Rank(sent, first=False)
-    one = Validator(cases, spec, background=True, report=None, poll=None, group=second)
+    nothing = dict.fromkeys(("report", "poll", "progress"))
+    one = Validator(cases, spec, background=True, group=second, **nothing)
     one._brought_together({"b": predictions["b"]}, unread=["c"])
     one.group = Rank(second.moved, first=True)
     found = one._brought_together({"a": predictions["a"]}, unread=["c"])

@@ -2,6 +2,7 @@
 
 import re
 
+import h5py
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb, to_rgba
@@ -50,6 +51,19 @@ def test_prepare_draws_the_sheet_and_says_where(tmp_path, capsys):
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_prepare_draws_the_sheet_of_a_dataset_that_is_there(tmp_path, capsys):
+    made = dataset(tmp_path)
+    alone = ["--out", made.root, "--sheet"]
+    assert prepare.main(alone) == 0
+    assert capsys.readouterr().out.endswith(f"drawn: {made.root}/sheet-1.png\n")
+    with h5py.File(made.cases["case0$"].path, "a") as file:
+        del file["image"]
+    assert prepare.main(alone) == 2 and "1 fault" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        prepare.main(["--out", str(tmp_path), "--sheet"])
+    assert f"expected a dataset made by prepare.py in {tmp_path}" in capsys.readouterr().err
+
+
 def test_a_case_is_told_by_its_shape_spacing_and_shares(tmp_path):
     panel, _ = drawn(dataset(tmp_path))
     text = "\n".join(t.get_text() for t in panel.texts)
@@ -58,12 +72,24 @@ def test_a_case_is_told_by_its_shape_spacing_and_shares(tmp_path):
     assert "16.7 % artery, 8.33 % vein, 6.25 % unlabeled" in text
 
 
-def test_slices_are_the_middle_ones_at_their_true_aspect_with_each_class_outlined(tmp_path):
+def test_slices_show_most_of_the_classes_and_the_middle_without_any(tmp_path):
+    made = dataset(tmp_path)
+    (case,) = made.cases.values()
+    label = np.zeros(SHAPE, np.uint8)
+    label[1, 3], label[2, 3:9, 0], label[3, 11, :2] = 1, 1, 5  # 16, 6 of class 1, 2 of class 5
+    with h5py.File(case.path, "a") as file:
+        for classes, planes in (((1, 5), [3, 11]), ((1,), [1, 3]), ((), [2, 6])):
+            file["label"][:] = np.where(np.isin(label, classes), label, 0)
+            file.flush()
+            assert data_sheet._survey(case, {1: "artery", 5: "vein"})[1] == planes
+
+
+def test_slices_have_their_true_aspect_and_each_class_is_outlined(tmp_path):
     made = dataset(tmp_path)
     (case,) = made.cases.values()
     _, (z_slice, y_slice, _) = drawn(made)
     image = np.asarray(data_sheet.read_array(case, "image", 0))
-    for ax, wanted, aspect in ((z_slice, image[2], 2), (y_slice, image[:, 6], 6)):
+    for ax, wanted, aspect in ((z_slice, image[0], 2), (y_slice, image[:, 2], 6)):
         np.testing.assert_array_equal(ax.images[0].get_array(), wanted)
         assert ax.get_aspect() == aspect
         colors = [tuple(c.get_edgecolor()[0][:3]) for c in ax.collections]
