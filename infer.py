@@ -100,7 +100,8 @@ def prepare_to_predict(arguments, part):
     predictor = ensemble.Predictor(members, settings, metadata, device, precision)
     lines = [
         f"device     {device} ({device_reason}), precision {precision} ({precision_reason})",
-        *(f"checkpoint {m.path}, step {m.step}, {m.weights}" for m in members),
+        *(f"checkpoint {m.path} of run {m.run}, step {m.step}, {m.weights}" for m in members),
+        *(f"warning: {m.path} is of step 0, before any training" for m in members if not m.step),
         *([f"classes    {predictor.outputs.describe()}"] if predictor.outputs.several else []),
         *([joint_line] if joint_line else []),
         f"windows    {_describe(settings)}",
@@ -346,7 +347,7 @@ def parse_arguments(argv):
     )
     add = parser.add_argument
     several = {"nargs": "+", "action": "extend", "default": [], "metavar": "PATH"}
-    what = "a checkpoint that train.py wrote; several, or a sweep folder: an ensemble"
+    what = "a checkpoint, or a run folder for its best; several, or a sweep folder: an ensemble"
     add("--ckpt", required=True, help=what, **several)
     what = "case files, prepared folders, volumes, folders or patterns of volumes"
     add("--input", help=what, **several)

@@ -51,16 +51,24 @@ class Member(NamedTuple):
     chosen: dict  # by validation
     origin: dict  # see volumes/origins.py
 
+    @property
+    def run(self):
+        """The name of its run: of the folder, else, of a copy elsewhere, as it was set."""
+        place = Path(self.origin["checkpoint"]).parent
+        return place.parent.name if place.name == "checkpoints" else self.config["run"]["name"]
+
 
 # ---------------------------------------------------------------------------- reading
 
 
 def read(texts):
-    """[`Member`] of checkpoints and sweep folders; InputErrors names every fault."""
+    """[`Member`] of checkpoints, run folders and sweep folders; InputErrors names every fault."""
     faults, paths, members = [], [], []
     for text in texts:
         with collect_errors(faults):
-            paths += _of_sweep(Path(text)) if (Path(text) / "ledger.jsonl").is_file() else [text]
+            is_sweep, own = (Path(text) / "ledger.jsonl").is_file(), Path(text) / "checkpoints"
+            of_run = [path for path in (own / "best.pt", own / "last.pt") if path.is_file()]
+            paths += _of_sweep(Path(text)) if is_sweep else of_run[:1] or [text]
     files = [Path(path).resolve() for path in paths]
     for path, file in zip(paths, files, strict=True):
         if files.count(file) > 1:
@@ -74,7 +82,8 @@ def read(texts):
             network, weights = build_network(state, path)
             loop = state["loop"]
             about = state["config"], state["data"], loop["evaluations"]["chosen"]
-            came_from |= {"step": loop["step"]}
+            came_from |= {"step": loop["step"], "unit": state["data"]["unit"]}
+            came_from |= {"tolerance": state["config"]["validation"]["tolerance"]}
             members.append(Member(str(path), loop["step"], weights, network, *about, came_from))
     if not faults:
         faults = [fault for other in members[1:] for fault in _layout_faults(members[0], other)]

@@ -18,10 +18,12 @@ import numpy as np
 from scoring import metrics
 from scoring.classes import described, ids_of, voxels_of
 from volumes import casefile, files, origins
+from volumes.processes import command_of
 from volumes.statistics import clip_fill
 from volumes.volume import WHITE, compare, is_spacing, with_unit
 
 OTSU = "otsu"  # the method of that name
+VOXELS = "voxels"  # the unit where no file has a spacing, and none is given
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,11 @@ def predictions_of_run(text):
         known = origins.read(folder).values()
         there = any(path == Path(one["checkpoint"]) for of in known for one in of)
     else:
-        path, there = Path(text) / "checkpoints" / "best.pt", folder.is_dir()
+        there = folder.is_dir()
     if not there:
         raise ValueError(
             f"expected predictions, got {text}, of which there are none in {folder}; predict first "
-            f"with python infer.py --ckpt {text if of_checkpoint else path}"
+            f"with {command_of('infer.py')} --ckpt {text}"
         )
     return str(folder)
 
@@ -273,13 +275,16 @@ def read(pair, options, errors):
         masks[OTSU] = _otsu_mask(image, options.invert, errors)
     if len(errors) > before:
         return None
-    spacing, unit = options.spacing or metrics.VOXEL, ""
+    if image is not None and _is_other_side(masks[OTSU], true_mask):
+        advice = "leave --invert out" if options.invert else "give --invert"
+        notes.append(f"{OTSU}: the truth is on the other side of the threshold; {advice}")
+    spacing, unit = options.spacing or metrics.VOXEL, "" if options.spacing else VOXELS
     if stated and not options.spacing:
         spacing, unit = stated[0].spacing, stated[0].unit
         if truth.spacing is None:
             notes.append("the truth has no spacing, that of the prediction is used (--spacing)")
     elif not options.spacing:
-        notes.append("no file has a spacing, 1 1 1 is used (--spacing)")
+        notes.append("no file has a spacing: tolerance and distances are in voxels (--spacing)")
     return Masks(masks, true_mask, tuple(spacing), unit, notes, absent)
 
 
@@ -357,6 +362,12 @@ def _binary(volume, ignored, role, notes, errors):
         values = ", ".join(map(str, np.unique(array)[:8]))
         errors.append(f"{volume.path}: expected the values {wanted}, got {values}; {advice}")
     return array
+
+
+def _is_other_side(mask, truth):
+    """Whether voxels of the truth, where it is 1, are in a mask less than half as often as any."""
+    counts = truth == 1
+    return counts.any() and mask[counts].mean() < mask.mean() / 2
 
 
 def _otsu_mask(image, invert, errors):
