@@ -100,7 +100,7 @@ def prepare_to_predict(arguments, part):
     predictor = ensemble.Predictor(members, settings, metadata, device, precision)
     lines = [
         f"device     {device} ({device_reason}), precision {precision} ({precision_reason})",
-        *(f"checkpoint {m.path} of run {m.run}, step {m.step}, {m.weights}" for m in members),
+        *(f"checkpoint {m.path}, step {m.step} of run {m.run}, {m.weights}" for m in members),
         *(f"warning: {m.path} is of step 0, before any training" for m in members if not m.step),
         *([f"classes    {predictor.outputs.describe()}"] if predictor.outputs.several else []),
         *([joint_line] if joint_line else []),
