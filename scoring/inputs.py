@@ -272,12 +272,9 @@ def read(pair, options, errors):
             "leave this case out with --cases"
         )
     if image is not None:
-        masks[OTSU] = _otsu_mask(image, options.invert, errors)
+        masks[OTSU] = _otsu_mask(image, true_mask, options.invert, notes, errors)
     if len(errors) > before:
         return None
-    if image is not None and _is_other_side(masks[OTSU], true_mask):
-        advice = "leave --invert out" if options.invert else "give --invert"
-        notes.append(f"{OTSU}: the truth is on the other side of the threshold; {advice}")
     spacing, unit = options.spacing or metrics.VOXEL, "" if options.spacing else VOXELS
     if stated and not options.spacing:
         spacing, unit = stated[0].spacing, stated[0].unit
@@ -364,20 +361,21 @@ def _binary(volume, ignored, role, notes, errors):
     return array
 
 
-def _is_other_side(mask, truth):
-    """Whether voxels of the truth, where it is 1, are in a mask less than half as often as any."""
-    counts = truth == 1
-    return counts.any() and mask[counts].mean() < mask.mean() / 2
-
-
-def _otsu_mask(image, invert, errors):
-    """What is brighter than Otsu's threshold (darker with invert) as a bool mask (D, H, W)."""
+def _otsu_mask(image, truth, invert, notes, errors):
+    """What is brighter than Otsu's threshold (darker with invert) as a bool mask (D, H, W). It is
+    noted where voxels of the truth, where that is 1, are in it less than half as often as any."""
     if image.array.shape[0] != 1:
         got = f"got {image.array.shape[0]}; give one channel as a volume of its own"
         errors.append(f"{image.path}: expected one channel for --otsu, {got}")
         return None
     try:
         voxels = clip_fill(image.array[0])  # or all others would be one class
-        return (image.array[0] > metrics.otsu_threshold(voxels)) != invert
+        mask = (image.array[0] > metrics.otsu_threshold(voxels)) != invert
     except ValueError as error:
         errors.append(f"{image.path}: {error}; --otsu cannot use this image")
+        return None
+    if mask.shape == truth.shape and (truth == 1).any():
+        if mask[truth == 1].mean() < mask.mean() / 2:
+            advice = "leave --invert out" if invert else "give --invert"
+            notes.append(f"{OTSU}: the truth is on the other side of the threshold; {advice}")
+    return mask
