@@ -349,7 +349,7 @@ def main(argv=None):
     errors += [error for result in results for error in result.errors]
     rows = [row for result in results for row in result.rows]
     if rows and unit is not None:
-        args.tolerance = parallel.one_tolerance(rows, errors, notes)
+        args.tolerance = parallel.one_tolerance(rows, unit, errors, notes)
     if errors:
         total = f"{files.counted(len(errors), 'error')}; nothing was written"
         print(*errors, total, sep="\n", file=sys.stderr)

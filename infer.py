@@ -2,7 +2,7 @@
 
     python infer.py --ckpt runs/best.pt                               # the run's own test cases
     python infer.py --ckpt runs/best.pt --input scans/ --output out/  # any format
-    python infer.py --ckpt runs/vessels/checkpoints/last.pt --input a.nii.gz inference.flips=true
+    python infer.py --ckpt runs/vessels --input a.nii.gz inference.flips=true   # best.pt of a run
     python infer.py --ckpt runs/best.pt inference.threshold=0.4 postprocess.min_component_voxels=50
     python infer.py --ckpt runs/best.pt --input stacks/ --spacing 5 1 1   # TIFF states none
     python infer.py --ckpt runs/best.pt --input test_images/ --submission submission.zip

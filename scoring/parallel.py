@@ -84,9 +84,9 @@ def tolerance_of_runs(pairs, notes):
     return TOLERANCE, None
 
 
-def one_tolerance(rows, errors, notes):
-    """The tolerance of a run in the one unit of all rows, which is noted; an error if they have
-    several."""
+def one_tolerance(rows, unit, errors, notes):
+    """The tolerance of a run, given in a unit, in that of all rows, which is noted; an error if
+    they have several."""
     tolerance, units = rows[0]["tolerance"], sorted({row["unit"] for row in rows})
     if len(units) > 1:
         got = ", ".join(unit or "none" for unit in units)
@@ -95,7 +95,7 @@ def one_tolerance(rows, errors, notes):
             f"{got}; give it"
         )
     elif units != [inputs.VOXELS]:
-        text = f"{tolerance:g} {units[0]}".rstrip()
+        text = f"{tolerance:g} {units[0] or unit}".rstrip()
         notes.append(f"the tolerance is that of the run, {text} (--tolerance)")
     return tolerance
 
