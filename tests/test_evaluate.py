@@ -476,7 +476,7 @@ def test_cases_of_two_units_need_a_tolerance_by_hand(tmp_path, capsys):
 def test_a_crop_beside_the_whole_file_is_answered_by_how_the_crop_is_scored(tmp_path, capsys):
     crop, whole = write(tmp_path / "a.tif", bar(2)), bar(2, shape=(9, 5, 12))
     assert run("--pred", crop, "--truth", write(tmp_path / "b.tif", whole)) == 2
-    assert "such as the folder that prepare.py --crop made" in capsys.readouterr().err
+    assert "(of some slices: a folder that prepare.py --crop wrote)" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_predicted_nothing_is_one_sentence_with_the_command(tmp_path, capsys):

@@ -147,7 +147,7 @@ def compare(volume, other, *, spacing=True, axes=True):
         faults.append(
             f"{volume.path}: expected the shape of {other.path}, {wanted}, got {shape}; "
             "give volumes of the same voxels"
-            + ", such as the folder that prepare.py --crop made"
+            + " (of some slices: a folder that prepare.py --crop wrote)"
             * (shape[1:] == wanted[1:])
         )
     known = volume.unit in METRES and other.unit in METRES
