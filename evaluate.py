@@ -164,8 +164,8 @@ def parse(argv):
     add("--scores", type=score_name, nargs="+", default=SCORES, metavar="NAME",
         help=f"default: {' '.join(SCORES)}; also surface_dice@4 at another tolerance, and "
         "dice/CLASS or dice/mean of several classes")  # fmt: skip
-    add("--tolerance", type=non_negative, default=2.0, metavar="T",
-        help="of surface Dice, in the unit of the spacing (default 2)")  # fmt: skip
+    add("--tolerance", type=non_negative, metavar="T", help="of surface Dice, in the unit of the "
+        "spacing (default: validation.tolerance of the run that predicted, else 2)")  # fmt: skip
     add("--rank", type=score_name, metavar="NAME",
         help="the score that ranks methods and cases (default: surface_dice if it is among "
         "--scores, else the first)")  # fmt: skip
@@ -314,9 +314,9 @@ def absences(pairs, results, classes):
             )
 
 
-def score(pairs, options, args):
-    """[parallel.Result] of the pairs, with a bar on a terminal."""
-    scorer = parallel.Scorer(options, args.scores, args.tolerance)
+def score(pairs, options, args, unit):
+    """[parallel.Result] of the pairs, with a bar on a terminal; unit: of the tolerance."""
+    scorer = parallel.Scorer(options, args.scores, args.tolerance, unit)
     budget = args.memory_gb * machine.GB if args.memory_gb else machine.available().free
     with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("scoring", total=len(pairs))
@@ -352,8 +352,14 @@ def main(argv=None):
         invert=args.invert,
         probs=metrics.of_probabilities(args.scores, classes) if pairs else (),
     )
-    results = score(pairs, options, args)
+    unit = None
+    if args.tolerance is None:
+        args.tolerance, unit = parallel.tolerance_of_runs(pairs, notes)
+    results = score(pairs, options, args, unit)
     errors += [error for result in results for error in result.errors]
+    rows = [row for result in results for row in result.rows]
+    if rows and unit is not None:
+        args.tolerance = parallel.one_tolerance(rows, unit, errors, notes)
     if errors:
         total = f"{files.counted(len(errors), 'error')}; nothing was written"
         print(*errors, total, sep="\n", file=sys.stderr)
@@ -365,7 +371,6 @@ def main(argv=None):
         notes.append(f"{len(failures)} of {len(pairs)} cases are not scored, and count in no mean")
     if scored:
         pairs, results = zip(*scored, strict=True)
-        rows = [row for result in results for row in result.rows]
         notes += notes_on(pairs, results, options.classes)
         status = write_report(rows, pairs, options, args, notes) or status
     for failure in failures:

@@ -2,7 +2,7 @@
 
     python infer.py --ckpt runs/best.pt                               # the run's own test cases
     python infer.py --ckpt runs/best.pt --input scans/ --output out/  # any format
-    python infer.py --ckpt runs/vessels/checkpoints/last.pt --input a.nii.gz inference.flips=true
+    python infer.py --ckpt runs/vessels --input a.nii.gz inference.flips=true   # best.pt of a run
     python infer.py --ckpt runs/best.pt inference.threshold=0.4 postprocess.min_component_voxels=50
     python infer.py --ckpt runs/best.pt --input stacks/ --spacing 5 1 1   # TIFF states none
     python infer.py --ckpt runs/best.pt --input test_images/ --submission submission.zip
@@ -100,7 +100,8 @@ def prepare_to_predict(arguments, part):
     predictor = ensemble.Predictor(members, settings, metadata, device, precision)
     lines = [
         f"device     {device} ({device_reason}), precision {precision} ({precision_reason})",
-        *(f"checkpoint {m.path}, step {m.step}, {m.weights}" for m in members),
+        *(f"checkpoint {m.path}, step {m.step} of run {m.run}, {m.weights}" for m in members),
+        *(f"warning: {m.path} is of step 0, before any training" for m in members if not m.step),
         *([f"classes    {predictor.outputs.describe()}"] if predictor.outputs.several else []),
         *([joint_line] if joint_line else []),
         f"windows    {_describe(settings)}",

@@ -78,7 +78,7 @@ class Run(Group):
     # A checkpoint whose (averaged) weights a new run starts from; null: random ones.
     init_from: str | None = None
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    threads: Whole = 0  # of the CPU, 0: all that this process may use
+    threads: Whole = 0  # of the CPU, 0: OMP_NUM_THREADS, else all that this process may use
     # On a GPU: a run repeats and resumes bit for bit, with slower convolutions. On a CPU it does.
     deterministic: bool = False
     # Limit on the host memory of all processes of the run together, in 10^9 bytes; null: only the

@@ -8,7 +8,7 @@
 
 Each run is train.py, then infer.py and evaluate.py on the cases that it was not trained on, each in
 a process of its own. Started again after a stop or a kill, it goes on where it was; a run that
-failed is tried again. What a sweep file holds is explained in runtime/jobs.py.
+failed is tried again. What a sweep file holds is explained in docs/sweeps.md.
 
 Leaves runs/<name of the file>/: a folder per run, ledger.jsonl (a line per run), output/ (what the
 processes printed), table.csv, and report.html, one page to send to a colleague.
@@ -39,8 +39,9 @@ from monitoring.records import peaks, read_lines
 from runtime import comparison, folder, jobs, page, signals
 from runtime.ending import DONE, FAILED, STOPPED, WRONG_INPUT
 from runtime.log import read_log
+from runtime.threads import of_environment
 from scoring import report
-from volumes.processes import cores, describe_death, run_script
+from volumes.processes import command_of, cores, describe_death, run_script
 
 ROOT, POLL_SECONDS, OVERLAY_CASES = Path(__file__).resolve().parent, 0.2, 2
 PLAIN = {"highlight": False, "markup": False, "emoji": False}
@@ -124,7 +125,7 @@ class Worker:
 
     def _commands(self, job):
         """The commands of a run, each made when those before it have ended well."""
-        threads = job.settings.run.threads or max(1, cores() // self.count)
+        threads = job.settings.run.threads or of_environment() or max(1, cores() // self.count)
         changes = job.changes | {"run.threads": threads}
         yield ["train.py", job.config, "--resume", *jobs.overrides(changes)]
         plan, judge, run = self.plans[job.name], job.judge, job.folder
@@ -293,7 +294,8 @@ def main(argv=None):
             status = do_all(worker, all_jobs if index is None else [all_jobs[index]])
         if status == STOPPED:
             again = path if index is None else f"{path} --index {index}"
-            console.print(f"stopped: {worker.stop.why}; go on with: python sweep.py {again}")
+            again = f"{command_of('sweep.py')} {again}"
+            console.print(f"stopped: {worker.stop.why}; go on with: {again}")
         elif index is None or {job.name for job in all_jobs} <= ledger.entries().keys():
             write_report(all_jobs, ledger, path)
     except OSError as error:

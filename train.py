@@ -42,7 +42,7 @@ from runtime.run import Run
 from runtime.step_batches import StepBatches
 from runtime.threads import use_threads
 from runtime.timer import StepTimer
-from volumes.processes import run_script
+from volumes.processes import command_of, run_script
 
 
 def learning_rate(step, total, *, lr, schedule, max_lr, warmup_steps, final_lr_share):
@@ -202,8 +202,8 @@ def cli(argv=None):
         return main(settings, resume=run or arguments.resume)
     except KeyboardInterrupt:
         newest = run or folder.newest_run_folder(settings.run.folder, settings.run.name)
-        saved = f"python train.py --resume {newest} goes on" if newest else "nothing is saved"
-        print(f"interrupted: {saved}")
+        goes_on = f"{command_of('train.py')} --resume {newest} goes on"
+        print(f"interrupted: {goes_on if newest else 'nothing is saved'}")
         return STOPPED
 
 

@@ -53,7 +53,7 @@ from runtime.ending import DONE, FAILED, STOPPED
 from runtime.signals import CannotGoOn, Stopped
 from runtime.threads import use_threads
 from runtime.tuning import WARM_UP
-from volumes.processes import cores, run_script
+from volumes.processes import command_of, cores, run_script
 
 STEPS, FOLDS, FOLD_STEPS = 30, 3, 2
 SLABS = 2  # of the prediction: with the second the slab has moved on, and memory is at its most
@@ -339,7 +339,7 @@ def tune(plan, words, *, steps=STEPS, out):
         say("decision   the config stays as it is")
     tuning.write_settings(out, tuner.decided, comments)
     kept = [word for word in words if word.partition("=")[0] not in tuner.decided]
-    console.print(f"wrote {out}; next: python train.py {shlex.join([*kept, str(out)])}")
+    console.print(f"wrote {out}; next: {command_of('train.py')} {shlex.join([*kept, str(out)])}")
     return DONE
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import psutil
 
 from monitoring.formatting import clock, duration, finite, format_share, mean
+from volumes.processes import command_of
 
 RUNNING, DONE, STOPPED = "running", "done", "stopped early"
 CRASHED, DEAD, UNKNOWN = "crashed", "dead", "unknown"
@@ -118,8 +119,8 @@ def advice(run):
     saved = [e for e in run.events if e["event"] == "saved" and "last" in str(e.get("file"))]
     if not saved:
         return "no state was saved: start it again"
-    command = f"python train.py --resume {run.folder}"
-    return f"{command} goes on from step {saved[-1]['step']}"
+    step = saved[-1]["step"]
+    return f"{command_of('train.py')} --resume {run.folder} goes on from step {step}"
 
 
 def causes_of_death(run):

@@ -221,7 +221,7 @@ class Saver:
 # ---------------------------------------------------------------------------- reading
 
 
-def _refuse(path, got, advice="give a file that train.py wrote, such as runs/last.pt"):
+def _refuse(path, got, advice="give one of train.py, such as runs/NAME/checkpoints/best.pt"):
     return CheckpointError(f"{path}: expected a Lamina checkpoint, got {got}; {advice}")
 
 

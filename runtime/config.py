@@ -19,7 +19,8 @@ import yaml
 from pydantic import ValidationError
 
 from settings import Group, Settings
-from volumes.volume import printable
+from volumes.processes import command_of
+from volumes.volume import collect_errors, printable
 
 SYNONYMS = {  # other common names of a setting
     word: key
@@ -115,7 +116,7 @@ def _nearest(key, model=Settings):
     """The valid key that `key` means, or most like it: its last part counts more than its group."""
     keys, last = valid_keys(model), key.split(".")[-1]
     if last in ("resume", "resume_from"):
-        return "; python train.py --resume RUN goes on with a run"
+        return f"; {command_of('train.py')} --resume RUN goes on with a run"
     groups = sorted({k.rsplit(".", i)[0] for k in keys for i in (1, 2) if k.count(".") >= i})
     meant = [] if key.startswith("loss.") else [k for k in keys if k == SYNONYMS.get(last)]
     by_last = [k for k in keys if k.split(".")[-1] == last]
@@ -130,6 +131,8 @@ def _nearest(key, model=Settings):
 
 def _example(key):
     """The default of a key as YAML, or a made-up list where that is null or empty."""
+    if key == "data.spacing":  # whose default, zeros, shows nothing
+        return "[null, 1, 1]"
     node = Settings().plain()
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
@@ -172,16 +175,19 @@ def build(content, model=Settings):
 
 
 def apply_overrides(content, overrides):
-    """Nested dicts with each `group.key=value` set; values are read as YAML."""
+    """Nested dicts with each `group.key=value` set, read as YAML; ConfigError with every fault."""
     content = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
+    faults = []
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or "." not in key:
-            raise ConfigError(f"{text}: expected group.key=value{_nearest(key)}")
+            faults.append(f"{text}: expected group.key=value{_nearest(key)}")
+            continue
         try:
             value = yaml.load(value, _Loader)
         except yaml.YAMLError:
-            raise ConfigError(f"{text}: the value is not readable as YAML") from None
+            faults.append(f"{text}: the value is not readable as YAML")
+            continue
         *path, last = key.split(".")
         node = content
         for part in path:
@@ -189,6 +195,10 @@ def apply_overrides(content, overrides):
             node[part] = dict(child) if isinstance(child, dict) else {}
             node = node[part]
         node[last] = value
+    if faults:
+        with collect_errors(faults):
+            build(content)
+        raise ConfigError("\n".join(faults))
     return content
 
 
@@ -202,13 +212,24 @@ def merge(content, later, model=Settings):
     return merged
 
 
+def _instead_of(path):
+    """What a path that is no file may have meant, as a clause."""
+    if (path / "checkpoints").is_dir():
+        return f"; {command_of('train.py')} --resume {path} goes on with that run"
+    there = [p.name for p in path.parent.glob("*") if p.is_file() or (p / "checkpoints").is_dir()]
+    near = [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, there)]
+    return f"; there is {', '.join(near)}" if near and not path.exists() else ""
+
+
 def read(path):
     """The nested dicts of a YAML file; ConfigError names the file and what is wrong."""
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: expected a config file in YAML, got: {reason}") from None
+        raise ConfigError(
+            f"{path}: expected a config file in YAML, got: {reason}{_instead_of(Path(path))}"
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

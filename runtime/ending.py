@@ -12,6 +12,7 @@ import traceback
 import data
 from runtime import checkpoint, device_memory, distributed
 from runtime.signals import CannotGoOn, Stopped
+from volumes.processes import command_of
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
 ENDS = (Stopped, CannotGoOn, data.TooManyExcluded)  # errors with which a run ends in good order
@@ -117,5 +118,5 @@ def _say_stopped(run, text, status):
 
 
 def _how_to_go_on(run):
-    alone = "with: python train.py" if run.group.size == 1 else "with as many ranks and"
+    alone = f"with: {command_of('train.py')}" if run.group.size == 1 else "with as many ranks and"
     return f"go on {alone} --resume {run.folder}"

@@ -47,6 +47,12 @@ class Member(NamedTuple):
     chosen: dict  # by validation
     origin: dict  # see volumes/origins.py
 
+    @property
+    def run(self):
+        """The name of its run: of the folder, else, of a copy elsewhere, as it was set."""
+        place = Path(self.origin["checkpoint"]).parent
+        return place.parent.name if place.name == "checkpoints" else self.config["run"]["name"]
+
 
 # ---------------------------------------------------------------------------- reading
 
@@ -73,7 +79,8 @@ def read(texts):
             network, weights = build_network(state, path)
             loop = state["loop"]
             about = state["config"], state["data"], loop["evaluations"]["chosen"]
-            came_from |= {"step": loop["step"]}
+            came_from |= {"step": loop["step"], "unit": state["data"]["unit"]}
+            came_from |= {"tolerance": state["config"]["validation"]["tolerance"]}
             members.append(Member(str(path), loop["step"], weights, network, *about, came_from))
     if not faults:
         faults = [fault for other in members[1:] for fault in _layout_faults(members[0], other)]

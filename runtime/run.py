@@ -12,8 +12,8 @@ import contextlib
 import math
 import os
 import socket
+import textwrap
 import time
-from pathlib import Path
 
 import psutil
 import yaml
@@ -23,12 +23,13 @@ import data
 from monitoring import machine, recorder
 from runtime import build, checkpoint, config, ending, evaluator, folder, nonfinite, timer
 from runtime.ending import DONE, FAILED, STOPPED, WRONG_INPUT, WrongInput, checked
-from runtime.evaluations import Evaluations
+from runtime.evaluations import BEST, Evaluations
 from runtime.log import Means, ProgressLine, RunLog, read_log
 from runtime.memory_guard import MemoryGuard
 from runtime.precision import keep_precision
 from runtime.signals import Stop, Stopped
 from runtime.splits import NO_VALIDATION
+from volumes.processes import command_of
 
 
 class Run:
@@ -104,8 +105,9 @@ class Run:
         except (RuntimeError, ValueError, KeyError) as error:
             *_, reason = str(error).split("\n\t")[:2]
             raise WrongInput(
-                f"{self.resumed_from}: its network does not fit these settings and data "
-                f"({reason}); resume with the same data and {self.folder / 'config.yaml'}"
+                f"{self.resumed_from}: its network does not fit these settings, data and model.py "
+                f"({textwrap.shorten(reason, 120)}); go on with the settings and the code of the "
+                f"run: python {self.folder / 'source' / 'train.py'} --resume {self.folder}"
             ) from error
         loop = saved["loop"]
         self.step, self.seconds, self.lines = loop["step"], loop["seconds"], loop["lines"]
@@ -243,9 +245,9 @@ class Run:
         unjudged = [NO_VALIDATION] * (not self.plan.split.validation)
         for line in [*unjudged, *data.describe_excluded(self.patches), *self.skipped.describe()]:
             self.console.print(line)
-        runs, where = Path(self.settings.run.folder), self.folder / "checkpoints"
-        newest = next((p for p in (runs / "best.pt", runs / "last.pt") if p.exists()), where)
-        self.console.print(f"state in {where}; next: python infer.py --ckpt {newest}")
+        where = self.folder / "checkpoints"
+        path = next(p for p in (where / "best.pt", where / "last.pt") if p.exists())
+        self.console.print(f"state in {where}; next: {command_of('infer.py')} --ckpt {path}")
 
     # ------------------------------------------------------------------------ between two steps
 
@@ -395,6 +397,8 @@ class Run:
         """Copy the state as it is, and have it written as last.pt while training goes on."""
         if not self.group.first:
             return
+        if also is None and not self.plan.split.validation:
+            also = BEST
         loop = {"step": self.step, "seconds": self.seconds, "lines": self.log.lines}
         loop |= {"ranks": self.group.size, "precision": self.plan.precision}
         loop |= {name: part.state_dict() for name, part in self.parts.items()}

@@ -19,10 +19,12 @@ from scoring import metrics
 from scoring.classes import described, ids_of, voxels_of
 from scoring.masks import is_probability
 from volumes import casefile, files, origins
+from volumes.processes import command_of
 from volumes.statistics import clip_fill
 from volumes.volume import WHITE, compare, is_spacing, with_unit
 
 OTSU = "otsu"  # the method of that name
+VOXELS = "voxels"  # the unit where no file has a spacing, and none is given
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,11 @@ def predictions_of_run(text):
         known = origins.read(folder).values()
         there = any(path == Path(one["checkpoint"]) for of in known for one in of)
     else:
-        path, there = Path(text) / "checkpoints" / "best.pt", folder.is_dir()
+        there = folder.is_dir()
     if not there:
         raise ValueError(
             f"expected predictions, got {text}, of which there are none in {folder}; predict first "
-            f"with python infer.py --ckpt {text if of_checkpoint else path}"
+            f"with {command_of('infer.py')} --ckpt {text}"
         )
     return str(folder)
 
@@ -273,16 +275,16 @@ def read(pair, options, errors):
             "leave this case out with --cases"
         )
     if image is not None:
-        masks[OTSU] = _otsu_mask(image, options.invert, errors)
+        masks[OTSU] = _otsu_mask(image, true_mask, options.invert, notes, errors)
     if len(errors) > before:
         return None
-    spacing, unit = options.spacing or metrics.VOXEL, ""
+    spacing, unit = options.spacing or metrics.VOXEL, "" if options.spacing else VOXELS
     if stated and not options.spacing:
         spacing, unit = stated[0].spacing, stated[0].unit
         if truth.spacing is None:
             notes.append("the truth has no spacing, that of the prediction is used (--spacing)")
     elif not options.spacing:
-        notes.append("no file has a spacing, 1 1 1 is used (--spacing)")
+        notes.append("no file has a spacing: tolerance and distances are in voxels (--spacing)")
     values = {m: {which: p.array[0] for which, p in own.items()} for m, own in probs.items()}
     return Masks(masks, true_mask, tuple(spacing), unit, notes, absent, values)
 
@@ -396,14 +398,21 @@ def _binary(volume, ignored, role, notes, errors):
     return array
 
 
-def _otsu_mask(image, invert, errors):
-    """What is brighter than Otsu's threshold (darker with invert) as a bool mask (D, H, W)."""
+def _otsu_mask(image, truth, invert, notes, errors):
+    """What is brighter than Otsu's threshold (darker with invert) as a bool mask (D, H, W). It is
+    noted where voxels of the truth, where that is 1, are in it less than half as often as any."""
     if image.array.shape[0] != 1:
         got = f"got {image.array.shape[0]}; give one channel as a volume of its own"
         errors.append(f"{image.path}: expected one channel for --otsu, {got}")
         return None
     try:
         voxels = clip_fill(image.array[0])  # or all others would be one class
-        return (image.array[0] > metrics.otsu_threshold(voxels)) != invert
+        mask = (image.array[0] > metrics.otsu_threshold(voxels)) != invert
     except ValueError as error:
         errors.append(f"{image.path}: {error}; --otsu cannot use this image")
+        return None
+    if mask.shape == truth.shape and (truth == 1).any():
+        if mask[truth == 1].mean() < mask.mean() / 2:
+            advice = "leave --invert out" if invert else "give --invert"
+            notes.append(f"{OTSU}: the truth is on the other side of the threshold; {advice}")
+    return mask

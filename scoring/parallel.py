@@ -16,11 +16,13 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 from scoring import inputs, metrics
-from volumes import files
+from volumes import files, origins
 from volumes.processes import NO_MEMORY, cores, describe_death, signals_blocked, start_worker
+from volumes.volume import METRES
 
 BYTES_PER_VOXEL = 48  # of one case: 37 were the most seen in metrics.score, and the masks are read
 BYTES_PER_PROBABILITY = 4  # of each class and method
+TOLERANCE = 2.0  # of surface Dice, where nobody has asked for another one
 SMALL = 4_000_000  # voxels of all cases together
 
 
@@ -35,11 +37,15 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass
 class Scorer:
-    """scorer(pair, only_check) is the `Result` of a case; names, tolerance: see metrics.score."""
+    """scorer(pair, only_check) is the `Result` of a case; names, tolerance: see metrics.score.
+
+    unit: of the tolerance; None: that of each case.
+    """
 
     options: inputs.ReadOptions
     names: tuple
     tolerance: float
+    unit: str | None = None
     threads: int = 1  # of one case
 
     def __call__(self, pair, only_check=False):
@@ -48,8 +54,9 @@ class Scorer:
         if case is None:
             return Result([], errors, None)
         spacing = " ".join(f"{s:g}" for s in case.spacing)
-        details = {"tolerance": self.tolerance, "spacing": spacing, "unit": case.unit}
-        how = (case.spacing, self.options.ignore_label, self.tolerance)
+        tolerance = self.tolerance_of(case)
+        details = {"tolerance": tolerance, "spacing": spacing, "unit": case.unit}
+        how = (case.spacing, self.options.ignore_label, tolerance)
         which = {"names": self.names, "classes": self.options.classes}
         for method, mask in ({} if only_check else case.masks).items():
             probs = case.probs.get(method, {})
@@ -57,6 +64,43 @@ class Scorer:
             scores = metrics.score(mask, case.truth, *how, **which, threads=self.threads)
             rows.append({"case": pair.id, "method": method} | scores | details)
         return Result(rows, errors, dataclasses.replace(case, masks={}, truth=None, probs={}))
+
+    def tolerance_of(self, case):
+        """The tolerance in the unit of a case; without a spacing it is TOLERANCE voxels."""
+        if self.unit is None:
+            return self.tolerance
+        if case.unit == inputs.VOXELS:
+            return TOLERANCE
+        known = self.unit in METRES and case.unit in METRES
+        scale = METRES[self.unit] / METRES[case.unit] if known else 1.0
+        return float(f"{self.tolerance * scale:.9g}")  # a distance of just as much counts
+
+
+def tolerance_of_runs(pairs, notes):
+    """(tolerance, unit) of validation in the run whose predictions are scored, as of `Scorer`;
+    TOLERANCE and None where there is no run, or several differ, which is noted."""
+    known = origins.tolerances([path for pair in pairs for path in pair.predictions.values()])
+    if len(known) == 1:
+        return known.pop()
+    if known:
+        notes.append(f"the tolerances of the runs differ, {TOLERANCE:g} is used (--tolerance)")
+    return TOLERANCE, None
+
+
+def one_tolerance(rows, unit, errors, notes):
+    """The tolerance of a run, given in a unit, in that of all rows, which is noted; an error if
+    they have several."""
+    tolerance, units = rows[0]["tolerance"], sorted({row["unit"] for row in rows})
+    if len(units) > 1:
+        got = ", ".join(unit or "none" for unit in units)
+        errors.append(
+            f"--tolerance: expected cases of one unit, for the tolerance is that of the run, got "
+            f"{got}; give it"
+        )
+    elif units != [inputs.VOXELS]:
+        text = f"{tolerance:g} {units[0] or unit}".rstrip()
+        notes.append(f"the tolerance is that of the run, {text} (--tolerance)")
+    return tolerance
 
 
 def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda: None):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from runtime import checkpoint, config, ensemble
+from runtime import folder as runs
 from tests.test_infer import (
     expected_probs,
     faults_of,
@@ -247,3 +248,20 @@ def test_an_ensemble_asks_for_its_output_folder(run, other, scan, capsys):
     theirs = other()
     (fault,) = faults_of(capsys, "--ckpt", run(), theirs, *scan[:2])
     assert fault == "--output: expected a folder for the predictions of several checkpoints"
+
+
+def test_a_run_folder_stands_for_its_best_state_and_run_and_step_are_said(
+    run, scan, tmp_path, capsys
+):
+    last = run()
+    best = last.rename(last.with_name("best.pt"))
+    runs.link_newest(tmp_path / "runs", best.parent)
+    for path in (tmp_path / "runs" / "tiny", tmp_path / "runs" / "best.pt"):
+        infer_ok("--ckpt", path, *scan)
+        said = capsys.readouterr().out
+        named = best if path.is_dir() else path
+        assert f"checkpoint {named}, step 0 of run tiny, " in said
+        assert f"warning: {named} is of step 0, before any training" in said
+    (line,) = {*(tmp_path / "out" / "predictions.jsonl").read_text().splitlines()}
+    (about,) = json.loads(line)["of"]
+    assert (about["tolerance"], about["unit"], about["step"]) == (2.0, "micron", 0)

@@ -131,15 +131,20 @@ def test_dataset_gives_truth_spacing_ignore_label_and_images(tmp_path, capsys):
     assert "truth without a prediction, not scored: b" in capsys.readouterr().out
 
 
-def test_otsu_of_dark_things_needs_invert(tmp_path):
+def test_otsu_of_dark_things_needs_invert_which_is_said(tmp_path, capsys):
+    def said():
+        return capsys.readouterr().out
+
     dark = np.where(bar(2) == 1, 20, 100).astype(np.uint8)
     image = write(tmp_path / "a_img.tif", dark)
     mask = write(tmp_path / "a.tif", bar(2))
     command = ("--pred", mask, "--truth", mask, "--otsu", image, "--out", tmp_path / "s.csv")
     assert run(*command) == 0
     assert read_csv(tmp_path / "s.csv")["a", "otsu"]["dice"] == "0.0"
+    assert "otsu: the truth is on the other side of the threshold; give --invert" in said()
     assert run(*command, "--invert") == 0
     assert read_csv(tmp_path / "s.csv")["a", "otsu"]["dice"] == "1.0"
+    assert "otsu: the truth" not in said()
 
 
 def test_spacing_given_by_hand_wins_over_the_header(tmp_path):
@@ -186,7 +191,9 @@ def test_no_spacing_anywhere_is_said(tmp_path, capsys):
 
     tifffile.imwrite(tmp_path / "a.tif", bar(2), photometric="minisblack")
     assert run("--pred", tmp_path / "a.tif", "--truth", tmp_path / "a.tif") == 0
-    assert "no file has a spacing, 1 1 1 is used" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no file has a spacing: tolerance and distances are in voxels" in said
+    assert "@ 2 voxels" in said
     command = ("--pred", tmp_path / "a.tif", "--truth", tmp_path / "a.tif", "--spacing", 5, 1, 1)
     assert run(*command) == 0
     assert "1 1 1" not in capsys.readouterr().out
@@ -419,6 +426,57 @@ def test_a_run_stands_for_its_predictions_by_folder_link_or_checkpoint(tmp_path,
         assert run("--pred", source, "--truth", truth, "--scores", "dice") == 0
         out, err = capsys.readouterr()
         assert "1.000" in out and "note" not in out and err == ""
+
+
+def predicted(folder, tolerance, unit, spacing=(10.0, 10.0, 10.0)):
+    """A folder with the prediction of a case by a run with this tolerance."""
+    path = write(folder / "a.tif", bar(2), spacing, "nm" if spacing else "")
+    about = {"step": 8, "tolerance": tolerance, "unit": unit}
+    origins.write(path, [origins.origin(folder / "last.pt") | about])
+    return folder
+
+
+def test_the_tolerance_is_that_of_the_run_in_the_unit_of_the_cases_and_is_said(tmp_path, capsys):
+    pred = predicted(tmp_path / "pred", 0.02, "micron")
+    command = ("--pred", pred, "--truth", write(tmp_path / "t.tif", bar(4), (10, 10, 10), "nm"))
+    assert run(*command, "--out", tmp_path / "s.csv") == 0
+    row = read_csv(tmp_path / "s.csv")["a", "prediction"]
+    assert (row["tolerance"], row["unit"], row["surface_dice"]) == ("20.0", "nm", "1.0")
+    said = capsys.readouterr().out
+    assert "note: the tolerance is that of the run, 20 nm (--tolerance)" in said
+    assert "surface dice @ 20 nm" in " ".join(said.split()) and "one voxel" not in said
+    assert run(*command, "--tolerance", 2) == 0
+    assert "that of the run" not in capsys.readouterr().out
+
+
+def test_the_tolerance_of_a_run_does_not_count_in_voxels_nor_among_runs_of_several(
+    tmp_path, capsys
+):
+    pred, truth = predicted(tmp_path / "p", 20.0, "nm", None), tmp_path / "t.tif"
+    write(truth, bar(2), None, "")
+    assert run("--pred", pred, "--truth", truth, "--out", tmp_path / "s.csv") == 0
+    assert read_csv(tmp_path / "s.csv")["a", "prediction"]["tolerance"] == "2.0"
+    assert "that of the run" not in capsys.readouterr().out
+    both = predicted(tmp_path / "q", 20.0, "nm"), predicted(tmp_path / "r", 30.0, "nm")
+    write(truth, bar(2), (10, 10, 10), "nm")
+    assert run("--pred", *both, "--truth", truth) == 0
+    assert "the tolerances of the runs differ, 2 is used" in capsys.readouterr().out
+
+
+def test_cases_of_two_units_need_a_tolerance_by_hand(tmp_path, capsys):
+    pred = predicted(tmp_path / "pred", 20.0, "nm")
+    write(pred / "b.tif", bar(2), None, "")
+    write(tmp_path / "t" / "a.tif", bar(2), (10, 10, 10), "nm")
+    write(tmp_path / "t" / "b.tif", bar(2), None, "")
+    assert run("--pred", pred, "--truth", tmp_path / "t") == 2
+    assert "--tolerance: expected cases of one unit" in capsys.readouterr().err
+    assert run("--pred", pred, "--truth", tmp_path / "t", "--tolerance", 2) == 0
+
+
+def test_a_crop_beside_the_whole_file_is_answered_by_how_the_crop_is_scored(tmp_path, capsys):
+    crop, whole = write(tmp_path / "a.tif", bar(2)), bar(2, shape=(9, 5, 12))
+    assert run("--pred", crop, "--truth", write(tmp_path / "b.tif", whole)) == 2
+    assert "(of some slices: a folder that prepare.py --crop wrote)" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_predicted_nothing_is_one_sentence_with_the_command(tmp_path, capsys):

@@ -243,6 +243,20 @@ def test_without_validation_cases_best_follows_last(root, tmp_path, capsys):
     assert checkpoint.load(folder / "best.pt")["loop"]["step"] == 6
 
 
+def test_without_validation_cases_best_is_last_also_after_a_stop(root, tmp_path):
+    changes = ["data.validation=[]", "training.max_hours=1e-9", "validation.untrained=false"]
+    assert train.main(settings(root, tmp_path, *changes)) == 75
+    folder = tmp_path / "runs" / "r" / "checkpoints"
+    assert (folder / "best.pt").samefile(folder / "last.pt")
+
+
+def test_a_run_that_ends_names_its_own_checkpoint(root, tmp_path, capsys):
+    for name in ("r", "other"):
+        assert train.main(settings(root, tmp_path, "training.max_steps=0", f"run.name={name}")) == 0
+        best = tmp_path / "runs" / name / "checkpoints" / "best.pt"
+        assert capsys.readouterr().out.endswith(f"next: python infer.py --ckpt {best}\n")
+
+
 def test_a_second_run_of_one_name_never_writes_over_the_first(root, tmp_path):
     for _ in range(2):
         assert train.main(settings(root, tmp_path, "training.max_steps=0")) == 0
@@ -318,7 +332,9 @@ def test_resume_from_a_broken_state_is_refused(root, tmp_path, capsys):
 def test_resume_of_another_network_is_refused(root, tmp_path, capsys):
     assert train.main(settings(root, tmp_path, "training.max_steps=0")) == 0
     text = fault(capsys, settings(root, tmp_path, "model.base=6"), resume=True)
-    assert "does not fit these settings" in text and "config.yaml" in text
+    run = tmp_path / "runs" / "r"
+    assert "does not fit these settings, data and model.py" in text and len(text) < 500
+    assert text.strip().endswith(f"python {run}/source/train.py --resume {run}")
 
 
 def test_schedules_start_peak_and_end_where_they_should():

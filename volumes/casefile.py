@@ -26,6 +26,7 @@ import h5py
 import numpy as np
 
 from volumes import atomic
+from volumes.processes import command_of
 from volumes.skeletons import tubed_skeletons
 from volumes.statistics import intensity_statistics, sample_coordinates
 from volumes.volume import InputErrors, axes_of, check_affine, printable
@@ -328,8 +329,8 @@ def read_dataset(root, source=""):
             f"data.root: expected a folder made by prepare.py with a {DATASET_FILE}, got {got}; "
             + "if it was moved, give data.root=DIR; "
             + (f"the data: {source}; " if source else "")
-            + "prepare files of your own with `python prepare.py --images PATH --labels PATH "
-            "--out DIR`, synthetic ones with `python prepare.py --phantom scroll --out DIR`"
+            + f"prepare files of your own with `{command_of('prepare.py')} --images PATH --labels "
+            "PATH --out DIR`, synthetic ones with --phantom scroll --out DIR"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -103,6 +103,11 @@ def check_inputs(texts, metadata, root, output, spacing=None):
     faults += _output_faults(inputs, output)
     if faults:
         raise InputErrors(*faults)
+    if bare := [volume.id for volume in inputs if volume.spacing is None]:
+        notes.append(
+            f"note: no spacing in {files.few(bare)}: masks state none either, and evaluate.py will "
+            "measure in voxels; give --spacing Z Y X"
+        )
     for folder in dict.fromkeys(Path(volume.path).parent for volume in inputs if volume.is_case):
         notes += _other_ids(folder, metadata)
     return inputs, notes

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from volumes.files import few, split_dataset
+from volumes.processes import command_of
 
 NAME = "predictions.jsonl"
 
@@ -23,7 +24,8 @@ def origin(path):
 
 
 def write(path, origins):
-    """Write down what a mask was predicted with: [`origin` with its step]."""
+    """Write down what a mask was predicted with: [`origin` with the step, and with tolerance and
+    unit of the scores of its run]."""
     path = Path(path)
     with open(path.with_name(NAME), "a", encoding="utf-8") as file:
         file.write(json.dumps({"file": path.name, "of": origins}) + "\n")
@@ -40,27 +42,37 @@ def read(folder):
     return known
 
 
+def of_each(paths):
+    """What is known of each mask: [origin], or None."""
+    known, files = {}, [Path(split_dataset(path)[0]) for path in paths]
+    for folder in {file.parent for file in files}:
+        known[folder] = read(folder)
+    return [known[file.parent].get(file.name) for file in files]
+
+
+def tolerances(paths):
+    """{(tolerance, unit)} of validation in the runs whose predictions these are."""
+    ones = [one for origins in of_each(paths) for one in origins or ()]
+    return {(one["tolerance"], one["unit"]) for one in ones if "tolerance" in one}
+
+
 def doubts(predictions):
     """Sentences on predictions {case: path} of several checkpoints, or of one that was saved anew
     since; none on masks of other programs."""
-    known, cases = {}, {}
-    for case, path in predictions.items():
-        file = Path(split_dataset(path)[0])
-        if file.parent not in known:
-            known[file.parent] = read(file.parent)
-        origins = known[file.parent].get(file.name)
+    cases = {}
+    for case, origins in zip(predictions, of_each(predictions.values()), strict=True):
         cases.setdefault(json.dumps(origins), []).append(case)
     if len(cases) > 1:
         groups = [f"{_named(json.loads(text))} ({few(ids, 3)})" for text, ids in cases.items()]
         yield f"predictions of several checkpoints: {'; '.join(groups)}; predict all anew with one"
     for text, ids in cases.items():
         for one in json.loads(text) or ():
-            about = {key: one[key] for key in one if key != "step"}
-            if Path(one["checkpoint"]).exists() and origin(one["checkpoint"]) != about:
+            now = origin(one["checkpoint"])
+            if Path(one["checkpoint"]).exists() and any(one.get(key) != now[key] for key in now):
                 path = one["checkpoint"]
                 yield (
                     f"{few(ids, 3)}: predicted with {path} of step {one['step']}, which was saved "
-                    f"anew since; predict again with python infer.py --ckpt {path}"
+                    f"anew since; predict again with {command_of('infer.py')} --ckpt {path}"
                 )
 
 

@@ -5,6 +5,7 @@ import errno
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -60,6 +61,13 @@ def run_script(main):
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, Output(stream))
     sys.exit(main())
+
+
+def command_of(script):
+    """How to start a script of ours from the current folder, by the path of the running one."""
+    root = Path(__file__).resolve().parents[1]
+    folder = next(f for f in (Path(), Path(sys.argv[0]).parent, root) if f.resolve() == root)
+    return f"python {shlex.quote(str(folder / script))}"
 
 
 # ---------------------------------------------------------------------------- workers

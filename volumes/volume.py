@@ -147,6 +147,8 @@ def compare(volume, other, *, spacing=True, axes=True):
         faults.append(
             f"{volume.path}: expected the shape of {other.path}, {wanted}, got {shape}; "
             "give volumes of the same voxels"
+            + " (of some slices: a folder that prepare.py --crop wrote)"
+            * (shape[1:] == wanted[1:])
         )
     known = volume.unit in METRES and other.unit in METRES
     scale = METRES[volume.unit] / METRES[other.unit] if known else 1.0

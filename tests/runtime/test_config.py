@@ -143,6 +143,32 @@ def test_all_faults_are_told_at_once():
     assert len(text.split("\n")) == 3
 
 
+def test_all_faults_of_overrides_are_told_at_once():
+    text = fault(overrides=["initial_lr=1", "num_epochs=2", "a.b=[1", "training.workers=-1"])
+    assert [line.split(":")[0] for line in text.split("\n")] == [
+        *("initial_lr=1", "num_epochs=2", "a.b=[1", "training.workers")
+    ]
+
+
+def test_one_number_for_the_spacing_is_answered_by_a_list_that_means_something():
+    text = fault(overrides=["data.spacing=1"])
+    assert text == "data.spacing: expected a list such as [null, 1, 1], got 1"
+
+
+def test_a_run_folder_without_resume_and_a_typo_in_a_name_are_answered_by_what_was_meant(tmp_path):
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "mine.yaml").write_text("{}")
+    for name, meant in (
+        ("mine", f"; python train.py --resume {tmp_path / 'mine'} goes on with that run"),
+        ("mien", f"; there is {tmp_path / 'mine'}"),
+        ("miene.yaml", f"; there is {tmp_path / 'mine.yaml'}"),
+        ("other", "got: No such file or directory"),
+    ):
+        with pytest.raises(config.ConfigError) as caught:
+            config.read(tmp_path / name)
+        assert str(caught.value).endswith(meant)
+
+
 def test_changing_a_number_of_a_term_leaves_its_weight():
     content = {"loss": {"weighted_bce": {"positive_weight": 2.0}, "soft_dice": {"batch": True}}}
     terms = config.build(content).terms()

@@ -82,6 +82,7 @@ def made(tmp_path, monkeypatch):
         plan = SimpleNamespace(
             settings=made_settings(tmp_path, metric),
             notes=[],
+            split=SimpleNamespace(validation=["a"]),
             group=distributed.Group(),
             device=torch.device("cpu"),
             precision="fp32",

@@ -11,6 +11,7 @@ def four_cores(monkeypatch):
     monkeypatch.setattr(threads, "cores_and_reason", lambda: (4, "cgroup quota, of 8 cores"))
     monkeypatch.setattr(threads, "cores", lambda: 4)
     monkeypatch.setattr(psutil, "getloadavg", lambda: (0.4, 9.0, 9.0))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     yield
     torch.set_num_threads(number)
 
@@ -29,3 +30,22 @@ def test_a_busy_machine_is_said_and_changes_no_number_of_threads(monkeypatch):
     threads.use_threads(0)
     assert torch.get_num_threads() == 4
     assert "other work keeps 3.5 cores busy" in threads.describe(0, 1)
+
+
+@pytest.mark.parametrize(
+    "text, asked, ranks, number, reason",
+    [
+        ("3", 0, 1, 3, "OMP_NUM_THREADS"),
+        ("1,1", 0, 1, 1, "OMP_NUM_THREADS"),
+        ("3", 2, 1, 2, "run.threads"),
+        ("3", 0, 2, 3, "OMP_NUM_THREADS"),
+        ("1", 0, 2, 2, "cgroup quota, of 8 cores, for 2 ranks"),  # torchrun has set it
+        ("all", 0, 1, 4, "cgroup quota, of 8 cores"),
+    ],
+)
+def test_omp_num_threads_counts_below_run_threads_and_is_said(
+    monkeypatch, text, asked, ranks, number, reason
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    threads.use_threads(asked, ranks)
+    assert threads.describe(asked, ranks) == f"threads    {number} of the CPU ({reason})"

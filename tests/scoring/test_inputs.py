@@ -168,9 +168,10 @@ def test_where_the_spacing_comes_from_is_noted_in_every_combination(tmp_path):
     with_one, none = tmp_path / "with.nii.gz", tmp_path / "none.tif"
     masks(tmp_path, "with.nii.gz")
     files.write_volume(none, MASK)
+    of_none = "no file has a spacing: tolerance and distances are in voxels (--spacing)"
     of_prediction = "the truth has no spacing, that of the prediction is used (--spacing)"
     for pred, truth, option, expected in (
-        (none, none, None, ("no file has a spacing, 1 1 1 is used (--spacing)", (1, 1, 1), "")),
+        (none, none, None, (of_none, (1, 1, 1), "voxels")),
         (with_one, none, None, (of_prediction, (2, 1, 1), "mm")),
         (none, with_one, None, ("", (2, 1, 1), "mm")),
         (with_one, none, (5, 1, 1), ("", (5, 1, 1), "")),

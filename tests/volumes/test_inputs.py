@@ -232,3 +232,11 @@ def test_a_spacing_by_hand_is_refused_where_the_file_states_another(tmp_path):
 def test_a_spacing_by_hand_is_above_0(tmp_path, spacing):
     with pytest.raises(ValueError, match="--spacing: expected three numbers above 0, got"):
         with_spacing(tmp_path, scan(tmp_path / "a.nii"), spacing)
+
+
+def test_volumes_without_a_spacing_are_named_with_what_that_means(tmp_path):
+    array = np.arange(np.prod(SHAPE), dtype=np.uint8).reshape(SHAPE)
+    for name in "ab":
+        files.write_volume(tmp_path / f"{name}.tif", array)
+    _, (note,) = checked(tmp_path, tmp_path / "a.tif", tmp_path / "b.tif")
+    assert note.startswith("note: no spacing in a, b: ") and note.endswith("give --spacing Z Y X")

@@ -178,3 +178,14 @@ def test_without_affinity_or_a_quota_all_cores_count(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert processes.cores_and_reason(tmp_path, tmp_path) == (8, "all 8 cores")
+
+
+def test_a_printed_command_starts_the_script_from_the_current_folder(monkeypatch, tmp_path):
+    root = Path(processes.__file__).parents[1]
+    monkeypatch.chdir(root)
+    assert processes.command_of("train.py") == "python train.py"
+    monkeypatch.chdir(tmp_path)
+    assert processes.command_of("train.py") == f"python {root}/train.py"  # of a notebook
+    (tmp_path / "my tools").symlink_to(root)
+    monkeypatch.setattr(sys, "argv", ["my tools/sweep.py"])
+    assert processes.command_of("train.py") == "python 'my tools/train.py'"
