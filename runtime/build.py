@@ -82,8 +82,10 @@ def resolve(settings, group=None):
     outputs.check_settings(told_apart, settings)
     check_skeletons(terms, split)
     check_spacing(settings, split)
-    spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
-    for case_spacing in spacings:
+    # All that the folds divide, so that the folds of a cross-validation train one network.
+    shown = split.train + (split.validation if settings.data.folds else [])
+    spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in shown]
+    for case_spacing in spacings[: len(split.train)]:
         augment.elastic_range(case_spacing, settings.augment.model_dump())  # or a ValueError
     spacing = tuple(map(statistics.median, zip(*spacings, strict=True)))
     strides, kernels = model.fit(
@@ -118,6 +120,20 @@ def resolve(settings, group=None):
         cache_reason=str(available),
         notes=notes,
     )
+
+
+def keep_network(plan, saved):
+    """Let a run that goes on from a saved state (None: it begins) keep its strides and kernels,
+    whatever the data are by now. ValueError if they do not divide the patch or the window."""
+    settings = plan.settings
+    before = saved["config"]["model"] if saved else {}
+    if all(before.get(k) == settings.plain()["model"][k] for k in ("multipliers", "strides")):
+        strides, kernels = (
+            [tuple(row) for row in saved["data"][key]] for key in ("strides", "kernels")
+        )
+        patch, window = settings.sampling.patch, settings.inference.window
+        model.fit(patch, plan.spacing, stages=len(strides), strides=strides[1:], window=window)
+        plan.strides, plan.kernels = strides, kernels
 
 
 def loss_of_classes(wanted, told_apart):
@@ -386,8 +402,9 @@ def announce(plan, network, patches):
         f"data       {len(split.train)} train, {len(split.validation)} validation, "
         f"{len(split.test)} test cases of {settings.data.root}, spacing {plan.spacing} "
         f"{plan.dataset.unit}",
-        f"network    {parameters / 1e6:.2f} M parameters, strides "
-        f"{plan.strides[1:]} for patch {settings.sampling.patch}",
+        f"network    {parameters / 1e6:.2f} M parameters, "
+        + f"strides {plan.strides[1:]} " * isinstance(network, model.UNet3D)
+        + f"for patch {settings.sampling.patch}",
         *([f"classes    {plan.outputs.describe()}"] if plan.outputs.several else []),
         f"training   {steps} steps in {training.max_epochs} epochs, batch "
         f"{training.train_batch_size} x {training.accumulate}"

@@ -1,6 +1,6 @@
 """One run: its folder, log and saved states, why it stops, and how it ends.
 
-run = Run(plan, patches, state, micro_batch, stop_step=1000, resume=True)   # loads what is there
+run = Run(plan, patches, state, micro_batch, stop_step=1000, opened=opened)   # loads what is there
 with run:                              # the folder is ours
     run.begin(batches, validator)
     while not run.why_stop():
@@ -36,11 +36,11 @@ class Run:
 
     plan: a `build.Plan`; patches: the `data.PatchDataset`; state: {key of a checkpoint: network,
     averaged network, optimizer, scaler}; micro_batch: a `microbatch.MicroBatch`; stop_step: of the
-    last step. resume loads the newest state of a run of this name, if there is one, into all these.
+    last step. opened: what `folder.open_run` gives; a state in it is loaded into all these.
     `WrongInput` if that cannot be. step: optimizer steps done; status: what the script exits with.
     """
 
-    def __init__(self, plan, patches, state, micro_batch, *, stop_step, resume):
+    def __init__(self, plan, patches, state, micro_batch, *, stop_step, opened):
         self.plan, self.settings, self.patches, self.state = plan, plan.settings, patches, state
         self.group, self.micro_batch = plan.group, micro_batch
         plain = {"highlight": False, "markup": False, "emoji": False}  # a class may be "[red]"
@@ -71,20 +71,17 @@ class Run:
             self.notes.append(text)
         with checked(self.group):
             build.check_alike(plan, self.metadata)
-            self._open(resume)
+            self._open(*opened)
         self.group.from_first(self._check_not_stopped)
         self.shared = self._state_of_step()
 
-    def _open(self, resume):
-        wanted = self.settings.run
-        self.folder, self.resumed_from, saved, notes = self.group.from_first(
-            lambda: folder.open_run(wanted.folder, wanted.name, resume=resume)
-        )
+    def _open(self, run_folder, resumed_from, saved, notes):
+        self.folder, self.resumed_from = run_folder, resumed_from
         self.notes += notes
         if saved is None:
-            if wanted.init_from is not None:
+            if (path := self.settings.run.init_from) is not None:
                 networks = self.state["model"], self.state["ema"]
-                self.notes += build.load_weights(wanted.init_from, networks, self.plan)
+                self.notes += build.load_weights(path, networks, self.plan)
             return
         build.check_classes(self.resumed_from, saved["data"], self.plan)
         self.notes += keep_precision(self.plan, saved["loop"].get("precision"))
