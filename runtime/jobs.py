@@ -216,7 +216,16 @@ def check(jobs):
                 plans[job.variant, job.fold] = build.resolve(job.settings)
     _raise_any(faults)
     ids = {place: tuple(case.id for case in held_out(plan)) for place, plan in plans.items()}
-    if not all(ids.values()):
+    if bare := [place for place in plans if not ids[place]]:
+        data, cases = plans[bare[0]].settings.data, plans[bare[0]].split.train
+        if data.folds:
+            advice = "prepare cases with --group-from, so that there are more groups"
+            if data.train is not None:
+                advice = "set data.train: null, which takes all labeled cases"
+            raise config.ConfigError(
+                "folds: expected groups of cases to divide, 2 or more, got one in data.train, "
+                f"{cases[0].group}; {advice}"
+            )
         raise config.ConfigError(
             "folds: expected labeled cases that a run is not trained on, got none; give folds, or "
             "data.validation or data.test in settings"
@@ -275,6 +284,7 @@ class Ledger:
     run counts.
 
     run, index, variant, fold, seed; settings: {group.key: value} that differ from the config;
+    groups: {held-out case: its group};
     status: done, failed or stopped; reason; scores: means over the held-out cases; seconds: of
     training steps; peak_memory, peak_gpu_memory: bytes; time: since 1970.
     """
