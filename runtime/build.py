@@ -81,7 +81,7 @@ def resolve(settings, group=None):
     evaluator.full_names(settings.validation.score, settings.validation.scores, told_apart)
     outputs.check_settings(told_apart, settings)
     check_skeletons(terms, split)
-    check_spacing(settings, split)
+    notes += splits.check_sizes(settings, split)
     # All that the folds divide, so that the folds of a cross-validation train one network.
     shown = split.train + (split.validation if settings.data.folds else [])
     spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in shown]
@@ -160,23 +160,6 @@ def check_skeletons(terms, split):
                 f"{few(without, 5)}; prepare these cases again without --no-skeletons, or set "
                 "loss.skeleton_recall.weight to 0"
             )
-
-
-def check_spacing(settings, split):
-    """ValueError that names the cases that patches, or windows of validation, cannot show."""
-    patch, wanted = settings.sampling.patch, settings.data.spacing
-    window = settings.inference.window or patch
-    shown = [(case, patch) for case in split.train] + [(case, window) for case in split.validation]
-    faults = [
-        fault
-        for case, size in shown
-        for fault in data.spacing_faults(
-            f"case {case.id}", case.shape, size, case.spacing, wanted, case.unit
-        )
-    ]
-    if faults:
-        more = [f"data.spacing: the same of {len(faults) - 3} more cases"] * (len(faults) > 3)
-        raise ValueError("\n".join(faults[:3] + more))
 
 
 def volume_names(terms):

@@ -169,14 +169,17 @@ def build(content, model=Settings):
 def apply_overrides(content, overrides):
     """Nested dicts with each `group.key=value` set; values are read as YAML."""
     content = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
+    faults = []
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or "." not in key:
-            raise ConfigError(f"{text}: expected group.key=value{_nearest(key)}")
+            faults.append(f"{text}: expected group.key=value{_nearest(key)}")
+            continue
         try:
             value = yaml.load(value, _Loader)
         except yaml.YAMLError:
-            raise ConfigError(f"{text}: the value is not readable as YAML") from None
+            faults.append(f"{text}: the value is not readable as YAML")
+            continue
         *path, last = key.split(".")
         node = content
         for part in path:
@@ -184,6 +187,8 @@ def apply_overrides(content, overrides):
             node[part] = dict(child) if isinstance(child, dict) else {}
             node = node[part]
         node[last] = value
+    if faults:
+        raise ConfigError("\n".join(faults))
     return content
 
 

@@ -329,6 +329,7 @@ class Run:
             return
         means, seconds = self.means.take_line(), step_timer.means(self.timed)
         step_seconds, epoch = sum(seconds.values()), (step - 1) // self.iterations
+        named = f"epoch {epoch + 1} of {self.settings.training.max_epochs}"
         self.seconds += step_seconds * self.timed
         skipped, self.skipped.since_log, self.timed = self.skipped.since_log, 0, 0
         if not self.group.first:
@@ -346,7 +347,7 @@ class Run:
         speed, wait = f"{step_seconds:.2f} s/step", seconds["wait"] / step_seconds
         self.show.advance(
             step,
-            f"epoch {epoch} loss {_numbers(means)} lr {lr:.1e} {speed}: {timer.shares(seconds)}",
+            f"{named} loss {_numbers(means)} lr {lr:.1e} {speed}: {timer.shares(seconds)}",
             short=f"loss {means.get('total', math.nan):.3f} {speed}, wait {wait:.0%}",
         )
         if step % self.iterations == 0 and (means := self.means.take_epoch())["loss"]:
@@ -354,9 +355,9 @@ class Run:
             self.log.write("epoch", step=step, epoch=epoch, **means, cache=cache)
             shares = means["patches"]
             if shares["around_foreground"] and not shares["with_foreground"]:
-                text = f"no patch of epoch {epoch} shows foreground, though it is sampled around it"
+                text = f"no patch of {named} shows foreground, though it is sampled around it"
                 self.report("no foreground", f"{text}; look at data.spacing and augment")
-            self.show.print(f"epoch {epoch}: shares of patches: {_numbers(means['patches'])}")
+            self.show.print(f"{named}: shares of patches: {_numbers(means['patches'])}")
 
     # ------------------------------------------------------------------------ records and saving
 

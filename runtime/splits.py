@@ -1,8 +1,13 @@
 """Which cases train, validate and test."""
 
+import math
 from dataclasses import dataclass
 
+import data
 from volumes.files import few, matching
+from volumes.volume import doubt_of_order
+
+LEAST_SEEN = 0.5  # of a patch: what may be padding without a word
 
 NO_VALIDATION = (
     "NO VALIDATION: there are no scores and no curve of them, best.pt is the last state, and masks "
@@ -95,3 +100,33 @@ def _split_faults(split):
     channels = {c.channels for c in split.train + split.validation}
     if len(channels) > 1:
         yield f"data.root: expected one number of channels in all cases, got {sorted(channels)}"
+
+
+def check_sizes(settings, split):
+    """Notes on sizes that seem to be in another order than z, y, x. ValueError that names the cases
+    that patches, or windows of validation, cannot show."""
+    patch, wanted = settings.sampling.patch, settings.data.spacing
+    window = settings.inference.window or patch
+    shown = [(case, patch) for case in split.train] + [(case, window) for case in split.validation]
+    faults = [
+        fault
+        for case, size in shown
+        for fault in data.spacing_faults(
+            f"case {case.id}", case.shape, size, case.spacing, wanted, case.unit
+        )
+    ]
+    if faults:
+        more = [f"data.spacing: the same of {len(faults) - 3} more cases"] * (len(faults) > 3)
+        raise ValueError("\n".join(faults[:3] + more))
+    doubts, padded = {}, []
+    for case in split.train:
+        spacing = data.network_spacing(case.spacing, wanted)
+        doubts[doubt_of_order(case.shape, spacing, case.unit)] = None
+        sizes = zip(case.shape, case.spacing, patch, spacing, strict=True)
+        if math.prod(min(1.0, n * step / (p * s)) for n, step, p, s in sizes) < LEAST_SEEN:
+            padded.append(f"{case.id} ({'x'.join(map(str, case.shape))})")
+    notes = [f"data.spacing: {doubt}" for doubt in filter(None, doubts)]
+    if padded:
+        text = f"sampling.patch: {list(patch)} is more padding than image in {few(padded, 3)}"
+        notes.append(f"{text}; its order is z, y, x")
+    return notes

@@ -191,7 +191,7 @@ def test_the_sweeps_that_come_with_lamina_are_valid():
     for path in (ROOT / "configs/sweeps").glob("*.yaml"):
         with contextlib.chdir(ROOT):
             counts[path.stem] = len(jobs.expand(path)[1])
-    assert counts == {"folds": 4, "losses": 12}
+    assert counts == {"animals": 3, "folds": 4, "losses": 12}
 
 
 # ---------------------------------------------------------------------------- comparison

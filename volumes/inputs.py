@@ -18,6 +18,7 @@ from volumes.volume import (
     VolumeError,
     check_affine,
     collect_errors,
+    doubt_of_order,
     is_spacing,
     with_unit,
 )
@@ -218,6 +219,8 @@ def _unlike_training(volume, metadata):
     trained, unit = metadata.get("trained_spacing"), metadata["unit"]  # none in older versions
     if volume.spacing is None or trained is None:
         return
+    if doubt := doubt_of_order(volume.shape, volume.spacing, volume.unit):
+        yield doubt
     known = volume.unit in METRES and unit in METRES
     scale = METRES[volume.unit] / METRES[unit] if known else 1.0
     ratios = np.multiply(volume.spacing, scale) / trained

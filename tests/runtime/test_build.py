@@ -82,6 +82,21 @@ def test_all_folds_of_a_cross_validation_train_one_network(tmp_path):
         assert plan.spacing == (4, 2, 2) and plan.strides == [(1, 1, 1), (2, 2, 2), (1, 2, 2)]
 
 
+def test_sizes_in_another_order_than_z_y_x_are_asked_about(tmp_path):
+    make_thin_root(tmp_path)  # 8 x 16 x 16 voxels
+    for change, words in (
+        ("data.spacing=[1,1,4]", "data.spacing: voxels of 1 1 4 micron, and few slices: z comes"),
+        (
+            "sampling.patch=[32,16,8]",
+            "sampling.patch: [32, 16, 8] is more padding than image in c1",
+        ),
+        ("sampling.patch=[16,16,16]", ""),  # half of it is
+    ):
+        notes = build.resolve(make_settings(tmp_path, "data.validation=[]", change)).notes
+        notes = [note for note in notes if note.startswith(("data.spacing", "sampling"))]
+        assert notes[0].startswith(words) if words else not notes
+
+
 def test_a_resumed_run_keeps_the_strides_of_its_state_and_another_patch_must_fit_them(tmp_path):
     make_thin_root(tmp_path)
     plan = build.resolve(thin_settings(tmp_path, 0))
