@@ -223,8 +223,9 @@ def write_report(all_jobs, ledger, path):
         wide = Console(width=None if console.is_terminal else 160, **PLAIN)
         for table in tables:
             comparison.print_table(wide, *table)
-        about = first.settings.data
-        notes = [*comparison.notes(rows, folds=about.folds, choosing=about.folds or not about.test)]
+        folds = first.fold is not None
+        choosing = folds or not first.settings.data.test
+        notes = [*comparison.notes(rows, folds=folds, choosing=choosing)]
         for note in notes:
             wide.print(f"note: {note}")
         report.write_csv(place / "table.csv", [row._asdict() for row in rows])

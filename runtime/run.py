@@ -329,7 +329,7 @@ class Run:
             return
         means, seconds = self.means.take_line(), step_timer.means(self.timed)
         step_seconds, epoch = sum(seconds.values()), (step - 1) // self.iterations
-        named = f"epoch {epoch + 1} of {self.settings.training.max_epochs}"
+        named = f"epoch {epoch + 1} of {math.ceil(self.stop_step / self.iterations)}"
         self.seconds += step_seconds * self.timed
         skipped, self.skipped.since_log, self.timed = self.skipped.since_log, 0, 0
         if not self.group.first:
