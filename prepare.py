@@ -103,8 +103,12 @@ def merge_faults(rows, kept, declared):
             )
     units = {row["unit"]: row["case"] for row in rows} | {case.unit: case.id for case in kept}
     channels = {row["channels"]: row["case"] for row in rows} | {c.channels: c.id for c in kept}
+    units_advice = "give --unit to convert them, or prepare them apart"
+    if kept and not kept[0].unit:  # a dataset has one
+        there = few([case.id for case in kept])
+        units_advice = f"prepare what was there before ({there}) again with --unit {max(units)}"
     for what, examples, advice in (
-        ("unit", units, "give --unit to convert them, or prepare them apart"),
+        ("unit", units, units_advice),
         ("number of channels", channels, "prepare them apart"),
     ):
         if len(examples) > 1:
@@ -115,7 +119,8 @@ def merge_faults(rows, kept, declared):
 def merge_overlaps(rows, kept, faults, notes):
     """What several cases hold of one raw image: a fault where they may be split, else a note."""
     pieces = [(r["source"], r["planes"], r["case"], r["group"]) for r in rows]
-    pieces += [(c.source, slice(*c.planes), c.id, c.group) for c in kept if c.planes]
+    there = ", there before"
+    pieces += [(c.source, slice(*c.planes), c.id + there, c.group) for c in kept if c.planes]
     apart, together, by_source = [], [], {}
     for source, *piece in pieces:
         by_source.setdefault(os.path.realpath(source), []).append(piece)
@@ -128,8 +133,8 @@ def merge_overlaps(rows, kept, faults, notes):
     if apart:
         faults.append(
             f"dataset: expected no slice of an image in two cases, got {few(apart)}; a network "
-            "could train on what tests it: give ranges of --crop that do not overlap, another "
-            "--out, or one --group-from for both"
+            "could train on what tests it: give ranges of --crop that do not overlap, one "
+            "--group-from for both, or another --out; to begin anew, remove this one"
         )
     if together:
         notes.append(f"the same slices are in two cases of one group: {few(together)}")

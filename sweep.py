@@ -103,6 +103,7 @@ class Worker:
             self.free.put(gpu)
         entry = {"run": job.name, "index": job.index, "variant": job.variant, "fold": job.fold}
         entry |= {"seed": job.seed, "settings": job.changes, "status": status, "reason": reason}
+        entry["groups"] = {case.id: case.group for case in jobs.held_out(self.plans[job.name])}
         rows = job.cases() if status == "done" else None
         scores = {name: comparison.mean(rows, name) for name in job.names_in(rows)} if rows else {}
         entry |= {"scores": scores, **figures(job), "time": round(time.time(), 3)}
@@ -215,9 +216,19 @@ def write_report(all_jobs, ledger, path):
             entries[job.name] |= {"status": "failed", "reason": reason, "scores": {}}
     runs = [(job.variant, (job.fold, job.seed), job.cases()) for job in done]
     rows = [row for n in names for row in comparison.compare(runs, n, first.variant)]
+    tables, notes = [], []
     if rows:
+        groups = {case: g for e in entries.values() for case, g in e.get("groups", {}).items()}
+        held_out = comparison.held_out_table(runs, names, groups)
+        tables = [*comparison.tables(rows, names), held_out]
         wide = Console(width=None if console.is_terminal else 160, **PLAIN)
-        comparison.print_table(wide, rows, names)
+        for table in tables:
+            comparison.print_table(wide, *table)
+        folds = first.fold is not None
+        choosing = folds or not first.settings.data.test
+        notes = [*comparison.notes(rows, folds=folds, choosing=choosing)]
+        for note in notes:
+            wide.print(f"note: {note}")
         report.write_csv(place / "table.csv", [row._asdict() for row in rows])
     for job in done:
         folders.setdefault(job.variant, []).append(job.folder)
@@ -225,7 +236,8 @@ def write_report(all_jobs, ledger, path):
     page.write_page(
         place / "report.html",
         f"Sweep {place.name}: {len(done)} of {len(all_jobs)} runs done",
-        rows,
+        tables,
+        notes,
         [entries[job.name] for job in all_jobs if job.name in entries],
         names=names,
         pictures=pictures + worst_pictures(done, names[0]),
@@ -276,6 +288,7 @@ def main(argv=None):
         if index is not None and not 0 <= index < len(all_jobs):
             raise ValueError(f"--index: expected 0 to {len(all_jobs) - 1}, got {index}")
         ledger = jobs.Ledger(place / "ledger.jsonl")
+        plans = {} if arguments.report else jobs.check(all_jobs)
         if arguments.print:
             done, words = ledger.done(all_jobs), (sys.executable, ROOT / "sweep.py", path)
             for job in all_jobs:
@@ -284,7 +297,6 @@ def main(argv=None):
             return DONE
         if arguments.report and not ledger.path.exists():
             raise ValueError(f"{path}: expected runs of it in {place}, got none; run it first")
-        plans = {} if arguments.report else jobs.check(all_jobs)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return WRONG_INPUT

@@ -80,6 +80,10 @@ def train(settings, resume, group):
     with checked(group):  # faults of settings and data are found here, before anything is written
         plan = build.resolve(settings, group)
         patches = build.make_patches(plan)
+    with checked(group):
+        where = settings.run.folder, settings.run.name
+        opened = group.from_first(lambda: folder.open_run(*where, resume=resume))
+        build.keep_network(plan, opened[2])
     optim, training, device = settings.optim, settings.training, plan.device
     iterations, accumulate = training.train_iterations_per_epoch, training.accumulate
     total_steps = training.max_epochs * iterations
@@ -100,7 +104,8 @@ def train(settings, resume, group):
 
     # ------------------------------------------------------------------ the run's state
     state = {"model": network, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    run = Run(plan, patches, state, micro_batch, stop_step=stop_step, resume=resume)
+    run = Run(plan, patches, state, micro_batch, stop_step=stop_step, opened=opened)
+    del opened  # the saved state is in the network and the others by now
     if settings.model.compile:
         network.compile()  # in place: the names in the state stay as they are
     class_names = {c: n for n, c in plan.dataset.classes.items() if c in patches.classes}
@@ -192,6 +197,8 @@ def cli(argv=None):
     arguments = parser.parse_intermixed_args(argv)
     run = folder.run_folder_of(arguments.config) if arguments.resume else None
     try:
+        if advice := folder.advice_on(arguments.config, resume=arguments.resume):
+            raise config.ConfigError(f"{arguments.config}: {advice}")
         settings = config.load(run / "config.yaml" if run else arguments.config, arguments.more)
     except config.ConfigError as error:
         print(error, file=sys.stderr)

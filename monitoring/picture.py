@@ -27,8 +27,8 @@ MARK, TROUBLE = "#909090", "#d70000"
 def draw_progress(folder, title, slices=None, threshold=0.5):
     """Write progress.png of a run folder from its files.
 
-    slices: of one plane of a case, "image" and bool "labeled" (H, W); "truth" and "mask", {region:
-    (H, W) bool}; "probs" (K, H, W), of which one foreground is drawn. threshold: the one of that.
+    slices: of one plane, "z" of "case", "image" and bool "labeled" (H, W); "truth" and "mask",
+    {region: (H, W) bool}; "probs" (K, H, W), of which one foreground is drawn. threshold: of that.
     """
     from matplotlib.figure import Figure
 
@@ -241,7 +241,8 @@ def _slices(axes, slices, threshold):
     image, labeled = slices["image"][small], slices["labeled"][small]
     truth, mask = (np.stack([*slices[key].values()])[small] for key in ("truth", "mask"))
     axes[0].imshow(image, cmap="gray")
-    titles = [f"image, the slice with most {'foreground' if len(truth) == 1 else 'of all classes'}"]
+    most = "foreground" if len(truth) == 1 else "of all classes"
+    titles = [f"{no_formula(slices['case'])}, slice {slices['z']}, with most {most}"]
     if len(truth) == 1:
         shown = axes[1].imshow(slices["probs"][0][small], cmap="magma", vmin=0, vmax=1)
         bar = axes[1].figure.colorbar(shown, ax=axes[1], fraction=0.05, pad=0.02)

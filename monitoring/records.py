@@ -94,6 +94,8 @@ class RunRecords:
             elif event["event"] == "evaluation" and isinstance(event.get("scores"), dict):
                 pairs.append((finite(event["scores"].get(name)), event["step"]))
         pairs = [pair for pair in pairs if pair[0] is not None]
+        if name != self.start.get("score"):  # an untrained network's mask of a few voxels is chance
+            pairs = [pair for pair in pairs if pair[1] > 0] or pairs
         if better not in ("higher", "lower") or not pairs:
             return None, None
         return (max if better == "higher" else min)(pairs, key=lambda pair: pair[0])

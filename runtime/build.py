@@ -81,12 +81,12 @@ def resolve(settings, group=None):
     evaluator.full_names(settings.validation.score, settings.validation.scores, told_apart)
     outputs.check_settings(told_apart, settings)
     check_skeletons(terms, split)
-    check_spacing(settings, split)
-    notes += data.padding_notes(split.train, settings.sampling.patch, settings.data.spacing)
-    spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in split.train]
-    for case_spacing in spacings:
+    notes += splits.check_sizes(settings, split)
+    # All that the folds divide, so that the folds of a cross-validation train one network.
+    shown = split.train + (split.validation if settings.data.folds else [])
+    spacings = [data.network_spacing(c.spacing, settings.data.spacing) for c in shown]
+    for case_spacing in spacings[: len(split.train)]:
         augment.elastic_range(case_spacing, settings.augment.model_dump())  # or a ValueError
-    notes += data.mixed_spacings(split.train + split.validation, settings.data.spacing)
     spacing = data.median_spacing(spacings)
     strides, kernels = model.fit(
         settings.sampling.patch,
@@ -122,6 +122,20 @@ def resolve(settings, group=None):
     )
 
 
+def keep_network(plan, saved):
+    """Let a run that goes on from a saved state (None: it begins) keep its strides and kernels,
+    whatever the data are by now. ValueError if they do not divide the patch or the window."""
+    settings = plan.settings
+    before = saved["config"]["model"] if saved else {}
+    if all(before.get(k) == settings.plain()["model"][k] for k in ("multipliers", "strides")):
+        strides, kernels = (
+            [tuple(row) for row in saved["data"][key]] for key in ("strides", "kernels")
+        )
+        patch, window = settings.sampling.patch, settings.inference.window
+        model.fit(patch, plan.spacing, stages=len(strides), strides=strides[1:], window=window)
+        plan.strides, plan.kernels = strides, kernels
+
+
 def loss_of_classes(wanted, told_apart):
     """Arguments of `composite_loss`: wanted, loss.class_weights, in the order of the regions."""
     if wanted is None:
@@ -146,23 +160,6 @@ def check_skeletons(terms, split):
                 f"{few(without, 5)}; prepare these cases again without --no-skeletons, or set "
                 "loss.skeleton_recall.weight to 0"
             )
-
-
-def check_spacing(settings, split):
-    """ValueError that names the cases that patches, or windows of validation, cannot show."""
-    patch, wanted = settings.sampling.patch, settings.data.spacing
-    window = settings.inference.window or patch
-    shown = [(case, patch) for case in split.train] + [(case, window) for case in split.validation]
-    faults = [
-        fault
-        for case, size in shown
-        for fault in data.spacing_faults(
-            f"case {case.id}", case.shape, size, case.spacing, wanted, case.unit
-        )
-    ]
-    if faults:
-        more = [f"data.spacing: the same of {len(faults) - 3} more cases"] * (len(faults) > 3)
-        raise ValueError("\n".join(faults[:3] + more))
 
 
 def volume_names(terms):
@@ -385,8 +382,9 @@ def announce(plan, network, patches):
         f"data       {len(split.train)} train, {len(split.validation)} validation, "
         f"{len(split.test)} test cases of {settings.data.root}, spacing "
         f"{with_unit(plan.spacing, plan.dataset.unit)}",
-        f"network    {parameters / 1e6:.2f} M parameters, strides "
-        f"{plan.strides[1:]} for patch {settings.sampling.patch}",
+        f"network    {parameters / 1e6:.2f} M parameters, "
+        + f"strides {plan.strides[1:]} " * isinstance(network, model.UNet3D)
+        + f"for patch {settings.sampling.patch}",
         *([f"classes    {plan.outputs.describe()}"] if plan.outputs.several else []),
         f"training   {stop}{steps} steps in {training.max_epochs} epochs, batch "
         f"{training.train_batch_size} x {training.accumulate}"

@@ -4,6 +4,7 @@ runs = [("bce", (0, 0), [{"case": "a", "dice": 0.8}]), ("cldice", (0, 0), ...)]
 compare(runs, "dice", "bce")     # a `Compared` for each variant
 """
 
+import itertools
 import statistics
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from rich.table import Table
 from scoring import report
 
 FEW = 5  # pairs of runs below which an interval says little
+MOST_ROWS = 40  # of a table on the terminal
+WORDS = ("variant", "fold", "group", "case")  # columns of these
 
 
 class Compared(NamedTuple):
@@ -109,7 +112,7 @@ def _by_case(variant, runs, places, name):
 def tables(rows, names):
     """[(headings, rows of texts)] of all `Compared`: by the first of these scores, by others."""
     main, *others = names
-    yield (
+    yield _filled(
         ["variant", "runs", main, "to the first", "95 % of runs", "all cases"]
         + ["to the first", "95 % of cases", "ahead", "behind"],
         [_cells(row) for row in rows if row.score == main],
@@ -118,6 +121,39 @@ def tables(rows, names):
         by_score = {(row.variant, row.score): _plus_minus(row) for row in rows}
         variants = dict.fromkeys(row.variant for row in rows)
         yield ["variant", *others], [[v, *(by_score[v, n] for n in others)] for v in variants]
+
+
+def held_out_table(runs, names, groups):
+    """(headings, rows of texts): each case with the fold that it was held out in, and its group.
+
+    runs: as for `compare`; names: of scores, all of which are shown of one variant, of several the
+    first; groups: {case: group}. Of several seeds it is the mean.
+    """
+    variants, values = list(dict.fromkeys(variant for variant, _, _ in runs)), {}
+    columns = [(variant, names[0]) for variant in variants]
+    heads = [f"{names[0]}, {variant}" for variant in variants]
+    if len(variants) == 1:
+        columns, heads = [(variants[0], name) for name in names], names
+    for variant, (fold, _), rows in runs:
+        for row, name in itertools.product(rows, names):
+            own = values.setdefault((fold, groups.get(row["case"], ""), row["case"]), {})
+            own.setdefault((variant, name), []).append(row[name])
+    texts = [
+        ["" if fold is None else str(fold), group, case]
+        + [
+            report.format_score(own.get(column) and statistics.fmean(own[column]), column[1])
+            for column in columns
+        ]
+        for (fold, group, case), own in sorted(values.items())
+    ]
+    return _filled(["fold", "group", "case", *heads], texts)
+
+
+def _filled(heads, texts):
+    """A table without its columns that are empty."""
+    filled = [any(column) for column in zip(*texts, strict=True)]
+    heads, *texts = (list(itertools.compress(row, filled)) for row in (heads, *texts))
+    return heads, texts
 
 
 def _cells(row):
@@ -143,27 +179,37 @@ def _interval(low, high):
     return "" if low is None else report.interval_text((low, high), "+")
 
 
-def print_table(console, rows, names):
-    """All `tables`, and the notes on them."""
-    for heads, texts in tables(rows, names):
-        table = Table(*(head.replace("_", " ") for head in heads))
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in texts:
-            table.add_row(*row)
-        console.print(table)
-    for note in notes(rows):
-        console.print(f"note: {note}")
+def print_table(console, heads, texts):
+    table = Table(*(head.replace("_", " ") for head in heads))
+    for name, column in zip(heads, table.columns, strict=True):
+        column.justify = "left" if name in WORDS else "right"
+    for row in texts[:MOST_ROWS]:
+        table.add_row(*row)
+    console.print(table)
+    if len(texts) > MOST_ROWS:
+        console.print(f"... and {len(texts) - MOST_ROWS} more in report.html")
 
 
-def notes(rows):
-    """What a reader of the comparison must know, as sentences."""
+def notes(rows, *, folds, choosing):
+    """What a reader of the comparison must know, as sentences.
+
+    folds: whether it is over folds; choosing: whether the held-out cases are those of validation.
+    """
     yield (
-        "mean ± standard deviation over runs (folds and seeds); differences are to the first "
-        "variant at the same fold and seed, with 95 % intervals by Student's t over pairs of runs, "
-        "and by the bootstrap over all cases, each predicted by the runs that did not see it"
+        "mean ± standard deviation over runs (folds and seeds), where each run counts alike; of "
+        "all cases, each case counts alike" + ", predicted by the runs that did not see it" * folds
     )
+    if choosing:
+        yield (
+            "each run chose its threshold and smallest component on the cases that it is scored "
+            "by, so scores are slightly too good, in all variants alike"
+        )
     pairs = [row.pairs for row in rows if row.pairs]
+    if pairs:
+        yield (
+            "differences are to the first variant at the same fold and seed, with 95 % intervals "
+            "by Student's t over pairs of runs, and by the bootstrap over all cases"
+        )
     if pairs and min(pairs) < FEW:
         yield f"intervals of {min(pairs)} pairs of runs are rough; {FEW} or more are needed"
     counts = [row.cases for row in rows if row.pairs]

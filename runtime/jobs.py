@@ -272,6 +272,7 @@ class Ledger:
     run counts.
 
     run, index, variant, fold, seed; settings: {group.key: value} that differ from the config;
+    groups: {held-out case: its group};
     status: done, failed or stopped; reason; scores: means over the held-out cases; seconds: of
     training steps; peak_memory, peak_gpu_memory: bytes; time: since 1970.
     """

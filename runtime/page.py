@@ -5,7 +5,6 @@ import html
 from pathlib import Path
 
 from monitoring.formatting import format_bytes
-from runtime import comparison
 from scoring import report
 from volumes import atomic
 
@@ -44,15 +43,15 @@ for (const head of document.querySelectorAll("th")) head.onclick = () => {
 """
 
 
-def write_page(path, title, rows, entries, *, names, pictures, sweep_file):
+def write_page(path, title, tables, notes, entries, *, names, pictures, sweep_file):
     """Write the page of a sweep.
 
-    rows: [`comparison.Compared`] of all scores; entries: lines of the ledger; names: of the scores,
-    the main one first; pictures: [(title, bytes of a PNG)].
+    tables: [(headings, rows of texts)], and notes under them; entries: lines of the ledger; names:
+    of the scores, the main one first; pictures: [(title, bytes of a PNG)].
     """
     parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Variants</h2>"]
-    parts += [_table(heads, texts) for heads, texts in comparison.tables(rows, names)]
-    parts += [f'<p class="note">{html.escape(note)}</p>' for note in comparison.notes(rows)]
+    parts += [_table(heads, texts) for heads, texts in tables]
+    parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
     parts += ["<h2>Runs</h2>", _runs(entries, names)]
     for heading, png in pictures:
         source = f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,6 +1,6 @@
 """One run: its folder, log and saved states, why it stops, and how it ends.
 
-run = Run(plan, patches, state, micro_batch, stop_step=1000, resume=True)   # loads what is there
+run = Run(plan, patches, state, micro_batch, stop_step=1000, opened=opened)   # loads what is there
 with run:                              # the folder is ours
     run.begin(batches, validator)
     while not run.why_stop():
@@ -37,11 +37,11 @@ class Run:
 
     plan: a `build.Plan`; patches: the `data.PatchDataset`; state: {key of a checkpoint: network,
     averaged network, optimizer, scaler}; micro_batch: a `microbatch.MicroBatch`; stop_step: of the
-    last step. resume loads the newest state of a run of this name, if there is one, into all these.
+    last step. opened: what `folder.open_run` gives; a state in it is loaded into all these.
     `WrongInput` if that cannot be. step: optimizer steps done; status: what the script exits with.
     """
 
-    def __init__(self, plan, patches, state, micro_batch, *, stop_step, resume):
+    def __init__(self, plan, patches, state, micro_batch, *, stop_step, opened):
         self.plan, self.settings, self.patches, self.state = plan, plan.settings, patches, state
         self.group, self.micro_batch = plan.group, micro_batch
         plain = {"highlight": False, "markup": False, "emoji": False}  # a class may be "[red]"
@@ -72,20 +72,17 @@ class Run:
             self.notes.append(text)
         with checked(self.group):
             build.check_alike(plan, self.metadata)
-            self._open(resume)
+            self._open(*opened)
         self.group.from_first(self._check_not_stopped)
         self.shared = self._state_of_step()
 
-    def _open(self, resume):
-        wanted = self.settings.run
-        self.folder, self.resumed_from, saved, notes = self.group.from_first(
-            lambda: folder.open_run(wanted.folder, wanted.name, resume=resume)
-        )
+    def _open(self, run_folder, resumed_from, saved, notes):
+        self.folder, self.resumed_from = run_folder, resumed_from
         self.notes += notes
         if saved is None:
-            if wanted.init_from is not None:
+            if (path := self.settings.run.init_from) is not None:
                 networks = self.state["model"], self.state["ema"]
-                self.notes += build.load_weights(wanted.init_from, networks, self.plan)
+                self.notes += build.load_weights(path, networks, self.plan)
             return
         build.check_classes(self.resumed_from, saved["data"], self.plan)
         self.notes += keep_precision(self.plan, saved["loop"].get("precision"))
@@ -334,6 +331,7 @@ class Run:
             return
         means, seconds = self.means.take_line(), step_timer.means(self.timed)
         step_seconds, epoch = sum(seconds.values()), (step - 1) // self.iterations
+        named = f"epoch {epoch + 1} of {math.ceil(self.stop_step / self.iterations)}"
         self.seconds += step_seconds * self.timed
         skipped, self.skipped.since_log, self.timed = self.skipped.since_log, 0, 0
         if not self.group.first:
@@ -351,7 +349,7 @@ class Run:
         speed, wait = f"{step_seconds:.2f} s/step", seconds["wait"] / step_seconds
         self.show.advance(
             step,
-            f"epoch {epoch} loss {_numbers(means)} lr {lr:.1e} {speed}: {timer.shares(seconds)}",
+            f"{named} loss {_numbers(means)} lr {lr:.1e} {speed}: {timer.shares(seconds)}",
             short=f"loss {means.get('total', math.nan):.3f} {speed}, wait {wait:.0%}",
         )
         if step % self.iterations == 0 and (means := self.means.take_epoch())["loss"]:
@@ -359,9 +357,9 @@ class Run:
             self.log.write("epoch", step=step, epoch=epoch, **means, cache=cache)
             shares = means["patches"]
             if shares["around_foreground"] and not shares["with_foreground"]:
-                text = f"no patch of epoch {epoch} shows foreground, though it is sampled around it"
+                text = f"no patch of {named} shows foreground, though it is sampled around it"
                 self.report("no foreground", f"{text}; look at data.spacing and augment")
-            self.show.print(f"epoch {epoch}: shares of patches: {_numbers(means['patches'])}")
+            self.show.print(f"{named}: shares of patches: {_numbers(means['patches'])}")
 
     # ------------------------------------------------------------------------ records and saving
 

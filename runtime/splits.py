@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import data
 from volumes.files import counted, few, matching
+from volumes.volume import doubt_of_order
 
 CUT = "cut a single case by prepare.py --crop train=0:80 val=90:112"
 NO_VALIDATION = (
@@ -68,7 +70,9 @@ def _fold(cases, folds, fold, faults):
     if 0 < len(groups) < folds:
         got = f"got {folds} for {counted(len(groups), 'group')}"
         advice = CUT if len(cases) == 1 else "lower it, or prepare the cases with smaller groups"
-        faults.append(f"data.folds: expected no more folds than groups of cases, {got}; {advice}")
+        faults.append(
+            f"data.folds: expected no more folds than groups in data.train, {got}; {advice}"
+        )
         return {}
     parts = [[] for _ in range(folds)]
     for group in sorted(groups, key=lambda g: (-len(groups[g]), g)):
@@ -93,3 +97,28 @@ def _split_faults(split):
     channels = {c.channels for c in split.train + split.validation}
     if len(channels) > 1:
         yield f"data.root: expected one number of channels in all cases, got {sorted(channels)}"
+
+
+def check_sizes(settings, split):
+    """Notes on sizes that seem to be in another order than z, y, x, on padding and on voxels of
+    several sizes. ValueError that names the cases that patches, or windows of validation, cannot
+    show."""
+    patch, wanted = settings.sampling.patch, settings.data.spacing
+    window = settings.inference.window or patch
+    shown = [(case, patch) for case in split.train] + [(case, window) for case in split.validation]
+    faults = [
+        fault
+        for case, size in shown
+        for fault in data.spacing_faults(
+            f"case {case.id}", case.shape, size, case.spacing, wanted, case.unit
+        )
+    ]
+    if faults:
+        more = [f"data.spacing: the same of {len(faults) - 3} more cases"] * (len(faults) > 3)
+        raise ValueError("\n".join(faults[:3] + more))
+    spacings = [data.network_spacing(case.spacing, wanted) for case in split.train]
+    pairs = zip(split.train, spacings, strict=True)
+    doubts = dict.fromkeys(doubt_of_order(case.shape, own, case.unit) for case, own in pairs)
+    notes = [f"data.spacing: {doubt}" for doubt in filter(None, doubts)]
+    notes += data.padding_notes(split.train, patch, wanted)
+    return notes + [*data.mixed_spacings(split.train + split.validation, wanted)]

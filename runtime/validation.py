@@ -176,6 +176,7 @@ def predict(network, case, spec, *, spacing, clip, window, with_slices=False, **
     with casefile.opened(case) as file:
         if with_slices:
             slices = middle_slices(file["image"], file["label"][:], spec.outputs, case.ignore_label)
+            slices["case"] = case.id
             slices["image"] = clip_fill(slices["image"], case.intensity)
         arguments = network, file["image"], case.spacing, case.intensity
         how |= {"channels": spec.outputs.channels, "exclusive": spec.outputs.exclusive}

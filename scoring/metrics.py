@@ -342,8 +342,8 @@ def entry(name):
     base, at, number = split_name(name)[0].partition("@")
     kind = SCORES.get(base)
     if kind is None:
-        near = difflib.get_close_matches(base, SCORES, n=1, cutoff=0.0)
-        raise ValueError(f"expected the name of a score, got {name}; the nearest is {near[0]}")
+        near = SYNONYMS.get(base) or difflib.get_close_matches(base, SCORES, n=1, cutoff=0.0)[0]
+        raise ValueError(f"expected the name of a score, got {name}; the nearest is {near}")
     if not at:
         return kind, ()
     if kind.number is None:
@@ -366,6 +366,8 @@ NUMBERS = {  # what may follow an @, and what raises ValueError for a wrong one
 }
 
 
+SYNONYMS = {"nsd": "surface_dice", "dsc": "dice", "f1": "dice", "jaccard": "iou", "asd": "assd",
+            "ppv": "precision", "sensitivity": "recall", "hd": "hausdorff"}  # fmt: skip
 SCORES = {
     "dice": Score(lambda c: c.ratio(2 * c.voxels[2], *c.voxels[:2]), "higher", "cheap"),
     "iou": Score(lambda c: c.ratio(c.voxels[2], *c.voxels[:2], -c.voxels[2]), "higher", "cheap"),

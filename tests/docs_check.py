@@ -42,6 +42,7 @@ SUBSTITUTIONS = [  # (pattern, what stands in for it)
     (r"--shape \d+ \d+ \d+", "--shape 24 32 32"),
     (r"(--phantom (?:arteries_veins|spinal_cord)) --out", r"\1 --shape 24 32 32 --out"),
     (r"FILE\.h5", "scan.h5"),
+    (r"vesselNN --labels vesselNN --spacing-csv \S+", "vesselNN_nifti --labels vesselNN_nifti"),
     (r"train=0:80 test=90:116", "train=0:16 test=24:32"),
     (r"grey=128 white=255", "artery=3 vein=7"),
     (r"(raw|new)/labels(.*--classes artery=3)", r"\1/classes\2"),

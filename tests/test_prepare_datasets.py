@@ -84,7 +84,11 @@ def test_a_whole_case_and_its_crops_are_not_put_in_one_dataset(raw, run, tmp_pat
     raw("s")
     assert run()[0] == 0
     status, _, (fault,) = run("--crop", "a=0:5", "b=5:8")
-    assert status == 2 and "s_a and s (z 0:5 of " in fault and "s_b and s (z 5:8 of " in fault
+    assert (
+        status == 2
+        and "s_a and s, there before (z 0:5 of " in fault
+        and "s_b and s, there before (z 5:8 of " in fault
+    )
     assert ids(tmp_path) == ["s"]
 
 
@@ -94,7 +98,11 @@ def test_crops_that_are_there_and_the_whole_case_are_not_put_in_one_dataset(raw,
     assert run("--crop", "b=5:8")[0] == 0  # the rest of the image
     assert run()[0] == 2
     status, _, (fault,) = run("--crop", "c=4:6")
-    assert status == 2 and "s_c and s_a (z 4:5 of " in fault and "s_c and s_b (z 5:6 of " in fault
+    assert (
+        status == 2
+        and "s_c and s_a, there before (z 4:5 of " in fault
+        and "s_c and s_b, there before (z 5:6 of " in fault
+    )
     assert ids(tmp_path) == ["s_a", "s_b"]
 
 
@@ -224,3 +232,26 @@ def test_notes_on_names_come_with_the_faults_that_they_may_explain(raw, run, tmp
     status, notes, faults = run()
     assert status == 2 and "expected the shape of" in faults[0]
     assert notes[0].startswith("matched by the beginning of their names: ")
+
+
+def test_cases_of_before_without_a_unit_are_named_as_what_to_prepare_again(raw, run, tmp_path):
+    raw("s")
+    image = nibabel.load(tmp_path / "raw" / "s_img.nii.gz")
+    assert run()[0] == 0
+    raw("t", folder="more")
+    status, _, (fault,) = run("--unit", "micron", folder="more")
+    assert status == 2 and image.header.get_xyzt_units()[0] == "unknown"
+    assert fault.endswith("prepare what was there before (s) again with --unit micron")
+
+
+def test_sizes_in_the_order_x_y_z_are_asked_about(tmp_path, run):
+    for kind, value in (("img", 9), ("lbl", 1)):
+        array = np.zeros((4, 12, 12), np.uint8)
+        array[:, 3:6, 3:6] = value
+        path = tmp_path / "raw" / f"s_{kind}.nii.gz"
+        path.parent.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(array.T, np.eye(4)), path)
+    for sizes, asked in (((1, 1, 5), True), ((5, 1, 1), False), ((1, 1, 1), False)):
+        status, notes, _ = run("--spacing", *map(str, sizes))
+        assert status == 0
+        assert asked == any("z comes first, is 5 1 1 meant?" in note for note in notes)

@@ -156,7 +156,11 @@ FAULTS = {
     "no config": ({"config": ""}, ["config: expected the config file of the runs, got none"]),
     "groups": (
         {"folds": 5},
-        ["data.folds: expected no more folds than groups of cases, got 5 for 4 groups"],
+        ["data.folds: expected no more folds than groups in data.train, got 5 for 4 groups"],
+    ),
+    "one group": (
+        {"folds": 3, "settings": {"data.train": ["slab0"]}},
+        ["expected no more folds than groups in data.train, got 3 for 1 group; cut a single case"],
     ),
     "held out": ({}, ["folds: expected labeled cases that a run is not trained on, got none"]),
     "cases": (
@@ -177,6 +181,8 @@ def test_each_fault_is_a_sentence_and_nothing_is_written(base, capsys, case):
     before = set(Path(base).parent.rglob("*"))
     assert sweep.main([path]) == 2
     lines = capsys.readouterr().err.strip().split("\n")
+    assert sweep.main([path, "--print"]) == 2
+    assert capsys.readouterr().err.strip().split("\n") == lines
     assert len(lines) == len(sentences)
     for line, sentence in zip(lines, sentences, strict=True):
         assert sentence in line
@@ -188,7 +194,7 @@ def test_the_sweeps_that_come_with_lamina_are_valid():
     for path in (ROOT / "configs/sweeps").glob("*.yaml"):
         with contextlib.chdir(ROOT):
             counts[path.stem] = len(jobs.expand(path)[1])
-    assert counts == {"folds": 4, "losses": 12}
+    assert counts == {"animals": 3, "folds": 4, "losses": 12}
 
 
 # ---------------------------------------------------------------------------- comparison
@@ -255,6 +261,29 @@ def test_without_the_first_variant_there_is_nothing_to_compare_with():
     (new,) = comparison.compare(RUNS[4:], "dice", "old")
     assert new.difference is None and new.pairs == 0
     assert comparison.compare([], "dice", "old") == []
+
+
+def test_each_held_out_case_is_shown_with_its_fold_group_and_mean_over_seeds():
+    groups = {"a": "x", "b": "x", "c": "y"}
+    heads, texts = comparison.held_out_table(RUNS, ["dice", "hd95"], groups)
+    assert heads == ["fold", "group", "case", "dice, old", "dice, new"]
+    assert texts == [
+        ["0", "x", "a", "0.450", "0.650"],
+        ["0", "x", "b", "0.650", "0.850"],
+        ["1", "y", "c", "0.750", "0.650"],
+    ]
+
+
+def test_of_one_variant_all_scores_are_shown_and_nothing_that_compares():
+    runs = [scored("old", (None, 0), a=0.4, b=0.6)]
+    rows = [row for name in ("dice", "hd95") for row in comparison.compare(runs, name, "old")]
+    heads, texts = comparison.held_out_table(runs, ["dice", "hd95"], {})
+    assert heads == ["case", "dice", "hd95"] and texts[0] == ["a", "0.400", "0.600"]
+    heads, texts = next(comparison.tables(rows, ["dice", "hd95"]))
+    assert heads == ["variant", "runs", "dice", "all cases"]
+    assert texts == [["old", "1", "0.500", "0.500 of 2"]]
+    (note,) = comparison.notes(rows, folds=False, choosing=False)
+    assert "each run counts alike" in note and "differences" not in note
 
 
 def test_a_leaderboard_against_a_method_keeps_its_order():
@@ -409,7 +438,7 @@ def test_a_line_of_the_ledger_says_what_a_run_was_and_came_to(scripts, two_by_tw
     assert entry == {
         "run": NAMES[3], "index": 3, "variant": "b", "fold": 1, "seed": 0, "status": "done",
         "reason": None, "scores": dict.fromkeys(SCORES, 0.75), "seconds": 1.5, "peak_memory": 8,
-        "peak_gpu_memory": None,
+        "peak_gpu_memory": None, "groups": {"slab1": "slab1", "slab3": "slab3"},
     }  # fmt: skip
 
 
@@ -730,10 +759,14 @@ def test_the_page_has_all_tables_and_pictures_and_needs_nothing_else(scripts, tw
     assert sweep.main([two_by_two]) == 1
     folder = jobs.expand(two_by_two)[0]
     text = (folder / "report.html").read_text()
-    assert text.count("<table>") == 3 and text.count('src="data:image/png;base64,') == 3
+    assert text.count("<table>") == 4 and text.count('src="data:image/png;base64,') == 3
     assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text
     assert "+0.250" in text and "train.py ended with exit status 1: &lt;no&gt; room" in text
     assert all(f"<td>{name}</td>" in text for name in NAMES)
+    assert "<td>0</td><td>slab0</td><td>slab0</td><td>0.500</td><td>0.750</td>" in text
+    assert "<td>1</td><td>slab1</td><td>slab1</td><td>0.500</td></tr>" not in text  # b has failed
+    assert "on the cases that it is scored by" in text
+    assert text.count("each case counts alike, predicted by the runs that did not see it</p>") == 1
     header, first, second, *_ = (folder / "table.csv").read_text().splitlines()
     assert header.startswith("variant,score,runs,mean,deviation,pairs,difference,low,high")
     assert first.startswith("a,surface_dice,2,0.5,0.0,0,")

@@ -669,9 +669,7 @@ def test_an_epoch_whose_patches_show_no_foreground_is_reported(root, tmp_path, c
 
     monkeypatch.setattr(build, "augment_batch", without)
     assert train.main(settings(root, tmp_path, "training.max_epochs=1")) == 0
-    said = (
-        "no patch of epoch 0 shows foreground, though it is sampled around it; look at data.spacing"
-    )
+    said = "no patch of epoch 1 of 1 shows foreground, though it is sampled around it; look at"
     assert said in capsys.readouterr().out
     (trouble,) = events(tmp_path / "runs" / "r", "trouble")
     assert trouble["kind"] == "no foreground"

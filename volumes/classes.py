@@ -158,6 +158,8 @@ def undeclared(labels, classes, ignore_label):
     ids = set().union(*(values for _, values, _ in labels))
     names = {} if classes == UNNAMED else {i: name for name, i in classes.items()}
     ids = sorted((ids | names.keys()) - {0, ignore_label})
+    read = set().union(*(values for _, values, some in labels if not some))
+    masks = sorted(read - {*classes.values(), ignore_label})  # of {0, 255}, which needs no name
     ready = shlex.join(f"{names.get(i, f'class_{i}')}={i}" for i in ids)
     advice = f"name every class, as in `--classes {ready}`"
     if len(unknown) > MOST_UNDECLARED:
@@ -166,6 +168,11 @@ def undeclared(labels, classes, ignore_label):
         advice = "these look like numbered objects; store a mask of classes"
     elif unknown[0] < 0 or unknown[-1] > 255:
         advice = "store ids of 0 to 255, unlabeled voxels as one of their own (--ignore-label)"
+    elif masks and all(len(some) < 2 for _, _, some in labels):
+        advice = (
+            f"other labels are masks of 0 and {masks[0]}; store one foreground value in all, or "
+        )
+        advice += f"give --ignore-label {unknown[0]} if that means unlabeled"
     elif ignore_label is None:
         value = unknown[0] if len(unknown) == 1 else "VALUE"
         advice += f", give --ignore-label {value} if that means unlabeled, or correct the labels"

@@ -21,9 +21,10 @@ PLANES, BINS, SAMPLES = 12, 64, 2**18  # of a histogram: z slices that are read,
 SLAB = 16  # planes that a compressed file unpacks together
 LEGEND = (
     "Left: the z slice with most of the label (y down, x right). Center: the y slice (z down, x "
-    "right). {}: border of the label. Blue: unlabeled.\nRight: how many voxels have an intensity "
-    "(log), of all in gray, and of each class as a line; gray levels of the slices go from the "
-    "0.5th to the 99.5th percentile."
+    "right). {}: border of the label. Blue: unlabeled. Gray levels go from the 0.5th to the 99.5th "
+    "percentile of the case.\nRight: how many voxels have an intensity (log), of all in gray, and "
+    "of each class as a line; one axis for all cases, whose last bars hold what lies beyond. Mean "
+    "and deviation: of voxels that are not 0."
 )
 
 
@@ -34,19 +35,21 @@ def write_sheet(dataset, folder):
     """
     cases, each = [*dataset.cases.values()], COLUMNS * ROWS
     names = {number: name for name, number in dataset.classes.items() if number}
+    levels = np.array([_gray_levels(case) for case in cases])
+    limits = levels[:, 0].min(), levels[:, 1].max()  # of all cases, so that they compare
     paths = []
     for first in range(0, len(cases), each):
         paths.append(Path(folder) / f"sheet-{len(paths) + 1}.png")
         heading = f"{Path(dataset.root).name}: cases {first + 1} to "
         heading += f"{min(first + each, len(cases))} of {len(cases)}\n"
-        figure = _draw(cases[first : first + each], names, heading)
+        figure = _draw(cases[first : first + each], names, heading, limits)
         with atomic.replacing(paths[-1]) as partial:
             figure.savefig(partial, format="png")
     return paths
 
 
-def _draw(cases, names, heading):
-    """The figure of a page; names: {class id: name}."""
+def _draw(cases, names, heading, limits):
+    """The figure of a page; names: {class id: name}; limits: intensities of the histograms."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -65,15 +68,19 @@ def _draw(cases, names, heading):
         head.legend(lines, labels, loc="lower left", ncols=8, fontsize=9, frameon=False)
     panels = body.subfigures(rows, columns, squeeze=False).flat
     for panel, case in zip(panels, cases, strict=False):
-        _draw_case(panel, case, names)
+        _draw_case(panel, case, names, limits)
     return figure
 
 
-def _draw_case(panel, case, names):
-    """A block: two slices and the histogram of a case under its numbers."""
+def _gray_levels(case):
+    """The intensities that are black and white in the slices of a case."""
     usual = case.intensity.get("typical") or case.intensity
     low, high = (usual["percentiles"][name][0] for name in ("0.5", "99.5"))
-    high = high if high > low else low + 1
+    return low, high if high > low else low + 1
+
+
+def _draw_case(panel, case, names, limits):
+    """A block: two slices and the histogram of a case under its numbers."""
     panel.text(0.02, 0.97, no_formula(case.id), fontsize=9, weight="bold", va="top")
     numbers, planes = _survey(case, names)
     panel.text(0.02, 0.92, no_formula(numbers), fontsize=8, va="top")
@@ -88,9 +95,9 @@ def _draw_case(panel, case, names):
             masks, valid = np.array([label == i for i in names]), label != case.ignore_label
         valid = np.broadcast_to(valid, image.shape)
         aspect = case.spacing[1 - axis] / case.spacing[2]
-        show_slice(ax, image.astype(np.float32), masks, valid, aspect, (low, high))
+        show_slice(ax, image.astype(np.float32), masks, valid, aspect, _gray_levels(case))
         ax.set_xlabel(f"{'zy'[axis]} = {planes[axis]}", fontsize=7)
-    _draw_histogram(axes[2], case, names, (low, high))
+    _draw_histogram(axes[2], case, names, limits)
 
 
 def _survey(case, names):

@@ -76,6 +76,14 @@ def _items(group, prefix="", above=()):
             yield from _items(item, f"{prefix}{key}/", (*above, item))
 
 
+def advice(path):
+    """A clause on the volumes to choose from in a file; "" if it is no HDF5, or damaged."""
+    with contextlib.suppress(OSError, RuntimeError), h5py.File(path, "r") as file:
+        names = ", ".join(name for name, item in _items(file) if _order(item))
+        return f"; the file holds {names}: give {path}:NAME"
+    return ""
+
+
 def _choose(path, volumes, role):
     """The dataset of an image or label if none is named: by its usual name, or as the only one."""
     usual = [name for name in USUAL_NAMES[role] if name in volumes]

@@ -27,6 +27,7 @@ from volumes.volume import (
     collect_errors,
     compare,
     crop_affine,
+    doubt_of_order,
     is_spacing,
     round_spacing,
     scale_affine,
@@ -199,6 +200,8 @@ def _spacing_and_unit(name, image, label, rules, outcome):
         spacing = header
         if converted:
             spacing = round_spacing(s * METRES[unit] / METRES[wanted] for s in header)
+    if doubt := spacing and doubt_of_order(image.array.shape[1:], spacing, wanted or unit):
+        outcome.notes.append(f"warning: {doubt}")
     return spacing, wanted or unit
 
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from volumes import classes
+from volumes import classes, hdf5
 from volumes.files import (
     Source,
     few,
@@ -125,9 +125,9 @@ def _add_cases(images, labels, layout):
 def match_pairs(images, labels):
     """Images and labels of one id, as a list of (id, image, label).
 
-    images, labels: lists of things with an id, each once. An image whose id no label has goes
-    with the label whose id is the longest beginning of its own, up to a `_`, `-` or `.`:
-    `a_denoised` goes with `a`. What has no partner stands alone, with None on the other side.
+    images, labels: each id once. An image whose id no label has goes with the label whose id is
+    the longest beginning of its own, up to a `_`, `-` or `.`: `a_denoised` goes with `a`. What
+    has no partner stands alone, with None on the other side.
     """
     by_id = {label.id: label for label in labels}
     free = by_id.keys() - {image.id for image in images}
@@ -143,6 +143,17 @@ def match_pairs(images, labels):
 def _find_pairs(images_text, labels_text, layout):
     images = _find("--images", images_text, layout)
     labels = [] if labels_text is None else _find("--labels", labels_text, layout)
+    if len(images) == 1 and images == labels:
+        path = images[0].path
+        layout.faults.append(f"--labels: expected another file than {path}{hdf5.advice(path)}")
+    if labels_text is None and "{id}" not in str(images_text):
+        named = [s for s in images if is_label_name(s.path)]
+        pairs = match_pairs([s for s in images if s not in named], named)
+        if forgotten := [label.path for _, image, label in pairs if image and label]:
+            layout.faults.append(
+                f"--images {images_text}: expected images, got also files named as their labels, "
+                f"{few(forgotten, 3)}; give --labels too, or a pattern of the images alone"
+            )
     if layout.faults:
         return
     if [s.path for s in images] == [s.path for s in labels]:  # one folder holds both
@@ -180,9 +191,10 @@ def _find_nnunet(root, test_images, layout):
         )
         layout.channels = len(declared.get("channel_names") or declared.get("modality") or ())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        got = "none" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
         raise InputErrors(
             f"{root / 'dataset.json'}: expected nnU-Net's or MSD's description with `labels` as "
-            f"names and whole numbers or lists of them, got {type(error).__name__}: {error}"
+            f"names and whole numbers or lists of them, got {got}"
         ) from error
     labels = None
     if os.path.lexists(root / "labelsTr"):
@@ -365,8 +377,7 @@ def assign_groups(cases, rule, images):
 
 def _only_csv(images):
     """The CSV that a rule without a file means."""
-    root = Path(images)
-    root = root if root.is_dir() else root.parent
+    root = Path(images) if Path(images).is_dir() else Path(images).parent
     for folder in (root, root.parent):
         files = sorted(folder.glob("*.csv"))
         train = [file for file in files if file.name == "train.csv"]
@@ -400,10 +411,10 @@ def read_spacings(path, ids):
     if faults:
         raise InputErrors(*faults)
     of_case = {i: rows[i] for i in ids if i in rows}
-    for pattern, value in rows.items():
-        matches = matching(ids, pattern)
-        if not matches:
-            notes.append(f"{path}: no case is named by {pattern!r}")
-        for name in matches:
-            of_case.setdefault(name, value)
+    matches = {pattern: matching(ids, pattern) for pattern in rows}
+    for pattern, names in matches.items():
+        for name in names:
+            of_case.setdefault(name, rows[pattern])
+    if idle := [pattern for pattern, names in matches.items() if not names]:
+        notes.append(f"{path}: rows that name no case: {few(idle)}")
     return of_case, notes

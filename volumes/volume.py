@@ -130,6 +130,15 @@ def with_unit(spacing, unit):
     return f"{' '.join(f'{s:g}' for s in spacing)} {unit}".rstrip()
 
 
+def doubt_of_order(shape, spacing, unit):
+    """A clause where sizes seem to be x, y, z: of few slices that are much finer than x; or ""."""
+    z, y, x = spacing
+    if x < 2 * max(z, y) or 2 * shape[0] > min(shape[1:]):
+        return ""
+    meant = " ".join(f"{size:g}" for size in (x, y, z))
+    return f"voxels of {with_unit(spacing, unit)}, and few slices: z comes first, is {meant} meant?"
+
+
 # ---------------------------------------------------------------------------- places
 
 

@@ -252,7 +252,8 @@ def slices(height=40, width=60):
     labeled[:, : width // 2] = False
     image = np.arange(height * width, dtype=np.float32).reshape(height, width)
     masks = {"truth": {"bar": truth}, "mask": {"bar": probs >= 0.5}}
-    return {"image": image, "labeled": labeled, "probs": probs[None], **masks}
+    about = {"case": "a$", "z": 7, "image": image, "labeled": labeled}
+    return {**about, "probs": probs[None], **masks}
 
 
 def test_the_picture_is_wide_enough_to_read_and_has_a_row_more_with_slices(tmp_path, panels):

@@ -193,6 +193,15 @@ def test_the_log_says_of_each_score_which_end_is_better(tmp_path):
     assert run.best("components") == run.best("x") == (None, None)
 
 
+def test_an_untrained_network_has_the_best_of_the_main_score_alone(tmp_path):
+    scores = [(0, {"dice": 0.5, "precision": 1.0}), (9, {"dice": 0.4, "precision": 0.6})]
+    better = {"dice": "higher", "precision": "higher"}
+    log = [{"event": "evaluation", "step": step, "scores": one} for step, one in scores]
+    write_lines(tmp_path / "log.jsonl", [start(better=better, score="dice"), *log])
+    assert read(tmp_path).best("dice") == (0.5, 0)  # it is in best.pt
+    assert read(tmp_path).best("precision") == (0.6, 9)
+
+
 def test_without_that_in_the_log_no_score_is_called_the_best(tmp_path):
     log = [{"event": "evaluation", "step": 0, "scores": {"dice": 0.5}}]
     write_lines(tmp_path / "log.jsonl", [start(), *log])
@@ -212,8 +221,8 @@ def test_the_best_is_that_since_a_score_means_what_it_does_now(tmp_path, change,
         {"event": "evaluation", "step": s, "scores": {"dice": d}} for s, d in ((0, 0.8), (20, 0.6))
     ]
     measured = {"metric": "dice", "tolerance": 2.0}
-    first = start(better={"dice": "higher"}, measured=measured)
-    again = start(better={"dice": "higher"}, measured=measured | change)
+    first = start(better={"dice": "higher"}, score="dice", measured=measured)
+    again = start(better={"dice": "higher"}, score="dice", measured=measured | change)
     write_lines(tmp_path / "log.jsonl", [first, scores[0], again, scores[1]])
     assert read(tmp_path).best("dice") == best
 

@@ -280,3 +280,11 @@ def test_a_key_that_is_no_word_is_named_with_its_line(tmp_path):
     (tmp_path / "a.yaml").write_text("run: {name: x}\n? [data]\n: {root: y}\n")
     with pytest.raises(config.ConfigError, match="a key that is no word, in line 2"):
         config.load(tmp_path / "a.yaml")
+
+
+def test_all_faults_of_the_command_line_are_told_at_once():
+    with pytest.raises(config.ConfigError) as caught:
+        config.apply_overrides({}, ["initial_lr=1", "optim.lr=2", "num_epochs=3", "run.name=[a"])
+    lines = str(caught.value).split("\n")
+    assert [line.split(":")[0] for line in lines] == ["initial_lr=1", "num_epochs=3", "run.name=[a"]
+    assert lines[0].endswith("the nearest valid key is optim.lr")

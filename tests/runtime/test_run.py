@@ -88,7 +88,9 @@ def made(tmp_path, monkeypatch):
             precision="fp32",
         )
         micro_batch = MicroBatch(torch.nn.Identity(), None)
-        run = Run(plan, Patches(), {}, micro_batch, stop_step=9, resume=False)
+        run = Run(
+            plan, Patches(), {}, micro_batch, stop_step=9, opened=(tmp_path / "r", None, None, [])
+        )
         lines = []
         run.step, run.folder = step, tmp_path
         run.log, run.saver = Log(), Saver(tmp_path / "checkpoints", saved)

@@ -276,6 +276,7 @@ def test_the_default_scores_are_the_cheap_ones_by_their_old_names():
             "surfacedice",
             "expected the name of a score, got surfacedice; the nearest is surface_dice",
         ),
+        ("nsd@2", "expected the name of a score, got nsd@2; the nearest is surface_dice"),
         ("", "expected the name of a score, got ; the nearest is"),
         ("hd95@3", "expected hd95 without a number, got hd95@3"),
         ("surface_dice@near", "expected surface_dice@TOLERANCE, got surface_dice@near"),

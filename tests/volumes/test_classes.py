@@ -129,6 +129,12 @@ def test_the_line_to_copy_keeps_the_names_that_were_declared():
     )
 
 
+def test_a_stray_value_beside_masks_is_not_taken_for_a_class():
+    labels = [("a", [0, 255], []), ("b", [0, 2], [2]), ("c", [0, 255], [])]
+    (fault,) = classes.undeclared(labels, classes.UNNAMED, None)
+    assert "--classes" not in fault and "other labels are masks of 0 and 255; store one" in fault
+
+
 def test_numbered_objects_and_values_beyond_a_byte_get_other_advice():
     objects = [("a", [*range(30)], [*range(2, 30)])]
     (fault,) = classes.undeclared(objects, classes.UNNAMED, None)

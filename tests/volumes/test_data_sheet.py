@@ -38,8 +38,8 @@ def dataset(folder, count=1, classes=("artery=1", "vein=5"), *, unlabeled=False,
 
 def drawn(made):
     """(the panel of the first case, its three axes)."""
-    names = {i: name for name, i in made.classes.items() if i}
-    figure = data_sheet._draw([*made.cases.values()], names, "")
+    names, cases = {i: name for name, i in made.classes.items() if i}, [*made.cases.values()]
+    figure = data_sheet._draw(cases, names, "", data_sheet._gray_levels(cases[0]))
     panel = figure.subfigs[1].subfigs[0]
     return panel, panel.axes
 
@@ -120,10 +120,12 @@ def test_many_cases_are_on_several_pages(tmp_path, monkeypatch):
     made = dataset(tmp_path, count=3)
     monkeypatch.setattr(data_sheet, "COLUMNS", 1)
     monkeypatch.setattr(data_sheet, "ROWS", 2)
-    headings = []
+    headings, levels = [], [data_sheet._gray_levels(case) for case in made.cases.values()]
+    span = min(low for low, _ in levels), max(high for _, high in levels)  # of all pages
 
-    def note(cases, names, heading):
+    def note(cases, names, heading, limits):
         headings.append((len(cases), re.search(r"cases .*", heading)[0]))
+        assert limits == span
         return Figure()
 
     monkeypatch.setattr(data_sheet, "_draw", note)

@@ -2,6 +2,8 @@
 
 import json
 
+import h5py
+import numpy as np
 import pytest
 
 from volumes import layouts
@@ -212,4 +214,31 @@ def test_the_row_of_the_very_id_comes_before_a_pattern_and_a_bracket_is_one(tmp_
     (tmp_path / "s.csv").write_text(rows)
     spacings, notes = layouts.read_spacings(tmp_path / "s.csv", ["s1", "s[1]", "t"])
     assert spacings == {"s1": ((3, 1, 1), "micron"), "s[1]": ((7, 1, 1), "")}
-    assert notes == [f"{tmp_path / 's.csv'}: no case is named by 'nobody'"]
+    assert notes == [f"{tmp_path / 's.csv'}: rows that name no case: nobody"]
+
+
+def test_images_without_labels_are_no_folder_of_both(tmp_path):
+    for name in ("a_denoised.tif", "a_labels_v1.tif", "b_denoised.tif"):
+        (tmp_path / name).touch()
+    layout = layouts.find_cases(tmp_path)
+    (fault,) = layout.faults
+    assert "files named as their labels" in fault and "a_labels_v1.tif; give --labels too" in fault
+    (tmp_path / "a_denoised.tif").unlink()  # then it is nobody's label
+    assert [case.id for case in layouts.find_cases(tmp_path).cases] == ["a", "b_denoised"]
+    for pattern in ("{id}.tif", "{id}_labels_v1.tif"):
+        assert layouts.find_cases(tmp_path / pattern).faults == []
+
+
+def test_one_hdf5_file_for_images_and_labels_is_told_its_datasets(tmp_path):
+    path = str(tmp_path / "f.h5")
+    with h5py.File(path, "w") as file:
+        file["raw"] = file["deep/membrane"] = np.ones((2, 3, 4))
+    (fault,) = layouts.find_cases(path, path).faults
+    assert fault.endswith(f"than {path}; the file holds deep/membrane, raw: give {path}:NAME")
+    assert layouts.find_cases(f"{path}:raw", f"{path}:deep/membrane").faults == []
+
+
+def test_a_root_of_nnunet_without_its_description_is_one_sentence(tmp_path):
+    (tmp_path / "imagesTr").mkdir()
+    (fault,) = layouts.find_cases(tmp_path).faults
+    assert "dataset.json: expected nnU-Net's" in fault and fault.endswith("got none")
