@@ -104,6 +104,8 @@ def merge_faults(rows, kept, declared):
     units = {row["unit"]: row["case"] for row in rows} | {case.unit: case.id for case in kept}
     channels = {row["channels"]: row["case"] for row in rows} | {c.channels: c.id for c in kept}
     units_advice = "give --unit to convert them, or prepare them apart"
+    if "" in units:
+        units_advice = f"give --spacing Z Y X --unit {max(units)} where the files state none"
     if kept and not kept[0].unit:  # a dataset has one
         there = few([case.id for case in kept])
         units_advice = f"prepare what was there before ({there}) again with --unit {max(units)}"

@@ -287,6 +287,8 @@ def main(argv=None):
         place, all_jobs = jobs.expand(path)
         if index is not None and not 0 <= index < len(all_jobs):
             raise ValueError(f"--index: expected 0 to {len(all_jobs) - 1}, got {index}")
+        if (place / "checkpoints").is_dir():
+            raise ValueError(f"{path}: expected a name of its own, got that of a run, {place}")
         ledger = jobs.Ledger(place / "ledger.jsonl")
         plans = {} if arguments.report else jobs.check(all_jobs)
         if arguments.print:

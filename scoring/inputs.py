@@ -74,6 +74,11 @@ def predictions_of_run(text):
     of_checkpoint = path.suffix == ".pt" and path.is_file()
     run = path.parent.parent if of_checkpoint else path
     if not of_checkpoint and not (run / "checkpoints").is_dir():
+        if (run / "ledger.jsonl").is_file():
+            raise ValueError(
+                f"expected predictions, got {text}, the folder of a sweep, whose runs have them; "
+                f"give one of those, or see {text}/report.html"
+            )
         return text
     folder = run / "predictions"
     if of_checkpoint:
@@ -279,7 +284,10 @@ def read(pair, options, errors):
     if len(errors) > before:
         return None
     spacing, unit = options.spacing or metrics.VOXEL, "" if options.spacing else VOXELS
-    if stated and not options.spacing:
+    if stated and options.spacing and not np.allclose(stated[0].spacing, spacing, rtol=1e-3):
+        other = with_unit(stated[0].spacing, stated[0].unit)
+        notes.append(f"{stated[0].path} states {other}, --spacing is used")
+    elif stated and not options.spacing:
         spacing, unit = stated[0].spacing, stated[0].unit
         if truth.spacing is None:
             notes.append("the truth has no spacing, that of the prediction is used (--spacing)")

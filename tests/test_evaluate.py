@@ -147,7 +147,7 @@ def test_otsu_of_dark_things_needs_invert_which_is_said(tmp_path, capsys):
     assert "otsu: the truth" not in said()
 
 
-def test_spacing_given_by_hand_wins_over_the_header(tmp_path):
+def test_spacing_given_by_hand_wins_over_the_header_and_that_is_said(tmp_path, capsys):
     lower, upper = np.zeros((2, 6, 8, 8), np.uint8)
     lower[2], upper[3] = 1, 1
     command = (
@@ -157,7 +157,9 @@ def test_spacing_given_by_hand_wins_over_the_header(tmp_path):
     )
     assert run(*command) == 0
     assert read_csv(tmp_path / "s.csv")["a", "prediction"]["surface_dice"] == "1.0"
+    assert "--spacing is used" not in capsys.readouterr().out
     assert run(*command, "--spacing", 5, 1, 1) == 0
+    assert "b.nii.gz states 1 1 1 micron, --spacing is used" in capsys.readouterr().out
     row = read_csv(tmp_path / "s.csv")["a", "prediction"]
     assert (row["surface_dice"], row["spacing"], row["unit"]) == ("0.5", "5 1 1", "")
     assert run(*command, "--spacing", 5, 1, 1, "--tolerance", 5) == 0
@@ -489,6 +491,13 @@ def test_a_checkpoint_that_predicted_nothing_is_one_sentence_with_the_command(tm
     error = capsys.readouterr().err
     assert f"expected predictions, got {best}, of which there are none in {tmp_path}/r/" in error
     assert error.endswith(f"predict first with python infer.py --ckpt {best}\n")
+
+
+def test_the_folder_of_a_sweep_has_no_predictions_of_its_own(tmp_path, capsys):
+    (tmp_path / "ledger.jsonl").touch()
+    with pytest.raises(SystemExit):
+        run("--pred", tmp_path, "--truth", write(tmp_path / "t" / "a.tif", bar(2)))
+    assert "the folder of a sweep, whose runs have them" in capsys.readouterr().err
 
 
 def test_stale_predictions_are_a_note(tmp_path, capsys):

@@ -189,6 +189,13 @@ def test_each_fault_is_a_sentence_and_nothing_is_written(base, capsys, case):
     assert set(Path(base).parent.rglob("*")) == before
 
 
+def test_a_sweep_does_not_write_into_the_folder_of_a_run(base, capsys):
+    path = write_sweep(base, seeds=[0])
+    (Path(base).parent / "runs" / "small" / "checkpoints").mkdir(parents=True)
+    assert sweep.main([path]) == 2
+    assert "small.yaml: expected a name of its own, got that of a run" in capsys.readouterr().err
+
+
 def test_the_sweeps_that_come_with_lamina_are_valid():
     counts = {}
     for path in (ROOT / "configs/sweeps").glob("*.yaml"):

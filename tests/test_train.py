@@ -635,6 +635,13 @@ def test_a_training_case_that_has_other_voxels_by_now_is_said(scored, tmp_path, 
     assert f"{said}: bar0" in capsys.readouterr().out
 
 
+def test_a_case_that_was_trained_on_cannot_validate_when_a_run_goes_on(scored, tmp_path, capsys):
+    moved = settings(scored, tmp_path, "data.validation=[a]", "training.max_epochs=2")
+    assert train.main(moved, resume=True) == 2
+    said = "data.validation: expected no case that was trained on, got bar0, bar1; begin a run"
+    assert said in capsys.readouterr().err
+
+
 def test_a_best_of_a_version_that_kept_no_meaning_is_told_by_its_settings(scored, tmp_path, capsys):
     path = tmp_path / "runs" / "r" / "checkpoints" / "last.pt"
     state = checkpoint.load(path)

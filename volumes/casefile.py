@@ -324,7 +324,7 @@ def read_dataset(root, source=""):
     root = Path(root)
     path = root / DATASET_FILE
     if not path.is_file():
-        got = f"{path}, a link to nothing" if path.is_symlink() else root
+        got = f"{path}, a link to nothing" if path.is_symlink() else root.absolute()
         raise FileNotFoundError(
             f"data.root: expected a folder made by prepare.py with a {DATASET_FILE}, got {got}; "
             + "if it was moved, give data.root=DIR; "
