@@ -287,7 +287,7 @@ def notes_on(pairs, results, classes):
 
 def needs_tolerance(names):
     """Whether a score among these names takes --tolerance: surface_dice@5 has one of its own."""
-    return any(split_name(name)[0] == "surface_dice" for name in names)
+    return bool({split_name(name)[0] for name in names} & metrics.OF_TOLERANCE)
 
 
 def absences(pairs, results, classes):
@@ -359,7 +359,8 @@ def main(argv=None):
     errors += [error for result in results for error in result.errors]
     rows = [row for result in results for row in result.rows]
     if rows and unit is not None:
-        args.tolerance = parallel.one_tolerance(rows, unit, errors, notes)
+        said = notes if needs_tolerance(args.scores) else []
+        args.tolerance = parallel.one_tolerance(rows, unit, errors, said)
     if errors:
         total = f"{files.counted(len(errors), 'error')}; nothing was written"
         print(*errors, total, sep="\n", file=sys.stderr)

@@ -29,6 +29,7 @@ but no submission), 2 the input is wrong (one sentence per fault, nothing writte
 import argparse
 import contextlib
 import functools
+import glob
 import os
 import textwrap
 import time
@@ -144,6 +145,10 @@ def write_prediction(predictor, volume, whole, output):
             for name, own in regions.items():
                 paths.append(output / kind / (name if several else "") / target.name)
                 write_volume(paths[-1], own, **grid)
+        for kind in kinds:  # a map of an earlier prediction would be taken for one of this mask
+            for old in (output / kind).rglob(glob.escape(target.name)):
+                if old not in paths:
+                    old.unlink()
         write_volume(target, mask, **grid)
         origins.write(target, [member.origin for member in predictor.members])
     except Exception as error:  # each format's writer has its own

@@ -126,6 +126,8 @@ def keep_network(plan, saved):
     """Let a run that goes on from a saved state (None: it begins) keep its strides and kernels,
     whatever the data are by now. ValueError if they do not divide the patch or the window."""
     settings = plan.settings
+    if saved and "stored_spacing" not in saved["data"] and settings.postprocess.hysteresis is None:
+        settings.postprocess.hysteresis = 1.0  # null was off in the versions before
     before = saved["config"]["model"] if saved else {}
     if all(before.get(k) == settings.plain()["model"][k] for k in ("multipliers", "strides")):
         strides, kernels = (

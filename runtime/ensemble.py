@@ -190,7 +190,7 @@ def joint_settings(members, overrides):
     it runs (device, windows at once) is said by the first. line: for people, None without an
     ensemble.
     """
-    given = {text.partition("=")[0] for text in overrides}
+    faults, given = [], {text.partition("=")[0] for text in overrides}
     # A key may go on below a setting: data.regions.vessel.
     keys = {key for key in given for own in config.valid_keys() if f"{key}.".startswith(f"{own}.")}
     if fixed := sorted(key for key in keys if not key.startswith(SETTABLE)):
@@ -198,8 +198,9 @@ def joint_settings(members, overrides):
             f"expected a setting of inference (those under {', '.join(SETTABLE)}), got one that "
             "training has decided; leave it out"
         )
-        raise InputErrors(*(f"{key}: {sentence}" for key in fixed))
-    faults, each, given = [], [], set()
+        faults += [f"{key}: {sentence}" for key in fixed]
+        overrides = [text for text in overrides if text.partition("=")[0] not in fixed]
+    each, given = [], set()
     told_apart = outputs.of_metadata(members[0].data)
     for member in members:
         with collect_errors(faults):

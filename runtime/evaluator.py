@@ -405,6 +405,8 @@ def full_names(metric, names, outputs):
     if metrics.entry(metric)[0].better is None:
         expected = "expected a score where higher or lower is better"
         raise ValueError(f"validation.score: {expected}, got {metric}, which describes a mask")
+    if classes.split_name(metric)[0].partition("@")[0] in ("gap_filled", "voi_merge"):
+        raise ValueError(f"validation.score: expected one that an empty mask loses, got {metric}")
     mean = outputs.several and classes.split_name(metric)[1] is None
     all_names = classes.full_names((metric, *names), regions)
     return f"{metric}/{classes.MEAN}" if mean else metric, all_names

@@ -406,4 +406,5 @@ SCORES = {
     "ece": Score(Comparison.ece, "lower", "cheap", "bins", probs=True),
 }
 
+OF_TOLERANCE = {"surface_dice", "sheet_recall", "gap_filled"}  # without an @
 DEFAULT = ("dice", "iou", "precision", "recall", "surface_dice", "components", "components_truth")

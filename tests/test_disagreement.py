@@ -166,6 +166,8 @@ def test_it_is_written_beside_the_same_masks_and_probabilities(run, other, tmp_p
     assert image.spacing == (2.0, 0.5, 0.5) and image.array.dtype == np.float32
     np.testing.assert_allclose(image.affine, TURNED)
     assert 0.001 < image.array.mean() < 0.5
+    infer_ok(*about, tmp_path / "with", "inference.threshold=0.9")  # without that map
+    assert files_of(tmp_path / "with").keys() == plain.keys()
 
 
 @pytest.mark.parametrize(("regions", "exclusive"), [(TREES, True), (NESTED, False)])

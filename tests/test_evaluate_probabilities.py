@@ -73,7 +73,8 @@ def test_columns_are_as_before_unless_the_new_scores_are_asked_for(folders):
         ]  # fmt: skip
     status, found = evaluate(folders, "--scores", "dice", "sheet_recall@0:3", "gap_filled", "ece")
     assert status == 0
-    assert list(found)[3:7] == ["dice", "sheet_recall@0:3", "gap_filled", "ece"]
+    assert list(found)[3:8] == ["dice", "sheet_recall@0:3", "gap_filled", "ece", "tolerance"]
+    assert "tolerance" not in evaluate(folders, "--scores", "dice", "gap_filled@0:3")[1]
 
 
 def test_missing_and_wrong_probabilities_are_named_at_once_and_nothing_is_written(folders, capsys):

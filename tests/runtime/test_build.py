@@ -126,9 +126,11 @@ def test_a_resumed_run_keeps_the_strides_of_its_state_and_another_patch_must_fit
     saved = {"strides": [[1, 1, 1], [1, 2, 2], [1, 2, 2]], "kernels": [[1, 3, 3]] * 3}
     saved = {"config": plan.settings.plain(), "data": saved}
     build.keep_network(plan, None)
+    assert plan.settings.postprocess.hysteresis is None
     assert plan.strides[1] == (2, 2, 2)
     build.keep_network(plan, saved)
     assert plan.strides == [(1, 1, 1), (1, 2, 2), (1, 2, 2)] and plan.kernels == [(1, 3, 3)] * 3
+    assert plan.settings.postprocess.hysteresis == 1  # off, as null was when this was saved
     plan.settings.sampling.patch = (8, 16, 18)
     with pytest.raises(ValueError, match=r"sampling\.patch \[8, 16, 18\]: no stride fits axis x"):
         build.keep_network(plan, saved)

@@ -293,6 +293,7 @@ def test_a_label_that_cannot_be_read_is_named_and_counts_nowhere(tmp_path):
     [
         ("surface_dise", (), "validation.score: .*surface_dice"),
         ("components", (), "describes a mask"),
+        ("gap_filled@0:3", (), "validation.score: expected one that an empty mask loses"),
         ("ece", (), "validation.score: expected a score of masks, got ece, of probabilities"),
         ("dice", ("ece@20",), "validation.scores: expected a score of masks, got ece@20"),
         ("dice", ("dize",), "validation.scores: .*dice"),
