@@ -131,7 +131,7 @@ def named(texts):
     for text in texts:
         given = re.fullmatch(r"([\w.+-]+)=(.+)", text)
         given = None if Path(text).exists() else given
-        text = inputs.predictions_of_run(given[2] if given else text)
+        text = origins.predictions_of_run(given[2] if given else text)
         path = Path(text)
         inside = path.name if path.name != "predictions" else path.absolute().parent.name
         name = "prediction" if len(texts) == 1 else printable(files.stem_of(inside))

@@ -28,7 +28,7 @@ from runtime.log import Means, ProgressLine, RunLog, read_log
 from runtime.memory_guard import MemoryGuard
 from runtime.precision import keep_precision
 from runtime.signals import Stop, Stopped
-from runtime.splits import NO_VALIDATION
+from runtime.splits import NO_VALIDATION, changes_of_data
 from volumes.processes import command_of
 
 
@@ -94,7 +94,7 @@ class Run:
                 f"{self.settings.training.accumulate} x {now} patches, and samples others"
             )
         self.notes += config.changes(saved["config"], self.settings.plain())
-        self.notes += build.changes_of_data(saved["data"], self.metadata)
+        self.notes += changes_of_data(saved["data"], self.metadata)
         try:
             for key, part in self.state.items():
                 if saved[key] or key != "scaler":

@@ -122,3 +122,18 @@ def check_sizes(settings, split):
     notes = [f"data.spacing: {doubt}" for doubt in filter(None, doubts)]
     notes += data.padding_notes(split.train, patch, wanted)
     return notes + [*data.mixed_spacings(split.train + split.validation, wanted)]
+
+
+def changes_of_data(before, now):
+    """A line on training cases that differ between the metadata of a saved state and those now.
+    ValueError if one of them would validate now."""
+    old, new = before.get("trained", {}), now["trained"]  # none in older versions
+    if seen := sorted(old.keys() & set(now["validation"]) - set(before.get("validation", ()))):
+        raise ValueError(
+            f"data.validation: expected no case that was trained on, got {few(seen)}; begin a run "
+            "of another run.name"
+        )
+    changed = [case for case in sorted(old.keys() | new.keys()) if old.get(case) != new.get(case)]
+    listed = ", ".join(changed[:5]) + ", ..." * (len(changed) > 5)
+    what = "training cases are others, or hold other voxels, than in the saved state"
+    return [f"changed: {len(changed)} {what}: {listed}"] if old and changed else []

@@ -18,8 +18,7 @@ import numpy as np
 from scoring import metrics
 from scoring.classes import described, ids_of, voxels_of
 from scoring.masks import is_probability
-from volumes import casefile, files, origins
-from volumes.processes import command_of
+from volumes import casefile, files
 from volumes.statistics import clip_fill
 from volumes.volume import WHITE, compare, is_spacing, with_unit
 
@@ -65,33 +64,6 @@ class Masks:
     notes: list  # on their headers and values
     absent: dict  # {method, or None for the truth: [classes without a voxel]}
     probs: dict  # {method: {class, or None: (D, H, W)}} of those that the options ask for
-
-
-def predictions_of_run(text):
-    """Where infer.py has put the predictions of a run, which its folder or a checkpoint names; any
-    other path as it is. ValueError that says how to predict, if that was not done."""
-    path = Path(text).resolve()  # runs/best.pt is a link
-    of_checkpoint = path.suffix == ".pt" and path.is_file()
-    run = path.parent.parent if of_checkpoint else path
-    if not of_checkpoint and not (run / "checkpoints").is_dir():
-        if (run / "ledger.jsonl").is_file():
-            raise ValueError(
-                f"expected predictions, got {text}, the folder of a sweep, whose runs have them; "
-                f"give one of those, or see {text}/report.html"
-            )
-        return text
-    folder = run / "predictions"
-    if of_checkpoint:
-        known = origins.read(folder).values()
-        there = any(path == Path(one["checkpoint"]) for of in known for one in of)
-    else:
-        there = folder.is_dir()
-    if not there:
-        raise ValueError(
-            f"expected predictions, got {text}, of which there are none in {folder}; predict first "
-            f"with {command_of('infer.py')} --ckpt {text}"
-        )
-    return str(folder)
 
 
 def find_sources(text, role, errors, notes):
@@ -283,18 +255,25 @@ def read(pair, options, errors):
         masks[OTSU] = _otsu_mask(image, true_mask, options.invert, notes, errors)
     if len(errors) > before:
         return None
-    spacing, unit = options.spacing or metrics.VOXEL, "" if options.spacing else VOXELS
-    if stated and options.spacing and not np.allclose(stated[0].spacing, spacing, rtol=1e-3):
-        other = with_unit(stated[0].spacing, stated[0].unit)
-        notes.append(f"{stated[0].path} states {other}, --spacing is used")
-    elif stated and not options.spacing:
-        spacing, unit = stated[0].spacing, stated[0].unit
-        if truth.spacing is None:
-            notes.append("the truth has no spacing, that of the prediction is used (--spacing)")
-    elif not options.spacing:
-        notes.append("no file has a spacing: tolerance and distances are in voxels (--spacing)")
+    spacing, unit = _spacing_of(truth, stated, options.spacing, notes)
     values = {m: {which: p.array[0] for which, p in own.items()} for m, own in probs.items()}
     return Masks(masks, true_mask, tuple(spacing), unit, notes, absent, values)
+
+
+def _spacing_of(truth, stated, given, notes):
+    """(spacing, unit): given by hand, else what the truth states, a prediction, or voxels."""
+    first = stated[0] if stated else None
+    if given:
+        if first and not np.allclose(first.spacing, given, rtol=1e-3):
+            other = with_unit(first.spacing, first.unit)
+            notes.append(f"{first.path} states {other}, --spacing is used")
+        return given, ""
+    if first is None:
+        notes.append("no file has a spacing: tolerance and distances are in voxels (--spacing)")
+        return metrics.VOXEL, VOXELS
+    if truth.spacing is None:
+        notes.append("the truth has no spacing, that of the prediction is used (--spacing)")
+    return first.spacing, first.unit
 
 
 def _read(reader, path, errors):

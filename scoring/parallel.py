@@ -18,7 +18,7 @@ from typing import NamedTuple
 from scoring import inputs, metrics
 from volumes import files, origins
 from volumes.processes import NO_MEMORY, cores, describe_death, signals_blocked, start_worker
-from volumes.volume import METRES
+from volumes.volume import unit_scale
 
 BYTES_PER_VOXEL = 48  # of one case: 37 were the most seen in metrics.score, and the masks are read
 BYTES_PER_PROBABILITY = 4  # of each class and method
@@ -71,9 +71,8 @@ class Scorer:
             return self.tolerance
         if case.unit == inputs.VOXELS:
             return TOLERANCE
-        known = self.unit in METRES and case.unit in METRES
-        scale = METRES[self.unit] / METRES[case.unit] if known else 1.0
-        return float(f"{self.tolerance * scale:.9g}")  # a distance of just as much counts
+        scaled = self.tolerance * unit_scale(self.unit, case.unit)
+        return float(f"{scaled:.9g}")  # a distance of just as much counts
 
 
 def tolerance_of_runs(pairs, notes):

@@ -497,7 +497,7 @@ def test_the_folder_of_a_sweep_has_no_predictions_of_its_own(tmp_path, capsys):
     (tmp_path / "ledger.jsonl").touch()
     with pytest.raises(SystemExit):
         run("--pred", tmp_path, "--truth", write(tmp_path / "t" / "a.tif", bar(2)))
-    assert "the folder of a sweep, whose runs have them" in capsys.readouterr().err
+    assert "a sweep; give one of its runs" in capsys.readouterr().err
 
 
 def test_stale_predictions_are_a_note(tmp_path, capsys):

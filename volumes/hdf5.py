@@ -12,12 +12,12 @@ import numpy as np
 
 from volumes.volume import (
     HEADER_TOLERANCE,
-    METRES,
     Volume,
     VolumeError,
     in_one_unit,
     order_axes,
     take_axes,
+    unit_scale,
     with_unit,
 )
 
@@ -180,7 +180,7 @@ def _spacing_and_unit(path, attributes, item, order, notes):
         names = _of_zyx(names, order, item.ndim) or names[:1] * 3
         found[name] = in_one_unit(path, sizes, names)
     for (name, (sizes, unit)), (other, (others, its_unit)) in itertools.pairwise(found.items()):
-        scale = METRES[unit] / METRES[its_unit] if unit and its_unit else 1.0
+        scale = unit_scale(unit, its_unit)
         if not np.allclose(np.multiply(sizes, scale), others, rtol=HEADER_TOLERANCE, atol=0.0):
             raise VolumeError(
                 f"{path}: expected one voxel size, got {with_unit(sizes, unit)} ({name}) and "

@@ -20,6 +20,7 @@ from volumes.volume import (
     axes_of,
     collect_errors,
     is_spacing,
+    unit_scale,
     with_unit,
 )
 
@@ -173,8 +174,7 @@ def _with_spacing(volume, spacing, unit):
     """The input with a spacing that was given by hand; VolumeError where it states another."""
     if volume.spacing is None:
         return replace(volume, spacing=tuple(spacing), unit=unit)
-    known = volume.unit in METRES and unit in METRES
-    stated = np.multiply(volume.spacing, METRES[volume.unit] / METRES[unit] if known else 1.0)
+    stated = np.multiply(volume.spacing, unit_scale(volume.unit, unit))
     if not np.allclose(stated, spacing, rtol=HEADER_TOLERANCE, atol=0.0):
         raise VolumeError(
             f"{volume.path}: expected no spacing of its own, or that of --spacing, "
@@ -256,8 +256,7 @@ def _beside_training(volume, metadata):
     trained = metadata.get("stored_spacing", metadata.get("trained_spacing"))  # of older versions
     if volume.spacing is None or trained is None or not is_spacing(volume.spacing):
         return [], trained
-    known = volume.unit in METRES and metadata["unit"] in METRES
-    scale = METRES[volume.unit] / METRES[metadata["unit"]] if known else 1.0
+    scale = unit_scale(volume.unit, metadata["unit"])
     return (np.multiply(volume.spacing, scale) / trained).tolist(), trained
 
 

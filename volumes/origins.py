@@ -56,6 +56,30 @@ def tolerances(paths):
     return {(one["tolerance"], one["unit"]) for one in ones if "tolerance" in one}
 
 
+def predictions_of_run(text):
+    """Where infer.py has put the predictions of a run, which its folder or a checkpoint names; any
+    other path as it is. ValueError that says how to predict, if that was not done."""
+    path = Path(text).resolve()  # runs/best.pt is a link
+    of_checkpoint = path.suffix == ".pt" and path.is_file()
+    run = path.parent.parent if of_checkpoint else path
+    if not of_checkpoint and not (run / "checkpoints").is_dir():
+        if (run / "ledger.jsonl").is_file():
+            raise ValueError(f"expected predictions, got {text}, a sweep; give one of its runs")
+        return text
+    folder = run / "predictions"
+    if of_checkpoint:
+        known = read(folder).values()
+        there = any(path == Path(one["checkpoint"]) for of in known for one in of)
+    else:
+        there = folder.is_dir()
+    if not there:
+        raise ValueError(
+            f"expected predictions, got {text}, of which there are none in {folder}; predict first "
+            f"with {command_of('infer.py')} --ckpt {text}"
+        )
+    return str(folder)
+
+
 def doubts(predictions):
     """Sentences on predictions {case: path} of several checkpoints, or of one that was saved anew
     since; none on masks of other programs."""

@@ -130,6 +130,11 @@ def with_unit(spacing, unit):
     return f"{' '.join(f'{s:g}' for s in spacing)} {unit}".rstrip()
 
 
+def unit_scale(unit, other):
+    """How many of another unit one unit is; 1 where one of them is not known."""
+    return METRES[unit] / METRES[other] if unit in METRES and other in METRES else 1.0
+
+
 def doubt_of_order(shape, spacing, unit):
     """A clause where sizes seem to be x, y, z: of few slices that are much finer than x; or ""."""
     z, y, x = spacing
@@ -159,8 +164,7 @@ def compare(volume, other, *, spacing=True, axes=True):
             + " (of some slices: a folder that prepare.py --crop wrote)"
             * (shape[1:] == wanted[1:])
         )
-    known = volume.unit in METRES and other.unit in METRES
-    scale = METRES[volume.unit] / METRES[other.unit] if known else 1.0
+    scale = unit_scale(volume.unit, other.unit)
     stated = volume.spacing is not None and is_spacing(other.spacing or (0,))
     sizes_differ = stated and not np.allclose(
         np.multiply(volume.spacing, scale), other.spacing, rtol=HEADER_TOLERANCE, atol=0.0

@@ -170,11 +170,12 @@ def test_where_the_spacing_comes_from_is_noted_in_every_combination(tmp_path):
     files.write_volume(none, MASK)
     of_none = "no file has a spacing: tolerance and distances are in voxels (--spacing)"
     of_prediction = "the truth has no spacing, that of the prediction is used (--spacing)"
+    of_hand = f"{with_one} states 2 1 1 mm, --spacing is used"
     for pred, truth, option, expected in (
         (none, none, None, (of_none, (1, 1, 1), "voxels")),
         (with_one, none, None, (of_prediction, (2, 1, 1), "mm")),
         (none, with_one, None, ("", (2, 1, 1), "mm")),
-        (with_one, none, (5, 1, 1), ("", (5, 1, 1), "")),
+        (with_one, none, (5, 1, 1), (of_hand, (5, 1, 1), "")),
         (none, none, (5, 1, 1), ("", (5, 1, 1), "")),
     ):
         case, errors = read({"m": str(pred)}, truth, spacing=option, check_spacing=option is None)
