@@ -542,7 +542,7 @@ def test_early_stopping_ends_a_run_and_is_still_known_when_it_is_resumed(
     def evaluate(spec, predictions):
         found = {"surface_dice": next(scores)}
         choice = {"threshold": 0.5, "min_component_voxels": 0}
-        return {**choice, "scores": found, "cases": {}, "steps": [], "unread": []}
+        return {**choice, "scores": found, "cases": {}, "steps": [], "tried": [], "unread": []}
 
     monkeypatch.setattr(evaluator, "evaluate", evaluate)
     changes = ["validation.patience=2", "training.max_epochs=9", "validation.untrained=false"]

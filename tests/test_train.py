@@ -333,7 +333,8 @@ def test_resume_of_another_network_is_refused(root, tmp_path, capsys):
     assert train.main(settings(root, tmp_path, "training.max_steps=0")) == 0
     text = fault(capsys, settings(root, tmp_path, "model.base=6"), resume=True)
     run = tmp_path / "runs" / "r"
-    assert "does not fit these settings, data and model.py" in text and len(text) < 500
+    assert "does not fit these settings, data and model.py" in text
+    assert len(text.replace(str(tmp_path), "")) < 400
     assert text.strip().endswith(f"python {run}/source/train.py --resume {run}")
 
 
@@ -598,7 +599,6 @@ def test_an_unchanged_run_keeps_its_best_also_where_its_data_were_copied(scored,
 CHANGED = {
     "validation.score=dice": "metric is dice, was surface_dice",
     "validation.tolerance=4": "tolerance is 4.0, was 2.0",
-    "data.validation=[a]": "the cases or their voxels differ (bar0, bar1, bar2)",
     "inference.threshold=0.5": "thresholds is (0.5,), was (0.5, 0.4, ",
 }
 
@@ -628,7 +628,7 @@ def test_a_training_case_that_has_other_voxels_by_now_is_said(scored, tmp_path, 
     path = scored / "bar0.h5"
     with h5py.File(path) as file:
         image, label = 2 * file["image"][:] + 1, file["label"][:]
-    about = {"spacing": (2, 1, 1), "unit": "micron", "affine": None, "group": "b"}
+    about = {"spacing": (2, 1, 1), "unit": "micron", "affine": None, "group": "a"}
     casefile.write_case(path, image, label, ignore_label=2, **about)
     assert train.main(settings(scored, tmp_path, "training.max_epochs=2"), resume=True) == 0
     said = "changed: 1 training cases are others, or hold other voxels, than in the saved state"
