@@ -287,7 +287,7 @@ def main(argv=None):
         place, all_jobs = jobs.expand(path)
         if index is not None and not 0 <= index < len(all_jobs):
             raise ValueError(f"--index: expected 0 to {len(all_jobs) - 1}, got {index}")
-        if (place / "checkpoints").is_dir():
+        if folder.run_folder_of(place):
             raise ValueError(f"{path}: expected a name of its own, got that of a run, {place}")
         ledger = jobs.Ledger(place / "ledger.jsonl")
         plans = {} if arguments.report else jobs.check(all_jobs)

@@ -197,8 +197,6 @@ def cli(argv=None):
     arguments = parser.parse_intermixed_args(argv)
     run = folder.run_folder_of(arguments.config) if arguments.resume else None
     try:
-        if advice := folder.advice_on(arguments.config, resume=arguments.resume):
-            raise config.ConfigError(f"{arguments.config}: {advice}")
         settings = config.load(run / "config.yaml" if run else arguments.config, arguments.more)
     except config.ConfigError as error:
         print(error, file=sys.stderr)

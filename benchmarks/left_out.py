@@ -127,7 +127,8 @@ def make_row(identity, changes, arguments, folder):
     folder: for its runs alone, since a link to the newest one lies in it.
     """
     given = {"run.folder": str(folder), "run.name": "run", "run.seed": int(identity["seed"])}
-    given |= FIXED | {"data.root": arguments.data, **steps_of(arguments.steps), **changes}
+    given |= FIXED | {"training.train_iterations_per_epoch": arguments.steps}
+    given |= {"data.root": arguments.data, "training.max_epochs": 1, **changes}
     if group := identity["left_out"]:
         others = [case.id for case in arguments.cases if case.group != group]
         given |= {"data.train": others, "data.test": [group]}
@@ -140,12 +141,6 @@ def make_row(identity, changes, arguments, folder):
     row = {**identity, **{key: f"{x:.4f}" for key, x in metrics.mean_scores(scores).items()}}
     row["seconds_per_step"] = f"{state['loop']['seconds'] / state['loop']['step']:.4f}"
     return row | {"cases": len(scores), "lamina": state["versions"]["lamina"]}
-
-
-def steps_of(steps):
-    """Settings for so many steps in all, evaluated never."""
-    keys = ("training.train_iterations_per_epoch", "training.max_epochs", "validation.every")
-    return dict(zip(keys, (steps, 1, 1), strict=True))
 
 
 def score_run(run, facts, root):

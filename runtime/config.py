@@ -216,9 +216,12 @@ def _instead_of(path):
     """What a path that is no file may have meant, as a clause."""
     if (path / "checkpoints").is_dir():
         return f"; {command_of('train.py')} --resume {path} goes on with that run"
-    there = [p.name for p in path.parent.glob("*") if p.is_file() or (p / "checkpoints").is_dir()]
-    near = [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, there)]
-    return f"; there is {', '.join(near)}" if near and not path.exists() else ""
+    if path.exists():
+        return ""
+    beside = [p for place in (path.parent, Path("runs")) for p in place.glob("*")]
+    there = {p.name: str(p) for p in beside if p.is_file() or (p / "checkpoints").is_dir()}
+    near = [there[name] for name in difflib.get_close_matches(path.name, there)]
+    return f"; there is {', '.join(near)}" if near else ""
 
 
 def read(path):

@@ -187,12 +187,12 @@ def joint_settings(members, overrides):
     also keys that training has decided.
 
     All that an ensemble does must be the same for its members, but for what validation chose; how
-    it runs (device, windows at once) is said by the first. line: for people, None without an
-    ensemble.
+    it runs (device, windows at once) is said by the first. line: for people, None of one member.
     """
-    faults, given = [], {text.partition("=")[0] for text in overrides}
+    faults, overridden = [], {text.partition("=")[0] for text in overrides}
     # A key may go on below a setting: data.regions.vessel.
-    keys = {key for key in given for own in config.valid_keys() if f"{key}.".startswith(f"{own}.")}
+    known = tuple(f"{key}." for key in config.valid_keys())
+    keys = {key for key in overridden if f"{key}.".startswith(known)}
     if fixed := sorted(key for key in keys if not key.startswith(SETTABLE)):
         sentence = (
             f"expected a setting of inference (those under {', '.join(SETTABLE)}), got one that "

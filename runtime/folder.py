@@ -6,7 +6,6 @@ with claim(folder, path) as folder:
 """
 
 import contextlib
-import difflib
 import faulthandler
 import glob
 import itertools
@@ -66,21 +65,6 @@ def run_folder_of(path):
     path = Path(path)
     folder = path.parent if path.name == "config.yaml" else path
     return folder if path.exists() and (folder / "checkpoints").is_dir() else None
-
-
-def advice_on(path, *, resume):
-    """What is wrong with a path that shall be a config or, with resume, a run folder; or ""."""
-    path = Path(path)
-    if path.is_dir() and not resume and run_folder_of(path):
-        return (
-            f"expected a config file, got a run; to go on with it: python train.py --resume {path}"
-        )
-    if path.exists() or not resume:
-        return ""
-    runs = {p.name: p for place in (path.parent, Path("runs")) for p in place.glob("*/")}
-    near = difflib.get_close_matches(path.name, [n for n, p in runs.items() if run_folder_of(p)])
-    there = f"; there are {', '.join(str(runs[name]) for name in near)}" if near else ""
-    return f"expected a run folder or a config file, got no such file{there}"
 
 
 def open_run(folder, name, *, resume):

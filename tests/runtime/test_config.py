@@ -155,13 +155,18 @@ def test_one_number_for_the_spacing_is_answered_by_a_list_that_means_something()
     assert text == "data.spacing: expected a list such as [null, 1, 1], got 1"
 
 
-def test_a_run_folder_without_resume_and_a_typo_in_a_name_are_answered_by_what_was_meant(tmp_path):
+def test_a_run_folder_without_resume_and_a_typo_in_a_name_are_answered_by_what_was_meant(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first" / "checkpoints").mkdir(parents=True)
     (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
     (tmp_path / "mine.yaml").write_text("{}")
     for name, meant in (
-        ("mine", f"; python train.py --resume {tmp_path / 'mine'} goes on with that run"),
+        ("mine", f"train.py --resume {tmp_path / 'mine'} goes on with that run"),
         ("mien", f"; there is {tmp_path / 'mine'}"),
         ("miene.yaml", f"; there is {tmp_path / 'mine.yaml'}"),
+        ("first", "; there is runs/first"),
         ("other", "got: No such file or directory"),
     ):
         with pytest.raises(config.ConfigError) as caught:

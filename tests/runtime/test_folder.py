@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import train
 from runtime import checkpoint
 from runtime import folder as runs
 from runtime.folder import claim, link_newest, new_run_folder, newest_run_folder, open_run
@@ -64,21 +63,6 @@ def test_a_new_run_gets_the_number_after_the_highest_that_has_state(tmp_path):
     with_state(tmp_path / "r-9", 1)
     assert new_run_folder(tmp_path, "r") == tmp_path / "r-12"
     assert newest_run_folder(tmp_path, "r") == tmp_path / "r-11"
-
-
-def test_a_run_without_resume_and_a_run_that_is_not_there_are_told_what_to_type(
-    tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    with_state(tmp_path / "runs" / "mine", 1)
-    assert train.cli(["runs/mine"]) == 2
-    said = "expected a config file, got a run; to go on with it: python train.py --resume runs/mine"
-    assert capsys.readouterr().err == f"runs/mine: {said}\n"
-    for word in ("runs/mien", "mine", "other.yaml"):
-        assert train.cli(["--resume", word]) == 2
-        near = "" if word == "other.yaml" else "; there are runs/mine"
-        said = f"{word}: expected a run folder or a config file, got no such file{near}\n"
-        assert capsys.readouterr().err == said
 
 
 def test_runs_of_other_names_are_none_of_this_one(tmp_path):
