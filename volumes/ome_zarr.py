@@ -14,7 +14,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from volumes.volume import METRES, VolumeError, in_one_unit, is_spacing, unit_scale
+from volumes.volume import (
+    METRES,
+    Volume,
+    VolumeError,
+    box_within,
+    in_one_unit,
+    is_spacing,
+    unit_scale,
+)
 
 USUAL_AXES = {3: "zyx", 4: "czyx", 5: "tczyx"}  # of arrays that name none
 COARSER = math.sqrt(2)  # half a step of a pyramid, whose levels are 2 apart
@@ -346,3 +354,29 @@ def _choose(levels, wanted, unit):
     sizes = np.array([level.spacing for level in levels]) * unit_scale(first.unit, unit)
     most = [max(size, w) if w else math.inf for size, w in zip(sizes[0], wanted, strict=True)]
     return int(np.flatnonzero((sizes <= COARSER * np.array(most)).all(axis=1))[-1])
+
+
+# ---------------------------------------------------------------------------- as a format
+
+
+def read(path, dataset, role):
+    """The `Volume` of all voxels, (C, D, H, W); dataset: what lies inside of the zarr, or None."""
+    return replace(read_box(path, dataset, role, (slice(None),) * 3), whole=())
+
+
+def read_box(path, dataset, role, box):
+    """The `Volume` of the voxels in a box, slices of z, y, x; a note counts chunks not stored."""
+    stored = open_volume(f"{path}/{dataset}" if dataset else path, role=role)
+    box, whole = box_within(stored.path, box, stored.shape[1:]), stored.shape[1:]
+    array, notes = stored[:, *box], ()
+    chunks = [range(s.start // n, -(-s.stop // n)) for s, n in zip(box, stored.chunks, strict=True)]
+    missing = sum(not stored.stored(*index) for index in itertools.product(*chunks))
+    if missing:
+        of = math.prod(map(len, chunks))
+        notes = (f"{missing} of {of} chunks are not stored, and read as {stored.fill}",)
+    return Volume(array, stored.spacing, stored.unit, None, path, notes=notes, whole=whole)
+
+
+def count_voxels(path, dataset):
+    """Voxels of the volume, by its metadata."""
+    return math.prod(open_volume(f"{path}/{dataset}" if dataset else path).shape)
