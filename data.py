@@ -193,17 +193,20 @@ def read_patiently(read):
     return read()
 
 
-def shares(samples, target, names):
+def shares(samples, target, valid, names):
     """Shares of a batch's patches: {name: number or tensor on target's device}.
 
     around_foreground: with a foreground voxel at the center; around_<class>: of that class, if
-    names {class id: name} has several; with_foreground: target (B, 1, D, H, W) holds any.
+    names {class id: name} has several; with_foreground: target (B, K, D, H, W) holds any;
+    foreground: of the voxels that valid (B, 1, D, H, W) says are labeled.
     """
     centers = [sample["center_class"] for sample in samples]
     values = {"around_foreground": sum(c != BACKGROUND for c in centers) / len(centers)}
     if len(names) > 1:
         values |= {f"around_{n}": centers.count(c) / len(centers) for c, n in names.items()}
-    return values | {"with_foreground": target.flatten(1).any(dim=1).float().mean()}
+    found = (target > 0).any(dim=1, keepdim=True) & valid
+    values["with_foreground"] = found.flatten(1).any(dim=1).float().mean()
+    return values | {"foreground": found.sum() / valid.sum().clamp(min=1)}
 
 
 def off_center(rng, voxel, half, shape, *, jitter):
@@ -231,8 +234,12 @@ def native(array):
 
 
 def network_spacing(stored, wanted):
-    """The spacing the network sees: wanted where it is given, else the stored one; z, y, x."""
-    return tuple(float(w or s) for w, s in zip(wanted, stored, strict=True))
+    """The spacing the network sees, z, y, x: wanted where it is given, else the stored one.
+
+    wanted: "1.6+" stands for 1.6, or the stored one where that is coarser.
+    """
+    pairs = zip(wanted, stored, strict=True)
+    return tuple(max(float(w[:-1]), s) if isinstance(w, str) else float(w or s) for w, s in pairs)
 
 
 def median_spacing(spacings):

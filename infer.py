@@ -136,6 +136,7 @@ def write_prediction(predictor, volume, whole, output):
     grid = {key: getattr(volume, key) for key in ("spacing", "unit", "affine", "header")}
     kinds = "probabilities", "disagreement"
     maps, paths = {kind: predictor.regions_of(whole, kind) for kind in kinds}, [target]
+    threshold = predictor.settle_threshold(whole)
     masks = predictor.masks(volume, whole)
     mask = predictor.outputs.paint(masks)
     shares = {name if several else "foreground": own.mean() for name, own in masks.items()}
@@ -154,7 +155,7 @@ def write_prediction(predictor, volume, whole, output):
     except Exception as error:  # each format's writer has its own
         raise CannotGoOn(f"the prediction cannot be written ({error})") from error
     shares = ", ".join(f"{100 * share:.2f} % {name}" for name, share in shares.items())
-    return paths, f"{shares}, {target}"
+    return paths, f"{threshold}{shares}, {target}"
 
 
 def predict_whole(predictor, volume, console):

@@ -39,6 +39,7 @@ Wholes = _one_or_each(Whole)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Size = NonNegative | Annotated[str, Field(pattern=r"^\d+(\.\d+)?\+$")] | None  # of a voxel
 AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Range = tuple[Finite, Finite]  # low, high
 PositiveRange = tuple[Positive, Positive]
@@ -97,8 +98,9 @@ class Data(Group):
     test: tuple[str, ...] = ()
     folds: Whole = 0  # 0: no cross-validation; k: validation is fold number `fold` of k
     fold: Whole = 0
-    # What the network sees: a target spacing per axis; 0 or null keeps the axis as it is stored.
-    spacing: tuple[NonNegative | None, NonNegative | None, NonNegative | None] = (0, 0, 0)
+    # What the network sees: a target spacing per axis; 0 or null keeps the axis as it is stored,
+    # and 1.6+ keeps it where voxels are coarser than 1.6.
+    spacing: tuple[Size, Size, Size] = (0, 0, 0)
     # Classes, by name or number, that are one foreground together; null: each is told apart.
     foreground: tuple[Class, ...] | None = None
     # Regions that may overlap, {name: its classes}, each told from all else.
@@ -325,7 +327,8 @@ class Inference(Group):
     flips: bool = False  # average over the 8 flips
     batch: Count | None = None  # windows at once; null: 1 on a CPU, 2 on a GPU
     # Of regions one for all, or {name: threshold}; null: what validation chose, 0.5 without.
-    threshold: Probabilities | None = None
+    # auto: of each volume by its own probabilities, see runtime/own_threshold.py.
+    threshold: Literal["auto"] | Probabilities | None = None
     save_probabilities: bool = False
     save_disagreement: bool = False  # of the flips or networks that are averaged
 

@@ -155,7 +155,8 @@ def train(settings, resume, group):
                         timer.mark("loss")
                         micro_batch.backward(scaler.scale(loss / accumulate))
                         timer.mark("backward")
-                        results.append((components, data.shares(samples, target, class_names)))
+                        shares = data.shares(samples, target, valid, class_names)
+                        results.append((components, shares))
                     break
                 except RuntimeError as error:
                     logits = loss = components = results = None  # they hold the activations

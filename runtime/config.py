@@ -71,6 +71,7 @@ SYNONYMS = {  # other common names of a setting
 HINTS = {
     "validation.every": "; above training.max_epochs, with validation.untrained=false, it is only "
     "done at the end",
+    "inference.threshold": ", or auto",
 }
 
 
@@ -141,7 +142,14 @@ def _example(key):
 
 def _sentence(error, model):
     """One pydantic error as: key: expected, got, what to do."""
-    kinds = ("tuple", "none", "<")  # of a value that may be of one kind or another
+    kinds = (
+        "tuple",
+        "none",
+        "literal",
+        "constrained",
+        "tagged",
+        "<",
+    )  # of a value that may be of one kind or another
     key = ".".join(str(p) for p in error["loc"] if not str(p).startswith(kinds))
     got = repr(error["input"])
     if error["type"] == "extra_forbidden":

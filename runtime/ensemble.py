@@ -17,6 +17,7 @@ import model
 from runtime import checkpoint, config, outputs, parts
 from runtime.folder import newest_run_folder
 from runtime.jobs import Ledger
+from runtime.own_threshold import AUTO, LEVELS, count_reached, own_threshold
 from runtime.sliding_window import network_ratio, predict_case
 from runtime.window_axis import window_rows
 from scoring import postprocess
@@ -45,6 +46,7 @@ class Member(NamedTuple):
     config: dict
     data: dict  # what the run knows of its data
     chosen: dict  # by validation
+    foreground: float | None  # its share in training, None in checkpoints of older versions
     origin: dict  # see volumes/origins.py
 
     @property
@@ -79,6 +81,7 @@ def read(texts):
             network, weights = build_network(state, path)
             loop = state["loop"]
             about = state["config"], state["data"], loop["evaluations"]["chosen"]
+            about += (loop.get("foreground"),)
             came_from |= {"step": loop["step"], "unit": state["data"]["unit"]}
             came_from |= {"tolerance": state["config"]["validation"]["tolerance"]}
             members.append(Member(str(path), loop["step"], weights, network, *about, came_from))
@@ -222,6 +225,14 @@ def joint_settings(members, overrides):
         if len(values) > 1:
             got = ", ".join(f"{value} ({path})" for value, path in values.items())
             faults.append(f"{key}: expected one for all checkpoints, got {got}; give {key}=VALUE")
+    thresholds = [settings.inference.threshold for settings in each]
+    unknown = [member.path for member in members if member.foreground is None]
+    if AUTO in thresholds and (unknown or set(thresholds) != {AUTO}):
+        got = f"none in {', '.join(unknown)}" if unknown else f"{', '.join(map(str, thresholds))}"
+        faults.append(
+            "inference.threshold: auto needs the share of foreground in training, and counts for "
+            f"all checkpoints, got {got}; give inference.threshold=NUMBER"
+        )
     joint, clauses = each[0], []
     if joint.inference.save_disagreement and len(members) == 1 and not joint.inference.flips:
         faults.append(
@@ -325,10 +336,11 @@ class Predictor:
     def _layers(self, probs):
         """The layers of a slab (K, d, H, W) of `predict_slabs`. Of each region, see `_layer`:
 
-        high: bool, above the threshold; low: above that of hysteresis, if there is one;
-        probabilities and disagreement: float32, if inference.save_... asks for them. Of classes
-        that exclude each other there is one disagreement, and one layer, classes, in place of high
-        and low: uint8, see `outputs.most_probable`.
+        high: bool, above the threshold; where that is auto, reached in its place: uint8, see
+        `own_threshold`; low: bool, above that of hysteresis, if there is one; probabilities and
+        disagreement: float32, if inference.save_... asks for them. Of classes that exclude each
+        other there is one disagreement, and one layer, classes, in place of high and low: uint8,
+        see `outputs.most_probable`.
         """
         inference, hysteresis = self.settings.inference, self.settings.postprocess.hysteresis
         layers, exclusive = {}, self.outputs.exclusive
@@ -342,7 +354,10 @@ class Predictor:
             if not exclusive:
                 threshold = inference.threshold
                 threshold = threshold[name] if self.outputs.several else threshold
-                layers[self._layer("high", name)] = own >= threshold
+                if threshold == AUTO:
+                    layers["reached"] = count_reached(own)
+                else:
+                    layers[self._layer("high", name)] = own >= threshold
             if hysteresis is not None:
                 layers[self._layer("low", name)] = own >= hysteresis
             if inference.save_probabilities:
@@ -367,9 +382,19 @@ class Predictor:
         layers = {name: self._layer(kind, name) for name in names}
         return {name: whole.pop(layer) for name, layer in layers.items() if layer in whole}
 
+    def settle_threshold(self, whole):
+        """Put the layer high in place of reached; the threshold in words, "" where it is known."""
+        if "reached" not in whole:
+            return ""
+        reached, shares = whole.pop("reached"), [member.foreground for member in self.members]
+        threshold = own_threshold(reached, statistics.mean(shares))
+        whole["high"] = reached > LEVELS.index(threshold)
+        return f"threshold {threshold}, "
+
     def masks(self, volume, whole):
         """{region: mask (D, H, W) bool} of a volume, taken out of its whole layers."""
         post, exclusive = self.settings.postprocess.model_dump(), self.outputs.exclusive
+        self.settle_threshold(whole)
         layers = self.regions_of(whole, "high"), self.regions_of(whole, "low")
         how = {"exclusive": exclusive, "spacing": volume.spacing}
         return postprocess.apply_to_regions(*layers, **how, **post)

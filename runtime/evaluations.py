@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from monitoring import picture
 from monitoring.records import few_names
 from runtime import checkpoint, evaluator
+from runtime.own_threshold import AUTO
 
 CANDIDATE, BEST = "candidate.pt", "best.pt"
 
@@ -81,7 +82,7 @@ class Evaluations:
         candidate = self.run.folder / "checkpoints" / CANDIDATE
         if step == self.run.step:  # it may have been killed before the file had that name
             self.run.group.from_first(lambda: checkpoint.give_name(resumed_from, candidate))
-            validator.start(network, step)
+            validator.start(network, step, self.run.means.foreground)
             return
         try:
             weights = self.run.group.from_first(
@@ -94,7 +95,7 @@ class Evaluations:
             return
         network = copy.deepcopy(network)
         network.load_state_dict(weights)
-        validator.start(network, step)
+        validator.start(network, step, self.run.means.foreground)
 
     def due(self, done):
         """Whether the network is evaluated before this step; done: there is no further step."""
@@ -109,7 +110,7 @@ class Evaluations:
         """Save the state and evaluate its network; wait: until it is scored."""
         self.standing.evaluated_step = self.standing.pending = self.run.step
         self.run.save(also=CANDIDATE)
-        self.validator.start(network, self.run.step)
+        self.validator.start(network, self.run.step, self.run.means.foreground)
         if wait or not self.validator.background:
             self.finish(wait=True)
 
@@ -152,6 +153,8 @@ class Evaluations:
         if run.settings.monitor.picture:
             slices = evaluation.slices and self._with_masks(evaluation.slices, chosen)
             threshold = chosen.get("threshold", evaluator.DEFAULT_THRESHOLD)
+            if threshold == AUTO and slices:
+                threshold = slices[AUTO]
             picture.draw_progress(run.folder, run.folder.name, slices, threshold)
 
     def _with_masks(self, slices, chosen):
@@ -159,6 +162,7 @@ class Evaluations:
         spec, default = self.validator.spec, evaluator.DEFAULT_THRESHOLD
         thresholds = chosen.get("threshold", default)
         if not isinstance(thresholds, dict):
+            thresholds = slices[AUTO] if thresholds == AUTO else thresholds
             thresholds = dict.fromkeys(spec.outputs.regions, thresholds)
         encoded = evaluator.encode(spec, slices["probs"])
         return slices | {"mask": evaluator.masks(spec, encoded, thresholds)}

@@ -16,6 +16,7 @@ import torch
 
 from runtime import composite_loss
 from runtime.outputs import Outputs, most_probable
+from runtime.own_threshold import AUTO, LEVELS, count_reached, own_threshold
 from scoring import classes, metrics, postprocess
 from volumes import casefile, files
 
@@ -51,13 +52,16 @@ class EvaluationSpec:
     # Of `composite_loss.validation_losses`.
     terms: dict = dataclasses.field(default_factory=dict)
     class_weights: list | None = None
+    foreground: float | None = None  # its share in training, for the threshold AUTO
     tile: tuple = (64, 64, 64)
 
     @property
     def all_thresholds(self):
         """All thresholds that masks are made at, rising; DEFAULT_THRESHOLD is always reported."""
         weak = {self.postprocess.get("hysteresis"), *self.candidates.get("hysteresis", ())} - {None}
-        return tuple(sorted({*sum(self.thresholds.values(), ()), *weak, DEFAULT_THRESHOLD}))
+        asked = {*sum(self.thresholds.values(), ())}
+        levels = LEVELS if AUTO in asked else ()
+        return tuple(sorted({*(asked - {AUTO}), *weak, *levels, DEFAULT_THRESHOLD}))
 
     @property
     def validation_terms(self):
@@ -92,9 +96,7 @@ def encode(spec, probs):
     """
     if spec.outputs.exclusive:
         return most_probable(probs)
-    counts = np.zeros(probs.shape, np.uint8)
-    for threshold in spec.all_thresholds:
-        counts += probs >= threshold
+    counts = count_reached(probs, spec.all_thresholds)
     return counts if spec.outputs.several else counts[0]
 
 
@@ -106,7 +108,17 @@ def masks(spec, encoded, thresholds):
         return {name: encoded == numbers[name] + 1 for name in thresholds}
     counts = encoded if outputs.several else encoded[None]
     reached = spec.all_thresholds.index
-    return {name: counts[numbers[name]] > reached(t) for name, t in thresholds.items()}
+    return {
+        name: counts[numbers[name]] > reached(number_of(spec, counts[numbers[name]], t))
+        for name, t in thresholds.items()
+    }
+
+
+def number_of(spec, counts, threshold):
+    """A threshold as a number; counts: of the whole volume, as `encode` made them of its region."""
+    if threshold != AUTO:
+        return threshold
+    return own_threshold(counts, spec.foreground, spec.all_thresholds)
 
 
 def evaluate(spec, predictions):
@@ -217,7 +229,8 @@ def _proven(spec, predictions, chosen):
     tried, before = [], [scores(spec, one) for one in predictions if spec.candidates]
     for step, values in spec.candidates.items() if before else ():
         if step == "hysteresis":
-            highest = max(threshold for threshold, _ in chosen.values())
+            known = (threshold for threshold, _ in chosen.values() if threshold != AUTO)
+            highest = max(known, default=DEFAULT_THRESHOLD)
             values = [value for value in values if value < highest]
         for value in values:
             changed = dataclasses.replace(spec, postprocess=spec.postprocess | {step: value})

@@ -158,17 +158,23 @@ def _numbers(fields, prefix=""):
 class Means:
     """Means of loss components and of shares of patches: of a line of the log, and of an epoch.
 
-    A term that acts on some steps only is the mean over those.
+    A term that acts on some steps only is the mean over those. foreground: the mean share of
+    foreground in the patches of all lines so far; None before the first.
     """
 
     def __init__(self):
-        self.line, self.epoch = _empty(), _empty()
+        self.line, self.epoch, self.run = _empty(), _empty(), {}
 
     def state_dict(self):
-        return {"line": self.line, "epoch": self.epoch}
+        return {"line": self.line, "epoch": self.epoch, "run": self.run}
 
     def load_state_dict(self, state):
         self.line, self.epoch = state["line"], state["epoch"]
+        self.run = state.get("run", {})  # not in states of older versions
+
+    @property
+    def foreground(self):
+        return _means_of(self.run).get("foreground")
 
     def add(self, components, shares, weight):
         """Add a batch: {name: scalar} of its loss, which counts `weight`, and of its patches."""
@@ -182,6 +188,8 @@ class Means:
         for kind, sums in self.line.items():
             for name, (_, count) in sums.items():
                 _add(self.epoch[kind], {name: means[kind][name]}, count)
+                if name == "foreground":
+                    _add(self.run, {name: means[kind][name]}, count)
         self.line = _empty()
         return means["loss"]
 

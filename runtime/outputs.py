@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime.own_threshold import AUTO
 from volumes import classes as label_classes
 
 
@@ -159,6 +160,11 @@ def check_settings(outputs, settings):
                 f"{key}: expected names among {', '.join(outputs.regions)}, got "
                 f"{', '.join(unknown)}"
             )
+    if settings.inference.threshold == AUTO and outputs.several and not outputs.exclusive:
+        faults.append(
+            f"inference.threshold: expected a number of each of {', '.join(outputs.regions)}, got "
+            f"{AUTO}, which is for one foreground; give numbers, or null for what validation chose"
+        )
     bad = [name for name in outputs.regions if name in (".", "..") or "/" in name]
     folders = {"save_probabilities": outputs.several, "save_disagreement": outputs.overlapping}
     for key, of_regions in folders.items():

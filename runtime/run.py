@@ -399,6 +399,7 @@ class Run:
             also = BEST
         loop = {"step": self.step, "seconds": self.seconds, "lines": self.log.lines}
         loop |= {"ranks": self.group.size, "precision": self.plan.precision}
+        loop["foreground"] = self.means.foreground
         loop |= {name: part.state_dict() for name, part in self.parts.items()}
         self.saver.save(loop, also)
         self.saved_at = time.monotonic()

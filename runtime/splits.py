@@ -9,7 +9,8 @@ from volumes.volume import doubt_of_order
 CUT = "cut a single case by prepare.py --crop train=0:80 val=90:112"
 NO_VALIDATION = (
     "NO VALIDATION: there are no scores and no curve of them, best.pt is the last state, and masks "
-    f"are made with threshold 0.5 and all components; set data.validation or data.folds; {CUT}"
+    "are made with threshold 0.5 and all components, unless you set them; set data.validation or "
+    f"data.folds; {CUT}"
 )
 
 

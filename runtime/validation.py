@@ -5,6 +5,7 @@ evaluation = validator.result()          # None: not yet
 """
 
 import contextlib
+import dataclasses
 import functools
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +16,7 @@ import torch
 
 import data
 from runtime import distributed, evaluator, sliding_window
+from runtime.own_threshold import AUTO
 from scoring import parallel
 from volumes import casefile
 from volumes.processes import STOP_SIGNALS
@@ -49,8 +51,12 @@ class Validator:
         self.process = self.pool = self.future = self.pending = None
         self.stack = contextlib.ExitStack()
 
-    def start(self, network, step):
-        """Predict all cases with a network, and have the predictions evaluated."""
+    def start(self, network, step, foreground=None):
+        """Predict all cases with a network, and have the predictions evaluated.
+
+        foreground: its share in training so far, see `own_threshold`.
+        """
+        self.spec = dataclasses.replace(self.spec, foreground=foreground)
         if self.background and self.pool is None and self.group.first:
             # A process group that is asked to stop: this process answers, and ends the evaluator.
             worker = parallel.worker_process(STOP_SIGNALS)
@@ -188,6 +194,8 @@ def predict(network, case, spec, *, spacing, clip, window, with_slices=False, **
                 prediction.probs[:, part] = planes
             if slices is not None and z0 <= slices["z"] < part.stop:
                 slices["probs"] = planes[:, slices["z"] - z0].copy()
+    if slices is not None and (AUTO,) in spec.thresholds.values():
+        slices[AUTO] = evaluator.number_of(spec, prediction.encoded, AUTO)
     return prediction, slices
 
 

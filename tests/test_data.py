@@ -302,6 +302,17 @@ def test_a_spacing_in_another_unit_is_named_with_both_sizes(shape, patch, stored
     assert f"{shape[0] * stored[0]:.4g} x " in fault and f"{patch[0] * spacing[0]:.4g} x " in fault
 
 
+def test_a_size_with_a_plus_leaves_coarser_voxels_as_they_are():
+    wanted = (0.0, "1.6+", "1.6+")
+    assert data.network_spacing((5.0, 0.6, 0.6), wanted) == (5.0, 1.6, 1.6)
+    assert data.network_spacing((5.0, 2.485, 1.6), wanted) == (5.0, 2.485, 1.6)
+    given = config.build(config.apply_overrides({}, ["data.spacing=[0,1.6+,1.6+]"]))
+    assert given.data.spacing == wanted
+    for size in ("-1+", "+", "1.6 +", "fine+"):
+        with pytest.raises(config.ConfigError, match=r"^data\.spacing"):
+            config.build({"data": {"spacing": [0, size, 1]}})
+
+
 FINE = [
     ((12, 20, 24), (8, 16, 16), (2, 1, 1), (0, 0, 0)),
     ((8, 8, 8), (128, 128, 128), (1, 1, 1), (0, 0, 0)),  # a small volume

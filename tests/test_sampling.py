@@ -156,16 +156,20 @@ def test_the_shares_that_a_batch_reached_are_counted():
     samples = [{"center_class": c} for c in (0, 1, 3, 1)]
     target = torch.zeros(4, 1, 2, 2, 2)
     target[1:, 0, 0, 1, 1] = 1
-    found = data.shares(samples, target, {1: "artery", 3: "vein"})
+    valid = torch.ones_like(target, dtype=torch.bool)
+    valid[0, :, 0] = False  # unlabeled: 4 of 32 voxels
+    found = data.shares(samples, target, valid, {1: "artery", 3: "vein"})
     assert found == {
         "around_foreground": 0.75,
         "around_artery": 0.5,
         "around_vein": 0.25,
         "with_foreground": torch.tensor(0.75),
+        "foreground": torch.tensor(3 / 28),
     }
-    assert set(data.shares(samples, target, {1: "artery"})) == {
+    assert set(data.shares(samples, target, valid, {1: "artery"})) == {
         "around_foreground",
         "with_foreground",
+        "foreground",
     }
 
 
