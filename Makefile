@@ -20,9 +20,9 @@ $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
 quickstart: $(VENV)/ready
 	$(RUN) prepare.py --phantom scroll --cases 12 --shape 80 80 80 --seed 0 --out data/quickstart
 	$(RUN) train.py configs/quickstart.yaml run.name=quickstart_untrained training.max_steps=0
-	$(RUN) infer.py --ckpt runs/last.pt --output runs/predictions/untrained
+	$(RUN) infer.py --ckpt runs/best.pt --output runs/predictions/untrained
 	$(RUN) train.py configs/quickstart.yaml
-	$(RUN) infer.py --ckpt runs/last.pt --output runs/predictions/quickstart
+	$(RUN) infer.py --ckpt runs/best.pt --output runs/predictions/quickstart
 	$(RUN) evaluate.py --pred runs/predictions/quickstart runs/predictions/untrained \
 		--otsu data/quickstart --truth data/quickstart --out runs/quickstart_scores.csv \
 		--overlays runs/overlays

@@ -20,7 +20,7 @@ from patches.feed import ReadFailure, TooManyExcluded
 from patches.intensity import sample_intensity_params
 from patches.resample import place_patch
 from volumes.casefile import Unreadable
-from volumes.volume import HEADER_TOLERANCE
+from volumes.volume import mixed_sizes
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 NEAR_BORDER = 0.9  # of half the patch: how far the center voxel may lie from the patch's middle
@@ -249,15 +249,15 @@ def median_spacing(spacings):
 
 def mixed_spacings(cases, wanted):
     """A note if the sizes of the cases' voxels differ along an axis of which none is wanted."""
-    mixed, alike = [], [size or "null" for size in wanted]
-    for i, sizes in enumerate(zip(*(case.spacing for case in cases), strict=True)):
-        if not wanted[i] and max(sizes) > min(sizes) * (1 + HEADER_TOLERANCE):
-            mixed.append(f"{min(sizes):g} to {max(sizes):g} in {'zyx'[i]}")
-            alike[i] = statistics.median(sizes)
+    spacings = [case.spacing for case in cases]
+    mixed = {i: words for i, words in mixed_sizes(spacings).items() if not wanted[i]}
+    alike = [size or "null" for size in wanted]
+    for i in mixed:
+        alike[i] = median_spacing(spacings)[i]
     if mixed:
         yield (
-            f"data.spacing: cases have voxels of {', '.join(mixed)}, and each is used as stored; "
-            f"data.spacing=[{','.join(map(str, alike))}] samples all alike"
+            f"data.spacing: cases have voxels of {', '.join(mixed.values())}, and each is used as "
+            f"stored; data.spacing=[{','.join(map(str, alike))}] samples all alike"
         )
 
 

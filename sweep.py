@@ -307,8 +307,9 @@ def main(argv=None):
         if not arguments.report:
             status = do_all(worker, all_jobs if index is None else [all_jobs[index]])
         if status == STOPPED:
-            again = path if index is None else f"{path} --index {index}"
-            again = f"{command_of('sweep.py')} {again}"
+            again = [path] if index is None else [path, "--index", str(index)]
+            again += ["--jobs", str(arguments.jobs)] * (arguments.jobs > 1)
+            again = f"{command_of('sweep.py')} {shlex.join(again)}"
             console.print(f"stopped: {worker.stop.why}; go on with: {again}")
         elif index is None or {job.name for job in all_jobs} <= ledger.entries().keys():
             write_report(all_jobs, ledger, path)

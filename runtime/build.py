@@ -389,6 +389,7 @@ def announce(plan, network, patches):
 
 def metadata(plan):
     """All that infer.py must know of the data, as plain values."""
+    stored = [case.spacing for case in plan.split.train]
     return {
         "root": str(Path(plan.dataset.root).resolve()),
         **{key: [case.id for case in cases] for key, cases in vars(plan.split).items()},
@@ -403,7 +404,8 @@ def metadata(plan):
         "typical": True,  # see data.normalisation
         "trained": {case.id: casefile.fingerprint(case) for case in plan.split.train},
         "trained_spacing": list(plan.spacing),
-        "stored_spacing": [*data.median_spacing(case.spacing for case in plan.split.train)],
+        "stored_spacing": [*data.median_spacing(stored)],
+        "stored_range": [list(map(f, zip(*stored, strict=True))) for f in (min, max)],
         "axes": sorted({case.axes for case in plan.split.train} - {""}),
         "strides": [list(stride) for stride in plan.strides],
         "kernels": [list(kernel) for kernel in plan.kernels],

@@ -121,7 +121,11 @@ def _nearest(key, model=Settings):
     groups = sorted({k.rsplit(".", i)[0] for k in keys for i in (1, 2) if k.count(".") >= i})
     meant = [] if key.startswith("loss.") else [k for k in keys if k == SYNONYMS.get(last)]
     by_last = [k for k in keys if k.split(".")[-1] == last]
-    close = meant or by_last or difflib.get_close_matches(key, keys + groups, n=1, cutoff=0.5)
+    group = key.rpartition(".")[0]
+    own = {k.split(".")[-1]: k for k in keys if k.rpartition(".")[0] == group}
+    of_group = [own[k] for k in difflib.get_close_matches(last, own, n=1, cutoff=0.85)]
+    close = meant or of_group or by_last
+    close = close or difflib.get_close_matches(key, keys + groups, n=1, cutoff=0.5)
     if not close:
         by_part = {k.split(".")[-1]: k for k in keys}
         close = [by_part[k] for k in difflib.get_close_matches(last, by_part, n=1)]

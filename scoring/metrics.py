@@ -28,7 +28,7 @@ VOXEL = (1.0, 1.0, 1.0)
 
 def score(
     prediction, truth, spacing=VOXEL, ignore_label=None, tolerance=2.0, *, names=None, classes=None,
-    probs=None, threads=2,
+    probs=None, threads=2, notes=None,
 ):  # fmt: skip
     """Scores of a mask: {name: float or int} in the order of `names`, none of them NaN or infinite.
 
@@ -64,7 +64,7 @@ def score(
     and number 0. One of them empty: ratios are 0, distances the diagonal of the volume, Betti
     errors what the other one has. VOI then sees one undivided component on the empty side, so that
     voi_score is 1 if the other is of one piece, as published. For an F1 see `homology.matching_f1`.
-    A truth without such distances: sheet_recall 1, gap_filled 0.
+    A truth without such distances: sheet_recall 1, gap_filled 0, and a sentence in the list notes.
 
     classes: {name: id, or several ids of a region}; regions may overlap. Both volumes then hold
     these ids, 0 for background, and the truth ignore_label, which may be 1 if no class is. Each
@@ -77,7 +77,7 @@ def score(
     if isinstance(names, str):
         raise ValueError(f"names: expected a list of names of scores, got the text {names!r}")
     entries = {name: entry(name) for name in (DEFAULT if names is None else names)}
-    how = spacing, tolerance, threads
+    how = spacing, tolerance, threads, notes
     if classes is not None:
         return _class_scores(prediction, truth, ignore_label, how, entries, classes, probs)
     full_names(entries, None)
@@ -111,7 +111,7 @@ def _class_scores(prediction, truth, ignore_label, how, entries, classes, probs)
         masks = [mask_of(values, classes[name]) for values in (prediction, truth)]
         if labeled is not None:
             masks[0] &= labeled
-        pair = Comparison(*masks, *how, labeled, of_one.get(name))
+        pair = Comparison(*masks, *how, labeled, of_one.get(name), f"/{name}")
         return {base: kinds[base][0].of(pair, *kinds[base][1]) for base in wanted}
 
     return by_class(entries, classes, score_of)
@@ -160,11 +160,15 @@ def vesuvius_score(prediction, truth, ignore_label=2, *, threads=2):
 class Comparison:
     """Two masks (D, H, W) bool; what scores share is computed once, when first needed.
 
-    labeled (D, H, W) bool, None: everywhere; probs: see `score`.
+    labeled (D, H, W) bool, None: everywhere; notes, probs: see `score`; suffix: of names in notes.
     """
 
-    def __init__(self, prediction, truth, spacing, tolerance, threads, labeled=None, probs=None):
+    def __init__(
+        self, prediction, truth, spacing, tolerance, threads, notes=None, labeled=None, probs=None,
+        suffix="",
+    ):  # fmt: skip
         self.whole, self.labeled, self.probs = (prediction, truth), labeled, probs
+        self.notes, self.suffix = [] if notes is None else notes, suffix
         self.spacing = surface.checked_spacing(spacing)
         self.tolerance = surface.checked_tolerance(tolerance)
         if not is_integer(threads) or threads < 1:
@@ -247,15 +251,18 @@ class Comparison:
         return gaps.gap_widths(self.masks[1], background, self.spacing)
 
     def sheet_recall(self, *bounds):
-        return self.predicted_share(self.masks[1], *bounds, otherwise=1.0)
+        return self.predicted_share("sheet_recall", self.masks[1], 1.0, *bounds)
 
     def gap_filled(self, *bounds):
-        return self.predicted_share(~self.masks[1], *bounds, otherwise=0.0)
+        return self.predicted_share("gap_filled", ~self.masks[1], 0.0, *bounds)
 
-    def predicted_share(self, of, low=0.0, high=None, *, otherwise):
+    def predicted_share(self, name, of, otherwise, low=0.0, high=None):
         """Of the voxels of a mask that have a gap width in that range; `otherwise` without any."""
+        name += ("" if high is None else f"@{low:g}:{high:g}") + self.suffix
         near = gaps.within(self.gap_widths, low, 2 * self.tolerance if high is None else high) & of
         found, all_ = (int(np.count_nonzero(mask)) for mask in (near & self.masks[0], near))
+        if not all_:
+            self.notes.append(f"no sheets so far apart in the truth, {name} is {otherwise:g}")
         return found / all_ if all_ else otherwise
 
     def ece(self, bins=calibration.BINS):

@@ -57,7 +57,7 @@ class Scorer:
         tolerance = self.tolerance_of(case)
         details = {"tolerance": tolerance, "spacing": spacing, "unit": case.unit}
         how = (case.spacing, self.options.ignore_label, tolerance)
-        which = {"names": self.names, "classes": self.options.classes}
+        which = {"names": self.names, "classes": self.options.classes, "notes": case.notes}
         for method, mask in ({} if only_check else case.masks).items():
             probs = case.probs.get(method, {})
             which["probs"] = probs if self.options.classes else probs.get(None)

@@ -77,6 +77,26 @@ def test_columns_are_as_before_unless_the_new_scores_are_asked_for(folders):
     assert "tolerance" not in evaluate(folders, "--scores", "dice", "gap_filled@0:3")[1]
 
 
+def test_cases_without_a_sheet_or_gap_in_range_are_noted_once_for_each_score(folders, capsys):
+    two = np.maximum(bar(2), bar(8, 2))  # 3 apart
+    write(folders / "truth" / "b.tif", two)
+    for name in ("pred", "other"):
+        for case, mask in (("a", bar(2)), ("b", two)):
+            write(folders / name / f"{case}.tif", mask)
+    options = (
+        "--pred",
+        folders / "other",
+        "--scores",
+        "sheet_recall@0:3",
+        "gap_filled@0:9",
+        "dice",
+    )
+    assert evaluate(folders, *options)[0] == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "sheets" in line]
+    none = "note: no sheets so far apart in the truth"
+    assert notes == [f"{none}, sheet_recall@0:3 is 1: a", f"{none}, gap_filled@0:9 is 0: a"]
+
+
 def test_missing_and_wrong_probabilities_are_named_at_once_and_nothing_is_written(folders, capsys):
     for case, probs in (("b", 1.5 * bar(2)), ("c", np.zeros((3, 5, 11))), ("d", None)):
         write(folders / "truth" / f"{case}.tif", bar(2))

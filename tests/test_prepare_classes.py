@@ -1,6 +1,7 @@
 """prepare.py with labels of several classes: ids, regions, phantoms, and what is refused."""
 
 import json
+import shutil
 
 import h5py
 import numpy as np
@@ -101,6 +102,30 @@ def test_without_names_all_values_of_the_folder_are_listed_once_with_the_line_to
         "class_3": 3,
         "class_7": 7,
     }
+
+
+@pytest.mark.parametrize(
+    ("values", "lines"),
+    [
+        ([[2]], ["--classes class_2=2", "--ignore-label 2"]),
+        ([[1, 2]], ["--classes class_1=1 class_2=2", "--ignore-label 2"]),
+        ([[3, 7]], ["--classes class_3=3 class_7=7", "--classes class_3=3 --ignore-label 7"]),
+        (
+            [[255], [2, 255]],  # no longer a mask where 255 is a class
+            ["--classes class_2=2 class_255=255", "--classes class_255=255 --ignore-label 2"],
+        ),
+        ([[255], [2]], ["--ignore-label 2"]),
+        ([[255], [2], [3]], []),
+    ],
+)
+def test_each_line_to_copy_works_as_it_is_printed(raw, run, tmp_path, values, lines):
+    for name, own in zip("abc", values, strict=False):
+        raw(name, *own)
+    status, _, (fault,) = run()
+    assert status == 2 and fault.split("`")[1::2] == lines
+    for line in lines:
+        assert run(*line.split())[0] == 0
+        shutil.rmtree(tmp_path / "out")
 
 
 @pytest.mark.parametrize("word", ["mean=1", "a/b=1", "=1", "background=1", "a=256", "a=1x"])

@@ -252,6 +252,13 @@ def test_the_exit_statuses_are_those_of_a_run(page):
     assert "cannot go on" in meanings[ending.FAILED] and "wrong" in meanings[ending.WRONG_INPUT]
 
 
+def test_all_examples_predict_with_the_best_state_of_the_newest_run():
+    shown = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
+    shown += [line for page in PAGES for _, text in blocks(page) for line in text.splitlines()]
+    named = {word for line in shown for word in re.findall(r"--ckpt (runs/\w+\.pt)", line)}
+    assert named == {"runs/best.pt"}
+
+
 def test_a_misspelled_setting_is_one_sentence_and_exit_status_2(tmp_path):
     words = [ROOT / "train.py", ROOT / "configs/vessels.yaml", "optim.rl=1"]
     done = processes.run(words, cwd=tmp_path)

@@ -451,10 +451,11 @@ def test_a_line_of_the_ledger_says_what_a_run_was_and_came_to(scripts, two_by_tw
 
 def test_a_run_that_stops_stops_the_sweep_which_then_goes_on(scripts, two_by_two, capsys):
     (scripts / NAMES[1]).write_text("print('time is up'); sys.exit(75)")
-    for index in (["--index", "1"], []):  # of an array job one run alone is to go on
-        assert sweep.main([two_by_two, *index]) == 75
+    # Of an array job one run alone is to go on; as many at a time as before.
+    for options in (["--index", "1", "--jobs", "2"], []):
+        assert sweep.main([two_by_two, *options]) == 75
         last = capsys.readouterr().out.strip().split("\n")[-1]
-        words = " ".join([two_by_two, *index])
+        words = " ".join([two_by_two, *options])
         assert last == (
             f"stopped: {NAMES[1]} stopped: time is up; go on with: python sweep.py {words}"
         )

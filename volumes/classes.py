@@ -160,22 +160,23 @@ def undeclared(labels, classes, ignore_label):
     ids = sorted((ids | names.keys()) - {0, ignore_label})
     read = set().union(*(values for _, values, some in labels if not some))
     masks = sorted(read - {*classes.values(), ignore_label})  # of {0, 255}, which needs no name
-    ready = shlex.join(f"{names.get(i, f'class_{i}')}={i}" for i in ids)
-    advice = f"name every class, as in `--classes {ready}`"
+    words = {i: f"{names.get(i, f'class_{i}')}={i}" for i in ids}
+    advice = f"name every class, as in `{shlex.join(['--classes', *words.values()])}`"
     if len(unknown) > MOST_UNDECLARED:
         files = list(dict.fromkeys(path for value in unknown for path in paths[value]))
         got = f"{few(list(map(str, unknown)))} in {few(files, 2)}"
         advice = "these look like numbered objects; store a mask of classes"
     elif unknown[0] < 0 or unknown[-1] > 255:
         advice = "store ids of 0 to 255, unlabeled voxels as one of their own (--ignore-label)"
-    elif masks and all(len(some) < 2 for _, _, some in labels):
-        advice = (
-            f"other labels are masks of 0 and {masks[0]}; store one foreground value in all, or "
-        )
-        advice += f"give --ignore-label {unknown[0]} if that means unlabeled"
-    elif ignore_label is None:
-        value = unknown[0] if len(unknown) == 1 else "VALUE"
-        advice += f", give --ignore-label {value} if that means unlabeled, or correct the labels"
+    else:
+        value = ([i for i in unknown if i not in masks] or unknown)[-1]
+        rest = [] if len(unknown) == 1 else ["--classes", *(words[i] for i in ids if i != value)]
+        beside_masks = masks and all(len(some) < 2 for _, _, some in labels)
+        if beside_masks:
+            advice = f"other labels are masks of 0 and {masks[0]}; store one foreground value"
+        if ignore_label is None and not (beside_masks and rest):
+            line = shlex.join([*rest, "--ignore-label", str(value)])
+            advice += f", or give `{line}` if {value} means unlabeled"
     expected = sorted({*classes.values(), ignore_label} - {None})
     return [f"labels: expected the values {expected}, got also {got}; {advice}"]
 

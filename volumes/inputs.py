@@ -20,6 +20,7 @@ from volumes.volume import (
     axes_of,
     collect_errors,
     is_spacing,
+    mixed_sizes,
     unit_scale,
     with_unit,
 )
@@ -237,15 +238,16 @@ def doubts(volume, metadata):
     ratios, trained = _beside_training(volume, metadata)
     if not ratios:
         return
-    pairs = zip(ratios, metadata["spacing"], strict=True)
-    far = any(not (wanted or 1 / UNLIKE <= ratio <= UNLIKE) for ratio, wanted in pairs)
+    extremes = metadata.get("stored_range", [trained, trained])  # none in older versions
+    sizes = zip(np.multiply(ratios, trained), metadata["spacing"], *extremes, strict=True)
+    far = any(not (w or low / UNLIKE <= size <= high * UNLIKE) for size, w, low, high in sizes)
     orders = np.divide([*itertools.permutations(volume.spacing)], trained)  # z, y, x is the first
     spreads = (orders.max(axis=1) / orders.min(axis=1)).tolist()
     swapped = spreads[0] > UNLIKE * min(spreads)
     if far or swapped:
         yield (
             f"voxels of {with_unit(volume.spacing, volume.unit)}, where training had "
-            f"{with_unit(trained, unit)}"
+            f"{', '.join([with_unit(trained, unit), *mixed_sizes(extremes).values()])}"
             + "; they are not resampled" * far
             + "; are its axes in another order than z, y, x?" * swapped
         )

@@ -132,6 +132,16 @@ def with_unit(spacing, unit):
     return f"{' '.join(f'{s:g}' for s in spacing)} {unit}".rstrip()
 
 
+def mixed_sizes(spacings):
+    """{axis: words} of the axes along which the sizes of voxels differ: "0.994 to 1.59 in y"."""
+    ends = [(min(sizes), max(sizes)) for sizes in zip(*spacings, strict=True)]
+    return {
+        i: f"{low:g} to {high:g} in {'zyx'[i]}"
+        for i, (low, high) in enumerate(ends)
+        if high > low * (1 + HEADER_TOLERANCE)
+    }
+
+
 def unit_scale(unit, other):
     """How many of another unit one unit is; 1 where one of them is not known."""
     return METRES[unit] / METRES[other] if unit in METRES and other in METRES else 1.0

@@ -65,6 +65,7 @@ def test_metadata_are_plain_and_name_the_cases_of_each_part(tmp_path):
     plan = build.resolve(make_settings(tmp_path, "data.spacing=[1, 1, 1]"))
     metadata = build.metadata(plan)
     assert (metadata["axes"], metadata["stored_spacing"]) == (["LAS"], [2.0, 1.0, 1.0])
+    assert metadata["stored_range"] == [[2.0, 1.0, 1.0], [2.0, 1.0, 1.0]]
     assert metadata["root"] == str(tmp_path.resolve())
     for part in ("train", "validation", "test"):
         assert metadata[part] == [case.id for case in getattr(plan.split, part)]

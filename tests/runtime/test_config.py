@@ -78,6 +78,21 @@ def test_each_task_of_a_slurm_array_has_a_run_name_of_its_own_unless_it_is_given
     assert config.load(path, ["run.name=mine"]).run.name == "mine"
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("inference.flip", "inference.flips"),  # and not augment.flip
+        ("augment.flips", "augment.flip"),
+        ("inference.windows", "inference.window"),
+        ("data.kfold", "data.folds"),  # a common name of a setting counts more
+        ("optim.flip", "augment.flip"),
+    ],
+)
+def test_a_slip_is_first_sought_in_the_group_that_is_given(key, meant):
+    for got in (fault(overrides=[f"{key}=1"]), fault({key.split(".")[0]: {key.split(".")[1]: 1}})):
+        assert got == f"{key}: no such setting; the nearest valid key is {meant}"
+
+
 def test_other_names_are_of_valid_keys_and_hide_no_nearer_one():
     keys = config.valid_keys()
     assert set(config.SYNONYMS.values()) <= set(keys)

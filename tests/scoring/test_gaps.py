@@ -117,6 +117,20 @@ def test_bounds_of_a_distance_belong_to_the_range_below():
     assert list(found.values()) == [0.5, 1.0]
 
 
+def test_a_range_without_a_sheet_or_gap_is_noted_once_by_its_name_and_class():
+    truth, notes = plates(0, 5).astype(np.uint8), []  # 5 apart
+    truth[2] = 2  # the only sheet of its class
+    names = ["sheet_recall@2:4/a", "gap_filled@2:4/a", "gap_filled@2:inf/a", "gap_filled/b"]
+    found = score(truth, truth, classes={"a": 1, "b": 2}, names=names, notes=notes)
+    assert list(found.values()) == [1.0, 0.0, 0.0, 0.0]
+    none = "no sheets so far apart in the truth"
+    assert notes == [
+        f"{none}, sheet_recall@2:4/a is 1",
+        f"{none}, gap_filled@2:4/a is 0",
+        f"{none}, gap_filled/b is 0",
+    ]
+
+
 def test_without_a_range_distances_count_up_to_twice_the_tolerance():
     truth = plates(0, 2, 5, 9)
     names = ["gap_filled", "sheet_recall"]

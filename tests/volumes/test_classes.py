@@ -115,8 +115,8 @@ def test_undeclared_values_are_one_sentence_with_their_files_and_a_line_to_copy(
     (fault,) = classes.undeclared(labels, classes.UNNAMED, None)
     assert fault == (
         "labels: expected the values [0, 1], got also 3 in a; 7 in a, c; name every class, as in "
-        "`--classes class_3=3 class_7=7 class_255=255`, give --ignore-label VALUE if that means "
-        "unlabeled, or correct the labels"
+        "`--classes class_3=3 class_7=7 class_255=255`, or give `--classes class_3=3 class_255=255 "
+        "--ignore-label 7` if 7 means unlabeled"
     )
 
 

@@ -180,6 +180,15 @@ def test_axes_that_lie_otherwise_than_in_training_are_a_warning(tmp_path, change
         assert note.startswith(f"warning: {path}: ") and words in note
 
 
+@pytest.mark.parametrize(("size", "said"), [(0.25, False), (4.0, False), (0.2, True), (5.0, True)])
+def test_voxels_are_measured_by_all_sizes_of_training_and_their_range_is_said(tmp_path, size, said):
+    mixed = MICRON | {"stored_range": [[3.0, 0.5, 1.0], [3.0, 2.0, 1.0]]}
+    path = lying(tmp_path / "a.nii", spacing=(1.0, size, 3.0))
+    _, notes = check_inputs([str(path)], mixed, tmp_path, tmp_path / "out")
+    words = f"voxels of 3 {size:g} 1 micron, where training had 3 1 1 micron, 0.5 to 2 in y; they"
+    assert [words in note for note in notes] == [True] * said
+
+
 def test_axes_in_another_order_are_said_where_the_run_resamples_too(tmp_path):
     resampled = MICRON | {"spacing": [1.0, 1.0, 1.0], "axes": []}
     path = lying(tmp_path / "a.nii", "SAR", (3, 1, 1))
