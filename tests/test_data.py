@@ -14,6 +14,7 @@ from scipy import ndimage
 import data
 from patches import augment
 from patches.cache import VolumeCache
+from runtime import config
 from settings import Augment
 from volumes import casefile
 

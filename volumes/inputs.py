@@ -239,8 +239,12 @@ def doubts(volume, metadata):
     if not ratios:
         return
     extremes = metadata.get("stored_range", [trained, trained])  # none in older versions
-    sizes = zip(np.multiply(ratios, trained), metadata["spacing"], *extremes, strict=True)
-    far = any(not (w or low / UNLIKE <= size <= high * UNLIKE) for size, w, low, high in sizes)
+    sizes = np.multiply(ratios, trained).tolist()
+    sizes = zip(sizes, metadata["spacing"], *extremes, strict=True)
+    far = False
+    for size, wanted, low, high in sizes:
+        coarse = size > high * UNLIKE and (not wanted or isinstance(wanted, str))  # of 1.6+
+        far |= coarse or (not wanted and size < low / UNLIKE)
     orders = np.divide([*itertools.permutations(volume.spacing)], trained)  # z, y, x is the first
     spreads = (orders.max(axis=1) / orders.min(axis=1)).tolist()
     swapped = spreads[0] > UNLIKE * min(spreads)

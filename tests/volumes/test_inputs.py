@@ -189,6 +189,14 @@ def test_voxels_are_measured_by_all_sizes_of_training_and_their_range_is_said(tm
     assert [words in note for note in notes] == [True] * said
 
 
+@pytest.mark.parametrize(("size", "said"), [(0.1, False), (1.9, False), (2.1, True)])
+def test_only_coarser_voxels_are_far_where_finer_ones_are_resampled(tmp_path, size, said):
+    finer = MICRON | {"spacing": [0.0, "1.0+", "1.0+"]}
+    path = lying(tmp_path / "a.nii", spacing=(1.0, size, 3.0))
+    _, notes = check_inputs([str(path)], finer, tmp_path, tmp_path / "out")
+    assert ["not resampled" in note for note in notes] == [True] * said
+
+
 def test_axes_in_another_order_are_said_where_the_run_resamples_too(tmp_path):
     resampled = MICRON | {"spacing": [1.0, 1.0, 1.0], "axes": []}
     path = lying(tmp_path / "a.nii", "SAR", (3, 1, 1))
