@@ -225,14 +225,7 @@ def joint_settings(members, overrides):
         if len(values) > 1:
             got = ", ".join(f"{value} ({path})" for value, path in values.items())
             faults.append(f"{key}: expected one for all checkpoints, got {got}; give {key}=VALUE")
-    thresholds = [settings.inference.threshold for settings in each]
-    unknown = [member.path for member in members if member.foreground is None]
-    if AUTO in thresholds and (unknown or set(thresholds) != {AUTO}):
-        got = f"none in {', '.join(unknown)}" if unknown else f"{', '.join(map(str, thresholds))}"
-        faults.append(
-            "inference.threshold: auto needs the share of foreground in training, and counts for "
-            f"all checkpoints, got {got}; give inference.threshold=NUMBER"
-        )
+    faults += _auto_faults(members, [settings.inference.threshold for settings in each])
     joint, clauses = each[0], []
     if joint.inference.save_disagreement and len(members) == 1 and not joint.inference.flips:
         faults.append(
@@ -253,6 +246,17 @@ def joint_settings(members, overrides):
         )
     line = f"ensemble   mean of {len(members)} networks' probabilities; {'; '.join(clauses)}"
     return joint, line if len(members) > 1 else None
+
+
+def _auto_faults(members, thresholds):
+    """A sentence if the threshold is auto and not all members can have it."""
+    unknown = [member.path for member in members if member.foreground is None]
+    if AUTO in thresholds and (unknown or set(thresholds) != {AUTO}):
+        got = f"none in {', '.join(unknown)}" if unknown else ", ".join(map(str, thresholds))
+        yield (
+            "inference.threshold: auto needs the share of foreground in training, and counts for "
+            f"all checkpoints, got {got}; give inference.threshold=NUMBER"
+        )
 
 
 def _mean(values, digits=None):

@@ -18,7 +18,7 @@ from runtime import composite_loss
 from runtime.outputs import Outputs, most_probable
 from runtime.own_threshold import AUTO, LEVELS, count_reached, own_threshold
 from scoring import classes, metrics, postprocess
-from volumes import casefile, files
+from volumes import casefile
 
 DEFAULT_THRESHOLD = 0.5
 # What is tried of each step that the settings leave open: first what changes least.
@@ -381,24 +381,6 @@ def _per_region(given, candidates, regions):
     """
     own = given if isinstance(given, dict) else dict.fromkeys(regions, given)
     return {n: tuple(candidates) if own.get(n) is None else (own[n],) for n in regions}
-
-
-def absent_regions(outputs, cases):
-    """A note for people, which names the cases that lack some of several regions, if any does."""
-    absent = {
-        name: [case.id for case in cases if not any(case.counts.get(i) for i in ids)]
-        for name, ids in outputs.regions.items()
-    }
-    parts = [
-        f"{name} in {'any case' if len(some) == len(cases) else files.few(some)}"
-        for name, some in absent.items()
-        if some
-    ]
-    if parts and outputs.several:
-        yield (
-            f"validation: no voxel of {', of '.join(parts)}; each ratio is 1 there if the "
-            "prediction has none either, else 0"
-        )
 
 
 def full_names(metric, names, outputs):

@@ -138,3 +138,21 @@ def changes_of_data(before, now):
     listed = ", ".join(changed[:5]) + ", ..." * (len(changed) > 5)
     what = "training cases are others, or hold other voxels, than in the saved state"
     return [f"changed: {len(changed)} {what}: {listed}"] if old and changed else []
+
+
+def absent_regions(outputs, cases):
+    """A note for people, which names the cases that lack some of several regions, if any does."""
+    absent = {
+        name: [case.id for case in cases if not any(case.counts.get(i) for i in ids)]
+        for name, ids in outputs.regions.items()
+    }
+    parts = [
+        f"{name} in {'any case' if len(some) == len(cases) else few(some)}"
+        for name, some in absent.items()
+        if some
+    ]
+    if parts and outputs.several:
+        yield (
+            f"validation: no voxel of {', of '.join(parts)}; each ratio is 1 there if the "
+            "prediction has none either, else 0"
+        )

@@ -9,7 +9,7 @@ import torch
 
 import infer
 import train
-from runtime import composite_loss, evaluator
+from runtime import composite_loss, evaluator, splits
 from runtime.outputs import Outputs
 from scoring import metrics, postprocess
 from tests.runtime.test_evaluator import make_case, result_of, spec_of
@@ -283,13 +283,13 @@ def test_regions_that_cases_lack_are_listed_with_these(tmp_path):
     labels = [label, np.where(label == 7, 0, label), np.zeros_like(label)]
     cases = [make_case(tmp_path, one, 255, f"c{i}") for i, one in enumerate(labels)]
     outputs = Outputs({"artery": (3,), "both": (7, 3), "gone": (8,)}, exclusive=True)
-    (note,) = evaluator.absent_regions(outputs, cases)
+    (note,) = splits.absent_regions(outputs, cases)
     assert note.startswith(
         "validation: no voxel of artery in c2, of both in c2, of gone in any case;"
     )
-    assert [*evaluator.absent_regions(CLASSES, cases[:1])] == []
-    assert [*evaluator.absent_regions(Outputs({"gone": (8,)}), cases)] == []
-    assert [*evaluator.absent_regions(outputs, [])] == []
+    assert [*splits.absent_regions(CLASSES, cases[:1])] == []
+    assert [*splits.absent_regions(Outputs({"gone": (8,)}), cases)] == []
+    assert [*splits.absent_regions(outputs, [])] == []
 
 
 def test_a_class_that_no_validation_case_holds_is_said_by_name(root, tmp_path, capsys):
