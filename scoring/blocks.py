@@ -173,19 +173,23 @@ def _plane(axis, end):
 
 def _label(mask, connectivity, axis):
     """(labels (D, H, W) from 1, their number), of planes across an axis unless that is None."""
+    if not mask.any():
+        return np.zeros(mask.shape, np.uint8), 0
     if axis is None:
         return partitions.label(mask, connectivity)
     planes = np.ascontiguousarray(np.moveaxis(mask, axis, 0))
     labels, count = np.zeros(planes.shape, np.uint32), 0
     for plane, out in zip(planes, labels, strict=True):
         found, number = cc3d.connected_components(plane, connectivity=connectivity, return_N=True)
-        np.add(found, count, out=out, where=plane)
+        np.add(found, np.uint32(count), out=out, where=plane)  # found may be uint16
         count += number
     return np.moveaxis(labels, 0, axis), count
 
 
 def _counts(labels, count):
     """How often each of the labels 0 to count occurs, a few planes at a time."""
+    if count == 0:
+        return np.array([labels.size])
     counts, step = np.zeros(count + 1, np.int64), max(1, max(_COUNTED, count) // labels[0].size)
     for start in range(0, len(labels), step):
         counts += np.bincount(labels[start : start + step].reshape(-1), minlength=count + 1)
