@@ -96,7 +96,7 @@ class ZarrVolume:
             where = self._unreadable(box)
             raise VolumeError(
                 f"{self.path}: expected chunks that can be read, got {where} that cannot "
-                f"({_reason(error)}); fetch it again"
+                f"({_reason(error)}); {_advice(self.path)}"
             ) from error
 
     def _within(self, box):
@@ -160,7 +160,7 @@ class ZarrVolume:
         index = sync(file.get(default_buffer_prototype(), part))
         if index is None:
             return np.zeros(self._per_file, bool)
-        if len(index) < size:  # a file that is cut: reading it names the fault
+        if len(index) != size:  # a file that is cut: reading it names the fault
             return np.ones(self._per_file, bool)
         offsets = np.frombuffer(index.to_bytes()[:-4], "<u8").reshape(*self._per_file, 2)
         return (offsets != _NOWHERE).any(-1)
@@ -229,9 +229,9 @@ def _open(root):
             f"{root}: expected a driver of fsspec for such a URL, got none ({error}); install it"
         ) from error
     except Exception as error:  # of the metadata, the disk or the network
-        advice = "check the address and the network" if is_url(root) else "fetch it again"
         raise VolumeError(
-            f"{root}: expected zarr metadata that can be read, got {_reason(error)}; {advice}"
+            f"{root}: expected zarr metadata that can be read, got {_reason(error)}; "
+            f"{_advice(root)}"
         ) from error
 
 
@@ -239,17 +239,21 @@ def _reason(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
+def _advice(path):
+    return "check the address and the network" if is_url(path) else "fetch it again"
+
+
 def _find(path, group, inner):
-    """The group or array of a name in a group; VolumeError lists the levels where it is none."""
+    """The group or array of a name in a group; where it is none, VolumeError lists the levels."""
     import zarr
 
     node = group.get(inner) if isinstance(group, zarr.Group) else None
     if node is None:
-        above, _, name = inner.rpartition("/")
+        above = inner.rpartition("/")[0]
         parent = group.get(above) if above and isinstance(group, zarr.Group) else group
         levels = [dataset["path"] for dataset in _declared(parent).get("datasets", ())]
-        expected = f"one of its levels, {', '.join(levels)}" if levels else "an array or group"
-        raise VolumeError(f"{path}: expected {expected}, got {name}, which is not there")
+        advice = f"its levels are {', '.join(levels)}" if levels else "check the path"
+        raise VolumeError(f"{path}: expected an array or a group, got none there; {advice}")
     return node
 
 
@@ -367,7 +371,7 @@ def read(path, dataset, role):
 def read_box(path, dataset, role, box):
     """The `Volume` of the voxels in a box, slices of z, y, x; a note counts chunks not stored."""
     stored = open_volume(f"{path}/{dataset}" if dataset else path, role=role)
-    box, whole = box_within(stored.path, box, stored.shape[1:]), stored.shape[1:]
+    box, whole = box_within(stored.path, box, stored.shape[1:], role)
     array, notes = stored[:, *box], ()
     chunks = [range(s.start // n, -(-s.stop // n)) for s, n in zip(box, stored.chunks, strict=True)]
     missing = sum(not stored.stored(*index) for index in itertools.product(*chunks))
