@@ -26,7 +26,8 @@ ROOMS = {
     "runtime": "config build composite_loss run evaluations checkpoint folder log signals "
     "microbatch device_memory cuda nonfinite timer memory_guard sliding_window splits evaluator "
     "validation jobs comparison page distributed ending ensemble arrays parts tuning outputs "
-    "step_batches optimizer window_axis window_transfer onednn precision threads",
+    "step_batches optimizer window_axis window_transfer onednn precision threads columns "
+    "chunk_cache masked_source scrolls",
 }
 TOP = "settings data model norm_mish losses"
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()
