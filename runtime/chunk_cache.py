@@ -4,9 +4,9 @@
     cache.go_to(0, 5)                   # row 5 of windows of stretch 0 is read from now on
     cache[:, 0:64, 0:128, 0:128]        # (C, 64, 128, 128)
 
-The order of all reads is known, see runtime/columns.py. So the chunk that goes is the one whose next
-use is farthest away, which no other rule beats (Belady 1966), and those of the next row are read
-meanwhile. Chunks of zeros take no memory.
+The order of all reads is known, see runtime/columns.py. So the chunk that goes is the one whose
+next use is farthest away, which no other rule beats (Belady 1966), and those of the next row are
+read meanwhile. Chunks of zeros take no memory.
 """
 
 import itertools
@@ -36,7 +36,7 @@ class ChunkCache:
     """A volume to slice, with the `shape` and `dtype` of a `volumes.ome_zarr.ZarrVolume`.
 
     stretches: [`columns.Stretch`] in the order in which they are read; budget: bytes of chunks to
-    keep, at least those that two rows of windows read; see `bytes_kept`. decoded: bytes read so far.
+    keep, at least those that two rows of windows read, see `bytes_kept`. decoded: bytes so far.
     """
 
     def __init__(self, volume, stretches, budget):

@@ -1,8 +1,8 @@
 """An image as it is predicted box by box, and which of its voxels are masked.
 
-Masked are voxels where the mask volume is 0, and voxels of the image that lie in a cube of 4 x 4 x 4
-zeros, as the air around a scroll does. One zero among others is a value as any: the dark membranes
-of electron microscopy have some.
+Masked are voxels where the mask volume is 0, and voxels of the image that lie in a cube of 4 voxels
+a side that is all 0, as the air around a scroll does. A zero by itself is a value as any: the dark
+membranes of electron microscopy have some.
 """
 
 import numpy as np
@@ -12,7 +12,8 @@ from runtime.columns import MARGIN
 
 
 def in_cubes(zero):
-    """Voxels (d, h, w) of a bool array, a margin of MARGIN around it, in cubes of 4 that are all True."""
+    """Voxels (d, h, w) that lie in cubes of 4 that are all True, of a bool array that has a margin
+    of MARGIN around them."""
     for axis in range(3):  # the cubes, by their first voxel
         for step in (1, 2):
             n = zero.shape[axis] - step
@@ -68,7 +69,9 @@ class MaskedSource:
         if self.mask is not None:
             masked = self.mask[slice(None), *box][0] == 0
         ends = [(s.start - MARGIN, s.stop + MARGIN) for s in box]
-        inside = [slice(max(0, a), min(b, n)) for (a, b), n in zip(ends, self.shape[1:])]
+        inside = [
+            slice(max(0, a), min(b, n)) for (a, b), n in zip(ends, self.shape[1:], strict=True)
+        ]
         if isinstance(self.image, ChunkCache) and self.image.is_empty(inside):
             return np.ones([s.stop - s.start for s in box], bool)
         zero = np.ones([b - a for a, b in ends], bool)  # also beyond the border

@@ -3,14 +3,14 @@
     scroll = open_scroll(predictor, volume, output, mask=None, bbox=None)
     scroll.work(part, progress, say)
 
-Every voxel has the bits of `sliding_window.predict_volume`, save where the input is masked: there it
-is 0, in the probability and in the mask. Masked are voxels where the mask volume is 0, and voxels of
-an image that lie in a cube of 4 x 4 x 4 zeros, as the air around a scroll does; one zero among
-others is a value as any. Windows in which all is masked are not predicted.
+Every voxel has the bits of `sliding_window.predict_volume`, save where the input is masked (see
+runtime/masked_source.py): there it is 0, in the probability and in the mask. Windows in which all
+is masked are not predicted.
 """
 
 import contextlib
 import math
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,9 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from monitoring import machine
-from monitoring.formatting import format_bytes
-from runtime import columns, parts
+from runtime import columns, parts, scroll_figures
 from runtime.chunk_cache import ChunkCache
 from runtime.folder import versions
 from runtime.masked_source import MaskedSource
@@ -30,7 +28,7 @@ from runtime.window_axis import axis_spans
 from runtime.window_transfer import is_asynchronous
 from scoring import block_postprocess
 from volumes import atomic, ome_zarr, zarr_store
-from volumes.files import read_label, split_dataset, suffix_of
+from volumes.files import few, read_label, split_dataset, suffix_of
 from volumes.volume import VolumeError, box_within
 
 CHUNK = 128  # voxels of a chunk of a store, on each axis
@@ -42,6 +40,28 @@ LATE = 2  # rows that are read before the planes of one come back from a GPU
 # ---------------------------------------------------------------------------- opening
 
 
+def open_all(predictor, inputs, stored, output, arguments):
+    """The `Scroll` of each `Input` whose prediction is stored; inputs: those that are predicted
+    whole. ValueError, a line for each fault; before one is made, nothing is written."""
+    alone = len(stored) == 1 and not inputs
+    fits = {"mask": alone, "bbox": alone, "submission": not stored}
+    for name, does in fits.items():
+        if getattr(arguments, name) and not does:
+            wanted = "masks in files" if name == "submission" else "one prediction, in a .zarr"
+            got = few([str(volume.prediction_path(output)) for volume in (*stored, *inputs)])
+            raise ValueError(f"--{name}: expected {wanted}, got {got}; leave it out")
+    box = arguments.bbox and [_slice(text) for text in arguments.bbox]
+    how = {"mask": arguments.mask, "bbox": box}
+    return [open_scroll(predictor, volume, output, **how) for volume in stored]
+
+
+def _slice(text):
+    match = re.fullmatch(r"(\d*):(\d*)", text)
+    if not match:
+        raise ValueError(f"--bbox: expected Z0:Z1 Y0:Y1 X0:X1, such as 0:512 : 100:900, got {text}")
+    return slice(*(int(end) if end else None for end in match.groups()))
+
+
 def open_scroll(predictor, volume, output, *, mask=None, bbox=None):
     """The `Scroll` of an `Input` whose prediction goes into a store, which is made, or gone on
     with. mask: path of a volume of the same voxels; bbox: three slices, None for all.
@@ -50,7 +70,7 @@ def open_scroll(predictor, volume, output, *, mask=None, bbox=None):
     of a store that was begun with something else.
     """
     settings, shape = predictor.settings, volume.shape
-    box = box_within(f"--bbox of {volume.path}", bbox or (slice(None),) * 3, shape)
+    box, _ = box_within(f"--bbox of {volume.path}", bbox or (slice(None),) * 3, shape)
     inference = settings.inference
     shard = tuple(inference.shard)
     chunk = tuple(min(CHUNK, size) for size in shard)
@@ -106,8 +126,8 @@ def _open_mask(path, volume):
 class Scroll:
     """A volume whose prediction goes into a store.
 
-    spans: of the windows on each axis; box: what of the volume is predicted, three slices; mask: the
-    voxels of the mask volume, or None.
+    spans: of the windows on each axis; box: what of the volume is predicted, three slices; mask:
+    the voxels of the mask volume, or None.
     """
 
     predictor: object
@@ -198,16 +218,23 @@ class Scroll:
             self.volume.voxels() as voxels,
             contextlib.closing(self._source(voxels, plan)) as source,
         ):
-            say(f"estimate   {self._estimate(plan, source)}")
-            done, total = 0, sum(map(self._windows, plan))
+            say(f"estimate   {scroll_figures.estimate(self, plan, source)}")
+            done, total = 0, sum(map(self.windows, plan))
             with Writer() as writer:
                 for source.stretch, stretch in enumerate(plan):
-                    own = dict(
-                        how, progress=lambda n, _, done=done: how["progress"](done + n, total)
-                    )
-                    self._predict_stretch(stretch, source, writer, own)
-                    done += self._windows(stretch)
-            return self._figures(indexes, source, time.perf_counter() - started)
+
+                    def progress(count, _, before=done):
+                        how["progress"](before + count, total)
+
+                    self._predict_stretch(stretch, source, writer, how | {"progress": progress})
+                    done += self.windows(stretch)
+            seconds = time.perf_counter() - started
+            return scroll_figures.of_work(self, indexes, source, seconds)
+
+    def windows(self, stretch):
+        """How many windows are predicted for a stretch, if none is skipped."""
+        areas = zip(self.spans[1:], stretch.box[1:], strict=True)
+        return len(stretch.needed) * math.prod(len(columns.touching(*one)) for one in areas)
 
     def _source(self, voxels, plan):
         budget = int(self.predictor.settings.inference.cache_gb * 1e9)
@@ -219,15 +246,17 @@ class Scroll:
 
     def _predict_stretch(self, stretch, source, writer, how):
         """Predict those of its shards that no other process holds, and hold them meanwhile."""
-        with contextlib.ExitStack() as locks:
+        about, locks = (source, self.volume.spacing, self.volume.intensity), contextlib.ExitStack()
+        try:
             free = [i for i in stretch.shards if locks.enter_context(self.store.lock(i))]
-            runs = columns.plan(self.spans, self.volume.shape, self.shard_box, free)
-            for run in runs:
-                about = (source, self.volume.spacing, self.volume.intensity)
+            for run in columns.plan(self.spans, self.volume.shape, self.shard_box, free):
                 where = {"rows": run.rows, "box": run.box[1:], "skip": source.skip}
                 slabs = self.predictor.probabilities(*about, **where, **how)
                 self._fill(slabs, run.shards, source, writer)
-            writer.submit(locks.pop_all().close)
+            writer.submit(locks.close)
+        except BaseException:
+            locks.close()
+            raise
 
     def _fill(self, slabs, shards, source, writer):
         """Put finished planes into their shards, and let each be written as soon as it is whole."""
@@ -289,6 +318,7 @@ class Scroll:
         if self.store.missing():
             return False
         if self.store.missing(mask=True):
+            (self.store.path / zarr_store.LOCKS).mkdir(exist_ok=True)
             with open(self.store.path / zarr_store.LOCKS / "mask", "ab") as file:
                 if not atomic.try_lock(file):
                     return False
@@ -321,62 +351,6 @@ class Scroll:
             painted = predictor.outputs.paint(masks(box))
             painted[raw(box)[0] == MASKED] = 0  # steps may have filled it
             self.store.write_mask(index, painted)
-
-    # ------------------------------------------------------------------------ figures
-
-    def _windows(self, stretch):
-        """How many windows are predicted for a stretch, if none is skipped."""
-        areas = zip(self.spans[1:], stretch.box[1:], strict=True)
-        return len(stretch.needed) * math.prod(len(columns.touching(*one)) for one in areas)
-
-    def _estimate(self, plan, source):
-        """What the work of this process will take, for people."""
-        predictor, windows = self.predictor, sum(map(self._windows, plan))
-        seconds = self._seconds_of_a_window()
-        channels, shard = len(predictor.outputs.regions), predictor.settings.inference.shard
-        area = max(math.prod(s.stop - s.start for s in one.box[1:]) for one in plan)
-        depth = max(span.stop - span.start for span in self.spans[0])
-        slab = 4 * predictor.outputs.channels * area * depth
-        size = [min(s, n) for s, n in zip(shard, self.size, strict=True)]
-        # A shard that fills, one that is written, and the slab with its finished planes.
-        ram = machine.resident_memory() + 2 * math.prod(size) * (1 + channels) + 2 * slab
-        ram += sum(cache.bytes_kept for cache in source.caches)
-        figures = [f"{format_bytes(ram)} of RAM"]
-        if is_asynchronous(predictor.device):
-            import torch
-
-            vram = torch.cuda.max_memory_reserved(predictor.device) + slab
-            figures.append(f"{format_bytes(vram)} of VRAM")
-        voxels = sum(math.prod(s.stop - s.start for s in one.box) for one in plan)
-        read = sum(cache.bytes_read_at_most for cache in source.caches)
-        figures += [
-            f"up to {windows * seconds / 3600:.2g} hours ({windows} windows of {seconds:.2g} s)",
-            *([f"reads up to {format_bytes(read)}"] if read else []),
-            f"writes up to {format_bytes(voxels * (1 + channels) * 8 / 7)} before compression",
-        ]
-        return ", ".join(figures)
-
-    def _seconds_of_a_window(self):
-        """The time of one window; the first call of a network takes longer, and does not count."""
-        predictor = self.predictor
-        shape = (self.volume.channels, *predictor.settings.inference.window)
-        for _ in range(2):
-            started = time.perf_counter()
-            list(predictor.probabilities(np.zeros(shape, np.uint8), None, self.volume.intensity))
-        return time.perf_counter() - started
-
-    def _figures(self, indexes, source, seconds):
-        """What the work of this process took, for people."""
-        figures = [f"{len(indexes)} shards in {seconds:.1f} s"]
-        if isinstance(source.image, ChunkCache):
-            image = source.image
-            boxes = map(self.shard_box, indexes)
-            voxels = sum(math.prod(s.stop - s.start for s in box) for box in boxes)
-            share = image.decoded / (voxels * self.volume.channels * image.dtype.itemsize)
-            figures.append(f"read factor {share:.2f} ({format_bytes(image.decoded)} decoded)")
-        if peak := machine.peak_memory():
-            figures.append(f"peak {format_bytes(peak)} of RAM")
-        return ", ".join(figures)
 
 
 class Writer:
