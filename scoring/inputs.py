@@ -204,11 +204,11 @@ def listed(ids):
     return files.few(sorted(ids))
 
 
-def read(pair, options, errors):
-    """The `Masks` of a `Pair`; None if that added to errors."""
+def read(pair, options, errors, reader=files.read_label):
+    """The `Masks` of a `Pair`, of voxels as reader(path) gives them; None if that added to errors."""
     before = len(errors)
-    predictions = {m: _read(files.read_label, p, errors) for m, p in pair.predictions.items()}
-    truth = _read(files.read_label, pair.truth, errors)
+    predictions = {m: _read(reader, p, errors) for m, p in pair.predictions.items()}
+    truth = _read(reader, pair.truth, errors)
     image = _read(files.read_image, pair.image, errors) if options.otsu else None
     probs = {m: _read_probs(p, options.probs, errors) for m, p in pair.predictions.items()}
     if len(errors) > before:

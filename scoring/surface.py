@@ -64,7 +64,7 @@ class SurfacePair:
         else:
             with ThreadPoolExecutor(self.threads) as pool:
                 far = list(pool.map(_beyond, self.corners, self.corners[::-1], (rows, rows)))
-        return 1.0 - sum(float(counts @ self.area) for counts in far) / sum(self.areas)
+        return share_within(far, [surface.histogram for surface in self.corners], self.area)
 
     @functools.cached_property
     def distances(self):
@@ -90,6 +90,14 @@ class SurfacePair:
             return 0.0 if all(self.empty) else self.diagonal
         sums = (float((self.area[codes] * away).sum()) for away, codes in self.distances)
         return sum(sums) / sum(self.areas)
+
+
+def share_within(far, histograms, area):
+    """Surface Dice from the corners of each code (256,) that are far, and all, of either mask."""
+    if not all(histogram.any() for histogram in histograms):
+        return float(not any(histogram.any() for histogram in histograms))
+    whole = sum(float(histogram @ area) for histogram in histograms)
+    return 1.0 - sum(float(counts @ area) for counts in far) / whole
 
 
 def _percentile(distances, codes, area, percentile):
