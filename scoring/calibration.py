@@ -32,6 +32,11 @@ def expected_calibration_error(probs, truth, labeled=None, bins=BINS):
     much foreground in one hides too little in the other.
     """
     off, voxels = gaps_of_bins(probs, truth, labeled, checked_bins(bins))
+    return mean_gap(off, voxels)
+
+
+def mean_gap(off, voxels):
+    """The error from the sums of `gaps_of_bins`."""
     return float(np.abs(off).sum() / max(1, voxels))
 
 

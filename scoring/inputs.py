@@ -205,7 +205,7 @@ def listed(ids):
 
 
 def read(pair, options, errors, reader=files.read_label):
-    """The `Masks` of a `Pair`, of voxels as reader(path) gives them; None if that added to errors."""
+    """The `Masks` of a `Pair`, from what reader gives of a path; None if that added to errors."""
     before = len(errors)
     predictions = {m: _read(reader, p, errors) for m, p in pair.predictions.items()}
     truth = _read(reader, pair.truth, errors)

@@ -174,7 +174,7 @@ def extract(mask):
     for start in range(0, shape[0], thickness):
         slab = slice(start, min(start + thickness, shape[0]))
         codes[slab] = _corner_codes(mask, slab)
-        histogram += np.bincount(_mixed_ones(codes[slab]), minlength=256)
+        histogram += histogram_of(codes[slab])
         bits[slab] = dilation.pack(is_mixed(codes[slab]))
     return Corners(codes, bits, histogram)
 
@@ -195,6 +195,11 @@ def _corner_codes(mask, slab):
 def is_mixed(codes):
     """Which codes are neither 0 nor 255: bool; 0 wraps to 255 below."""
     return codes - np.uint8(1) < np.uint8(254)
+
+
+def histogram_of(codes):
+    """How many corners have each of the codes, but for 0 and 255: (256,)."""
+    return np.bincount(_mixed_ones(codes), minlength=256)
 
 
 def _mixed_ones(codes):
