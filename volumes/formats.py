@@ -32,7 +32,7 @@ class Format:
         if box is not None and hasattr(self.module, "read_box"):
             return self.module.read_box(path, dataset, role, box)
         volume = self.module.read(path, dataset, role)
-        return volume if box is None else take_box(volume, box)
+        return volume if box is None else take_box(volume, box, role)
 
 
 # A header and its voxels in two files could not appear whole or not at all: they are only read.

@@ -97,7 +97,7 @@ def prepare_case(case, rules):
     if outcome.faults or outcome.label[2]:
         return outcome
     pieces = _pieces(case.id, image.array.shape[1], rules.crops, outcome.faults)
-    box = box_within(image.path, case.box, image.whole) if image.whole else ()
+    box = box_within(image.path, case.box, image.whole)[0] if image.whole else ()
     intensity = {}
     for piece_id, planes in pieces.items():
         if classes is not None:

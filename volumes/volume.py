@@ -159,7 +159,8 @@ def compare(volume, other, *, spacing=True, axes=True):
     """
     faults, notes = [], []
     shape = volume.array.shape[-3:]
-    of, wanted = (v.whole or v.array.shape[-3:] for v in (volume, other))
+    are_cut = volume.whole and other.whole
+    of, wanted = (v.whole if are_cut else v.array.shape[-3:] for v in (volume, other))
     if of != wanted:
         faults.append(
             f"{volume.path}: expected the shape of {other.path}, {wanted}, got {of}; "
@@ -238,23 +239,31 @@ def axes_of(affine):
     return "".join(("RL", "AP", "SI")[w][int(cosines[w, i] < 0)] for i, w in enumerate(order))
 
 
-def box_within(path, box, shape):
-    """The slices of a box with both ends; VolumeError where it is empty or reaches out of shape."""
+def box_within(path, box, shape, role="image"):
+    """(the slices of a box with both ends, the shape that it is cut from).
+
+    A label of just the shape of the box is that of the box alone: all of it, cut from nothing, ().
+    VolumeError for a box that is empty or reaches out of shape.
+    """
     ends = [
         (s.start or 0, n if s.stop is None else s.stop) for s, n in zip(box, shape, strict=True)
     ]
+    if role == "label" and tuple(stop - first for first, stop in ends) == tuple(shape):
+        return tuple(slice(0, n) for n in shape), ()
     if any(not 0 <= first < stop <= n for (first, stop), n in zip(ends, shape, strict=True)):
         got = ",".join(f"{first}:{stop}" for first, stop in ends)
+        label = " or give a label of just the box" * (role == "label")
         raise VolumeError(
-            f"{path}: expected a box within its voxels (z, y, x), {shape}, got {got}; correct it"
+            f"{path}: expected a box within its {shape} voxels (z, y, x), got {got}; correct the "
+            f"box{label}"
         )
-    return tuple(slice(*pair) for pair in ends)
+    return tuple(slice(*pair) for pair in ends), tuple(shape)
 
 
-def take_box(volume, box):
-    """The `Volume` of a box (three slices), at its own place; VolumeError as of `box_within`."""
-    whole, affine = volume.array.shape[-3:], volume.affine
-    box = box_within(volume.path, box, whole)
+def take_box(volume, box, role):
+    """The `Volume` of a box (slices of z, y, x), at its own place; errors as of `box_within`."""
+    box, whole = box_within(volume.path, box, volume.array.shape[-3:], role)
+    affine = volume.affine
     if affine is not None:
         affine = crop_affine(affine, [s.start for s in box])
     return replace(volume, array=volume.array[..., *box], affine=affine, whole=whole)
