@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scoring import calibration, dilation, homology, metrics, partitions, surface
-from scoring.blocks import BLOCK, Grid, Joined
+from scoring.blocks import Grid, Joined
 
 # Scores for which distances are not bounded, or skeletons and gaps are of the whole volume.
 WHOLE = ("hd95", "hausdorff", "assd", "cldice", "topology_precision", "topology_sensitivity",
@@ -39,7 +39,7 @@ class BlockPair(metrics.Comparison):
     """
 
     def __init__(
-        self, read, shape, spacing=metrics.VOXEL, tolerance=2.0, *, block=BLOCK, threads=2,
+        self, read, shape, spacing=metrics.VOXEL, tolerance=2.0, *, block=None, threads=2,
         probs=None,
     ):  # fmt: skip
         self.read, self.grid, self.probs, self.threads = read, Grid(shape, block), probs, threads

@@ -25,10 +25,13 @@ _COUNTED = 2**20  # labels that are counted at once: they become int64
 
 
 class Grid:
-    """The blocks of a volume (D, H, W): indices (z, y, x) in C order when iterated over."""
+    """The blocks of a volume (D, H, W): indices (z, y, x) in C order when iterated over.
 
-    def __init__(self, shape, block=BLOCK):
-        self.shape, self.block = tuple(map(int, shape)), tuple(map(int, block))
+    block: their size in voxels (z, y, x), None: BLOCK.
+    """
+
+    def __init__(self, shape, block=None):
+        self.shape, self.block = tuple(map(int, shape)), tuple(map(int, block or BLOCK))
         self.counts = tuple(-(-n // b) for n, b in zip(self.shape, self.block, strict=True))
 
     def __iter__(self):
