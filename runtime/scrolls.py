@@ -27,7 +27,7 @@ from runtime.sliding_window import network_ratio
 from runtime.window_axis import axis_spans
 from runtime.window_transfer import is_asynchronous
 from scoring import block_postprocess
-from volumes import atomic, ome_zarr, zarr_store
+from volumes import ome_zarr, zarr_store
 from volumes.files import few, read_label, split_dataset, suffix_of
 from volumes.volume import VolumeError, box_within
 
@@ -318,9 +318,8 @@ class Scroll:
         if self.store.missing():
             return False
         if self.store.missing(mask=True):
-            (self.store.path / zarr_store.LOCKS).mkdir(exist_ok=True)
-            with open(self.store.path / zarr_store.LOCKS / "mask", "ab") as file:
-                if not atomic.try_lock(file):
+            with self.store.hold("mask") as free:
+                if not free:
                     return False
                 self._postprocess()
         return self.store.finish()
