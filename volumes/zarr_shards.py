@@ -80,10 +80,10 @@ def metadata(description):
     d = description
     regions = len(d["names"]) if len(d["names"]) > 1 else None
     mask = {"multiscales": [_multiscale(d, "mask", None, "nearest")]}
-    values = [{"label-value": value, "name": name} for name, value in d["names"]]
+    values = [{"label-value": value, "name": name} for name, value in d["names"].items()]
     painted = [
         {"label-value": value, "rgba": [*bytes.fromhex(_color(i)), 255]}
-        for i, (_, value) in enumerate(d["names"])
+        for i, value in enumerate(d["names"].values())
     ]
     source = {"image": "../../"}
     mask["image-label"] = {"colors": painted, "properties": values, "source": source}
@@ -110,7 +110,7 @@ def _root(description):
             "active": True,
             "window": {"min": 0, "max": 255, "start": 0, "end": 255},
         }
-        for i, (name, _) in enumerate(names)
+        for i, name in enumerate(names)
     ]
     regions = len(names) if len(names) > 1 else None
     image = {"multiscales": [_multiscale(description, "probability", regions, "mean")]}

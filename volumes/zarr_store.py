@@ -67,8 +67,21 @@ class Store:
         if done.exists():
             yield False
         else:
-            with self._hold(".".join(map(str, index))) as free:
+            with self.hold(".".join(map(str, index))) as free:
                 yield free and not done.exists()
+
+    @contextlib.contextmanager
+    def hold(self, name):
+        """Hold a lock of this name in a context: whether no other process does."""
+        path = self.path / LOCKS / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "ab")
+        except FileNotFoundError:  # another process finishes
+            yield False
+            return
+        with file:
+            yield atomic.try_lock(file)
 
     def write(self, index, probability, mask=None, raw=None):
         """Write a shard: probability (C, d, h, w) and mask (d, h, w) of its box, uint8.
@@ -101,7 +114,7 @@ class Store:
         """Mark the store as complete if nothing is missing; whether that is so."""
         if self.missing() or self.missing(mask=True):
             return False
-        with self._hold("finish") as free:
+        with self.hold("finish") as free:
             if free:
                 for path in self.path.rglob(".partial_*"):  # of processes that were killed
                     path.unlink(missing_ok=True)
@@ -110,19 +123,6 @@ class Store:
                 _write_json(self.path, root)
                 shutil.rmtree(self.path / ".lamina", ignore_errors=True)
         return True
-
-    @contextlib.contextmanager
-    def _hold(self, name):
-        """Hold a lock of this name in a context: whether no other process does."""
-        path = self.path / LOCKS / name
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "ab")
-        except FileNotFoundError:  # another process finishes
-            yield False
-            return
-        with file:
-            yield atomic.try_lock(file)
 
     def _check(self, index, voxels, channels=()):
         """ValueError if voxels are not those of a shard."""
@@ -176,7 +176,7 @@ def create(
         raise ValueError(f"expected a shard of whole chunks of {chunk}, got {tuple(shard)}")
     description = {
         "shape": shape,
-        "names": list(names.items()),  # their order counts
+        "names": names,
         "spacing": spacing,
         "unit": unit,
         "offset": offset,
@@ -289,7 +289,8 @@ def _now():
 
 def _check_same(path, stored, given):
     """ValueError if two descriptions are of different predictions."""
-    stored, given = _flat(stored), _flat(given)
+    # The order of the regions counts, which dicts do not compare.
+    stored, given = (_flat(d | {"names": list(d["names"].items())}) for d in (stored, given))
     keys = [key for key in {**stored, **given} if key not in NOT_COMPARED]
     differences = [
         f"{key.removeprefix('provenance.')} {_short(stored, key)} instead of {_short(given, key)}"

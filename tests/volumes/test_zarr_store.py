@@ -168,8 +168,7 @@ def test_files_are_the_same_whoever_writes_them_in_any_order(tmp_path):
 
 def test_a_damaged_chunk_is_noticed_by_zarr(tmp_path):
     store = create(tmp_path / "p.zarr", (16, 16, 16))
-    probability, mask = voxels((16, 16, 16))
-    fill(store, probability + 1, mask)
+    fill(store, *(array[..., -16:, -16:, -16:] for array in voxels((16, 16, 32))))
     path = store.path / "0/c/0/0/0"
     content = bytearray(path.read_bytes())
     content[40] ^= 1
@@ -340,6 +339,19 @@ def test_a_shard_that_another_process_has_done_meanwhile_is_left_alone(tmp_path)
     store = create(tmp_path / "p.zarr")
     probability, mask = voxels()
     fill(store, probability, mask, [(0, 0, 0)])
+    with store.lock((0, 0, 0)) as free:
+        assert not free
+
+
+def test_a_shard_that_is_done_just_before_its_lock_is_free_is_left_alone(tmp_path, monkeypatch):
+    store, arrays = create(tmp_path / "p.zarr"), voxels()
+
+    def late(file):
+        monkeypatch.undo()
+        fill(store, *arrays, [(0, 0, 0)])
+        return True
+
+    monkeypatch.setattr(zarr_store.atomic, "try_lock", late)
     with store.lock((0, 0, 0)) as free:
         assert not free
 
