@@ -34,7 +34,7 @@ class BlockPair(metrics.Comparison):
 
     read(box) -> (prediction, truth, labeled) of a box of the volume (D, H, W) of shape: bool
     (d, h, w), neither mask with unlabeled voxels, labeled None: everywhere. probs(box), for the
-    ece: float (d, h, w). Some 25 bytes of memory for each voxel of a block, and 140 for each of a
+    ece: float (d, h, w). Some 35 bytes of memory for each voxel of a block, and 140 for each of a
     tile and thread in Betti matching.
     """
 
