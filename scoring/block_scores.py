@@ -114,11 +114,13 @@ class BlockSurfaces:
     def dice(self, tolerance):
         tolerance = surface.checked_tolerance(tolerance)
         rows = dilation.ball_rows(tolerance, self.spacing)
-        far, reach = np.zeros((2, 256), np.int64), [int(tolerance / s) + 1 for s in self.spacing]
+        far, whole = np.zeros((2, 2, 256), np.int64)
+        reach = [int(tolerance / step) + 1 for step in self.spacing]
         for corners, own in self._corners(reach):
+            whole += [surface.histogram_of(one.codes[own]) for one in corners]
             for counts, ours, theirs in zip(far, corners, corners[::-1], strict=True):
                 counts += _beyond(ours, theirs, own, rows, tolerance, self.spacing)
-        return surface.share_within(far, self.histograms, self.area)
+        return surface.share_within(far, whole, self.area)
 
     @functools.cached_property
     def histograms(self):
