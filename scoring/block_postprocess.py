@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from scoring import postprocess
-from scoring.blocks import Bits, Grid, Joined, size_of
+from scoring.blocks import Bits, Grid, Joined, size_of, written
 
 
 def postprocessed(
@@ -100,11 +100,8 @@ def _settled(path, joins, add):
         for number, joined in enumerate(joins.values()):
             joined.settle()
             arrays |= {f"{key}{number}": value for key, value in joined.state().items()}
-        with open(f"{path}.partial", "wb") as file:
+        with written(path) as file:
             np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.partial", path)
     with np.load(path) as arrays:
         for number, joined in enumerate(joins.values()):
             joined.load({key: arrays[f"{key}{number}"] for key in ("starts", "judged")})
