@@ -43,8 +43,8 @@ def postprocessed(
     arguments goes on after the last complete step. Delete it when you have all masks.
 
     Memory: that of a few blocks, about 13 bytes for each voxel of one, with closing_radius also of
-    as much around it as twice the radius; and 8 bytes for each voxel of a plane (D, H or H, W) that
-    the blocks in work meet in.
+    as much around it as twice the radius; and for each voxel of a plane (H, W), in which blocks
+    meet, 4 bytes and region, 12 with max_hole_voxels.
     """
     spacing = None if spacing is None else [float(step) for step in spacing]
     settings = [exclusive, spacing, hysteresis, min_component_voxels, max_hole_voxels]
