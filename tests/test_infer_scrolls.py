@@ -263,14 +263,12 @@ def test_a_mask_volume_bounds_what_is_predicted(run, windows, tmp_path, suffix):
     np.testing.assert_array_equal(own, (mask > 0) & (probs >= 0.5))
 
 
-def test_beside_a_gpu_planes_come_late_and_are_the_same(
-    run, windows, tmp_path, capsys, monkeypatch
-):
+def test_beside_a_gpu_planes_come_late_and_are_the_same(run, windows, tmp_path, monkeypatch):
     for module in (sliding_window, scrolls):
         monkeypatch.setattr(module, "is_asynchronous", lambda device: True)
     image = image_in_air()
     infer_ok("--ckpt", run(), "--input", scroll(tmp_path / "a.zarr", image), "--output",
-             tmp_path / "pred.zarr", "inference.shard=[16,32,32]", "inference.cache_gb=0")  # fmt: skip
+             tmp_path / "pred.zarr", "inference.shard=[16,32,32]")  # fmt: skip
     (probability,), _ = stored(tmp_path / "pred.zarr")
     air = image == 0
     air[4, 5, 6] = False
