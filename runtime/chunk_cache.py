@@ -52,8 +52,8 @@ class ChunkCache:
             for column in itertools.product(y, x):
                 self._columns.setdefault(column, []).append(number)
             total += len(z)
-        self.largest, self.bytes_read_at_most = self._needs()
-        self.bytes_kept = max(budget, self.largest)
+        most, self.bytes_read_at_most = self._needs()
+        self.bytes_kept = max(budget, most)
         self._chunks, self._held, self.decoded = {}, 0, 0
         self._stretch, self._step, self._lock = 0, -1, threading.Lock()
         self._pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "chunks")
