@@ -17,7 +17,7 @@ import model
 from runtime import checkpoint, config, outputs, parts
 from runtime.folder import newest_run_folder
 from runtime.jobs import Ledger
-from runtime.own_threshold import AUTO, LEVELS, count_reached, own_threshold
+from runtime.own_threshold import AUTO, LEVELS, count_reached, histogram, own_threshold
 from runtime.sliding_window import network_ratio, predict_case
 from runtime.window_axis import window_rows
 from scoring import postprocess
@@ -332,10 +332,22 @@ class Predictor:
         """Finished slabs in order: (z0, {layer: (d, H, W)}); how: arguments of predict_slabs."""
         with volume.voxels() as image:
             about = (image, volume.spacing, volume.intensity)
-            for z0, probs in predict_case(self.networks, *about, **self.how, **how):
+            for z0, probs in self.probabilities(*about, **how):
                 layers = self._layers(probs)
                 del probs  # while the next slab is made
                 yield z0, layers
+
+    def probabilities(self, image, spacing, intensity, **how):
+        """What `predict_case` yields of an image that is seen as a volume of these is."""
+        return predict_case(self.networks, image, spacing, intensity, **self.how, **how)
+
+    def thresholded(self, probs):
+        """({region: mask (d, h, w) bool}, {region: that of the threshold of hysteresis, if it is
+        on}) of probabilities (K, d, h, w). Where the threshold is auto, in place of the mask the
+        levels reached, uint8."""
+        layers = self._layers(probs)
+        reached = {name: layers["reached"] for name in self.outputs.regions if "reached" in layers}
+        return reached or self.regions_of(layers, "high"), self.regions_of(layers, "low")
 
     def _layers(self, probs):
         """The layers of a slab (K, d, H, W) of `predict_slabs`. Of each region, see `_layer`:
@@ -386,12 +398,16 @@ class Predictor:
         layers = {name: self._layer(kind, name) for name in names}
         return {name: whole.pop(layer) for name, layer in layers.items() if layer in whole}
 
+    def own_threshold(self, counts):
+        """The threshold of a volume with this `histogram`."""
+        return own_threshold(counts, statistics.mean(one.foreground for one in self.members))
+
     def settle_threshold(self, whole):
         """Put the layer high in place of reached; the threshold in words, "" where it is known."""
         if "reached" not in whole:
             return ""
-        reached, shares = whole.pop("reached"), [member.foreground for member in self.members]
-        threshold = own_threshold(reached, statistics.mean(shares))
+        reached = whole.pop("reached")
+        threshold = self.own_threshold(histogram(reached))
         whole["high"] = reached > LEVELS.index(threshold)
         return f"threshold {threshold}, "
 

@@ -16,7 +16,7 @@ import torch
 
 from runtime import composite_loss
 from runtime.outputs import Outputs, most_probable
-from runtime.own_threshold import AUTO, LEVELS, count_reached, own_threshold
+from runtime.own_threshold import AUTO, LEVELS, count_reached, histogram, own_threshold
 from scoring import classes, metrics, postprocess
 from volumes import casefile
 
@@ -118,7 +118,8 @@ def number_of(spec, counts, threshold):
     """A threshold as a number; counts: of the whole volume, as `encode` made them of its region."""
     if threshold != AUTO:
         return threshold
-    return own_threshold(counts, spec.foreground, spec.all_thresholds)
+    levels = spec.all_thresholds
+    return own_threshold(histogram(counts, levels), spec.foreground, levels)
 
 
 def evaluate(spec, predictions):

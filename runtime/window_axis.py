@@ -24,6 +24,11 @@ class Span:
     to_volume: tuple | None  # network voxels -> voxels start..stop
     weight: torch.Tensor  # (stop - start,) share of this window in the blend
 
+    @property
+    def reach(self):
+        """The voxels that it reads or predicts: of large network voxels it reads fewer."""
+        return slice(min(self.start, self.read.start), max(self.stop, self.read.stop))
+
 
 def window_starts(size, extent, overlap):
     """Starts of the windows on an axis of `size` voxels: evenly spread integers.
@@ -89,6 +94,24 @@ def axis_spans(size, window, overlap, ratio, device):
         share = torch.from_numpy(weight[start:stop]).float().to(device)
         spans.append(Span(start, stop, slice(first, last + 1), to_network, to_volume, share))
     return spans
+
+
+def window_spans(shape, window, overlap, ratio, device):
+    """[[`Span`] of each axis] of the windows that `predict_slabs` goes through in a volume."""
+    axes = zip(shape, window, ratio, strict=True)
+    return [axis_spans(size, int(n), overlap, float(r), device) for size, n, r in axes]
+
+
+def touching(spans, wanted):
+    """The spans that predict voxels of a slice of their axis."""
+    return [span for span in spans if span.start < wanted.stop and span.stop > wanted.start]
+
+
+def rows_needed(spans, rows):
+    """The rows of windows to predict for the planes of a range of them: those before that reach
+    into its first plane too."""
+    reach = sum(z.stop > spans[rows.start].start for z in spans[: rows.start])
+    return range(rows.start - reach, rows.stop)
 
 
 def window_rows(shape, window, overlap, ratio):

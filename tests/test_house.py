@@ -21,12 +21,14 @@ ROOMS = {
     "topology": "distance soft_skeleton persistence neighbors",
     "monitoring": "machine records recorder health panels picture formatting",
     "scoring": "metrics masks classes surface dilation partitions homology gaps calibration "
-    "postprocess inputs parallel report",
+    "postprocess inputs parallel report blocks block_postprocess "
+    "block_scores block_inputs",
     "patches": "cache resample intensity augment contact_sheet feed transfer",
     "runtime": "config build composite_loss run evaluations checkpoint folder log signals "
     "microbatch device_memory cuda nonfinite timer memory_guard sliding_window splits evaluator "
     "validation jobs comparison page distributed ending ensemble arrays parts tuning outputs "
-    "step_batches optimizer window_axis window_transfer onednn precision threads own_threshold",
+    "step_batches optimizer window_axis window_transfer onednn precision threads own_threshold "
+    "columns chunk_cache masked_source scrolls scroll_figures voice",
 }
 TOP = "settings data model norm_mish losses"
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()

@@ -16,15 +16,17 @@ last, and a shard is done when it is there. `.lamina/` is removed when the store
 import contextlib
 import datetime
 import json
+import math
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from volumes import atomic, zarr_shards
+from volumes import atomic, files, ome_zarr, zarr_shards
+from volumes.volume import VolumeError
 from volumes.zarr_shards import MASK, PROBABILITY, RAW
 
 LOCKS = ".lamina/locks"
@@ -201,6 +203,37 @@ def open_store(path):
             f"{path}: expected a store that infer.py has begun, got {got}; give another path"
         ) from error
     return Store(path, description)
+
+
+def unfinished(path):
+    """A sentence if a path is of a store, some shards of which are missing, else ""."""
+    with contextlib.suppress(ValueError):
+        store = open_store(ome_zarr.split(path)[0])
+        if not store.description["complete"]:
+            return (
+                f"{path}: expected a finished prediction, got a store of which "
+                f"{len(store.missing())} shards and {len(store.missing(mask=True))} masks of "
+                f"shards are missing, of {math.prod(store.grid)}; run infer.py again"
+            )
+    return ""
+
+
+def probability(path, name=None, box=(slice(None),) * 3):
+    """The `Volume` (1, D, H, W) float32 of a box of the probability of a region in a store.
+
+    name: of the region, None where there is only one. ValueError for what is not there.
+    """
+    store = open_store(ome_zarr.split(path)[0])
+    names = list(store.description["names"])
+    if name not in (names if len(names) > 1 else [None, *names]):
+        raise VolumeError(
+            f"{path}: expected the probability of {name or 'one foreground'}, got those of "
+            f"{', '.join(names)}"
+        )
+    volume = files.read_image(store.path, box)
+    channel = names.index(name) if name in names else 0
+    array = volume.array[channel : channel + 1] / np.float32(255)
+    return replace(volume, array=array)
 
 
 def _make(path, description):

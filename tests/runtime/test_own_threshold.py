@@ -19,6 +19,11 @@ IMAGE = image_of((9, 20, 18))
 LEVELS = own_threshold.LEVELS
 
 
+def own_of(probs, foreground, levels=LEVELS):
+    reached = own_threshold.count_reached(np.atleast_2d(probs), levels)
+    return own_threshold.own_threshold(own_threshold.histogram(reached, levels), foreground, levels)
+
+
 def probabilities(share, seen, rng, size=40_000):
     """Those of an ideal network on a volume of this share of foreground, if `seen` was trained."""
     truth = rng.random(size) < share
@@ -27,44 +32,49 @@ def probabilities(share, seen, rng, size=40_000):
     return odds / (1 + odds), truth
 
 
-@pytest.mark.parametrize("share", [0.05, 0.15, 0.3, 0.6])
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.3])
 def test_the_threshold_is_that_of_a_network_that_was_trained_with_the_share_of_the_volume(share):
     probs, _ = probabilities(share, 0.3, np.random.default_rng(0))
     odds = 0.3 / 0.7 * (1 - share) / share  # where the ratio of shares makes a probability 0.5
-    found = own_threshold.own_threshold(own_threshold.count_reached(probs), 0.3)
+    found = own_of(probs, 0.3)
     assert found in LEVELS and abs(found - odds / (1 + odds)) < 0.05
 
 
 def test_a_volume_of_the_share_of_training_is_cut_at_a_half_and_errs_least_there():
     rng = np.random.default_rng(1)
     probs, _ = probabilities(0.3, 0.3, rng)
-    assert own_threshold.own_threshold(own_threshold.count_reached(probs), 0.3) == 0.5
+    assert own_of(probs, 0.3) == 0.5
     probs, truth = probabilities(0.05, 0.3, rng)
-    own = own_threshold.own_threshold(own_threshold.count_reached(probs), 0.3)
+    own = own_of(probs, 0.3)
     assert ((probs >= own) != truth).mean() < 0.6 * ((probs >= 0.5) != truth).mean()
 
 
-@pytest.mark.parametrize("value, expected", [(0.0, 0.99), (1.0, 0.01)])
+@pytest.mark.parametrize("value, expected", [(0.0, 0.99), (1.0, 0.5)])
 def test_a_volume_of_one_probability_gets_a_threshold(value, expected):
-    reached = own_threshold.count_reached(np.full((2, 3, 4), value, np.float32))
-    assert own_threshold.own_threshold(reached, 0.3) == expected
+    probs = np.full((2, 3, 4), value, np.float32)
+    assert own_of(probs, 0.3) == expected
     for unknown in (None, 0.0, 1.0):
-        assert own_threshold.own_threshold(reached, unknown) == 0.5
+        assert own_of(probs, unknown) == 0.5
+
+
+def test_a_threshold_is_raised_and_never_lowered():
+    probs, _ = probabilities(0.6, 0.3, np.random.default_rng(3))
+    assert own_of(probs, 0.3) == 0.5
+
+
+def test_a_volume_without_voxels_is_cut_at_a_half():
+    assert own_threshold.own_threshold(np.zeros(len(LEVELS) + 1, int), 0.3) == 0.5
 
 
 def test_thresholds_between_the_levels_do_not_change_it():
     probs, _ = probabilities(0.1, 0.4, np.random.default_rng(2))
-    more = tuple(sorted({*LEVELS, 0.33, 0.51}))
-    reached = own_threshold.count_reached(probs, more)
-    assert own_threshold.own_threshold(reached, 0.4, more) == own_threshold.own_threshold(
-        own_threshold.count_reached(probs), 0.4
-    )
+    assert own_of(probs, 0.4, tuple(sorted({*LEVELS, 0.33, 0.51}))) == own_of(probs, 0.4) != 0.5
 
 
 def test_validation_scores_the_mask_of_each_case_at_its_own_threshold(tmp_path):
     label, probs = sheet()
     spec = spec_of(thresholds=("auto",), foreground=0.3)
-    own = own_threshold.own_threshold(own_threshold.count_reached(probs), 0.3)
+    own = own_of(probs, 0.3)
     assert own != 0.5
     found = result_of(tmp_path, spec, (label, probs))
     fixed = result_of(tmp_path, spec_of(thresholds=(own,)), (label, probs))
@@ -90,7 +100,7 @@ def test_a_mask_is_cut_at_the_threshold_of_its_own_volume_in_parts_too(trained, 
     ckpt, scan = trained(0.2), tmp_path / "scan.nii.gz"
     write_nifti(scan, IMAGE)
     probs = expected_probs(IMAGE)
-    own = own_threshold.own_threshold(own_threshold.count_reached(probs), 0.2)
+    own = own_of(probs, 0.2)
     about = "--ckpt", ckpt, "--input", scan, "inference.threshold=auto", "--output"
     infer_ok(*about, tmp_path / "whole")
     said = capsys.readouterr().out
