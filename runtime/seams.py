@@ -115,15 +115,14 @@ def _count(probability, shard, progress):
     Plane k lies before voxel k. The tiles are those of the shards on the other two axes.
     """
     shape = probability.shape[-3:]
-    blocks = [math.gcd(step, BLOCK) for step in shard]
     grid = [-(-size // step) for size, step in zip(shape, shard, strict=True)]
     counts = [np.zeros((shape[a], *np.delete(grid, a)), np.int64) for a in range(3)]
-    corners = [range(0, size, step) for size, step in zip(shape, blocks, strict=True)]
-    last_planes, total = {}, math.prod(map(len, corners))
-    for number, corner in enumerate(itertools.product(*corners)):
-        box = tuple(slice(c, c + step) for c, step in zip(corner, blocks, strict=True))
-        block = np.asarray(probability[(..., *box)]).reshape(-1, *(_lengths(box, shape)))
-        block = block.astype(np.int16)
+    blocks = [_blocks(size, step) for size, step in zip(shape, shard, strict=True)]
+    last_planes, total = {}, math.prod(map(len, blocks))
+    for number, box in enumerate(itertools.product(*blocks)):
+        corner = [s.start for s in box]
+        block = np.asarray(probability[(..., *box)], np.int16)
+        block = block.reshape(-1, *block.shape[-3:])
         for axis in range(3):
             place = axis, *np.delete(corner, axis).tolist()
             before = last_planes.pop(place, None)
@@ -138,15 +137,21 @@ def _count(probability, shard, progress):
             steps = np.abs(np.diff(lines, axis=0))
             beside = np.maximum(steps[:-2], steps[2:])
             out = (steps[1:-1] >= beside + STICKS_OUT).sum(axis=(1, 2, 3))
-            first = min(end, shape[axis]) - len(lines) + 2
+            first = end - len(lines) + 2
             tile = tuple(c // s for c, s in np.delete([corner, shard], axis, 1).T)
             counts[axis][(slice(first, first + len(out)), *tile)] += out
         progress(number + 1, total)
     return counts
 
 
-def _lengths(box, shape):
-    return [min(s.stop, size) - s.start for s, size in zip(box, shape, strict=True)]
+def _blocks(size, step):
+    """Slices of an axis, BLOCK long at most, none of which goes over a border of shards."""
+    ends = [*range(step, size, step), size]
+    return [
+        slice(start, min(start + BLOCK, end))
+        for end in ends
+        for start in range((end - 1) // step * step, end, BLOCK)
+    ]
 
 
 def _voxels_of_faces(shape, shard, axis):
