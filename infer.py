@@ -7,6 +7,7 @@
     python infer.py --ckpt runs/best.pt --input stacks/ --spacing 5 1 1   # TIFF states none
     python infer.py --ckpt runs/best.pt --input test_images/ --submission submission.zip
     python infer.py --ckpt fold0.pt fold1.pt --input scans/ --output out/   # or a sweep folder
+    python infer.py --ckpt runs/best.pt --input scroll.zarr --output pred.zarr   # beyond memory
     torchrun --nproc-per-node=4 infer.py --ckpt runs/best.pt                # a part for each rank
     python infer.py --ckpt runs/best.pt --part 2/8                          # anywhere, at any time
 
@@ -19,6 +20,8 @@ predictions.jsonl beside them says which checkpoint each is of. With
 inference.save_probabilities=true also <output>/probabilities/<id>, or <class>/<id> in there; with
 inference.save_disagreement=true <output>/disagreement/<id> likewise: how much the flips and
 networks that are averaged differ, in each voxel.
+A .zarr is predicted box by box into <output>/<id>.zarr, or <output> itself if that ends in .zarr:
+probabilities and a mask as OME-Zarr, with all that made them (docs/scrolls.md).
 Without --output these go to the run's predictions/. --submission writes the masks a second time,
 in the format of the Vesuvius Challenge, and reads them back. Every input is checked before the
 first is predicted. Parts keep slabs in <output>/.parts/ and go on from there when started again.
@@ -27,13 +30,10 @@ but no submission), 2 the input is wrong (one sentence per fault, nothing writte
 """
 
 import argparse
-import contextlib
 import functools
 import glob
 import os
-import textwrap
 import time
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,20 +41,17 @@ from pathlib import Path
 # take the cores from those they wait for. It is read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 import data
-from runtime import config, cuda, ensemble, memory_guard, outputs, parts
-from runtime.log import SECONDS_BETWEEN_LINES
+from runtime import config, cuda, ensemble, memory_guard, outputs, parts, scrolls
 from runtime.precision import resolve_precision
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import resolve_device
 from runtime.threads import use_threads
+from runtime.voice import Voice, attempt, progress_of, say_done
 from runtime.window_transfer import is_asynchronous
 from volumes import origins
 from volumes.files import read_label, write_volume
-from volumes.inputs import check_inputs
+from volumes.inputs import check_inputs, folder_of
 from volumes.processes import run_script
 from volumes.submission import SubmissionError, open_submission, submission_faults
 from volumes.volume import InputErrors, VolumeError, collect_errors
@@ -73,9 +70,10 @@ def output_folder(arguments, members):
 
 
 def prepare_to_predict(arguments, part):
-    """(predictor, inputs, output, lines) of a command line; ValueError names every fault.
+    """(predictor, inputs, scrolls, output, lines) of a command line; ValueError names every fault.
 
-    lines say what will happen and why: the first of this process, the others of all parts.
+    inputs: those that are predicted whole; lines say what will happen and why: the first of this
+    process, the others of all parts.
     """
     members, faults = ensemble.read(arguments.ckpt), []
     output, metadata = output_folder(arguments, members), ensemble.joint_metadata(members)
@@ -99,6 +97,9 @@ def prepare_to_predict(arguments, part):
     if faults:
         raise InputErrors(*faults)
     predictor = ensemble.Predictor(members, settings, metadata, device, precision)
+    output, stored = folder_of(output), [volume for volume in inputs if volume.is_stored]
+    inputs = [volume for volume in inputs if not volume.is_stored]
+    opened = scrolls.open_all(predictor, inputs, stored, output, arguments)
     lines = [
         f"device     {device} ({device_reason}), precision {precision} ({precision_reason})",
         *(f"checkpoint {m.path}, step {m.step} of run {m.run}, {m.weights}" for m in members),
@@ -107,7 +108,7 @@ def prepare_to_predict(arguments, part):
         *([joint_line] if joint_line else []),
         f"windows    {_describe(settings)}",
     ]
-    return predictor, inputs, output, lines + notes
+    return predictor, inputs, opened, output, lines + notes
 
 
 def _describe(settings):
@@ -184,31 +185,6 @@ def predict_rows(predictor, volume, rows, store, output, console):
     return clause
 
 
-def attempt(do, volume, place, failures, console):
-    """What do() returns; None if it fails, which is said and added to failures: {id: sentence}.
-
-    place: of the volume, such as "1/3".
-    """
-    try:
-        return do()
-    except (CannotGoOn, VolumeError, OSError) as error:
-        text = str(error)
-    except MemoryError as error:
-        text = f"memory ran out ({error}); end what else runs there"
-    except Exception as error:  # what nobody expected does not cost the other volumes
-        traceback.print_exc()
-        text = f"{type(error).__name__}, see above"
-    failures[volume.id] = f"{volume.id}: {text}"
-    console.print(f"{place} {failures[volume.id]}")
-    return None
-
-
-def say_done(volume, place, started, clause, console):
-    """Say what came of a volume, and in what time."""
-    seconds, size = time.perf_counter() - started, "x".join(map(str, volume.shape))
-    console.print(f"{place} {volume.id}: {size}, {seconds:.1f} s, {clause}")
-
-
 def predict_all(predictor, inputs, output, console):
     """Predict and write every `Input`; {id: sentence} of those that failed.
 
@@ -281,6 +257,23 @@ def predict_in_parts(predictor, inputs, output, part, console):
     return failures, parts.fingerprint(digits)
 
 
+def predict_scrolls(opened, part, console):
+    """Predict a part's share of each `scrolls.Scroll`; {id: sentence} of those that failed."""
+    failures = {}
+    for number, scroll in enumerate(opened, start=1):
+        volume, place, started = scroll.volume, f"{number}/{len(opened)}", time.perf_counter()
+
+        def work():
+            with progress_of(volume, console) as how:  # noqa: B023
+                return scroll.work(part, how, console.print)  # noqa: B023
+
+        if clause := attempt(work, volume, place, failures, console):
+            say_done(volume, place, started, clause, console)
+        elif volume.id not in failures:
+            console.print(f"{volume.id}: {scroll.waits_for(part)}")
+    return failures
+
+
 def predict_and_submit(predictor, inputs, output, submission, part, console):
     """All that is done once the input is checked; sentences about what could not be."""
     if part:
@@ -313,37 +306,6 @@ def predict_and_submit(predictor, inputs, output, submission, part, console):
     return []
 
 
-@contextlib.contextmanager
-def progress_of(volume, console):
-    """{"progress": ..., "report": ...} of predict_slabs: a bar on a terminal, elsewhere a line now
-    and then."""
-    columns = (TextColumn("{task.description}"), BarColumn(30), TimeRemainingColumn())
-    last = time.perf_counter()
-
-    def advance(done, total):
-        nonlocal last
-        bar.update(task, completed=done, total=total)
-        if bar.disable and time.perf_counter() - last > SECONDS_BETWEEN_LINES:
-            console.print(f"{volume.id}: {done} of {total} windows")
-            last = time.perf_counter()
-
-    disable = bool(console.prefix) or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=disable) as bar:
-        task = bar.add_task(volume.id)
-        yield {"progress": advance, "report": lambda kind, text, **_: console.print(text)}
-
-
-class Voice(Console):
-    """A console, each line of which begins with the part that says it."""
-
-    def __init__(self, part, **how):
-        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **how)
-        self.prefix = f"{part}: " if part else ""
-
-    def print(self, text):
-        super().print(textwrap.indent(str(text), self.prefix))
-
-
 # ---------------------------------------------------------------------------- command line
 
 
@@ -359,7 +321,11 @@ def parse_arguments(argv):
     add("--input", help=what, **several)
     what = "voxel size of volumes that state none, in the unit of the training data"
     add("--spacing", type=float, nargs=3, metavar=("Z", "Y", "X"), help=what)
-    add("--output", help="folder; default: predictions/ of the checkpoint's run")
+    add("--output", help="folder, or a .zarr; default: predictions/ of the checkpoint's run")
+    what = "volume that is 0 where nothing is predicted; of predictions in .zarr"
+    add("--mask", metavar="VOLUME", help=what)
+    what = "voxels that are predicted alone; of predictions in .zarr"
+    add("--bbox", nargs=3, metavar=("Z0:Z1", "Y0:Y1", "X0:X1"), help=what)
     add("--submission", metavar="FILE.zip", help="write the masks into this too")
     add("--part", metavar="I/N", help="do part I of N, from 1; start the others where you like")
     add("overrides", nargs="*", metavar="group.key=value")
@@ -379,7 +345,7 @@ def main(argv=None):
     try:
         part = parts.find_part(arguments.part)
         errors = Voice(part, stderr=True)
-        predictor, inputs, output, lines = prepare_to_predict(arguments, part)
+        predictor, inputs, opened, output, lines = prepare_to_predict(arguments, part)
     except ValueError as error:
         errors.print(error)
         return 2
@@ -393,7 +359,9 @@ def main(argv=None):
     memory_guard.keep_freed()
     with parts.until_all_ranks_end(part):
         what = (predictor, inputs, output, arguments.submission)
-        if sentences := predict_and_submit(*what, part, console):
+        sentences = [*predict_scrolls(opened, part, console).values()]
+        sentences += predict_and_submit(*what, part, console)
+        if sentences:
             errors.print("\n".join(sentences))
     return 1 if sentences else 0
 

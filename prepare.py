@@ -4,6 +4,7 @@
     python prepare.py --images raw/images --labels raw/labels --out data/mine --spacing 5 1 1
     python prepare.py --images 'raw/{id}_img.tif' --labels 'raw/{id}_lbl.tif' --out data/mine
     python prepare.py --images nnUNet_raw/Dataset001_X --out data/x     # or a Vesuvius root
+    python prepare.py --images scroll.zarr --labels ink.tif --bbox a=0:64,0:256,0:256 --out data/y
 
 Every case is checked first: all faults of a folder are printed at once, one sentence each, and
 then nothing is written (exit status 2). Leaves `<out>/<case>.h5` and `<out>/dataset.json`; cases
@@ -23,10 +24,8 @@ import argparse
 import collections
 import contextlib
 import itertools
-import math
 import multiprocessing
 import os
-import re
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -38,7 +37,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from volumes import classes, data_sheet, layouts, phantoms
+from volumes import classes, data_sheet, layouts, phantoms, pieces
 from volumes.casefile import DATASET_FILE, is_dataset, read_dataset, write_dataset
 from volumes.files import counted, few, split_dataset
 from volumes.ingest import PhantomCase, Rules, prepare_case
@@ -118,37 +117,6 @@ def merge_faults(rows, kept, declared):
             yield f"dataset: expected one {what} in all cases, got {named}; {advice}"
 
 
-def merge_overlaps(rows, kept, faults, notes):
-    """What several cases hold of one raw image: a fault where they may be split, else a note."""
-    pieces = [(r["source"], r["planes"], r["case"], r["group"]) for r in rows]
-    there = ", there before"
-    pieces += [(c.source, slice(*c.planes), c.id + there, c.group) for c in kept if c.planes]
-    apart, together, by_source = [], [], {}
-    for source, *piece in pieces:
-        by_source.setdefault(os.path.realpath(source), []).append(piece)
-    for source, some in by_source.items():
-        for (a, name, group), (b, other, other_group) in itertools.combinations(some, 2):
-            first, stop = max(a.start, b.start), min(a.stop, b.stop)
-            if first < stop:
-                named = f"{name} and {other} (z {first}:{stop} of {source})"
-                (together if group == other_group else apart).append(named)
-    if apart:
-        faults.append(
-            f"dataset: expected no slice of an image in two cases, got {few(apart)}; a network "
-            "could train on what tests it: give ranges of --crop that do not overlap, one "
-            "--group-from for both, or another --out; to begin anew, remove this one"
-        )
-    if together:
-        notes.append(f"the same slices are in two cases of one group: {few(together)}")
-    by_voxels = {}  # of another raw file, perhaps a copy under another name
-    for row in rows:
-        by_voxels.setdefault(repr(row["voxels"]), []).append(row["case"])
-    for case in kept:
-        by_voxels.setdefault(repr((case.shape, case.intensity)), []).append(case.id)
-    if copies := [" and ".join(names) for names in by_voxels.values() if len(names) > 1]:
-        notes.append(f"images of the same shape and statistics, perhaps copies: {few(copies)}")
-
-
 def notes_on_existing(out, rows, existing, kept):
     """What became of the cases that were in out before, as sentences."""
     new = {row["case"]: row["source"] for row in rows}
@@ -217,6 +185,8 @@ def parse(argv):
     add("--unit", choices=sorted({*UNITS.values(), "um"}), help="of the spacing")
     add("--group-from", metavar="RULE", help="csv:COLUMN, csv:FILE:COLUMN or regex:PATTERN")
     add("--crop", nargs="+", default=[], metavar="NAME=Z0:Z1", help="cut every case in z")
+    what = "a case for every box of every volume, of a .zarr read alone: NAME=Z0:Z1,Y0:Y1,X0:X1"
+    add("--bbox", nargs="+", default=[], metavar="BOX", help=what)
     add("--no-skeletons", action="store_true", help="leave out what skeleton_recall trains on")
     add("--compression", choices=("lzf", "gzip"), help="smaller files, slower to read")
     add("--test-images", action="store_true", help="add imagesTs of an nnU-Net root, unlabeled")
@@ -230,6 +200,8 @@ def parse(argv):
         parser.error("expected either --images PATH or --phantom KIND")
     if options.phantom and options.labels:
         parser.error("--labels goes with --images; a phantom brings its own label")
+    if options.bbox and (options.phantom or options.crop):
+        parser.error("--bbox goes with --images and without --crop")
     if options.phantom and (options.group_from or "").startswith("csv:"):
         parser.error("--group-from csv: goes with --images; a phantom takes regex:PATTERN")
     if options.test_images and not (Path(options.images or "") / "imagesTs").is_dir():
@@ -249,7 +221,7 @@ def make_rules(options, layout, faults):
         faults.append(f"--spacing: expected three numbers above 0, got {got}")
     if options.workers < 1:
         faults.append(f"--workers: expected at least 1, got {options.workers}")
-    rows, crops = None, {}
+    rows = None
     with collect_errors(faults):
         if options.classes is not None:
             named = classes.from_words(options.classes)
@@ -262,30 +234,12 @@ def make_rules(options, layout, faults):
             ids = [case.id for case in layout.cases]
             rows, notes = layouts.read_spacings(options.spacing_csv, ids)
             layout.notes += notes
-    for text in options.crop:
-        match = re.fullmatch(r"([\w-]+)=(\d*):(\d*)", text)
-        if not match:
-            faults.append(f"--crop {text}: expected NAME=Z0:Z1, such as train=0:80")
-        elif match[1] in crops:
-            faults.append(f"--crop: expected distinct names, got {' '.join(options.crop)}")
-        else:
-            crops[match[1]] = tuple(int(end) if end else None for end in match.groups()[1:])
+    crops = pieces.parse("--crop", options.crop, "z", faults)
     if not options.group_from and any(case.group == case.id for case in layout.cases):
-        faults += _crop_faults(crops)
+        faults += pieces.faults_of_crops(crops)
     unit = options.unit and UNITS[options.unit]
     store = {"skeleton": not options.no_skeletons, "compression": options.compression}
     return Rules(named, regions, ignore, options.spacing, unit, rows, crops, store, "")
-
-
-def _crop_faults(crops):
-    """Crops that overlap, of cases whose pieces are groups of their own."""
-    for (name, (a, b)), (other, (c, d)) in itertools.combinations(crops.items(), 2):
-        first, stop = max(a or 0, c or 0), min(math.inf if n is None else n for n in (b, d))
-        if first < stop:
-            yield (
-                f"--crop {name} {other}: expected ranges that do not overlap, got slice {first} in "
-                "both; a network could train on what tests it"
-            )
 
 
 def _phantom_layout(options):
@@ -367,7 +321,9 @@ def main(argv=None):
         layout = _phantom_layout(options)
     else:
         layout = layouts.find_cases(options.images, options.labels, options.test_images)
-    cases, faults, notes, option_faults = layout.cases, layout.faults, layout.notes, []
+    faults, notes, option_faults = layout.faults, layout.notes, []
+    boxes = pieces.parse("--bbox", options.bbox, "zyx", option_faults)
+    cases = layout.cases = pieces.boxed(layout.cases, boxes)
     rules = make_rules(options, layout, option_faults)
     if option_faults:
         return refuse(option_faults + faults, cases)
@@ -393,7 +349,7 @@ def main(argv=None):
             kept = [case for case in existing.values() if case.id not in new]
             # Channel files that are missing were named already, by the folder alone.
             faults += merge_faults(rows, kept, 0 if faults else layout.channels)
-            merge_overlaps(rows, kept, faults, notes)
+            pieces.merge_overlaps(rows, kept, faults, notes)
             if faults:
                 return refuse(faults, cases, notes)
             publish(Path(folder), out, rows, rules, existing)

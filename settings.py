@@ -328,6 +328,9 @@ class Inference(Group):
     threshold: Probabilities | None = None
     save_probabilities: bool = False
     save_disagreement: bool = False  # of the flips or networks that are averaged
+    # Of predictions in .zarr: voxels of a file, and how much of the image is kept decoded.
+    shard: tuple[Count, Count, Count] = (512, 512, 512)
+    cache_gb: NonNegative = 0.25
 
 
 class Postprocess(Group):

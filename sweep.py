@@ -41,6 +41,7 @@ from runtime.ending import DONE, FAILED, STOPPED, WRONG_INPUT
 from runtime.log import read_log
 from runtime.threads import of_environment
 from scoring import report
+from volumes import atomic
 from volumes.processes import command_of, cores, describe_death, run_script
 
 ROOT, POLL_SECONDS, OVERLAY_CASES = Path(__file__).resolve().parent, 0.2, 2
@@ -80,7 +81,7 @@ class Worker:
             # The processes of a run inherit this file, and its lock with it: that is held until the
             # last of them has ended, even if this process is killed.
             with open(path, "ab") as out:
-                if not folder.try_lock(out):
+                if not atomic.try_lock(out):
                     return False
                 if not (self.stop.why or self.ledger.done([job])):
                     self._do(job, out)

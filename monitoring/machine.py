@@ -6,6 +6,7 @@ an empty list; `Machine` never raises because something cannot be read.
 
 import contextlib
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -113,6 +114,14 @@ def resident_memory(pids=None):
             info = psutil.Process(pid).memory_info()
             own, shared = own + info.rss - _shared(info), max(shared, _shared(info))
     return own + shared
+
+
+def peak_memory(proc="/proc"):
+    """The most bytes that this process has used since it began; None where it is not known."""
+    for line in (attempt(Path(proc, "self", "status").read_text) or "").splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return None
 
 
 def _shared(info):

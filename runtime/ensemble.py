@@ -317,10 +317,20 @@ class Predictor:
         """Finished slabs in order: (z0, {layer: (d, H, W)}); how: arguments of predict_slabs."""
         with volume.voxels() as image:
             about = (image, volume.spacing, volume.intensity)
-            for z0, probs in predict_case(self.networks, *about, **self.how, **how):
+            for z0, probs in self.probabilities(*about, **how):
                 layers = self._layers(probs)
                 del probs  # while the next slab is made
                 yield z0, layers
+
+    def probabilities(self, image, spacing, intensity, **how):
+        """What `predict_case` yields of an image that is seen as a volume of these is."""
+        return predict_case(self.networks, image, spacing, intensity, **self.how, **how)
+
+    def thresholded(self, probs):
+        """({region: mask (d, h, w) bool}, {region: that of the threshold of hysteresis, if it is
+        on}) of probabilities (K, d, h, w)."""
+        layers = self._layers(probs)
+        return self.regions_of(layers, "high"), self.regions_of(layers, "low")
 
     def _layers(self, probs):
         """The layers of a slab (K, d, H, W) of `predict_slabs`. Of each region, see `_layer`:

@@ -23,15 +23,8 @@ import torch
 from runtime.checkpoint import load_newest
 from volumes import atomic
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 ROOT = Path(__file__).resolve().parents[1]  # of the project
 ROOMS = (".", "volumes", "topology", "monitoring", "scoring", "patches", "runtime")
-LOCKED = (BlockingIOError, PermissionError)  # which of them is raised depends on the system
-LOCKED_BYTE = 2**20  # of a lock file, on Windows: behind the text, which others could not read
 
 
 def _numbered_runs(folder, name):
@@ -102,7 +95,7 @@ def claim(folder, resumed_from):
     for path in _free_names(folder):
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         with open(path / "lock", "a+", encoding="utf-8") as lock:
-            if not try_lock(lock):
+            if not atomic.try_lock(lock):
                 if resumed_from is None:
                     continue
                 lock.seek(0)
@@ -137,23 +130,6 @@ def launched_at():
 def _launcher():
     """What started this process: of torchrun the same, if it starts its processes again."""
     return f"started by process {os.getppid()} of {launched_at()}"
-
-
-def try_lock(file):
-    """Whether this process now holds the lock of a file; True where there are no locks."""
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
-
-            os.lseek(file.fileno(), LOCKED_BYTE, os.SEEK_SET)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except LOCKED:
-        return False
-    except (OSError, ImportError):
-        pass
-    return True
 
 
 def _free_names(folder):

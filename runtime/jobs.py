@@ -21,9 +21,10 @@ from pydantic import Field
 
 from monitoring.records import append_line, read_lines
 from runtime import build, config
-from runtime.folder import newest_run_folder, try_lock
+from runtime.folder import newest_run_folder
 from scoring.classes import MEAN, described, split_name
 from settings import Group, Settings, Validation, Whole
+from volumes import atomic
 from volumes.volume import collect_errors
 
 FROM_THE_SWEEP = {  # keys that no change may set, and where they come from
@@ -293,7 +294,7 @@ class Ledger:
     def append(self, entry):
         """Add a line, which is on disk when this returns."""
         with open(self.path, "a+b", buffering=0) as file:
-            while not try_lock(file):
+            while not atomic.try_lock(file):
                 time.sleep(0.01)
             append_line(file, entry)
             os.fsync(file.fileno())

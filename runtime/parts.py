@@ -31,7 +31,6 @@ import numpy as np
 import torch
 
 from runtime import distributed
-from runtime.folder import try_lock
 from runtime.signals import CannotGoOn
 from volumes import atomic
 
@@ -242,7 +241,7 @@ class Record:
         it is done. Whether it was called."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+", encoding="utf-8") as file:
-            while not try_lock(file):
+            while not atomic.try_lock(file):
                 time.sleep(POLL_SECONDS)
             if self.is_done():
                 return False

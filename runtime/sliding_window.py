@@ -30,7 +30,7 @@ from runtime.device_memory import WindowFit
 from runtime.microbatch import listed, nothing
 from runtime.onednn import OneDNN
 from runtime.precision import PRECISIONS, autocast
-from runtime.window_axis import axis_spans
+from runtime.window_axis import axis_spans, rows_needed, touching
 from runtime.window_transfer import is_asynchronous, read_ahead, to_host
 
 FLIPS = [axes for n in range(4) for axes in combinations((-3, -2, -1), n)]  # all 8 of z, y, x
@@ -138,20 +138,26 @@ def _probabilities(views, patches, precision, channels, exclusive, disagreement)
 
 
 @torch.inference_mode()
-def _add_windows(slab, windows, predict, normalize, device):
+def _add_windows(slab, corner, windows, predict, normalize, device):
     """Add the blended probabilities of a batch of windows of one z row to its slab, or none.
 
-    slab (K, d, H, W) begins at the plane where the windows begin; windows are pairs of (z, y, x)
-    spans and the box that they read. On a GPU the host waits for nothing here.
+    slab (K, d, h, w) begins at the plane where the windows begin, and at the corner (y, x) of the
+    volume; windows are pairs of (z, y, x) spans and the box that they read. What reaches out of the
+    slab is left out. On a GPU the host waits for nothing here.
     """
     patches = torch.stack([_patch(box, spans, normalize, device) for spans, box in windows])
     weighted = []
     for probs, ((z, y, x), _) in zip(predict(patches), windows, strict=True):
         probs = _interpolate(probs, [z.to_volume, y.to_volume, x.to_volume])
         probs = probs * (z.weight[:, None, None] * y.weight[:, None] * x.weight)
+        for axis, span, low in zip((2, 3), (y, x), corner, strict=True):
+            start, stop = max(span.start, low), min(span.stop, low + slab.shape[axis])
+            probs = probs.narrow(axis - 4, start - span.start, stop - start)
         weighted.append(probs.to(slab.device))
-    for probs, ((z, y, x), _) in zip(weighted, windows, strict=True):  # needs no more memory
-        slab[:, : z.stop - z.start, y.start : y.stop, x.start : x.stop] += probs
+    for probs, ((_, y, x), _) in zip(weighted, windows, strict=True):  # needs no more memory
+        y0, x0 = (max(span.start - low, 0) for span, low in zip((y, x), corner, strict=True))
+        _, d, h, w = probs.shape
+        slab[:, :d, y0 : y0 + h, x0 : x0 + w] += probs
 
 
 # ---------------------------------------------------------------------------- volumes
@@ -198,11 +204,16 @@ def predict_slabs(
     remembered=None,
     report=nothing,
     rows=None,
+    box=None,
+    skip=None,
 ):
     """Finished planes of the prediction in order of z: (z0, probs (K, d, H, W) float32 numpy).
 
     The planes are disjoint and cover the volume, or those of some `window_rows`: a range of their
-    numbers. Planes have the same bits in whatever range they are predicted.
+    numbers. box: slices of y and x, (K, d, h, w) of which is predicted alone. Voxels have the same
+    bits in whatever range and box they are predicted, one window at once.
+    skip((z, y, x) spans) -> whether a window is neither read nor predicted: its share is 0. It is
+    called once for each window, in their order, by the thread that reads.
 
     network(patches (B, C, *window) float32) -> logits (B, K, *window), or a list of logits of
     which the first counts; the caller has put it on the device and in eval mode. Of a list of
@@ -236,24 +247,31 @@ def predict_slabs(
     ]
     remembered = {} if remembered is None else remembered
     at_once = windows_at_once(batch, device)
-    fit = WindowFit(volume.shape[1:], at_once, device, remembered, report)
+    box = box or [slice(0, size) for size in volume.shape[2:]]
+    for axis, wanted in enumerate(box, start=1):
+        axes[axis] = touching(axes[axis], wanted)
+    corner, size = [wanted.start for wanted in box], [wanted.stop - wanted.start for wanted in box]
+    fit = WindowFit((volume.shape[1], *size), at_once, device, remembered, report)
     rows = range(len(axes[0])) if rows is None else rows
-    return _slabs(volume, axes, rows, channels, predict, normalize, fit, progress)
+    about = (volume, axes, rows, corner, (channels, *size), skip)
+    return _slabs(*about, predict, normalize, fit, progress)
 
 
-def _slabs(volume, axes, rows, channels, predict, normalize, fit, progress):
+def _slabs(volume, axes, rows, corner, size, skip, predict, normalize, fit, progress):
     """The generator behind predict_slabs, whose arguments are checked by then.
 
-    Beside a GPU boxes are read a batch ahead, and planes are handed out a row late, when the GPU
-    has the next row to do. Where memory ran out, boxes that are read wait on the host.
+    size: (K, h, w). Beside a GPU boxes are read a batch ahead, and planes are handed out a row
+    late, when the GPU has the next row to do. Where memory ran out, boxes that are read wait on the
+    host.
     """
     spans, columns = axes[0], list(product(*axes[1:]))
     ends = [*(z.start for z in spans[1:]), volume.shape[1]]
-    # Rows before the first that is wanted reach into its planes.
-    reach = sum(z.stop > spans[rows.start].start for z in spans[: rows.start])
-    needed = range(rows.start - reach, rows.stop)
+    needed = rows_needed(spans, rows)
     overlaps = is_asynchronous(fit.device)
-    read = functools.partial(_read_box, volume, fit.device)
+
+    def read(spans):
+        return None if skip and skip(spans) else _read_box(volume, fit.device, spans)
+
     jobs = ((spans[row], y, x) for row in needed for y, x in columns)
     slab, done, total, finished = None, 0, len(needed) * len(columns), deque()
     with contextlib.closing(read_ahead(read, jobs, fit.batch if overlaps else 0)) as boxes:
@@ -261,13 +279,19 @@ def _slabs(volume, axes, rows, channels, predict, normalize, fit, progress):
             z, left, windows = spans[row], len(columns), []
             while left:
                 while len(windows) < min(fit.batch, left):
-                    windows.append(next(boxes))
+                    window = next(boxes)
+                    if window[1] is not None:
+                        windows.append(window)
+                        continue
+                    left -= 1
+                    done += 1
                 batch = windows[: fit.batch]
                 try:
                     if slab is None:
-                        shape = (channels, z.stop - z.start, *volume.shape[2:])
+                        shape = (size[0], z.stop - z.start, *size[1:])
                         slab = torch.zeros(shape, device=fit.slab_device)
-                    _add_windows(slab, batch, predict, normalize, fit.device)
+                    if batch:
+                        _add_windows(slab, corner, batch, predict, normalize, fit.device)
                 except RuntimeError as error:
                     fit.lower(error)
                     slab = None if slab is None else slab.to(fit.slab_device)

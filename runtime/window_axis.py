@@ -91,6 +91,18 @@ def axis_spans(size, window, overlap, ratio, device):
     return spans
 
 
+def touching(spans, wanted):
+    """The spans that predict voxels of a slice of their axis."""
+    return [span for span in spans if span.start < wanted.stop and span.stop > wanted.start]
+
+
+def rows_needed(spans, rows):
+    """The rows of windows to predict for the planes of a range of them: those before that reach
+    into its first plane too."""
+    reach = sum(z.stop > spans[rows.start].start for z in spans[: rows.start])
+    return range(rows.start - reach, rows.stop)
+
+
 def window_rows(shape, window, overlap, ratio):
     """(rows, windows in each): how many rows of windows `predict_slabs` goes through in a volume.
 

@@ -9,7 +9,6 @@ What is wrong is collected as sentences in errors.
 
 import dataclasses
 import itertools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,7 +134,7 @@ def match(predictions, truth, images, errors, notes, *, only=()):
     shown = find_sources(images, "image", errors, said)[0] if images else None
     known = {i: c.path for i, c in dataset.cases.items()} | truths if dataset else truths
     # One file and one file are a pair whatever they are called.
-    alone = all(os.path.isfile(files.split_dataset(t)[0]) for _, t in [*predictions, ("", truth)])
+    alone = all(files.is_volume(t) for _, t in [*predictions, ("", truth)])
     methods = {m: _by_known_id(s, known, alone, errors, said) for m, s in methods.items()}
     notes += dict.fromkeys(said)
     if errors:
@@ -146,11 +145,11 @@ def match(predictions, truth, images, errors, notes, *, only=()):
         methods = {m: {i: p for i, p in s.items() if i not in bare} for m, s in methods.items()}
         predicted -= bare
     if len(predicted) == 1:  # a single file is of that case, whatever it is called
-        if os.path.isfile(files.split_dataset(truth)[0]):
+        if files.is_volume(truth):
             if not alone and predicted != set(truths):
                 notes.append(f"the only prediction, {listed(predicted)}, is scored by {truth}")
             truths = dict(zip(predicted, truths.values(), strict=True))
-        if images and os.path.isfile(files.split_dataset(images)[0]):
+        if images and files.is_volume(images):
             shown = dict(zip(predicted, shown.values(), strict=True))
     if dataset and (left := set(truths) - predicted):
         notes.append(f"truth without a prediction, not scored: {listed(left)}")

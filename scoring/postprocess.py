@@ -53,22 +53,22 @@ def stages_of_regions(
     masks = {name: np.asarray(mask, bool) for name, mask in high.items()}
     yield BEFORE, masks
     if hysteresis is not None:
-        _change(masks, lambda region, mask: apply_hysteresis(mask, low[region]))
+        change(masks, lambda region, mask: apply_hysteresis(mask, low[region]))
         yield "hysteresis", masks
     sizes = min_component_voxels
     sizes = sizes if isinstance(sizes, dict) else dict.fromkeys(masks, sizes)
     if max(sizes.values(), default=0) > 1:
-        _change(masks, lambda region, mask: remove_small_components(mask, sizes.get(region, 0)))
+        change(masks, lambda region, mask: remove_small_components(mask, sizes.get(region, 0)))
         yield "min_component_voxels", masks
     if max_hole_voxels > 0:
-        _change(masks, lambda _, mask: fill_holes(mask, max_hole_voxels), exclusive)
+        change(masks, lambda _, mask: fill_holes(mask, max_hole_voxels), exclusive)
         yield "max_hole_voxels", masks
     if closing_radius > 0:
-        _change(masks, lambda _, mask: close(mask, closing_radius, spacing), exclusive)
+        change(masks, lambda _, mask: close(mask, closing_radius, spacing), exclusive)
         yield "closing_radius", masks
 
 
-def _change(masks, step, background_only=False):
+def change(masks, step, background_only=False):
     """Put the result of step(region, mask) in place of each mask, so that few are in memory."""
     background = ~functools.reduce(np.logical_or, masks.values()) if background_only else None
     for region, mask in masks.items():
@@ -134,12 +134,18 @@ def close(mask, radius, spacing=None):
     radius in the unit of spacing (z, y, x), None: voxels; 1.5 voxels close a slit in a sheet that
     is a voxel wide. Beyond the border the volume continues as it ends there.
     """
-    spacing = (1.0, 1.0, 1.0) if spacing is None else spacing
     if not mask.any():
         return mask
-    margin = [int(np.ceil(radius / step)) + 1 for step in spacing]
+    spacing = (1.0, 1.0, 1.0) if spacing is None else spacing
+    margin = margins(radius, spacing)
     wide = np.pad(mask, [(m, m) for m in margin], mode="edge")
     wide = dilation.dilate(wide, radius, spacing)
     wide = ~dilation.dilate(~wide, radius, spacing)
     inner = tuple(slice(m, m + n) for m, n in zip(margin, mask.shape, strict=True))
     return wide[inner] | mask
+
+
+def margins(radius, spacing=None):
+    """Voxels (z, y, x) that a ball of that radius reaches, and one more."""
+    spacing = (1.0, 1.0, 1.0) if spacing is None else spacing
+    return [int(np.ceil(radius / step)) + 1 for step in spacing]

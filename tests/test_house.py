@@ -17,16 +17,18 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "volumes": "files formats volume tiff nifti nrrd metaimage hdf5 layouts classes ingest "
     "phantoms skeletons statistics casefile inputs origins submission colors data_sheet atomic "
-    "processes",
+    "processes ome_zarr pieces zarr_store",
     "topology": "distance soft_skeleton persistence neighbors",
     "monitoring": "machine records recorder health panels picture formatting",
     "scoring": "metrics masks classes surface dilation partitions homology gaps calibration "
-    "postprocess inputs parallel report",
+    "postprocess inputs parallel report blocks block_postprocess",
     "patches": "cache resample intensity augment contact_sheet feed transfer",
     "runtime": "config build composite_loss run evaluations checkpoint folder log signals "
     "microbatch device_memory cuda nonfinite timer memory_guard sliding_window splits evaluator "
     "validation jobs comparison page distributed ending ensemble arrays parts tuning outputs "
-    "step_batches optimizer window_axis window_transfer onednn precision threads",
+    "step_batches optimizer window_axis window_transfer onednn precision threads columns "
+    "chunk_cache masked_source scrolls "
+    "scroll_figures voice",
 }
 TOP = "settings data model norm_mish losses"
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()

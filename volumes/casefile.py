@@ -10,7 +10,8 @@ One HDF5 file per case:
     background          (N, 3) int32   the same of labeled background
     attributes          spacing (z, y, x), unit, affine, ignore_label (-1: none), intensity (JSON),
                         source_image, source_label, group, nifti_header (of the image, if any),
-                        planes (first and stop, of the z slices of source_image that are here)
+                        planes (first and stop, of the z slices of source_image that are here, or
+                        of z, y and x where this is a box of it)
 
 `dataset.json` beside them lists cases, groups and classes.
 """
@@ -64,7 +65,7 @@ class Case:
     stamp: tuple[int, int]  # bytes and time (ns) of the file: its layout holds for these only
     skeleton: bool = False
     source: str = ""  # the raw image
-    planes: tuple[int, ...] = ()  # first and stop, of its z slices; () where that is not known
+    planes: tuple[int, ...] = ()  # first and stop, of z or z, y, x of its source; () where unknown
     axes: str = ""  # as of `axes_of`; "" without an affine
 
 
@@ -109,9 +110,9 @@ def write_case(
 
     image (C, D, H, W) any real dtype; label (D, H, W) class ids or None; spacing z, y, x; affine
     (4, 4) voxel x, y, z to world as NIfTI has it, or None; header: of the `Volume`; planes: (first,
-    stop) of the z slices of source_image that image holds; skeleton: whether a labeled case gets
-    one; compression: None, "lzf" or "gzip", of image and label; intensity: the image's
-    `intensity_statistics`, if they are known.
+    stop) of the z slices of source_image that image holds, or of z, y and x; skeleton: whether a
+    labeled case gets one; compression: None, "lzf" or "gzip", of image and label; intensity: the
+    image's `intensity_statistics`, if they are known.
     """
     with atomic.replacing(path) as partial, h5py.File(partial, "w") as file:
         # Uncompressed, a box is read from the page cache that all workers share, in 2 ms for

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volumes import atomic
+from volumes import atomic, ome_zarr
 from volumes.formats import ADVICE, DETACHED, FORMATS, HEADERS, fault_of_writing
 from volumes.volume import InputErrors, VolumeError, check_affine, compare, printable, sizes
 
@@ -49,14 +49,23 @@ class Source:
 
 
 def split_dataset(path):
-    """`file.h5:dataset` as (file, dataset); any other path as (path, None)."""
+    """`file.h5:dataset` and `a.zarr/dataset` as (file, dataset); any other path as (path, None)."""
     text = str(path)
     folder, name = os.path.split(text)
+    if not os.path.isfile(text) and (root := ome_zarr.split(text))[0] != text:
+        return root[0], root[1] or None
     # The name of a file, or of its folder, may itself hold `.h5:`.
     if not _HDF5_NAME.match(text) or os.path.exists(text):
         return text, None
     match = _HDF5_NAME.match(name if os.path.isdir(folder) else text)
     return (text.removesuffix(f":{match[2]}"), match[2]) if match else (text, None)
+
+
+def is_volume(path):
+    """Whether a path names one file that is there, a .zarr folder or one at a URL."""
+    file = split_dataset(path)[0]
+    is_zarr = suffix_of(file) == ".zarr" and (os.path.isdir(file) or ome_zarr.is_url(file))
+    return is_zarr or os.path.isfile(file)
 
 
 def suffix_of(path):
@@ -98,14 +107,14 @@ def is_label_name(path):
 def find_volumes(text, notes=None):
     """The volumes that text names, as a list of `Source`, sorted by path.
 
-    text is a file, `file.h5:dataset`, a folder, a glob, or a pattern with `{id}` where the id
-    stands, such as `folder/{id}_denoised.tif`. A folder that is there is taken as it is called,
-    whatever its name. What lies among the volumes and is passed over is added to notes.
-    VolumeError if there are none; InputErrors names each that cannot be opened.
+    text is a file, `file.h5:dataset`, `a.zarr` or a URL of one, a folder, a glob, or a pattern
+    with `{id}` where the id stands, such as `folder/{id}_denoised.tif`. A folder that is there is
+    taken as it is called, whatever its name. What lies among the volumes and is passed over is
+    added to notes. VolumeError if there are none; InputErrors names each that cannot be opened.
     """
     text = str(text)
-    location, dataset = split_dataset(text)
-    if os.path.isfile(location):
+    location = split_dataset(text)[0]
+    if is_volume(location):
         return _in_utf8([Source(case_id(location), text)])
     if os.path.isdir(location):
         found = _walk(location, ("*",))
@@ -116,12 +125,12 @@ def find_volumes(text, notes=None):
         expected = "a pattern that matches volumes, got one that matches none"
     else:
         found, expected = [], f"a file, a folder or a pattern, got {_what_is_at(location)}"
-    tail, sources, faults, others = f":{dataset}" if dataset else "", [], [], {}
+    tail, sources, faults, others = text.removeprefix(location), [], [], {}
     for name, path in sorted(found, key=lambda item: item[1]):
-        if not suffix_of(path) or os.path.isdir(path):
-            others.setdefault(_other_kind(path), []).append(os.path.basename(path))
-        elif os.path.isfile(path):
+        if suffix_of(path) and is_volume(path):
             sources.append(Source(name or case_id(path), path + tail))
+        elif not suffix_of(path) or os.path.isdir(path):
+            others.setdefault(_other_kind(path), []).append(os.path.basename(path))
         else:
             faults.append(f"{path}: expected a volume, got {_what_is_at(path)}")
     if faults:
@@ -174,7 +183,7 @@ def _other_kind(path):
         return ""
     if not os.path.isdir(path):
         return f"{suffix} file" if suffix else "suffixless file"
-    if suffix not in (".zarr", ".n5") and not suffix_of(path):
+    if suffix != ".n5" and not suffix_of(path):
         files = (os.path.join(root, name) for root, _, names in os.walk(path) for name in names)
         return "subfolder" if any(suffix_of(file) or _other_kind(file) for file in files) else ""
     return f"{suffix_of(path) or suffix} folder"
@@ -263,14 +272,14 @@ def counted(number, noun):
 # ---------------------------------------------------------------------------- reading
 
 
-def read_image(path):
+def read_image(path, box=None):
     """The image in a file as a `Volume` with array (C, D, H, W), integers kept as they are.
 
-    TIFF of several pages; NIfTI, NRRD, MetaImage and HDF5 of 3 dimensions, or with channels. Only
-    NIfTI with a scale in its header becomes float32. VolumeError if the file cannot be read, or
-    holds no volume, or one with NaN or infinite voxels.
+    TIFF of several pages; NIfTI, NRRD, MetaImage, HDF5 and zarr of 3 dimensions, or with channels;
+    box: slices of z, y, x, None for all. Only NIfTI with a scale in its header becomes float32.
+    VolumeError if the file cannot be read, or holds no volume, or one with NaN or infinite voxels.
     """
-    volume = _read(path, "image")
+    volume = _read(path, "image", box)
     array = volume.array
     if array.dtype.kind not in "uif":
         raise VolumeError(
@@ -284,13 +293,13 @@ def read_image(path):
     return volume
 
 
-def read_channels(paths, *, by_hand=False):
+def read_channels(paths, *, by_hand=False, box=None):
     """The image in one file, or all channels of several, each as `read_image` gives it.
 
     Its path names all of them. InputErrors where their voxels are not the same places; by_hand:
     spacing and axes of the headers do not count.
     """
-    channels, faults = list(map(read_image, paths)), []
+    channels, faults = [read_image(path, box) for path in paths], []
     if len(channels) == 1:
         return channels[0]
     image = next((c for c in channels if c.spacing is not None), channels[0])
@@ -307,13 +316,13 @@ def read_channels(paths, *, by_hand=False):
     return replace(image, array=voxels, path=path, notes=tuple(notes), doubt=doubt)
 
 
-def read_label(path):
+def read_label(path, box=None):
     """The label in a file as a `Volume` with array (D, H, W) of integers.
 
     Formats as `read_image`. Floats are accepted if every value is whole. VolumeError otherwise,
     and for a file with more than one channel.
     """
-    volume = _read(path, "label")
+    volume = _read(path, "label", box)
     channels, array = len(volume.array), volume.array[0]
     if channels != 1:
         raise VolumeError(
@@ -341,16 +350,16 @@ def voxel_count(path):
         return 0
 
 
-def _read(path, role):
+def _read(path, role, box=None):
     """A `Volume` with (C, D, H, W), native byte order, and no dimension of length 0."""
     file, dataset = split_dataset(path)
     suffix = suffix_of(file)
-    if not suffix or not os.path.isfile(file):
+    if not suffix or not is_volume(file):
         got = "another kind" if os.path.isfile(file) else "none there"
         got += f"; {_advice([file])}"
         raise VolumeError(f"{path}: expected a {', '.join(FORMATS)} file, got {got}")
     try:
-        volume = FORMATS[suffix].module.read(file, dataset, role)
+        volume = FORMATS[suffix].read(file, dataset, role, box)
     except (VolumeError, MemoryError):
         raise
     # Truncated and foreign files surface as struct, zlib, OS, key and type errors, and more.

@@ -6,13 +6,17 @@ A format is a module with three functions, and one line of FORMATS for each of i
     count_voxels(path, dataset) -> int       from the header alone
     write(path, array, spacing, unit, affine, header)   in one of WRITES_DIMENSIONS dimensions
 
-dataset and role ("image" or "label") say which volume is meant, in files that hold several.
+dataset and role ("image" or "label") say which volume is meant, in files that hold several. One
+that need not read a whole volume for a box of it also has
+
+    read_box(path, dataset, role, box) -> Volume        box: slices of z, y, x
 """
 
 from dataclasses import dataclass
 from types import ModuleType
 
-from volumes import hdf5, metaimage, nifti, nrrd, tiff
+from volumes import hdf5, metaimage, nifti, nrrd, ome_zarr, tiff
+from volumes.volume import take_box
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,13 @@ class Format:
 
     module: ModuleType
     written_as: str
+
+    def read(self, path, dataset, role, box):
+        """The `Volume` in a file, or that of a box (slices of z, y, x) of it, None for all."""
+        if box is not None and hasattr(self.module, "read_box"):
+            return self.module.read_box(path, dataset, role, box)
+        volume = self.module.read(path, dataset, role)
+        return volume if box is None else take_box(volume, box, role)
 
 
 # A header and its voxels in two files could not appear whole or not at all: they are only read.
@@ -36,6 +47,7 @@ FORMATS = {
     ".tiff": Format(tiff, ".tiff"),
     ".h5": Format(hdf5, ".h5"),
     ".hdf5": Format(hdf5, ".hdf5"),
+    ".zarr": Format(ome_zarr, ""),
 }
 # The voxels of a header of its own, `a.raw.gz` of `a.nhdr`: they are no volume by themselves.
 DETACHED, HEADERS = (".raw", ".zraw", ".raw.gz", ".raw.bz2", ".gz", ".bz2"), (".mhd", ".nhdr")

@@ -13,6 +13,7 @@ import numpy as np
 from volumes import phantoms
 from volumes.casefile import write_case
 from volumes.files import few, read_channels, read_label
+from volumes.ome_zarr import is_url
 from volumes.statistics import (
     blank_channels,
     describe_fill,
@@ -24,6 +25,7 @@ from volumes.volume import (
     METRES,
     WHITE,
     Volume,
+    box_within,
     collect_errors,
     compare,
     crop_affine,
@@ -51,7 +53,7 @@ class PhantomCase:
 class Rules:
     """What holds for every case.
 
-    crops: {name: (z0, z1)}, an open end being None; store: skeleton, compression of write_case.
+    crops: {name: ((z0, z1),)}, an open end being None; store: skeleton, compression of write_case.
     """
 
     classes: dict[str, int]
@@ -95,6 +97,7 @@ def prepare_case(case, rules):
     if outcome.faults or outcome.label[2]:
         return outcome
     pieces = _pieces(case.id, image.array.shape[1], rules.crops, outcome.faults)
+    box = box_within(image.path, case.box, image.whole)[0] if image.whole else ()
     intensity = {}
     for piece_id, planes in pieces.items():
         if classes is not None:
@@ -105,13 +108,14 @@ def prepare_case(case, rules):
         return outcome
     source, source_label = image.path, ""
     if not isinstance(case, PhantomCase):
-        source = ", ".join(map(os.path.abspath, case.images))
-        source_label = "" if label is None else os.path.abspath(case.label)
+        source = ", ".join(map(_absolute, case.images))
+        source_label = "" if label is None else _absolute(case.label)
     for piece_id, planes in pieces.items():
         voxels, part = image.array[:, planes], None if classes is None else classes[planes]
         affine = image.affine
         if affine is not None:
             affine = scale_affine(crop_affine(affine, (planes.start, 0, 0)), spacing)
+        place = tuple(end for s in box or [planes] for end in (s.start, s.stop))
         # A piece of a case without a group of its own is a group too: it may train or test apart.
         group = piece_id if case.group == case.id else case.group
         write_case(
@@ -126,14 +130,19 @@ def prepare_case(case, rules):
             ignore_label=rules.ignore_label,
             source_image=source,
             source_label=source_label,
-            planes=(planes.start, planes.stop),
+            planes=place,
             intensity=intensity[piece_id],
             **rules.store,
         )
-        row = {"case": piece_id, "group": group, "unit": unit, "source": source, "planes": planes}
+        row = {"case": piece_id, "group": group, "unit": unit, "source": source, "planes": place}
         row["voxels"] = (voxels.shape[1:], intensity[piece_id])
         outcome.rows.append(row | _summary(voxels, part, spacing, unit, rules))
     return outcome
+
+
+def _absolute(path):
+    """A path from the root on; a URL as it is."""
+    return path if is_url(path) else os.path.abspath(path)
 
 
 def _read(case, rules, outcome):
@@ -147,9 +156,9 @@ def _read(case, rules, outcome):
     by_hand = _by_hand(case.id, rules)[0] is not None
     image = label = None
     with collect_errors(outcome.faults):
-        image = read_channels(case.images, by_hand=by_hand)
+        image = read_channels(case.images, by_hand=by_hand, box=case.box)
     with collect_errors(outcome.faults):
-        label = read_label(case.label) if case.label else None
+        label = read_label(case.label, case.box) if case.label else None
     for volume in (image, label):
         if volume is None:
             continue
@@ -225,7 +234,7 @@ def _pieces(name, depth, crops, faults):
     if not crops:
         return {name: slice(0, depth)}
     pieces = {}
-    for crop, (first, last) in crops.items():
+    for crop, ((first, last),) in crops.items():
         start, stop, _ = slice(first, last).indices(depth)
         if start >= stop or max(first or 0, last or 0) > depth:
             faults.append(

@@ -9,9 +9,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from volumes import casefile, files, layouts
+from volumes import casefile, files, layouts, ome_zarr
 from volumes.formats import FORMATS, fault_of_writing
-from volumes.statistics import blank_channels, faults_of_contrast
+from volumes.statistics import blank_channels, faults_of_contrast, sampled
 from volumes.volume import (
     HEADER_TOLERANCE,
     METRES,
@@ -27,6 +27,7 @@ from volumes.volume import (
 UNLIKE = 2.0  # times the voxel size of training, from which on it is said
 FAR = 100.0  # times that size on all axes: it must be in another unit
 TURNED = str.maketrans("LPI", "RAS")  # directions of axes without their signs
+STORE = ".zarr"  # of predictions that are written a box at a time
 PHANTOM_SUFFIX = ".nii.gz"  # of cases that were made from no file
 
 
@@ -46,12 +47,13 @@ class Input:
     affine: np.ndarray | None
     header: bytes | None
     intensity: dict
+    offset: tuple = (0.0, 0.0, 0.0)  # as of `ome_zarr.ZarrVolume`
     doubt: str = ""  # as of `Volume`
     remarks: tuple[str, ...] = ()
 
     @contextlib.contextmanager
     def voxels(self):
-        """(C, D, H, W): the dataset of a case file, which stays on disk, or an array.
+        """(C, D, H, W): the dataset of a case file or of a .zarr, which stays on disk, or an array.
 
         VolumeError, a sentence, where the file turns out to be damaged while it is read.
         """
@@ -59,6 +61,8 @@ class Input:
             if self.is_case:
                 with h5py.File(self.path, "r") as file:
                     yield file["image"]
+            elif _is_zarr(self.path):
+                yield ome_zarr.open_volume(self.path)
             else:
                 yield files.read_channels(self.sources).array
         except OSError as error:
@@ -66,6 +70,11 @@ class Input:
                 f"{self.path}: expected a volume that can be read, got {error}; "
                 "copy or prepare it again"
             ) from error
+
+    @property
+    def is_stored(self):
+        """Whether its prediction goes into a store, a box at a time; see runtime/scrolls.py."""
+        return self.suffix == STORE
 
     def prediction_path(self, output):
         """Where the mask of this input goes in the folder output."""
@@ -94,13 +103,15 @@ def check_inputs(texts, metadata, root, output, spacing=None):
     named = [(source.id, [source.path]) for source in sources if source not in bare]
     for case_id, paths in named + layouts.stack_channels(bare, (), faults):
         with collect_errors(faults):
-            volume = _inspect(case_id, paths)
+            volume = _inspect(case_id, paths, metadata)
             if spacing is not None:
                 volume = _with_spacing(volume, spacing, metadata["unit"])
             inputs.append(volume)
             faults += faults_of(volume, metadata)
             notes += [f"note: {volume.path}: {remark}" for remark in volume.remarks]
             notes += [f"warning: {volume.path}: {doubt}" for doubt in doubts(volume, metadata)]
+    if files.suffix_of(output) == STORE and len(inputs) == 1:
+        inputs = [replace(inputs[0], id=files.stem_of(output), suffix=STORE)]
     faults += _output_faults(inputs, output)
     if faults:
         raise InputErrors(*faults)
@@ -145,9 +156,33 @@ def _case_attributes(path):
     return {}
 
 
-def _inspect(case_id, paths):
-    """The `Input` of a case file, or of any other volume, which is read whole for this."""
+def _is_zarr(path):
+    return files.suffix_of(path) == STORE
+
+
+def _inspect_zarr(case_id, path, metadata):
+    """The `Input` of a .zarr, of the level that is nearest to the voxels of training."""
+    trained = metadata.get("stored_spacing", metadata.get("trained_spacing")) or (0, 0, 0)
+    wanted = [own or stored for own, stored in zip(metadata["spacing"], trained, strict=True)]
+    volume = ome_zarr.open_volume(path, wanted=wanted, unit=metadata["unit"])
+    path = path.rstrip("/")
+    if volume.level and not path.endswith(f"/{volume.level}"):
+        path = f"{path}/{volume.level}"
+    intensity = casefile.intensity_statistics(sampled(volume))
+    channels, *shape = volume.shape
+    grid = (tuple(shape), channels, volume.spacing, volume.unit, None, None)
+    return Input(case_id, path, False, (path,), STORE, *grid, intensity, volume.offset)
+
+
+def _inspect(case_id, paths, metadata):
+    """The `Input` of a case file, a .zarr, or of any other volume, which is read whole for this."""
     path = paths[0]
+    if len(paths) > 1 and any(map(_is_zarr, paths)):
+        raise VolumeError(
+            f"{path}: expected all channels in one .zarr, got {', '.join(paths)}; store them in one"
+        )
+    if _is_zarr(path):
+        return _inspect_zarr(case_id, path, metadata)
     if attributes := _case_attributes(path):
         case, source = casefile.read_case(path), str(attributes["source_image"])
         sources = (source, *source.split(", "), str(attributes["source_label"]))
@@ -160,9 +195,9 @@ def _inspect(case_id, paths):
     channels, *shape = volume.array.shape
     grid = (tuple(shape), channels, volume.spacing, volume.unit, volume.affine, volume.header)
     intensity = casefile.intensity_statistics(volume.array)
-    about = (intensity, volume.doubt, tuple(volume.remarks()))
+    about = {"doubt": volume.doubt, "remarks": tuple(volume.remarks())}
     suffix = _written_as(files.suffix_of(path))
-    return Input(case_id, volume.path, False, tuple(paths), suffix, *grid, *about)
+    return Input(case_id, volume.path, False, tuple(paths), suffix, *grid, intensity, **about)
 
 
 def _written_as(suffix):
@@ -276,8 +311,19 @@ def _other_ids(folder, metadata):
             )
 
 
+def folder_of(output):
+    """The folder of predictions: output, or the one in which it lies where it is a store."""
+    return output.parent if files.suffix_of(output) == STORE else output
+
+
 def _output_faults(inputs, output):
     """Predictions that cannot be written where they belong, as sentences."""
+    if files.suffix_of(output) == STORE:
+        if len(inputs) > 1:
+            named = files.few([volume.path for volume in inputs])
+            yield f"--output {output}: expected one input for one .zarr, got {named}; give a folder"
+            return
+        output = folder_of(output)
     by_id, read = {}, set()
     for volume in inputs:
         by_id.setdefault(volume.id, []).append(volume)
@@ -290,9 +336,15 @@ def _output_faults(inputs, output):
                 f"{target}: expected one input for this prediction, got several of id {case_id}, "
                 f"{', '.join(volume.path for volume in volumes)}; give one of them"
             )
-        if fault := fault_of_writing(target, volumes[0].suffix):
+        if volumes[0].is_stored:
+            if around := {*target.resolve().parents} & read:
+                yield (
+                    f"{target}: expected a path outside of the input, got one inside of "
+                    f"{around.pop()}; give another --output"
+                )
+        elif fault := fault_of_writing(target, volumes[0].suffix):
             yield fault
-        if target.is_dir():
+        if target.is_dir() and not volumes[0].is_stored:
             yield f"{target}: expected a file to write, got a folder; give another --output"
         if target.resolve() in read:
             yield f"{target}: the prediction would overwrite an input; give another --output"

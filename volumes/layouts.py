@@ -17,10 +17,10 @@ from volumes.files import (
     few,
     find_volumes,
     is_label_name,
+    is_volume,
     matching,
     nfc,
     notes_on_pairs,
-    split_dataset,
     stem_of,
 )
 from volumes.volume import UNITS, InputErrors, VolumeError, collect_errors, is_spacing
@@ -37,6 +37,7 @@ class RawCase:
     images: tuple[str, ...]
     label: str | None
     group: str
+    box: tuple[slice, slice, slice] | None = None  # what is meant of them, z, y, x; None: all
 
 
 @dataclass
@@ -167,8 +168,7 @@ def _find_pairs(images_text, labels_text, layout):
     if "{id}" not in str(images_text):  # which says what the ids are
         stacked = stack_channels(images, {s.id for s in labels}, layout.faults)
     images = [RawCase(name, tuple(paths), None, name) for name, paths in stacked]
-    texts = [split_dataset(text)[0] for text in (images_text, labels_text)]
-    if len(images) == len(labels) == 1 and all(map(os.path.isfile, texts)):
+    if len(images) == len(labels) == 1 and all(map(is_volume, (images_text, labels_text))):
         pairs = [(images[0].id, images[0], labels[0])]
     else:
         pairs = match_pairs(images, labels)

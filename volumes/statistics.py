@@ -1,10 +1,13 @@
 """What prepare.py finds out about a volume once: coordinates of its classes, intensities."""
 
+import itertools
+
 import numpy as np
 
 MAX_COORDINATES = 20_000
 PERCENTILES = (0.5, 1.0, 5.0, 50.0, 95.0, 99.0, 99.5)
 APART = 3.0  # times the range of the outermost percentiles: no image lies farther beyond them
+BOXES, BOX, MOST_TRIES = 64, 64, 500  # of `sampled`
 FEWEST_LEVELS = 16  # of an image of fewer, none is taken for a fill value: it may be a class
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 EPS = float(np.finfo(np.float32).eps)
@@ -25,6 +28,32 @@ def sample_coordinates(label, class_id, rng, most=MAX_COORDINATES):
     if voxels.size > most or count > 20 * most:
         voxels = rng.choice(voxels, most, replace=False)
     return np.stack(np.unravel_index(np.sort(voxels), label.shape), axis=1).astype(np.int32)
+
+
+def sampled(volume):
+    """Voxels (C, d, h, w) that tell the statistics of a `ome_zarr.ZarrVolume`: all of a small one.
+
+    Else those of BOXES boxes, in one another's place in z, that lie at random in the volume and are
+    not 0 throughout. They are the same each time.
+    """
+    channels, *shape = volume.shape
+    if np.prod(shape, dtype=float) <= BOXES * BOX**3:
+        return volume[:]
+    rng, boxes, tries = np.random.default_rng(0), [], 0
+    sizes = [min(BOX, size) for size in shape]
+    while len(boxes) < BOXES and tries < MOST_TRIES:
+        # They lie on a grid, so that no more chunks than needed are read for one.
+        cells = [int(rng.integers(n // s)) for n, s in zip(shape, sizes, strict=True)]
+        box = [slice(i * s, (i + 1) * s) for i, s in zip(cells, sizes, strict=True)]
+        chunks = [range(s.start // n, -(-s.stop // n)) for s, n in zip(box, volume.chunks, strict=True)]
+        if volume.fill == 0 and not any(volume.stored(*i) for i in itertools.product(*chunks)):
+            tries += 0.1  # that costs little
+            continue
+        tries += 1
+        voxels = volume[:, *box]
+        if voxels.any():
+            boxes.append(voxels)
+    return np.concatenate(boxes, axis=1) if boxes else np.zeros((channels, 1, 1, 1), volume.dtype)
 
 
 def intensity_statistics(image):

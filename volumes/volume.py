@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -48,6 +48,7 @@ class Volume:
     has none; unit "mm", "micron", "nm", "m" or "" (unknown); affine (4, 4), voxel x, y, z to
     world as NIfTI has it, or None. header: of a NIfTI file, for what is written on its grid. doubt:
     a clause on the sizes that the file contradicts itself about. notes: what else is odd in it.
+    whole: the shape (D, H, W) of which this is a box, () where it is no box.
     """
 
     array: np.ndarray
@@ -58,6 +59,7 @@ class Volume:
     header: bytes | None = None
     doubt: str = ""
     notes: tuple[str, ...] = ()
+    whole: tuple[int, ...] = ()
 
     def remarks(self):
         """What is odd in the file and did not keep it from being read, as clauses for notes."""
@@ -156,13 +158,15 @@ def compare(volume, other, *, spacing=True, axes=True):
     that they differ, or a note.
     """
     faults, notes = [], []
-    shape, wanted = volume.array.shape[-3:], other.array.shape[-3:]
-    if shape != wanted:
+    shape = volume.array.shape[-3:]
+    are_cut = volume.whole and other.whole
+    of, wanted = (v.whole if are_cut else v.array.shape[-3:] for v in (volume, other))
+    if of != wanted:
         faults.append(
-            f"{volume.path}: expected the shape of {other.path}, {wanted}, got {shape}; "
+            f"{volume.path}: expected the shape of {other.path}, {wanted}, got {of}; "
             "give volumes of the same voxels"
             + " (of some slices: a folder that prepare.py --crop wrote)"
-            * (shape[1:] == wanted[1:])
+            * (of[1:] == wanted[1:])
         )
     scale = unit_scale(volume.unit, other.unit)
     stated = volume.spacing is not None and is_spacing(other.spacing or (0,))
@@ -233,6 +237,36 @@ def axes_of(affine):
     orders = itertools.permutations(range(3))
     order = max(orders, key=lambda order: sum(abs(cosines[w, i]) for i, w in enumerate(order)))
     return "".join(("RL", "AP", "SI")[w][int(cosines[w, i] < 0)] for i, w in enumerate(order))
+
+
+def box_within(path, box, shape, role="image"):
+    """(the slices of a box with both ends, the shape that it is cut from).
+
+    A label of just the shape of the box is that of the box alone: all of it, cut from nothing, ().
+    VolumeError for a box that is empty or reaches out of shape.
+    """
+    ends = [
+        (s.start or 0, n if s.stop is None else s.stop) for s, n in zip(box, shape, strict=True)
+    ]
+    if role == "label" and tuple(stop - first for first, stop in ends) == tuple(shape):
+        return tuple(slice(0, n) for n in shape), ()
+    if any(not 0 <= first < stop <= n for (first, stop), n in zip(ends, shape, strict=True)):
+        got = ",".join(f"{first}:{stop}" for first, stop in ends)
+        label = " or give a label of just the box" * (role == "label")
+        raise VolumeError(
+            f"{path}: expected a box within its {shape} voxels (z, y, x), got {got}; correct the "
+            f"box{label}"
+        )
+    return tuple(slice(*pair) for pair in ends), tuple(shape)
+
+
+def take_box(volume, box, role):
+    """The `Volume` of a box (slices of z, y, x), at its own place; errors as of `box_within`."""
+    box, whole = box_within(volume.path, box, volume.array.shape[-3:], role)
+    affine = volume.affine
+    if affine is not None:
+        affine = crop_affine(affine, [s.start for s in box])
+    return replace(volume, array=volume.array[..., *box], affine=affine, whole=whole)
 
 
 def crop_affine(affine, offset_zyx):

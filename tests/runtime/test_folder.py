@@ -12,6 +12,7 @@ from runtime import checkpoint
 from runtime import folder as runs
 from runtime.folder import claim, link_newest, new_run_folder, newest_run_folder, open_run
 from tests.runtime.test_checkpoint import state_of
+from volumes import atomic
 
 HOLD = """
 import fcntl
@@ -253,7 +254,7 @@ def test_without_fcntl_the_lock_of_windows_holds_a_run(tmp_path, monkeypatch):
         if len(places) == 2:
             raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(runs, "fcntl", None)
+    monkeypatch.setattr(atomic, "fcntl", None)
     windows = SimpleNamespace(LK_NBLCK=2, locking=locking)
     monkeypatch.setitem(sys.modules, "msvcrt", windows)
     run = with_state(tmp_path / "r", 1)
@@ -263,11 +264,11 @@ def test_without_fcntl_the_lock_of_windows_holds_a_run(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"got {run}, which process {os.getpid()} on"):
             with claim(run, run / "checkpoints" / "last.pt"):
                 pass
-    assert places == [(runs.LOCKED_BYTE, 2, 1)] * 2 and len(text) < runs.LOCKED_BYTE
+    assert places == [(atomic.LOCKED_BYTE, 2, 1)] * 2 and len(text) < atomic.LOCKED_BYTE
 
 
 def test_where_there_are_no_locks_a_run_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "fcntl", None)
+    monkeypatch.setattr(atomic, "fcntl", None)
     monkeypatch.setitem(sys.modules, "msvcrt", None)
     with claim(tmp_path / "r", None) as folder:
         assert folder == tmp_path / "r"

@@ -213,6 +213,61 @@ def test_progress_of_a_range_counts_the_rows_that_reach_into_it():
     assert calls == [(1, 3), (2, 3), (3, 3)]  # row 1 reaches into row 2
 
 
+@pytest.mark.parametrize("ratio", [(1, 1, 1), (1.3, 0.7, 1.6)])
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.8])
+def test_voxels_have_the_same_bits_in_whatever_box(ratio, overlap):
+    torch.manual_seed(0)
+    network = torch.nn.Conv3d(1, 2, 3, padding=1)
+    volume, window = random_volume(14, 33, 27), (6, 8, 6)
+    how = {"ratio": ratio, "channels": 2, "exclusive": True}
+    whole = predict_volume(network, volume, window, overlap, **how)
+    boxes = [(0, 33, 0, 27), (0, 9, 20, 27), (13, 14, 5, 6), (7, 31, 4, 19), (32, 33, 0, 27)]
+    for y0, y1, x0, x1 in boxes:
+        box = slice(y0, y1), slice(x0, x1)
+        for z0, planes in predict_slabs(network, volume, window, overlap, box=box, **how):
+            expected = whole[:, z0 : z0 + planes.shape[1], y0:y1, x0:x1]
+            np.testing.assert_array_equal(planes, expected)
+
+
+def test_windows_that_do_not_touch_a_box_are_not_predicted():
+    calls, volume = [], random_volume(6, 24, 24)  # windows start at 0, 4, .. 16
+    how = {"box": (slice(8, 16), slice(0, 3)), "progress": lambda *counts: calls.append(counts)}
+    ((_, planes),) = predict_slabs(same, volume, (8, 8, 8), 0.5, **how)
+    assert planes.shape == (1, 6, 8, 3) and calls[-1] == (3, 3)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_skipped_windows_are_not_read_and_change_no_voxel_that_they_do_not_touch(batch):
+    volume, reads = random_volume(20, 12, 12), []
+
+    class Watched:
+        shape = volume.shape
+
+        def __getitem__(self, box):
+            reads.append([s.start for s in box[1:]])
+            return volume[box]
+
+    def skip(spans):
+        starts = [span.start for span in spans]
+        return starts[0] == 8 or starts == [0, 4, 4]  # a whole row, and one of another
+
+    how = {"batch": batch, "skip": skip}
+    probs = predict_volume(same, Watched(), (8, 8, 8), 0.5, **how)
+    assert len(reads) == 16 - 4 - 1 and not any(start[0] == 8 for start in reads)
+    touched = np.zeros(volume.shape, bool)
+    touched[:, 8:16] = touched[:, :8, 4:, 4:] = True
+    whole = predict_volume(same, volume, (8, 8, 8), 0.5)
+    np.testing.assert_array_equal(probs[~touched], whole[~touched])
+    assert (probs <= whole).all() and probs[touched].sum() < whole[touched].sum()
+
+
+def test_a_voxel_all_of_whose_windows_are_skipped_is_zero():
+    volume = random_volume(8, 8, 24)
+    probs = predict_volume(same, volume, (8, 8, 8), 0.0, skip=lambda spans: spans[2].start != 8)
+    assert not probs[..., :8].any() and not probs[..., 16:].any() and probs[..., 8:16].all()
+    assert not predict_volume(same, volume, (8, 8, 8), skip=lambda spans: True).any()
+
+
 @pytest.mark.parametrize("flips", [False, True])
 def test_several_networks_give_the_mean_of_their_probabilities(flips):
     volume = random_volume(9, 8, 8)

@@ -125,14 +125,14 @@ def test_what_is_passed_over_is_one_note_and_sidecars_are_not_mentioned(tmp_path
     touch(*(tmp_path / name for name in ("a.tif", "b.xyz", "c.XYZ", "d.abc", "IM0001")))
     touch(*(tmp_path / name for name in ("README", "x.json", "t.csv", ".hidden.xyz")))
     touch(tmp_path / "more" / "deep" / "e.tif", tmp_path / "logs" / "log.txt")
-    touch(*(tmp_path / name / "0" for name in ("v.zarr", "z.tif")))
+    touch(*(tmp_path / name / "0" for name in ("v.n5", "z.tif")))
     touch(*(tmp_path / name / "a.tif" for name in ("probabilities", "disagreement")))
     notes = []
     assert [s.id for s in find_volumes(tmp_path, notes)] == ["a"]
     (note,) = notes
     assert note == (
         f"{tmp_path}: passed over 1 suffixless file, e.g. IM0001; 2 .xyz files, e.g. b.xyz; "
-        "1 .abc file, e.g. d.abc; 1 subfolder, e.g. more; 1 .zarr folder, e.g. v.zarr; "
+        "1 .abc file, e.g. d.abc; 1 subfolder, e.g. more; 1 .n5 folder, e.g. v.n5; "
         "1 .tif folder, e.g. z.tif"
     )
     with pytest.raises(VolumeError, match=r"got one without any but 1 subfolder, e\.g\. deep"):

@@ -1,0 +1,376 @@
+"""Predict a volume that need not fit into memory: box by box into a store of shards on disk.
+
+    scroll = open_scroll(predictor, volume, output, mask=None, bbox=None)
+    scroll.work(part, progress, say)
+
+Every voxel has the bits of `sliding_window.predict_volume`, save where the input is masked (see
+runtime/masked_source.py): there it is 0, in the probability and in the mask. Windows in which all
+is masked are not predicted.
+"""
+
+import contextlib
+import math
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from runtime import columns, parts, scroll_figures
+from runtime.chunk_cache import ChunkCache
+from runtime.folder import versions
+from runtime.masked_source import MaskedSource
+from runtime.signals import CannotGoOn
+from runtime.sliding_window import network_ratio
+from runtime.window_axis import axis_spans
+from runtime.window_transfer import is_asynchronous
+from scoring import block_postprocess
+from volumes import atomic, ome_zarr, zarr_store
+from volumes.files import few, read_label, split_dataset, suffix_of
+from volumes.volume import VolumeError, box_within
+
+CHUNK = 128  # voxels of a chunk of a store, on each axis
+HIGH, LOW, MASKED = 1, 2, 4  # bits of the codes that post-processing starts from
+FREE = ("batch", "cache_gb")  # settings of inference that change no voxel but for rounding
+LATE = 2  # rows that are read before the planes of one come back from a GPU
+
+
+# ---------------------------------------------------------------------------- opening
+
+
+def open_all(predictor, inputs, stored, output, arguments):
+    """The `Scroll` of each `Input` whose prediction is stored; inputs: those that are predicted
+    whole. ValueError, a line for each fault; before one is made, nothing is written."""
+    alone = len(stored) == 1 and not inputs
+    fits = {"mask": alone, "bbox": alone, "submission": not stored}
+    for name, does in fits.items():
+        if getattr(arguments, name) and not does:
+            wanted = "masks in files" if name == "submission" else "one prediction, in a .zarr"
+            got = few([str(volume.prediction_path(output)) for volume in (*stored, *inputs)])
+            raise ValueError(f"--{name}: expected {wanted}, got {got}; leave it out")
+    box = arguments.bbox and [_slice(text) for text in arguments.bbox]
+    how = {"mask": arguments.mask, "bbox": box}
+    return [open_scroll(predictor, volume, output, **how) for volume in stored]
+
+
+def _slice(text):
+    match = re.fullmatch(r"(\d*):(\d*)", text)
+    if not match:
+        raise ValueError(f"--bbox: expected Z0:Z1 Y0:Y1 X0:X1, such as 0:512 : 100:900, got {text}")
+    return slice(*(int(end) if end else None for end in match.groups()))
+
+
+def open_scroll(predictor, volume, output, *, mask=None, bbox=None):
+    """The `Scroll` of an `Input` whose prediction goes into a store, which is made, or gone on
+    with. mask: path of a volume of the same voxels; bbox: three slices, None for all.
+
+    ValueError, a line for each fault: of the mask, the box, settings that a store cannot have, or
+    of a store that was begun with something else.
+    """
+    settings, shape = predictor.settings, volume.shape
+    box, _ = box_within(f"--bbox of {volume.path}", bbox or (slice(None),) * 3, shape)
+    inference = settings.inference
+    shard = tuple(inference.shard)
+    chunk = tuple(min(CHUNK, size) for size in shard)
+    if any(s % c for s, c in zip(shard, chunk, strict=True)):
+        raise ValueError(
+            f"inference.shard: expected multiples of {CHUNK}, or less than {CHUNK}, got "
+            f"{list(shard)}; give such ones"
+        )
+    if inference.save_disagreement:
+        raise ValueError(
+            f"inference.save_disagreement: expected false for {volume.prediction_path(output)}, "
+            "which holds probabilities and a mask; set it to false"
+        )
+    ratio = network_ratio(volume.spacing, predictor.metadata["spacing"])
+    places = zip(shape, inference.window, ratio, strict=True)
+    spans = [axis_spans(n, w, inference.overlap, float(r), predictor.device) for n, w, r in places]
+    mask_voxels = None if mask is None else _open_mask(mask, volume)
+    scroll = Scroll(predictor, volume, spans, ratio, box, mask_voxels)
+    spacing = volume.spacing or (1.0, 1.0, 1.0)
+    corner = zip(volume.offset, box, spacing, strict=True)
+    scroll.store = zarr_store.create(
+        volume.prediction_path(output),
+        scroll.size,
+        predictor.outputs.written,
+        spacing=volume.spacing,
+        unit=volume.unit,
+        offset=[place + s.start * step for place, s, step in corner],
+        shard=shard,
+        chunk=chunk,
+        provenance=scroll.provenance(mask),
+        post=scroll.has_steps,
+    )
+    return scroll
+
+
+def _open_mask(path, volume):
+    """The voxels (1, D, H, W) of a mask volume, which are sliced; VolumeError."""
+    file, _ = split_dataset(path)
+    is_zarr = suffix_of(file) == ".zarr"
+    mask = ome_zarr.open_volume(path, role="label") if is_zarr else read_label(path).array[None]
+    if tuple(mask.shape) != (1, *volume.shape):
+        raise VolumeError(
+            f"{path}: expected a mask of the voxels of {volume.path}, {volume.shape}, got shape "
+            f"{tuple(mask.shape[1:])} and {mask.shape[0]} channels; give one of the same level"
+        )
+    return mask
+
+
+# ---------------------------------------------------------------------------- prediction
+
+
+@dataclass
+class Scroll:
+    """A volume whose prediction goes into a store.
+
+    spans: of the windows on each axis; box: what of the volume is predicted, three slices; mask:
+    the voxels of the mask volume, or None.
+    """
+
+    predictor: object
+    volume: object
+    spans: list
+    ratio: tuple
+    box: tuple
+    mask: object
+    store: object = None
+
+    @property
+    def size(self):
+        return [s.stop - s.start for s in self.box]
+
+    @property
+    def has_steps(self):
+        """Whether anything is done to the mask after the threshold."""
+        steps = self.predictor.settings.postprocess.model_dump()
+        return any(any(v.values()) if isinstance(v, dict) else v for v in steps.values())
+
+    def shard_box(self, index):
+        """The box of a shard in voxels of the volume."""
+        return tuple(
+            slice(s.start + whole.start, s.stop + whole.start)
+            for s, whole in zip(self.store.box(index), self.box, strict=True)
+        )
+
+    def provenance(self, mask):
+        """What decides the voxels of the store, as JSON has it, and which version wrote it."""
+        predictor, settings = self.predictor, self.predictor.settings.plain()
+        members = {}
+        for number, one in enumerate(predictor.members, start=1):
+            about = {key: getattr(one, key) for key in ("run", "step", "weights", "config")}
+            about["sha256_of_weights"] = parts.fingerprint([], [one.network])
+            members[str(number)] = about
+        inference = {key: v for key, v in settings["inference"].items() if key not in FREE}
+        grid, made_by = {"window": [], "starts": []}, versions()
+        for spans, own in zip(self.spans, self.box, strict=True):
+            there = columns.touching(spans, own)
+            grid["window"].append(max(span.stop - span.start for span in there))
+            grid["starts"].append([span.start - own.start for span in there])
+        return {
+            "commit": made_by["lamina"],
+            "torch": made_by["torch"],
+            "device": predictor.device.type,
+            "precision": predictor.how["precision"],
+            "input": _absolute(self.volume.path),
+            "mask": mask and _absolute(mask),
+            "box": [[s.start, s.stop] for s in self.box],
+            "checkpoint": members,
+            "inference": inference,
+            "postprocess": settings["postprocess"],
+            "normalization": {"percentiles": predictor.how["clip"], **self.volume.intensity},
+            "grid": grid | {"ratio": list(map(float, self.ratio))},
+        }
+
+    # ------------------------------------------------------------------------ the work of a part
+
+    def share(self, part):
+        """The indexes of the shards that a part predicts, in order."""
+        return columns.share(self.store.grid, self.shard_box, self.spans, part)
+
+    def work(self, part, how, say):
+        """Predict the shards of a part that are missing, and complete the store where no other's is
+        missing; a clause on what was done, None if something is missing still.
+
+        how: progress and report of `predict_slabs`; say(line): to people.
+        """
+        missing = {*self.store.missing()}
+        own = [index for index in self.share(part) if index in missing]
+        clause = self._predict(own, how, say) if own else "it was there"
+        return f"{clause}, {self.store.path}" if self._complete() else None
+
+    def waits_for(self, part):
+        """A clause on the shards that are missing, and on the parts that predict them."""
+        missing, count = {*self.store.missing()}, part.count if part else 1
+        if not missing:
+            return "waits for its mask, which another process makes"
+        owners = [n for n in range(count) if missing & {*self.share(parts.Part(n, count))}]
+        names = ", ".join(f"part {n + 1}/{count}" for n in owners) if part else "another process"
+        return f"waits for {len(missing)} of {math.prod(self.store.grid)} shards, of {names}"
+
+    def _predict(self, indexes, how, say):
+        started, device = time.perf_counter(), self.predictor.device
+        late = LATE if is_asynchronous(device) else 0
+        plan = columns.plan(self.spans, self.volume.shape, self.shard_box, indexes, late)
+        with (
+            self.volume.voxels() as voxels,
+            contextlib.closing(self._source(voxels, plan)) as source,
+        ):
+            say(f"estimate   {scroll_figures.estimate(self, plan, source)}")
+            done, total = 0, sum(map(self.windows, plan))
+            with Writer() as writer:
+                for source.stretch, stretch in enumerate(plan):
+
+                    def progress(count, _, before=done):
+                        how["progress"](before + count, total)
+
+                    self._predict_stretch(stretch, source, writer, how | {"progress": progress})
+                    done += self.windows(stretch)
+            seconds = time.perf_counter() - started
+            return scroll_figures.of_work(self, indexes, source, seconds)
+
+    def windows(self, stretch):
+        """How many windows are predicted for a stretch, if none is skipped."""
+        areas = zip(self.spans[1:], stretch.box[1:], strict=True)
+        return len(stretch.needed) * math.prod(len(columns.touching(*one)) for one in areas)
+
+    def _source(self, voxels, plan):
+        budget = int(self.predictor.settings.inference.cache_gb * 1e9)
+        both = [
+            ChunkCache(one, plan, most) if isinstance(one, ome_zarr.ZarrVolume) else one
+            for one, most in ((voxels, budget), (self.mask, 0))
+        ]
+        return MaskedSource(*both, self.spans[0])
+
+    def _predict_stretch(self, stretch, source, writer, how):
+        """Predict those of its shards that no other process holds, and hold them meanwhile."""
+        about, locks = (source, self.volume.spacing, self.volume.intensity), contextlib.ExitStack()
+        try:
+            free = [i for i in stretch.shards if locks.enter_context(self.store.lock(i))]
+            for run in columns.plan(self.spans, self.volume.shape, self.shard_box, free):
+                where = {"rows": run.rows, "box": run.box[1:], "skip": source.skip}
+                slabs = self.predictor.probabilities(*about, **where, **how)
+                self._fill(slabs, run.shards, source, writer)
+            writer.submit(locks.close)
+        except BaseException:
+            locks.close()
+            raise
+
+    def _fill(self, slabs, shards, source, writer):
+        """Put finished planes into their shards, and let each be written as soon as it is whole."""
+        waiting = iter(shards.items())
+        index, box = next(waiting)
+        arrays, z = None, box[0].start
+        for z0, probs in slabs:
+            stop = min(z0 + probs.shape[1], max(b[0].stop for b in shards.values()))
+            while z < stop:
+                if arrays is None:
+                    arrays = self._empty(box)
+                planes = slice(z, min(stop, box[0].stop))
+                part = probs[:, planes.start - z0 : planes.stop - z0]
+                there = slice(planes.start - box[0].start, planes.stop - box[0].start)
+                self._finish(
+                    part, source.masked((planes, *box[1:])), [a[..., there, :, :] for a in arrays]
+                )
+                z = planes.stop
+                if z == box[0].stop:
+                    writer.submit(self._write, index, arrays)
+                    arrays = None
+                    index, box = next(waiting, (None, box))
+
+    def _empty(self, box):
+        """Arrays of a shard to fill: the probabilities, and the mask or the codes of it."""
+        size, channels = [s.stop - s.start for s in box], len(self.predictor.outputs.regions)
+        second = (channels, *size) if self.has_steps else size
+        return np.empty((channels, *size), np.uint8), np.empty(second, np.uint8)
+
+    def _finish(self, probs, masked, arrays):
+        """Fill planes of a shard from probabilities (K, d, h, w)."""
+        predictor, (probability, second) = self.predictor, arrays
+        regions = probs[int(predictor.outputs.exclusive) :]
+        for own, target in zip(regions, probability, strict=True):
+            np.rint(own * np.float32(255), out=target, casting="unsafe")
+        high, low = predictor.thresholded(probs)
+        if self.has_steps:
+            for name, target in zip(high, second, strict=True):
+                np.multiply(high[name], HIGH, out=target, casting="unsafe")
+                if name in low:
+                    target |= low[name] * np.uint8(LOW)
+        else:
+            second[:] = predictor.outputs.paint(high)
+        if masked is not None:
+            probability[:, masked] = 0
+            second[..., masked] = MASKED if self.has_steps else 0
+
+    def _write(self, index, arrays):
+        try:
+            self.store.write(index, arrays[0], **{"raw" if self.has_steps else "mask": arrays[1]})
+        except OSError as error:
+            raise CannotGoOn(str(error)) from error
+
+    # ------------------------------------------------------------------------ completing
+
+    def _complete(self):
+        """Make the mask from the codes once no shard is missing, and say in the store that it is
+        complete; whether it is. One process does this, and goes on where another was killed."""
+        if self.store.missing():
+            return False
+        if self.store.missing(mask=True):
+            (self.store.path / zarr_store.LOCKS).mkdir(exist_ok=True)
+            with open(self.store.path / zarr_store.LOCKS / "mask", "ab") as file:
+                if not atomic.try_lock(file):
+                    return False
+                self._postprocess()
+        return self.store.finish()
+
+    def _postprocess(self):
+        import zarr
+
+        predictor, folder = self.predictor, self.store.path / ".lamina" / "steps"
+        folder.mkdir(exist_ok=True)
+        codes = zarr.open_array(self.store.path / zarr_store.RAW / "0", mode="r")
+        names = predictor.outputs.regions
+
+        def raw(box):
+            return np.reshape(codes[..., *box], (len(names), *(s.stop - s.start for s in box)))
+
+        def read(box):
+            both = ({}, {})
+            for name, own in zip(names, raw(box), strict=True):
+                for masks, bit in zip(both, (HIGH, LOW), strict=True):
+                    masks[name] = (own & bit) > 0
+            return both
+
+        how = {"exclusive": predictor.outputs.exclusive, "spacing": self.volume.spacing}
+        how |= predictor.settings.postprocess.model_dump()
+        masks = block_postprocess.postprocessed(read, self.size, folder, **how)
+        for index in self.store.missing(mask=True):
+            box = self.store.box(index)
+            painted = predictor.outputs.paint(masks(box))
+            painted[raw(box)[0] == MASKED] = 0  # steps may have filled it
+            self.store.write_mask(index, painted)
+
+
+class Writer:
+    """A thread that does one task while the next is made ready; a context that waits for it."""
+
+    def __enter__(self):
+        self._pool, self._task = ThreadPoolExecutor(1, "writer"), None
+        return self
+
+    def submit(self, do, *arguments):
+        """Do this when the task before is done, whose error is raised here."""
+        if self._task is not None:
+            self._task.result()
+        self._task = self._pool.submit(do, *arguments)
+
+    def __exit__(self, kind, *_):
+        self._pool.shutdown()
+        if kind is None and self._task is not None:
+            self._task.result()
+
+
+def _absolute(path):
+    return str(path) if ome_zarr.is_url(path) else str(Path(path).absolute())
