@@ -1,33 +1,32 @@
 """Whether the borders of shards and windows can be seen in a prediction, and how much it depends
 on where its windows lie.
 
-    found = check_seams(probability, borders_of(shape, shard, starts, extent))
-    print("\\n".join(describe(found)))
+    rows = check_seams(probability, shard, {"window": window_borders(starts, lengths)})
+    print("\\n".join(describe(rows)))
     dice = shift_consistency(predictor, volume, box)        # {region: Dice}
 
-Sheets and vessels make steps of their own, far larger than a seam, and most voxels are 0. So each
-step is compared with the steps beside it: across a plane of borders, the share of steps that stick
-out of the two beside them on their line of voxels. Inside, this share is near that of the planes
-beside it, whatever the prediction shows; a seam makes many steps stick out, most of them in flat
-places, inside a structure or around it.
+Sheets and vessels make steps of their own, far larger than a seam, and most voxels are 0. So a step
+between two voxels is compared with the two beside it on its line: it sticks out if it is the
+largest. Inside, the share of such steps is that of the planes near by, whatever the prediction
+shows; a seam makes many more stick out, most of them in flat places.
 """
 
-import contextlib
 import itertools
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from runtime.parts import assemble
-from runtime.window_axis import extent_of, window_starts
+from runtime.sliding_window import network_ratio
+from runtime.window_axis import extent_of
+from volumes import zarr_store
 
-STICKS_OUT = 4  # of 255: a rounded probability is off by one half
+# Planes that a plane is compared with. The strides of a network leave a pattern of 2 and 4 voxels.
+BESIDE = (-8, -4, 4, 8)
 BLOCK = 128  # voxels along each axis that are read at once
-EPSILON = 0.002  # share of a plane: below it, planes do not differ
+LEAST_SHARE = 0.002  # of the steps across a plane: below it planes do not differ
 FEWEST_PLANES, LEAST_SPREAD = 8, 0.02  # inside
-NOTICED, UNLIKELY = 1.5, 6.0  # times the share inside and deviations, from which on it is a seam
+NOTICED, UNLIKELY = 1.5, 6.0  # ratio and standard deviations of a seam
 
 
 class Seams(NamedTuple):
@@ -40,124 +39,137 @@ class Seams(NamedTuple):
     inside: float  # across the planes beside them
     ratio: float
     deviations: float  # of the ratio, in standard deviations of planes inside
-    worst: int  # the border with the largest ratio, as the voxel that it lies before
+    worst: int  # voxel after the border of which one face of a shard deviates most
     worst_ratio: float
     worst_deviations: float
-    largest_inside: float  # the largest ratio of a plane inside
+    largest_inside: float  # ratio of that face across planes inside
 
     @property
     def visible(self):
-        """Whether all borders together, or one of them, show a seam."""
-        return (
-            self.ratio > NOTICED
-            and self.deviations > UNLIKELY
-            or self.worst_ratio > max(NOTICED, self.largest_inside)
-            and self.worst_deviations > UNLIKELY
-        )
+        """Whether all borders together, or the worst face, show a seam."""
+        together = self.ratio > NOTICED and self.deviations > UNLIKELY
+        usual = max(NOTICED, self.largest_inside)
+        return together or (self.worst_ratio > usual and self.worst_deviations > UNLIKELY)
 
 
-def window_borders(shape, window, overlap, ratio=(1, 1, 1)):
-    """Where windows of `predict_slabs` begin and end on each axis, as voxels that follow a border.
-    """
-    borders = []
-    for size, length, r in zip(shape, window, ratio, strict=True):
-        extent = extent_of(length, r)
-        starts = window_starts(size, extent, overlap)
-        borders.append([*starts[1:], *(start + extent for start in starts[:-1])])
-    return borders
+def window_borders(starts, lengths):
+    """Where windows begin and end on each axis: the voxel after each border, some out of the
+    volume. starts: of the windows on each axis; lengths (z, y, x) in voxels."""
+    return [
+        [border for start in own for border in (start, start + length)]
+        for own, length in zip(starts, lengths, strict=True)
+    ]
 
 
 def check_seams(probability, shard, borders, progress=lambda done, total: None):
-    """[`Seams`] of each kind and axis that has borders far enough from others to judge.
+    """[`Seams`] of each kind and axis that has borders and enough planes between them.
 
-    probability (D, H, W) or (C, D, H, W) uint8: anything that is sliced as an array; each voxel is
-    read once, in blocks. shard (z, y, x): each face of a shard is judged by itself too.
-    borders: {kind: [[voxel that follows a border, ...] of z, of y, of x]}; those of shards are
-    added. Memory: three planes of the volume, and a count for each face of each plane.
+    probability (D, H, W) or (C, D, H, W) uint8, p = value / 255: anything that is sliced like an
+    array. Each voxel is read once, in blocks. shard (z, y, x): the grid of shards, the faces of
+    which are also judged one by one. borders {kind: of z, y and x the voxels after a border}: other
+    than those of shards; a plane of two kinds counts for the first. progress: called with counts of
+    blocks. Memory: three planes of the volume, and a number for each face across each plane.
+    ValueError for another dtype.
     """
-    if np.dtype(probability.dtype) != np.uint8:
-        raise ValueError(f"expected probabilities in uint8, p = value / 255, got {probability.dtype}")
+    if probability.dtype != np.uint8:
+        raise ValueError(f"expected probabilities as uint8, got {probability.dtype}")
     shape = probability.shape[-3:]
-    own = [list(range(step, size, step)) for size, step in zip(shape, shard, strict=True)]
-    kinds, rows = {"shard": own, **borders}, []
-    counts = _count(probability, shard, progress)
+    of_shards = [range(step, size, step) for size, step in zip(shape, shard, strict=True)]
+    counts, rows = _count(probability, shard, progress), []
     for axis, name in enumerate("zyx"):
-        every = {place for kind in kinds.values() for place in kind[axis]}
-        voxels = _voxels_of_faces(probability.shape, shard, axis)
-        for kind, places in kinds.items():
-            if seams := _judge(counts[axis], voxels, sorted({*places[axis]}), every):
+        every, faces = set(), _voxels_of_faces(probability.shape, shard, axis)
+        kinds = {"shard": of_shards, **borders}.items()
+        kinds = {kind: {k for k in own[axis] if 0 < k < shape[axis]} for kind, own in kinds}
+        every = set().union(*kinds.values())
+        before = set()
+        for kind, own in kinds.items():
+            if seams := _judge(counts[axis], faces, sorted(own - before), every):
                 rows.append(Seams(kind, name, *seams))
+            before |= own
     return rows
+
+
+def check_store(path, progress):
+    """`check_seams` of a prediction that infer.py has written; ValueError, one sentence, if it is
+    none or not complete."""
+    import zarr
+
+    description = zarr_store.open_store(path).description
+    if not description["complete"]:
+        raise ValueError(
+            f"{path}: expected a complete prediction, got one that lacks shards; start "
+            "infer.py again, which does only those"
+        )
+    grid = description["provenance"]["grid"]
+    borders = {"window": window_borders(grid["starts"], grid["window"])}
+    return check_seams(
+        zarr.open_array(path, path="0", mode="r"), description["shard"], borders, progress
+    )
 
 
 def describe(rows):
     """Lines for people: a table of `check_seams`, and what it means."""
-    lines = ["axis borders    planes  steps that stick out  ratio  deviations  worst"]
-    for row in rows:
-        lines.append(
-            f"{row.axis:4} {row.kind:9} {row.planes:7}  {100 * row.share:6.2f} %, "
-            f"inside {100 * row.inside:5.2f} %  {row.ratio:5.2f}  {row.deviations:10.1f}  "
-            f"{row.worst_ratio:.2f} at {row.worst} (inside up to {row.largest_inside:.2f})"
-        )
     if not rows:
         return ["no borders to judge: one shard and one window, or too few planes between them"]
-    seen = [f"{row.kind} borders on {row.axis}" for row in rows if row.visible]
-    normal = f"normal is a ratio of 0.8 to 1.2; a seam is above {NOTICED} by {UNLIKELY:g} deviations"
-    return [*lines, normal, f"seams: {', '.join(seen)}" if seen else "no seam is visible"]
+    lines = ["axis  borders      planes  stick out   inside  ratio  deviations  worst face"]
+    for row in rows:
+        lines.append(
+            f"{row.axis:5} {row.kind:11} {row.planes:7} {100 * row.share:8.2f} % "
+            f"{100 * row.inside:6.2f} % {row.ratio:6.2f} {row.deviations:11.1f}  "
+            f"{row.worst_ratio:.2f} at {row.worst}, inside up to {row.largest_inside:.2f}"
+        )
+    lines.append(
+        f"normal: ratio 0.85 to 1.15, within 4 deviations; a seam: above {NOTICED} by more than "
+        f"{UNLIKELY:g} deviations"
+    )
+    seen = ", ".join(f"{row.kind} borders on {row.axis}" for row in rows if row.visible)
+    return [*lines, f"seams at {seen}" if seen else "no seam"]
 
 
 # ---------------------------------------------------------------------------- counting
 
 
 def _count(probability, shard, progress):
-    """How many steps stick out in each plane of each face: for each axis (size, tiles, tiles).
+    """How many steps stick out across each plane: of each axis (size, tiles, tiles).
 
-    Plane k lies before voxel k. The tiles are those of the shards on the other two axes.
+    Plane k lies before voxel k. Tiles are those of the shards along the two other axes.
     """
     shape = probability.shape[-3:]
     grid = [-(-size // step) for size, step in zip(shape, shard, strict=True)]
-    counts = [np.zeros((shape[a], *np.delete(grid, a)), np.int64) for a in range(3)]
+    counts = [np.zeros((shape[axis], *np.delete(grid, axis)), np.int64) for axis in range(3)]
     blocks = [_blocks(size, step) for size, step in zip(shape, shard, strict=True)]
-    last_planes, total = {}, math.prod(map(len, blocks))
-    for number, box in enumerate(itertools.product(*blocks)):
+    ends, total = {}, math.prod(map(len, blocks))  # the last planes of blocks that others follow
+    for number, box in enumerate(itertools.product(*blocks), start=1):
         corner = [s.start for s in box]
         block = np.asarray(probability[(..., *box)], np.int16)
         block = block.reshape(-1, *block.shape[-3:])
+        tile = [c // step for c, step in zip(corner, shard, strict=True)]
         for axis in range(3):
-            place = axis, *np.delete(corner, axis).tolist()
-            before = last_planes.pop(place, None)
-            lines = np.moveaxis(block, axis + 1, 0)
-            if before is not None:
-                lines = np.concatenate([before, lines])
-            end = box[axis].stop
-            if end < shape[axis]:
-                last_planes[place] = lines[-3:].copy()
-            if len(lines) < 4:
-                continue
+            place, lines = (axis, *np.delete(corner, axis)), np.moveaxis(block, axis + 1, 0)
+            if corner[axis]:
+                lines = np.concatenate([ends.pop(place), lines])
+            if box[axis].stop < shape[axis]:
+                ends[place] = lines[-3:].copy()
             steps = np.abs(np.diff(lines, axis=0))
-            beside = np.maximum(steps[:-2], steps[2:])
-            out = (steps[1:-1] >= beside + STICKS_OUT).sum(axis=(1, 2, 3))
-            first = end - len(lines) + 2
-            tile = tuple(c // s for c, s in np.delete([corner, shard], axis, 1).T)
-            counts[axis][(slice(first, first + len(out)), *tile)] += out
-        progress(number + 1, total)
+            out = steps[1:-1] > np.maximum(steps[:-2], steps[2:])
+            first = box[axis].stop - len(lines) + 2
+            planes = slice(first, first + len(out))
+            counts[axis][(planes, *np.delete(tile, axis))] += out.sum(axis=(1, 2, 3))
+        progress(number, total)
     return counts
 
 
 def _blocks(size, step):
     """Slices of an axis, BLOCK long at most, none of which goes over a border of shards."""
-    ends = [*range(step, size, step), size]
-    return [
-        slice(start, min(start + BLOCK, end))
-        for end in ends
-        for start in range((end - 1) // step * step, end, BLOCK)
-    ]
+    starts = [k for first in range(0, size, step) for k in range(first, first + step, BLOCK)]
+    starts = [k for k in starts if k < size]
+    return [slice(*pair) for pair in itertools.pairwise([*starts, size])]
 
 
 def _voxels_of_faces(shape, shard, axis):
-    """Voxels of each face that a plane across an axis has: (tiles, tiles)."""
+    """Steps across a plane in each tile: (tiles, tiles)."""
     lengths = []
-    for size, step in np.delete([shape[-3:], shard], axis, 1).T:
+    for size, step in zip(np.delete(shape[-3:], axis), np.delete(shard, axis), strict=True):
         starts = np.arange(0, size, step)
         lengths.append(np.minimum(starts + step, size) - starts)
     return np.outer(*lengths) * math.prod(shape[:-3])
@@ -173,15 +185,15 @@ def _judge(counts, voxels, places, every):
     """
     size, every = len(counts), np.array([*every], int)
     planes = np.arange(2, size - 1)  # with a step on both sides
-    # A seam hides what sticks out of it in the planes next to it.
     inside = np.zeros(size, bool)
+    # A seam keeps the steps next to it from sticking out.
     inside[planes] = ~np.isin(planes, [every - 1, every, every + 1])
     faces = counts.reshape(size, -1) / voxels.reshape(-1)
     whole = counts.sum(axis=(1, 2))[:, None] / voxels.sum()
     beside = _beside(whole, inside)
     usable = np.isfinite(beside[:, 0])
     inner = np.flatnonzero(inside & usable)
-    places = [k for k in places if 2 <= k <= size - 2 and usable[k]]
+    places = [k for k in places if 2 <= k < size - 1 and usable[k]]
     if not places or len(inner) < FEWEST_PLANES:
         return None
     logs = _logs(faces, _beside(faces, inside))
@@ -189,12 +201,12 @@ def _judge(counts, voxels, places, every):
     border, face = np.unravel_index(np.argmax(logs[places] / spread), (len(places), logs.shape[1]))
     worst = logs[places[border], face]
     shares = whole[places].mean(), beside[places].mean()
-    together = float(_logs(*shares))
+    together, spread_together = _logs(*shares), _spread(_logs(whole, beside)[inner])[0]
     return (
         len(places),
         *map(float, shares),
         math.exp(together),
-        together / float(_spread(_logs(whole, beside)[inner])[0]) * math.sqrt(len(places)),
+        float(together / spread_together * math.sqrt(len(places))),
         places[border],
         math.exp(worst),
         float(worst / spread[face]),
@@ -203,20 +215,75 @@ def _judge(counts, voxels, places, every):
 
 
 def _beside(shares, inside):
-    """The mean share (size, faces) of the planes inside that lie 2 or 3 from each; NaN of none."""
-    size, total = len(shares), np.zeros_like(shares)
-    count = np.zeros((size, 1))
-    for step in (-3, -2, 2, 3):
-        to, of = slice(max(0, -step), size - max(0, step)), slice(max(0, step), size + min(0, step))
-        total[to] += np.where(inside[of, None], shares[of], 0)
-        count[to] += inside[of, None]
+    """The mean share (size, faces) of the planes inside that are BESIDE each; NaN of none."""
+    size, total, count = len(shares), np.zeros_like(shares), np.zeros((len(shares), 1))
+    for step in BESIDE:
+        to = np.arange(max(0, -step), size - max(0, step))
+        to = to[inside[to + step]]
+        total[to] += shares[to + step]
+        count[to] += 1
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
 def _logs(shares, beside):
-    return np.log((shares + EPSILON) / (beside + EPSILON))
+    return np.log((shares + LEAST_SHARE) / (beside + LEAST_SHARE))
 
 
 def _spread(logs):
     """Standard deviation of the planes inside, of each face."""
     return np.maximum(logs.std(axis=0), LEAST_SPREAD)
+
+
+# ---------------------------------------------------------------------------- shifted windows
+
+
+def shift_consistency(predictor, volume, box):
+    """{region: Dice} of the masks of a box predicted with two grids of windows, half a step apart.
+
+    predictor: `ensemble.Predictor`; volume: an `inputs.Input`; box: three slices with both ends.
+    Masks are those of the threshold, without post-processing. NaN where both are empty. ValueError
+    for a box that the two grids cannot cover within the volume.
+    """
+    inference, spacing = predictor.settings.inference, volume.spacing
+    ratio = network_ratio(spacing, predictor.metadata["spacing"])
+    places = [
+        _two_grids(axis, size, extent_of(length, r), inference.overlap, own)
+        for axis, size, length, r, own in zip(
+            "zyx", volume.shape, inference.window, ratio, box, strict=True
+        )
+    ]
+    masks = []
+    with volume.voxels() as voxels:
+        for crop in zip(*places, strict=True):
+            image = np.asarray(voxels[(slice(None), *crop)])
+            z, *area = (
+                slice(b.start - c.start, b.stop - c.start) for b, c in zip(box, crop, strict=True)
+            )
+            slabs = predictor.probabilities(image, spacing, volume.intensity, box=area)
+            probs = np.concatenate([planes for _, planes in slabs], axis=1)[:, z]
+            masks.append(predictor.thresholded(probs)[0])
+    return {name: _dice(own, masks[1][name]) for name, own in masks[0].items()}
+
+
+def _two_grids(axis, size, extent, overlap, box):
+    """Two slices of an axis, half a step apart, each of a whole number of steps of windows."""
+    step = max(1, math.floor(extent * (1 - overlap) + 1e-6))
+    half = step // 2 if size > extent + step // 2 else 0  # one window has the whole of a short axis
+    if not half:
+        return slice(0, size), slice(0, size)
+    # A step more on both sides, for windows like those of the whole volume, where there is room.
+    wanted = math.ceil((box.stop - box.start + half + 2 * step - extent) / step)
+    length = extent + step * min(max(wanted, 0), (size - half - extent) // step)
+    first = (box.start + box.stop - length - half) // 2
+    first = min(max(first, 0), size - half - length)
+    if not first + half <= box.start < box.stop <= first + length:
+        raise ValueError(
+            f"--bbox: expected a box {half} voxels or more from the ends of the volume on axis "
+            f"{axis}, {half}:{size - half} at most, got {box.start}:{box.stop}; give such a one"
+        )
+    return slice(first, first + length), slice(first + half, first + half + length)
+
+
+def _dice(one, other):
+    total = int(one.sum()) + int(other.sum())
+    return 2 * int((one & other).sum()) / total if total else math.nan
