@@ -26,7 +26,7 @@ BESIDE = (-8, -4, 4, 8)
 BLOCK = 128  # voxels along each axis that are read at once
 LEAST_SHARE = 0.002  # of the steps across a plane: below it planes do not differ
 FEWEST_PLANES, LEAST_SPREAD = 8, 0.02  # inside
-NOTICED, UNLIKELY = 1.5, 6.0  # ratio and standard deviations of a seam
+NOTICED, UNLIKELY = 1.25, 6.0  # ratio and standard deviations of a seam
 
 
 class Seams(NamedTuple):
@@ -266,20 +266,18 @@ def shift_consistency(predictor, volume, box):
 
 
 def _two_grids(axis, size, extent, overlap, box):
-    """Two slices of an axis, half a step apart, each of a whole number of steps of windows."""
+    """Two slices of an axis, one half a step of windows after the other, that both hold a box."""
     step = max(1, math.floor(extent * (1 - overlap) + 1e-6))
-    half = step // 2 if size > extent + step // 2 else 0  # one window has the whole of a short axis
-    if not half:
+    half = step // 2
+    if size <= extent + half:  # one window sees all of the axis
         return slice(0, size), slice(0, size)
-    # A step more on both sides, for windows like those of the whole volume, where there is room.
-    wanted = math.ceil((box.stop - box.start + half + 2 * step - extent) / step)
-    length = extent + step * min(max(wanted, 0), (size - half - extent) // step)
-    first = (box.start + box.stop - length - half) // 2
-    first = min(max(first, 0), size - half - length)
-    if not first + half <= box.start < box.stop <= first + length:
+    # A step more on both sides: a window at the end of a slice has the share of two.
+    length = max(extent, min(box.stop - box.start + half + 2 * step, size - half))
+    first = min(max((box.start + box.stop - length - half) // 2, 0), size - half - length)
+    if not half <= box.start < box.stop <= size - half:
         raise ValueError(
-            f"--bbox: expected a box {half} voxels or more from the ends of the volume on axis "
-            f"{axis}, {half}:{size - half} at most, got {box.start}:{box.stop}; give such a one"
+            f"--bbox: expected a box within {half}:{size - half} on axis {axis}, where grids of "
+            f"windows half a step apart cover it, got {box.start}:{box.stop}; give a smaller one"
         )
     return slice(first, first + length), slice(first + half, first + half + length)
 

@@ -45,7 +45,9 @@ def sampled(volume):
         # They lie on a grid, so that no more chunks than needed are read for one.
         cells = [int(rng.integers(n // s)) for n, s in zip(shape, sizes, strict=True)]
         box = [slice(i * s, (i + 1) * s) for i, s in zip(cells, sizes, strict=True)]
-        chunks = [range(s.start // n, -(-s.stop // n)) for s, n in zip(box, volume.chunks, strict=True)]
+        chunks = [
+            range(s.start // n, -(-s.stop // n)) for s, n in zip(box, volume.chunks, strict=True)
+        ]
         if volume.fill == 0 and not any(volume.stored(*i) for i in itertools.product(*chunks)):
             tries += 0.1  # that costs little
             continue
