@@ -156,8 +156,8 @@ def test_a_network_that_goes_by_the_place_in_its_window_is_found_out():
         place = torch.linspace(1, -1, patches.shape[2])
         return 20 * place[:, None, None].expand(patches.shape)
 
-    box = (slice(8, 16), slice(4, 12), slice(4, 12))
-    about = predictor(network, overlap=0.0), volume(32, 24, 24)
+    box = (slice(8, 20), slice(4, 12), slice(4, 12))
+    about = predictor(network, overlap=0.0), volume(40, 24, 24)
     # Windows of 8 voxels, half of each foreground; those of the other grid lie 4 further on.
     assert seams.shift_consistency(*about, box) == {"": 0.0}
 
