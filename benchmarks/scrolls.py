@@ -31,7 +31,7 @@ TILE, SHARD = 128, 512
 MICRON = 7.91  # the size of a voxel
 TINY = ["model.base=2", "model.multipliers=[1,2]", "sampling.patch=[64,64,64]"]
 TINY += ["inference.overlap=0.5", "data.validation=[]", "data.test=[]", "data.folds=2"]
-TINY += ["training.max_steps=30", "run.name=tiny"]
+TINY += ["training.max_steps=10", "run.name=tiny"]
 
 # ---------------------------------------------------------------------------- phantoms
 
