@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from volumes.volume import VolumeError
+
 THREADS = 4  # that read and decode; the codecs let other threads run
 
 
@@ -133,6 +135,11 @@ class ChunkCache:
         voxels, places = None, zip(index, self.volume.chunks, strict=True)
         if self.volume.fill != 0 or self.volume.stored(*index):
             voxels = self.volume[:, *(slice(i * n, (i + 1) * n) for i, n in places)]
+            if self.dtype.kind == "f" and not np.isfinite(voxels).all():
+                raise VolumeError(
+                    f"{self.volume.path}: expected finite values, got NaN or Inf in the chunk "
+                    f"{index} (z, y, x); replace them, by 0 for voxels without a measurement"
+                )
         with self._lock:
             self.decoded += 0 if voxels is None else voxels.nbytes
             if voxels is not None and voxels.any():
