@@ -13,13 +13,17 @@ shows; a seam makes many more stick out, most of them in flat places.
 
 import itertools
 import math
+import time
 from typing import NamedTuple
 
 import numpy as np
 
+from runtime import scrolls
+from runtime.log import SECONDS_BETWEEN_LINES
 from runtime.sliding_window import network_ratio
 from runtime.window_axis import extent_of
-from volumes import zarr_store
+from volumes import ome_zarr, zarr_store
+from volumes.volume import box_within
 
 # Planes that a plane is compared with. The strides of a network leave a pattern of 2 and 4 voxels.
 BESIDE = (-8, -4, 4, 8)
@@ -64,24 +68,22 @@ def window_borders(starts, lengths):
 def check_seams(probability, shard, borders, progress=lambda done, total: None):
     """[`Seams`] of each kind and axis that has borders and enough planes between them.
 
-    probability (D, H, W) or (C, D, H, W) uint8, p = value / 255: anything that is sliced like an
-    array. Each voxel is read once, in blocks. shard (z, y, x): the grid of shards, the faces of
-    which are also judged one by one. borders {kind: of z, y and x the voxels after a border}: other
-    than those of shards; a plane of two kinds counts for the first. progress: called with counts of
-    blocks. Memory: three planes of the volume, and a number for each face across each plane.
-    ValueError for another dtype.
+    probability (C, D, H, W) uint8, p = value / 255: anything that is sliced like an array. Each
+    voxel is read once, in blocks. shard (z, y, x): the grid of shards, whose faces are also judged
+    one by one. borders {kind: of z, y and x the voxels after a border}: other than those of shards;
+    a plane of two kinds counts for the first. progress: called with counts of blocks. Memory: three
+    planes of the volume, and a number for each face across each plane. ValueError for another dtype.
     """
     if probability.dtype != np.uint8:
         raise ValueError(f"expected probabilities as uint8, got {probability.dtype}")
-    shape = probability.shape[-3:]
+    shape = probability.shape[1:]
     of_shards = [range(step, size, step) for size, step in zip(shape, shard, strict=True)]
     counts, rows = _count(probability, shard, progress), []
     for axis, name in enumerate("zyx"):
-        every, faces = set(), _voxels_of_faces(probability.shape, shard, axis)
+        faces = _voxels_of_faces(probability.shape, shard, axis)
         kinds = {"shard": of_shards, **borders}.items()
         kinds = {kind: {k for k in own[axis] if 0 < k < shape[axis]} for kind, own in kinds}
-        every = set().union(*kinds.values())
-        before = set()
+        every, before = set().union(*kinds.values()), set()
         for kind, own in kinds.items():
             if seams := _judge(counts[axis], faces, sorted(own - before), every):
                 rows.append(Seams(kind, name, *seams))
@@ -89,22 +91,28 @@ def check_seams(probability, shard, borders, progress=lambda done, total: None):
     return rows
 
 
-def check_store(path, progress):
-    """`check_seams` of a prediction that infer.py has written; ValueError, one sentence, if it is
-    none or not complete."""
-    import zarr
-
+def print_seams(path, say):
+    """Say what `check_seams` says of a prediction that infer.py has written; 1 if there are seams,
+    else 0. ValueError, one sentence, if it is none, or not complete."""
     description = zarr_store.open_store(path).description
     if not description["complete"]:
         raise ValueError(
-            f"{path}: expected a complete prediction, got one that lacks shards; start "
-            "infer.py again, which does only those"
+            f"{path}: expected a complete prediction, got one that lacks shards; start infer.py "
+            "again, which does only those"
         )
-    grid = description["provenance"]["grid"]
+    grid, last = description["provenance"]["grid"], time.perf_counter()
+
+    def progress(done, total):
+        nonlocal last
+        if time.perf_counter() - last > SECONDS_BETWEEN_LINES:
+            say(f"{done} of {total} blocks")
+            last = time.perf_counter()
+
     borders = {"window": window_borders(grid["starts"], grid["window"])}
-    return check_seams(
-        zarr.open_array(path, path="0", mode="r"), description["shard"], borders, progress
-    )
+    probability = ome_zarr.open_volume(path)
+    rows = check_seams(probability, description["shard"], borders, progress)
+    say("\n".join(describe(rows)))
+    return int(any(row.visible for row in rows))
 
 
 def describe(rows):
@@ -134,15 +142,14 @@ def _count(probability, shard, progress):
 
     Plane k lies before voxel k. Tiles are those of the shards along the two other axes.
     """
-    shape = probability.shape[-3:]
+    shape = probability.shape[1:]
     grid = [-(-size // step) for size, step in zip(shape, shard, strict=True)]
     counts = [np.zeros((shape[axis], *np.delete(grid, axis)), np.int64) for axis in range(3)]
     blocks = [_blocks(size, step) for size, step in zip(shape, shard, strict=True)]
     ends, total = {}, math.prod(map(len, blocks))  # the last planes of blocks that others follow
     for number, box in enumerate(itertools.product(*blocks), start=1):
         corner = [s.start for s in box]
-        block = np.asarray(probability[(..., *box)], np.int16)
-        block = block.reshape(-1, *block.shape[-3:])
+        block = np.asarray(probability[(slice(None), *box)], np.int16)
         tile = [c // step for c, step in zip(corner, shard, strict=True)]
         for axis in range(3):
             place, lines = (axis, *np.delete(corner, axis)), np.moveaxis(block, axis + 1, 0)
@@ -169,10 +176,10 @@ def _blocks(size, step):
 def _voxels_of_faces(shape, shard, axis):
     """Steps across a plane in each tile: (tiles, tiles)."""
     lengths = []
-    for size, step in zip(np.delete(shape[-3:], axis), np.delete(shard, axis), strict=True):
+    for size, step in zip(np.delete(shape[1:], axis), np.delete(shard, axis), strict=True):
         starts = np.arange(0, size, step)
         lengths.append(np.minimum(starts + step, size) - starts)
-    return np.outer(*lengths) * math.prod(shape[:-3])
+    return np.outer(*lengths) * shape[0]
 
 
 # ---------------------------------------------------------------------------- judging
@@ -235,6 +242,21 @@ def _spread(logs):
 
 
 # ---------------------------------------------------------------------------- shifted windows
+
+
+def print_consistency(predictor, inputs, box, say):
+    """Say what `shift_consistency` says of the one input; 0. box: as of --bbox. ValueError."""
+    if len(inputs) != 1 or not box:
+        raise ValueError(
+            "--shift-consistency: expected one --input and a --bbox Z0:Z1 Y0:Y1 X0:X1 of it, got "
+            f"{len(inputs)} and {'a' if box else 'no'} box; give these"
+        )
+    (volume,) = inputs
+    box, _ = box_within(f"--bbox of {volume.path}", scrolls.parse_box(box), volume.shape)
+    for name, dice in shift_consistency(predictor, volume, box).items():
+        say(f"Dice of two grids{f', {name}' if predictor.outputs.several else ''}: {dice:.4f}")
+    say("normal: NORMALDICE or more; a mask that depends on where windows lie has less")
+    return 0
 
 
 def shift_consistency(predictor, volume, box):

@@ -19,17 +19,17 @@ SHARD = (48, 48, 48)
 
 @functools.cache
 def clean():
-    """Probabilities (96, 96, 96) uint8 of thin sheets, as a network gives them."""
+    """Probabilities (1, 96, 96, 96) uint8 of thin sheets, as a network gives them."""
     sheets = phantoms.scroll((96, 96, 96), seed=3).label == 1
     noise = phantoms.smooth_field(sheets.shape, 6.0, np.random.default_rng(0))
     logits = 12 * (ndimage.gaussian_filter(sheets.astype(np.float32), 1.0) - 0.5) + noise
-    return np.rint(255 / (1 + np.exp(-logits))).astype(np.uint8)
+    return np.rint(255 / (1 + np.exp(-logits))).astype(np.uint8)[None]
 
 
 def changed(box, change):
     """Those probabilities with a change in a box."""
     probability = clean().astype(np.float32)
-    probability[box] = change(probability[box])
+    probability[0][box] = change(probability[0][box])
     return np.clip(np.rint(probability), 0, 255).astype(np.uint8)
 
 
@@ -70,9 +70,9 @@ def test_a_seam_of_windows_is_theirs_and_not_that_of_shards():
 
 
 def test_a_seam_in_air_is_found():
-    air = np.zeros((64, 64, 64), np.uint8)
+    air = np.zeros((1, 64, 64, 64), np.uint8)
     assert seen(air, (32, 32, 32)) == []
-    air[32:] = 2
+    air[:, 32:] = 2
     assert seen(air, (32, 32, 32)) == [("shard", "z")]
 
 
@@ -97,7 +97,7 @@ def test_each_voxel_is_read_once_in_boxes_that_are_small():
         def __getitem__(self, box):
             reads[box[1:]] += 1
             assert reads[box[1:]].size <= 48**3
-            return clean()[None][box]
+            return clean()[box]
 
     rows = seams.check_seams(Watched(), SHARD, {})
     assert (reads == 1).all() and rows == seams.check_seams(clean(), SHARD, {})
@@ -119,7 +119,7 @@ def test_no_border_is_judged_where_there_is_none_or_no_plane_between_borders():
 
 def test_probabilities_of_another_dtype_are_refused():
     with pytest.raises(ValueError, match="expected probabilities as uint8, got float32"):
-        seams.check_seams(np.zeros((8, 8, 8), np.float32), SHARD, {})
+        seams.check_seams(np.zeros((1, 8, 8, 8), np.float32), SHARD, {})
 
 
 # ---------------------------------------------------------------------------- shifted windows
@@ -184,6 +184,6 @@ def test_an_axis_of_one_window_is_not_shifted():
 
 
 def test_a_box_at_the_end_of_the_volume_is_refused():
-    with pytest.raises(ValueError, match="within 2:22 on axis y, .*, got 0:8"):
+    with pytest.raises(ValueError, match="within 2:22 on axis y"):
         box = (slice(8, 16), slice(0, 8), slice(8, 16))
         seams.shift_consistency(predictor(lambda x: x), volume(24, 24, 24), box)
