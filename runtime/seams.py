@@ -72,7 +72,7 @@ def check_seams(probability, shard, borders, progress=lambda done, total: None):
     voxel is read once, in blocks. shard (z, y, x): the grid of shards, whose faces are also judged
     one by one. borders {kind: of z, y and x the voxels after a border}: other than those of shards;
     a plane of two kinds counts for the first. progress: called with counts of blocks. Memory: three
-    planes of the volume, and a number for each face across each plane. ValueError for another dtype.
+    planes of the volume, and a number for each face across each plane. ValueError: another dtype.
     """
     if probability.dtype != np.uint8:
         raise ValueError(f"expected probabilities as uint8, got {probability.dtype}")
