@@ -3,8 +3,7 @@
     python benchmarks/scroll_kills.py                       # 20 kills of 1 process, 20 of 3 parts
     python benchmarks/scroll_kills.py --size 192 --kills 4 --parts 3 --shard 64
 
-A process, or one of three parts, is killed with SIGKILL at a random moment between its start and
-the time that its work took undisturbed, and started again. At the end all files of the store must
+A process, or one of three parts, is killed with SIGKILL at random moments and started again. At the end all files of the store must
 have the bytes of the undisturbed one, but for the date. Each file that appears is noted with the
 inode that it has: a shard that got a second one was computed twice. None may be, save for those of
 which a part of the files was written when the process was killed. Exit status 1 if anything
@@ -90,7 +89,7 @@ def disturbed(options, output, parts, seconds, chance):
     hit = writes = 0
     running = {part: start(options, output, part, parts) for part in range(1, parts + 1)}
     for _ in range(options.kills):
-        time.sleep(chance.uniform(0, seconds / options.kills * 2))
+        time.sleep(chance.uniform(0, options.start + 2 * seconds / options.kills))
         part = chance.choice(sorted(running))
         process = running[part]
         alive = process.poll() is None
@@ -143,6 +142,7 @@ def main():
     add("--shard", type=int, default=128)
     add("--kills", type=int, default=20)
     add("--parts", type=int, nargs="+", default=[1, 3])
+    add("--start", type=float, default=8.0, help="seconds that starting takes")
     add("--seed", type=int, default=0)
     add("--ckpt", type=Path)
     add("overrides", nargs="*", metavar="group.key=value")
