@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from monitoring import machine
-from scoring import inputs, metrics, parallel, report
+from scoring import block_inputs, inputs, metrics, parallel, report
 from scoring.classes import MEAN, checked, full_names, ids_of, split_name
 from volumes import atomic, files, origins
 from volumes.classes import id_of, parsed
@@ -335,6 +335,8 @@ def main(argv=None):
         args.ignore_label = dataset.ignore_label
     classes, foreground, background = None, (), ()
     try:
+        if args.overlays and any(map(block_inputs.is_large, pairs)):
+            raise ValueError("--overlays: expected volumes that fit into memory; leave it out")
         classes, foreground, background = settle_classes(args, dataset)
     except ValueError as error:
         if pairs or not errors:  # else the truth was not read: nobody knows its classes

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from scoring import postprocess
-from scoring.blocks import BLOCK, Bits, Grid, Joined, size_of
+from scoring.blocks import Bits, Grid, Joined, size_of
 
 
 def postprocessed(
@@ -22,7 +22,7 @@ def postprocessed(
     shape,
     folder,
     *,
-    block=BLOCK,
+    block=None,
     exclusive=False,
     spacing=None,
     hysteresis=None,
@@ -48,9 +48,9 @@ def postprocessed(
     """
     spacing = None if spacing is None else [float(step) for step in spacing]
     settings = [exclusive, spacing, hysteresis, min_component_voxels, max_hole_voxels]
-    text = json.dumps([*map(list, (shape, block)), *settings, closing_radius])
-    path = str(Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16])
     grid = Grid(shape, block)
+    text = json.dumps([grid.shape, grid.block, *settings, closing_radius])
+    path = str(Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16])
     regions = tuple(read((slice(0, 1),) * 3)[0])
     sizes = min_component_voxels
     sizes = sizes if isinstance(sizes, dict) else dict.fromkeys(regions, sizes)

@@ -25,14 +25,21 @@ _COUNTED = 2**20  # labels that are counted at once: they become int64
 
 
 class Grid:
-    """The blocks of a volume (D, H, W): indices (z, y, x) in C order when iterated over."""
+    """The blocks of a volume (D, H, W): indices (z, y, x) in C order when iterated over.
 
-    def __init__(self, shape, block=BLOCK):
-        self.shape, self.block = tuple(map(int, shape)), tuple(map(int, block))
+    block: their size in voxels (z, y, x), None: BLOCK.
+    """
+
+    def __init__(self, shape, block=None):
+        self.shape, self.block = tuple(map(int, shape)), tuple(map(int, block or BLOCK))
         self.counts = tuple(-(-n // b) for n, b in zip(self.shape, self.block, strict=True))
 
     def __iter__(self):
         return np.ndindex(self.counts)
+
+    def boxes(self):
+        """The slices of each block, in C order."""
+        return map(self.box, self)
 
     def box(self, index, beyond=(0, 0, 0), before=(0, 0, 0)):
         """Slices of a block, and of so many voxels beyond and before it that the volume has."""
@@ -80,12 +87,12 @@ class Joined:
     4 bytes for each voxel of a plane of the volume.
 
     keeps(voxels, marked) -> (N,) bool: judges components by their size and by whether a voxel of
-    them is marked. connectivity: 26 or 6, or 4: the planes across `axis` are volumes of their own.
-    enclosed: what touches the border of the volume (or plane) is marked.
+    them is marked; any is kept without. connectivity: 26 or 6, or 4: the planes across `axis` are
+    volumes of their own. enclosed: what touches the border of the volume (or plane) is marked.
     """
 
-    def __init__(self, grid, keeps, *, connectivity=26, axis=None, enclosed=False):
-        self.grid, self.keeps, self.connectivity = grid, keeps, connectivity
+    def __init__(self, grid, keeps=None, *, connectivity=26, axis=None, enclosed=False):
+        self.grid, self.keeps, self.connectivity = grid, keeps or _any, connectivity
         self.axis, self.enclosed = axis, enclosed
         self.axes = [a for a in range(3) if a != axis]
         self.starts, self.components = [0], 0
@@ -94,8 +101,8 @@ class Joined:
     def add(self, index, mask, mark=None):
         """Take in a block, in C order: mask (and mark) are the bool voxels of `Grid.grown`.
 
-        (labels of the block's own voxels, their number, the number of each label among those that
-        meet other blocks, from 1, 0 of the others).
+        (labels of the block's own voxels; how many each has; the number of each label among those
+        of this block that meet other blocks, from 1, 0 of the others).
         """
         labels, voxels, marked, meets = self._measure(index, mask, mark)
         numbers, start = np.cumsum(meets, dtype=np.uint32) * meets, self.starts[-1]
@@ -113,20 +120,20 @@ class Joined:
         self._voxels.append(voxels[meets])
         self._marked.append(marked[meets])
         self.starts.append(start + int(np.count_nonzero(meets)))
-        self.components += len(meets) - 1 - int(np.count_nonzero(meets))
+        self.components += int(np.count_nonzero(self.keeps(voxels, marked)[1:] & ~meets[1:]))
         return labels[self._own(index)], voxels, numbers
 
     def settle(self):
-        """Join what was taken in. components is their number then, sizes (N,) and roots (M,) those
-        of components that meet several blocks, and whose each number is."""
+        """Join what was taken in. Then components is the number of those to keep. Of those that
+        meet other blocks sizes (N,) has the voxels, and roots (M,) which one a number is of."""
         many, pairs = self.starts[-1], np.concatenate([np.zeros((2, 0), int), *self._pairs], axis=1)
         graph = sparse.coo_array((np.ones(pairs.shape[1], bool), tuple(pairs)), (many, many))
         count, self.roots = sparse.csgraph.connected_components(graph, directed=False)
         counted = functools.partial(np.bincount, self.roots, minlength=count)
         voxels, marked = (np.concatenate(parts) for parts in (self._voxels, self._marked))
         self.sizes = counted(weights=voxels).astype(np.int64)
-        self.judged = self.keeps(self.sizes, counted(weights=marked) > 0)[self.roots]
-        self.components += count
+        keep = self.keeps(self.sizes, counted(weights=marked) > 0)
+        self.judged, self.components = keep[self.roots], self.components + int(keep.sum())
         self._voxels = self._marked = self._pairs = None
 
     def kept(self, index, mask, mark=None):
@@ -165,6 +172,10 @@ class Joined:
                     marked[labels[_plane(axis, end)]] = True
         meets[0] = False
         return labels, _counts(labels[self._own(index)], count), marked, meets
+
+
+def _any(voxels, marked):
+    return np.ones(len(voxels), bool)
 
 
 def _plane(axis, end):

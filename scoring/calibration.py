@@ -31,7 +31,17 @@ def expected_calibration_error(probs, truth, labeled=None, bins=BINS):
     bin that of the likelier class; in two classes that adds up voxels of 0.1 and of 0.9, where too
     much foreground in one hides too little in the other.
     """
-    bins = checked_bins(bins)
+    off, voxels = gaps_of_bins(probs, truth, labeled, checked_bins(bins))
+    return mean_gap(off, voxels)
+
+
+def mean_gap(off, voxels):
+    """The error from the sums of `gaps_of_bins`."""
+    return float(np.abs(off).sum() / max(1, voxels))
+
+
+def gaps_of_bins(probs, truth, labeled, bins):
+    """(true minus promised voxels of each bin (bins,), voxels) of that mean; both add up."""
     off, voxels = np.zeros(bins), 0
     for z, values in enumerate(probs):  # a slice at a time, in float64
         chosen = slice(None) if labeled is None else labeled[z]
@@ -39,4 +49,4 @@ def expected_calibration_error(probs, truth, labeled=None, bins=BINS):
         index = np.minimum(values * bins, bins - 1).astype(np.int64)
         off += np.bincount(index, weights=on - values, minlength=bins)
         voxels += values.size
-    return float(np.abs(off).sum() / max(1, voxels))
+    return off, voxels

@@ -8,6 +8,7 @@ What is wrong is collected as sentences in errors.
 """
 
 import dataclasses
+import functools
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from scoring import metrics
 from scoring.classes import described, ids_of, voxels_of
 from scoring.masks import is_probability
-from volumes import casefile, files
+from volumes import casefile, files, zarr_store
 from volumes.statistics import clip_fill
 from volumes.volume import WHITE, compare, is_spacing, with_unit
 
@@ -204,11 +205,12 @@ def listed(ids):
     return files.few(sorted(ids))
 
 
-def read(pair, options, errors):
-    """The `Masks` of a `Pair`; None if that added to errors."""
+def read(pair, options, errors, reader=files.read_label):
+    """The `Masks` of a `Pair`, from what reader gives of a path; None if that added to errors."""
     before = len(errors)
-    predictions = {m: _read(files.read_label, p, errors) for m, p in pair.predictions.items()}
-    truth = _read(files.read_label, pair.truth, errors)
+    errors += filter(None, map(zarr_store.unfinished, pair.predictions.values()))
+    predictions = {m: _read(reader, p, errors) for m, p in pair.predictions.items()}
+    truth = _read(reader, pair.truth, errors)
     image = _read(files.read_image, pair.image, errors) if options.otsu else None
     probs = {m: _read_probs(p, options.probs, errors) for m, p in pair.predictions.items()}
     if len(errors) > before:
@@ -278,7 +280,7 @@ def _spacing_of(truth, stated, given, notes):
 def _read(reader, path, errors):
     try:
         return reader(path)
-    except files.VolumeError as error:
+    except ValueError as error:
         errors.append(str(error))
 
 
@@ -295,6 +297,11 @@ def _notes_on(sides, options, errors):
 def _read_probs(prediction, classes, errors):
     """{class: `Volume`} of what infer.py has put beside a prediction; the class None is its all."""
     path = Path(files.split_dataset(prediction)[0])
+    if files.suffix_of(path) == ".zarr":  # which holds both
+        return {
+            c: _read(functools.partial(zarr_store.probability, name=c), path, errors)
+            for c in classes
+        }
     folder = path.parent / "probabilities"
     return {c: _read(_read_map, folder / (c or "") / path.name, errors) for c in classes}
 

@@ -403,7 +403,7 @@ SCORES = {
     "vesuvius_score": Score(lambda c: c.vesuvius["score"], "higher", "slow"),
     "sheet_recall": Score(Comparison.sheet_recall, "higher", "slow", "low:high"),
     "gap_filled": Score(Comparison.gap_filled, "lower", "slow", "low:high"),
-    "ece": Score(Comparison.ece, "lower", "cheap", "bins", probs=True),
+    "ece": Score(lambda c, *bins: c.ece(*bins), "lower", "cheap", "bins", probs=True),
 }
 
 OF_TOLERANCE = {"surface_dice", "sheet_recall", "gap_filled"}  # without an @

@@ -15,7 +15,7 @@ from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
-from scoring import inputs, metrics
+from scoring import block_inputs, inputs, metrics
 from volumes import files, origins
 from volumes.processes import NO_MEMORY, cores, describe_death, signals_blocked, start_worker
 from volumes.volume import unit_scale
@@ -50,7 +50,12 @@ class Scorer:
 
     def __call__(self, pair, only_check=False):
         errors, rows = [], []
-        case = inputs.read(pair, self.options, errors)
+        large = block_inputs.is_large(pair)
+        if large:
+            blocks = block_inputs.open_case(pair, self.options, self.names, errors)
+            case = blocks and blocks.masks
+        else:
+            case = inputs.read(pair, self.options, errors)
         if case is None:
             return Result([], errors, None)
         spacing = " ".join(f"{s:g}" for s in case.spacing)
@@ -59,9 +64,12 @@ class Scorer:
         how = (case.spacing, self.options.ignore_label, tolerance)
         which = {"names": self.names, "classes": self.options.classes}
         for method, mask in ({} if only_check else case.masks).items():
-            probs = case.probs.get(method, {})
-            which["probs"] = probs if self.options.classes else probs.get(None)
-            scores = metrics.score(mask, case.truth, *how, **which, threads=self.threads)
+            if large:
+                scores = blocks.scores(method, tolerance, self.threads)
+            else:
+                probs = case.probs.get(method, {})
+                which["probs"] = probs if self.options.classes else probs.get(None)
+                scores = metrics.score(mask, case.truth, *how, **which, threads=self.threads)
             rows.append({"case": pair.id, "method": method} | scores | details)
         return Result(rows, errors, dataclasses.replace(case, masks={}, truth=None, probs={}))
 
@@ -110,7 +118,10 @@ def score_all(pairs, scorer, *, jobs=None, budget=None, progress=lambda: None):
     """
     maps = len(scorer.options.probs) * len(pairs[0].predictions) if pairs else 0
     each = BYTES_PER_VOXEL + BYTES_PER_PROBABILITY * maps
-    needs = [each * files.voxel_count(pair.truth) for pair in pairs]
+    needs = [
+        block_inputs.MEMORY if block_inputs.is_large(p) else each * files.voxel_count(p.truth)
+        for p in pairs
+    ]
     small = jobs is None and sum(needs) < SMALL * each
     wanted = 1 if small else min(jobs or cores(), len(pairs))
     scorer = dataclasses.replace(scorer, threads=max(1, cores() // max(wanted, 1)))

@@ -68,15 +68,23 @@ def variation_of_information(in_prediction, in_truth):
     split, H(prediction | truth), grows where the prediction cuts what is one in the truth; merge,
     H(truth | prediction), where it joins what is apart. Elements of label 0 count too.
     """
-    pairs, counts = _pairs(np.ravel(in_prediction), np.ravel(in_truth))
-    share = counts / max(1, counts.sum())
-    of_pairs = _entropy(share)
-    of_prediction, of_truth = (_entropy(np.bincount(labels, share)) for labels in pairs)
+    pairs, counts = pairs_of(np.ravel(in_prediction), np.ravel(in_truth))
+    sizes = counts, *(np.bincount(labels, counts) for labels in pairs)
+    return information(*(np.unique(size, return_counts=True) for size in sizes))
+
+
+def information(of_pairs, of_prediction, of_truth):
+    """(split, merge) from the sizes of pairs of labels, and of the labels of either side.
+
+    Each is (sizes in voxels, ascending, 0 for none; how many have that size): their order, and so
+    the order of labels, does not change a bit.
+    """
+    of_pairs, of_prediction, of_truth = map(_entropy, (of_pairs, of_prediction, of_truth))
     # Both are 0 or more but for rounding.
     return max(0.0, of_pairs - of_truth), max(0.0, of_pairs - of_prediction)
 
 
-def _pairs(first, second):
+def pairs_of(first, second):
     """((label of first, label of second) of each pair that occurs, how often): three (N,)."""
     width = int(second.max(initial=0)) + 1
     key = first.astype(np.int64) * width + second
@@ -89,10 +97,11 @@ def _pairs(first, second):
     return np.divmod(pairs, width), counts
 
 
-def _entropy(share):
-    """Of a distribution, in bits; 0 where a share is."""
-    share = share[share > 0]
-    return float(-(share * np.log2(share)).sum())
+def _entropy(sized):
+    """Of a distribution, in bits, by its sizes and how many have each."""
+    sizes, times = (np.asarray(one, np.float64)[np.asarray(sized[0]) > 0] for one in sized)
+    share = sizes / max(1.0, sizes @ times)
+    return float(-(times * share * np.log2(share)).sum())
 
 
 def voi_score(split, merge):

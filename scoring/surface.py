@@ -64,7 +64,7 @@ class SurfacePair:
         else:
             with ThreadPoolExecutor(self.threads) as pool:
                 far = list(pool.map(_beyond, self.corners, self.corners[::-1], (rows, rows)))
-        return 1.0 - sum(float(counts @ self.area) for counts in far) / sum(self.areas)
+        return share_within(far, [surface.histogram for surface in self.corners], self.area)
 
     @functools.cached_property
     def distances(self):
@@ -90,6 +90,14 @@ class SurfacePair:
             return 0.0 if all(self.empty) else self.diagonal
         sums = (float((self.area[codes] * away).sum()) for away, codes in self.distances)
         return sum(sums) / sum(self.areas)
+
+
+def share_within(far, histograms, area):
+    """Surface Dice from the corners of each code (256,) that are far, and all, of either mask."""
+    if not all(histogram.any() for histogram in histograms):
+        return float(not any(histogram.any() for histogram in histograms))
+    whole = sum(float(histogram @ area) for histogram in histograms)
+    return 1.0 - sum(float(counts @ area) for counts in far) / whole
 
 
 def _percentile(distances, codes, area, percentile):
@@ -166,7 +174,7 @@ def extract(mask):
     for start in range(0, shape[0], thickness):
         slab = slice(start, min(start + thickness, shape[0]))
         codes[slab] = _corner_codes(mask, slab)
-        histogram += np.bincount(_mixed_ones(codes[slab]), minlength=256)
+        histogram += histogram_of(codes[slab])
         bits[slab] = dilation.pack(is_mixed(codes[slab]))
     return Corners(codes, bits, histogram)
 
@@ -187,6 +195,11 @@ def _corner_codes(mask, slab):
 def is_mixed(codes):
     """Which codes are neither 0 nor 255: bool; 0 wraps to 255 below."""
     return codes - np.uint8(1) < np.uint8(254)
+
+
+def histogram_of(codes):
+    """How many corners have each of the codes, but for 0 and 255: (256,)."""
+    return np.bincount(_mixed_ones(codes), minlength=256)
 
 
 def _mixed_ones(codes):

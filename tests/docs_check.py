@@ -29,6 +29,7 @@ import tifffile
 import yaml
 
 from tests import processes
+from tests.volumes.zarrs import add_label, write_zarr
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -44,6 +45,8 @@ SUBSTITUTIONS = [  # (pattern, what stands in for it)
     (r"FILE\.h5", "scan.h5"),
     (r"vesselNN --labels vesselNN --spacing-csv \S+", "vesselNN_nifti --labels vesselNN_nifti"),
     (r"train=0:80 test=90:116", "train=0:16 test=24:32"),
+    (r"a=0:64,0:256,0:256 b=64:128,256:512,0:256", "a=0:12,:,: b=12:,:,:"),
+    (r"c=512:576,256:512,256:512", "c=0:12,0:16,0:16"),
     (r"grey=128 white=255", "artery=3 vein=7"),
     (r"(raw|new)/labels(.*--classes artery=3)", r"\1/classes\2"),
     (r"--pred out --truth (data/mine|labels --classes artery)", r"--pred pairs --truth \1"),
@@ -135,6 +138,15 @@ def make_volumes(world):
         file["membrane"] = label
 
 
+def make_zarrs(world):
+    """scroll.zarr of two levels with the label ink, cube.tif of level 1, and small.zarr."""
+    image, label = (tifffile.imread(world / f"raw/s1_{what}.tif") for what in ("img", "lbl"))
+    scroll = write_zarr(world / "scroll.zarr", [image, image[::2, ::2, ::2]], "0.5", shard=16)
+    add_label(scroll, "ink", [label], "0.5")
+    tifffile.imwrite(world / "cube.tif", label[::2, ::2, ::2])
+    shutil.copytree(scroll, world / "small.zarr")
+
+
 def make_world(world):
     """A folder with what the commands of any page find: scripts, volumes, datasets, runs."""
     for path in ROOT.glob("[!.]*"):
@@ -142,6 +154,7 @@ def make_world(world):
             (world / path.name).symlink_to(path)
     shutil.copytree(ROOT / "configs", world / "configs")
     make_volumes(world)
+    make_zarrs(world)
     quickstart = "--phantom scroll --cases 12 --shape 24 32 32 --out data/quickstart"
     pairs = "--images raw/images --labels raw/classes --classes artery=3 vein=7 --out data/pairs"
     regions = "data.regions={vessel: [artery, vein], artery: [artery]}"

@@ -17,11 +17,12 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "volumes": "files formats volume tiff nifti nrrd metaimage hdf5 layouts classes ingest "
     "phantoms skeletons statistics casefile inputs origins submission colors data_sheet atomic "
-    "processes ome_zarr pieces zarr_store",
+    "processes ome_zarr pieces zarr_store zarr_shards",
     "topology": "distance soft_skeleton persistence neighbors",
     "monitoring": "machine records recorder health panels picture formatting",
     "scoring": "metrics masks classes surface dilation partitions homology gaps calibration "
-    "postprocess inputs parallel report blocks block_postprocess",
+    "postprocess inputs parallel report blocks block_postprocess "
+    "block_scores block_inputs",
     "patches": "cache resample intensity augment contact_sheet feed transfer",
     "runtime": "config build composite_loss run evaluations checkpoint folder log signals "
     "microbatch device_memory cuda nonfinite timer memory_guard sliding_window splits evaluator "

@@ -322,8 +322,12 @@ def read_label(path, box=None):
     Formats as `read_image`. Floats are accepted if every value is whole. VolumeError otherwise,
     and for a file with more than one channel.
     """
-    volume = _read(path, "label", box)
-    channels, array = len(volume.array), volume.array[0]
+    return as_label(_read(path, "label", box))
+
+
+def as_label(volume):
+    """A `Volume` of an array (C, D, H, W) as that of a label; VolumeError as of `read_label`."""
+    channels, array, path = len(volume.array), volume.array[0], volume.path
     if channels != 1:
         raise VolumeError(
             f"{path}: expected a label with one channel, got {channels}; "

@@ -76,8 +76,8 @@ class ZarrVolume:
         chunk = dict(zip(axes, array.chunks, strict=True))
         self._steps = (chunk.get("c", 1), *(chunk[axis] for axis in "zyx"))
         self.chunks = self._steps[1:]
-        files = array.shards or array.chunks
-        self._per_file = tuple(n // step for n, step in zip(files, array.chunks, strict=True))
+        file = array.shards or array.chunks
+        self._per_file = tuple(n // step for n, step in zip(file, array.chunks, strict=True))
         self.fill = self.dtype.type(array.fill_value or 0)
         self._files = {}  # {key of a file: which of its chunks are stored}
 
@@ -89,8 +89,11 @@ class ZarrVolume:
         box = box if isinstance(box, tuple) else (box,)
         box = self._within((*box, *(slice(None),) * (4 - len(box))))
         try:
+            if self._array.shards:  # zarr takes one of 0 bytes for one that is not stored
+                for index in self._indexes(box):
+                    self._is_stored(index)
             return self._read(box)
-        except MemoryError:
+        except (VolumeError, MemoryError):
             raise
         except Exception as error:  # of the codec, the disk or the network
             where = self._unreadable(box)
@@ -112,16 +115,19 @@ class ZarrVolume:
 
     def _unreadable(self, box):
         """The first chunk of a box that cannot be read, for people."""
-        steps = self._steps
-        ranges = [range(s.start // n, -(-s.stop // n)) for s, n in zip(box, steps, strict=True)]
-        for index in itertools.product(*ranges):
-            chunk = [slice(i * n, i * n + n) for i, n in zip(index, steps, strict=True)]
+        for index in self._indexes(box):
+            chunk = [slice(i * n, i * n + n) for i, n in zip(index, self._steps, strict=True)]
             try:
                 self._read(self._within(chunk))
             except Exception:
                 where = ", ".join(f"{s.start}:{s.stop}" for s in chunk[1:])
                 return f"the chunk at {where} (z, y, x; file {self._place(index)[0]})"
         return "one"  # which came at the second try
+
+    def _indexes(self, box):
+        """The indexes c, z, y, x of all chunks that a box touches."""
+        pairs = zip(box, self._steps, strict=True)
+        return itertools.product(*(range(s.start // n, -(-s.stop // n)) for s, n in pairs))
 
     def stored(self, z, y, x):
         """Whether the chunk of these indexes (in units of chunks) is stored, in any channel; where
@@ -132,7 +138,13 @@ class ZarrVolume:
     def _is_stored(self, index):
         key, inside = self._place(index)
         if key not in self._files:
-            self._files[key] = self._chunks_in(key)
+            try:
+                self._files[key] = self._chunks_in(key)
+            except OSError as error:
+                raise VolumeError(
+                    f"{self.path}: expected to look up the file {key}, got {_reason(error)}; "
+                    f"{_advice(self.path)}"
+                ) from error
         return bool(self._files[key][inside])
 
     def _place(self, index):
@@ -145,6 +157,7 @@ class ZarrVolume:
 
     def _chunks_in(self, key):
         """Which chunks a file holds, an array of bools in the shape of a shard."""
+        import google_crc32c
         from zarr.abc.store import RangeByteRequest, SuffixByteRequest
         from zarr.codecs import BytesCodec, Crc32cCodec
         from zarr.core.buffer import default_buffer_prototype
@@ -154,16 +167,19 @@ class ZarrVolume:
         codec = self._array.metadata.codecs[0] if self._array.shards else None
         if codec is None or codec.index_codecs != (BytesCodec(), Crc32cCodec()):
             return np.full(self._per_file, sync(file.exists()))
-        size = 16 * math.prod(self._per_file) + 4  # offset and length of each, a checksum
+        size = 16 * math.prod(self._per_file)  # offset and length of each, then a checksum
         at_start = codec.index_location.value == "start"
-        part = RangeByteRequest(0, size) if at_start else SuffixByteRequest(size)
-        index = sync(file.get(default_buffer_prototype(), part))
-        if index is None:
+        part = RangeByteRequest(0, size + 4) if at_start else SuffixByteRequest(size + 4)
+        found = sync(file.get(default_buffer_prototype(), part))
+        if found is None:
             return np.zeros(self._per_file, bool)
-        if len(index) != size:  # a file that is cut: reading it names the fault
-            return np.ones(self._per_file, bool)
-        offsets = np.frombuffer(index.to_bytes()[:-4], "<u8").reshape(*self._per_file, 2)
-        return (offsets != _NOWHERE).any(-1)
+        index, checksum = found.to_bytes()[:size], found.to_bytes()[size:]
+        if google_crc32c.value(index).to_bytes(4, "little") != checksum:
+            raise VolumeError(
+                f"{self.path}: expected chunks that can be read, got the file {key} whose index is "
+                f"cut or damaged; {_advice(self.path)}"
+            )
+        return (np.frombuffer(index, "<u8").reshape(*self._per_file, 2) != _NOWHERE).any(-1)
 
 
 # ---------------------------------------------------------------------------- opening

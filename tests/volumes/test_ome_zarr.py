@@ -155,22 +155,40 @@ def test_reading_a_file_notes_chunks_that_are_not_stored(tmp_path):
     assert files.read_image(path, (slice(0, 8),) * 3).notes == ()
 
 
-@every_store
-def test_a_damaged_chunk_is_named_by_its_place_and_file(tmp_path, store):
+@pytest.mark.parametrize(
+    ("store", "key", "at"),
+    [
+        ("v2", "0.1.2", "0:8, 8:16, 16:24"),
+        ("v3", "c/0/1/2", "0:8, 8:16, 16:24"),
+        ("sharded", "c/0/1/1", "0:8, 16:24, 16:24"),
+    ],
+)
+def test_a_damaged_chunk_is_named_by_its_place_and_file(tmp_path, store, key, at):
     array = voxels()
-    path = write_zarr(tmp_path / "a.zarr", [array], **store)
-    key, at = ("0.1.2", "0:8, 8:16, 16:24") if store == STORES["v2"] else (None, None)
-    if key is None:
-        shard = "shard" in store
-        key, at = ("c/0/1/1", "0:8, 16:24, 16:24") if shard else ("c/0/1/2", "0:8, 8:16, 16:24")
-    file, volume = chunk_files(path)[key], ome_zarr.open_volume(path)
-    for content in (file.read_bytes()[:20], b""):
+    path = write_zarr(tmp_path / "a.zarr", [array], **STORES[store])
+    file = chunk_files(path)[key]
+    whole = file.read_bytes()
+    for content in (b"damaged" + whole[7:], b""):
         file.write_bytes(content)
+        volume = ome_zarr.open_volume(path)
         with pytest.raises(VolumeError) as error:
             volume[:, :8]
-        expected = f"{path}: expected chunks that can be read, got the chunk at {at} (z, y, x; "
-        assert str(error.value).startswith(f"{expected}file {key}) that cannot")
-        assert np.array_equal(volume[:, :8, :8], array[None, :8, :8])
+        got = f"the chunk at {at} (z, y, x; file {key}) that cannot ("
+        if store == "sharded" and not content:
+            got = f"the file {key} whose index is cut or damaged; fetch it again"
+        assert str(error.value).startswith(f"{path}: expected chunks that can be read, got {got}")
+        assert np.array_equal(volume[:, :8, :8, :8], array[None, :8, :8, :8])
+
+
+def test_a_shard_whose_index_is_cut_or_damaged_is_not_read_as_fill(tmp_path):
+    path = write_zarr(tmp_path / "a.zarr", [voxels((16, 16, 16))], "0.5", shard=16)
+    file = chunk_files(path)["c/0/0/0"]
+    whole = file.read_bytes()
+    for content in (b"", whole[:-1], whole[:-20] + b"\xff" * 16 + whole[-4:]):
+        file.write_bytes(content)
+        for read in (lambda volume: volume[:], lambda volume: volume.stored(0, 0, 0)):
+            with pytest.raises(VolumeError, match="the file c/0/0/0 whose index is cut or damaged"):
+                read(ome_zarr.open_volume(path))
 
 
 # ---------------------------------------------------------------------------- metadata
