@@ -28,7 +28,7 @@ ROOMS = {
     "microbatch device_memory cuda nonfinite timer memory_guard sliding_window splits evaluator "
     "validation jobs comparison page distributed ending ensemble arrays parts tuning outputs "
     "step_batches optimizer window_axis window_transfer onednn precision threads columns "
-    "chunk_cache masked_source scrolls "
+    "chunk_cache masked_source scrolls seams "
     "scroll_figures voice",
 }
 TOP = "settings data model norm_mish losses"
