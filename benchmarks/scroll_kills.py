@@ -3,11 +3,11 @@
     python benchmarks/scroll_kills.py                       # 20 kills of 1 process, 20 of 3 parts
     python benchmarks/scroll_kills.py --size 192 --kills 4 --parts 3 --shard 64
 
-A process, or one of three parts, is killed with SIGKILL at random moments and started again. At the end all files of the store must
-have the bytes of the undisturbed one, but for the date. Each file that appears is noted with the
-inode that it has: a shard that got a second one was computed twice. None may be, save for those of
-which a part of the files was written when the process was killed. Exit status 1 if anything
-differs, else 0. Leaves nothing.
+A process, or one of three parts, is killed with SIGKILL at random moments and started again. At the
+end all files of the store must have the bytes of the undisturbed one, but for the date. Each file
+by which a shard is done is noted with its inode: a shard whose file was replaced was computed
+twice, and none may be. What was in work when its process was killed had no such file. Exit status 1
+if anything differs, else 0. Leaves nothing.
 """
 
 import argparse
