@@ -69,6 +69,11 @@ def test_a_seam_of_windows_is_theirs_and_not_that_of_shards():
     assert seen(probability) == []  # nobody said that a border is there
 
 
+def test_a_plane_that_is_a_border_of_both_counts_for_shards():
+    probability = changed((slice(None), slice(None), slice(48, None)), lambda p: p + 0.05 * 255)
+    assert seen(probability, window=[[], [], [30, 48, 70]]) == [("shard", "x")]
+
+
 def test_a_seam_in_air_is_found():
     air = np.zeros((1, 64, 64, 64), np.uint8)
     assert seen(air, (32, 32, 32)) == []
