@@ -24,10 +24,10 @@ from runtime.folder import versions
 from runtime.masked_source import MaskedSource
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import network_ratio
-from runtime.window_axis import axis_spans
+from runtime.window_axis import window_spans
 from runtime.window_transfer import is_asynchronous
 from scoring import block_postprocess
-from volumes import atomic, ome_zarr, zarr_store
+from volumes import ome_zarr, zarr_store
 from volumes.files import few, read_label, split_dataset, suffix_of
 from volumes.volume import VolumeError, box_within
 
@@ -90,8 +90,8 @@ def open_scroll(predictor, volume, output, *, mask=None, bbox=None):
             "which holds probabilities and a mask; set it to false"
         )
     ratio = network_ratio(volume.spacing, predictor.metadata["spacing"])
-    places = zip(shape, inference.window, ratio, strict=True)
-    spans = [axis_spans(n, w, inference.overlap, float(r), predictor.device) for n, w, r in places]
+    windows = (inference.window, inference.overlap, ratio)
+    spans = window_spans(shape, *windows, predictor.device)
     mask_voxels = None if mask is None else _open_mask(mask, volume)
     scroll = Scroll(predictor, volume, spans, ratio, box, mask_voxels)
     spacing = volume.spacing or (1.0, 1.0, 1.0)
@@ -323,9 +323,8 @@ class Scroll:
         if self.store.missing():
             return False
         if self.store.missing(mask=True):
-            (self.store.path / zarr_store.LOCKS).mkdir(exist_ok=True)
-            with open(self.store.path / zarr_store.LOCKS / "mask", "ab") as file:
-                if not atomic.try_lock(file):
+            with self.store.hold("mask") as free:
+                if not free:
                     return False
                 self._postprocess()
         return self.store.finish()

@@ -30,7 +30,7 @@ from runtime.device_memory import WindowFit
 from runtime.microbatch import listed, nothing
 from runtime.onednn import OneDNN
 from runtime.precision import PRECISIONS, autocast
-from runtime.window_axis import axis_spans, rows_needed, touching
+from runtime.window_axis import rows_needed, touching, window_spans
 from runtime.window_transfer import is_asynchronous, read_ahead, to_host
 
 FLIPS = [axes for n in range(4) for axes in combinations((-3, -2, -1), n)]  # all 8 of z, y, x
@@ -210,16 +210,15 @@ def predict_slabs(
     """Finished planes of the prediction in order of z: (z0, probs (K, d, H, W) float32 numpy).
 
     The planes are disjoint and cover the volume, or those of some `window_rows`: a range of their
-    numbers. box: slices of y and x, (K, d, h, w) of which is predicted alone. Voxels have the same
-    bits in whatever range and box they are predicted, one window at once.
-    skip((z, y, x) spans) -> whether a window is neither read nor predicted: its share is 0. It is
-    called once for each window, in their order, by the thread that reads.
+    numbers; box: slices of y and x, of which alone they are. Voxels have the same bits in whatever
+    range and box they are predicted, one window at once. skip((z, y, x) spans) -> whether a window
+    is neither read nor predicted, its share being 0: called in order, by the thread that reads.
 
     network(patches (B, C, *window) float32) -> logits (B, K, *window), or a list of logits of
     which the first counts; the caller has put it on the device and in eval mode. Of a list of
     networks it is the mean of the probabilities. K: channels, exclusive by a softmax or sigmoids.
-    volume (C, D, H, W): array or HDF5 dataset, any real dtype; only boxes are read from it. An
-    axis shorter than the window is padded with its edge voxels, cut off afterwards.
+    volume (C, D, H, W): what is sliced, any real dtype; only boxes are read from it. An axis
+    shorter than the window is padded with its edge voxels, cut off afterwards.
     window (z, y, x) in voxels of the network; ratio (z, y, x): the network's voxel size over the
     volume's. Where it is not 1, each window is interpolated to the network's spacing, and its
     probabilities back; blending happens in voxels of the volume.
@@ -232,39 +231,30 @@ def predict_slabs(
     disagreement: K channels follow, the standard deviation of the probabilities over flips and
     networks; if exclusive one, the root of half the sum of their variances. A window's is blended
     as its probabilities are: never less than that of blended flips, without a slab for each.
-
     ValueError, at the call and naming all faults, for arguments that cannot work.
     """
     views = [*product(listed(network), FLIPS if flips else FLIPS[:1])]
     _check(volume, window, overlap, ratio, precision, batch, disagreement, views)
     how = {"precision": precision, "channels": channels, "exclusive": exclusive}
     predict = functools.partial(_probabilities, views, disagreement=disagreement, **how)
-    if disagreement:
-        channels += 1 if exclusive else channels
-    axes = [
-        axis_spans(size, int(length), overlap, float(r), device)
-        for size, length, r in zip(volume.shape[1:], window, ratio, strict=True)
-    ]
+    channels += disagreement * (1 if exclusive else channels)
+    axes = window_spans(volume.shape[1:], window, overlap, ratio, device)
     remembered = {} if remembered is None else remembered
-    at_once = windows_at_once(batch, device)
     box = box or [slice(0, size) for size in volume.shape[2:]]
-    for axis, wanted in enumerate(box, start=1):
-        axes[axis] = touching(axes[axis], wanted)
-    corner, size = [wanted.start for wanted in box], [wanted.stop - wanted.start for wanted in box]
-    fit = WindowFit((volume.shape[1], *size), at_once, device, remembered, report)
+    shape = (volume.shape[1], *(wanted.stop - wanted.start for wanted in box))
+    fit = WindowFit(shape, windows_at_once(batch, device), device, remembered, report)
     rows = range(len(axes[0])) if rows is None else rows
-    about = (volume, axes, rows, corner, (channels, *size), skip)
-    return _slabs(*about, predict, normalize, fit, progress)
+    return _slabs(volume, axes, rows, box, channels, skip, predict, normalize, fit, progress)
 
 
-def _slabs(volume, axes, rows, corner, size, skip, predict, normalize, fit, progress):
+def _slabs(volume, axes, rows, box, channels, skip, predict, normalize, fit, progress):
     """The generator behind predict_slabs, whose arguments are checked by then.
 
-    size: (K, h, w). Beside a GPU boxes are read a batch ahead, and planes are handed out a row
-    late, when the GPU has the next row to do. Where memory ran out, boxes that are read wait on the
-    host.
+    Beside a GPU boxes are read a batch ahead, and planes are handed out a row late, when the GPU
+    has the next row to do. Where memory ran out, boxes that are read wait on the host.
     """
-    spans, columns = axes[0], list(product(*axes[1:]))
+    spans, columns = axes[0], list(product(*map(touching, axes[1:], box)))
+    corner, size = [wanted.start for wanted in box], [wanted.stop - wanted.start for wanted in box]
     ends = [*(z.start for z in spans[1:]), volume.shape[1]]
     needed = rows_needed(spans, rows)
     overlaps = is_asynchronous(fit.device)
@@ -288,7 +278,7 @@ def _slabs(volume, axes, rows, corner, size, skip, predict, normalize, fit, prog
                 batch = windows[: fit.batch]
                 try:
                     if slab is None:
-                        shape = (size[0], z.stop - z.start, *size[1:])
+                        shape = (channels, z.stop - z.start, *size)
                         slab = torch.zeros(shape, device=fit.slab_device)
                     if batch:
                         _add_windows(slab, corner, batch, predict, normalize, fit.device)

@@ -91,6 +91,12 @@ def axis_spans(size, window, overlap, ratio, device):
     return spans
 
 
+def window_spans(shape, window, overlap, ratio, device):
+    """[[`Span`] of each axis] of the windows that `predict_slabs` goes through in a volume."""
+    axes = zip(shape, window, ratio, strict=True)
+    return [axis_spans(size, int(n), overlap, float(r), device) for size, n, r in axes]
+
+
 def touching(spans, wanted):
     """The spans that predict voxels of a slice of their axis."""
     return [span for span in spans if span.start < wanted.stop and span.stop > wanted.start]

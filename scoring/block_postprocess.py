@@ -42,7 +42,7 @@ def postprocessed(
     kept there, and between two steps a bit for each voxel and region; a call with the same
     arguments goes on after the last complete step. Delete it when you have all masks.
 
-    Memory: that of a few blocks, about 10 bytes for each voxel of one, with closing_radius also of
+    Memory: that of a few blocks, about 13 bytes for each voxel of one, with closing_radius also of
     as much around it as twice the radius; and 8 bytes for each voxel of a plane (D, H or H, W) that
     the blocks in work meet in.
     """

@@ -423,7 +423,7 @@ def test_predictions_never_replace_the_raw_file_of_a_case(run, tmp_path, capsys)
     (fault,) = faults_of(capsys, "--ckpt", run(), *case, "--output", tmp_path / "raw")
     assert "would overwrite an input" in fault
     (fault,) = faults_of(capsys, "--ckpt", run(), *case, "--output", tmp_path / "p.nii.gz")
-    assert "expected a folder, got the name of a file" in fault
+    assert "expected a folder or a .zarr, got the name of a file" in fault
 
 
 # ---------------------------------------------------------------------------- memory

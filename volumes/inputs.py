@@ -324,6 +324,8 @@ def _output_faults(inputs, output):
             yield f"--output {output}: expected one input for one .zarr, got {named}; give a folder"
             return
         output = folder_of(output)
+    elif files.suffix_of(output):
+        yield f"--output {output}: expected a folder or a .zarr, got the name of a file"
     by_id, read = {}, set()
     for volume in inputs:
         by_id.setdefault(volume.id, []).append(volume)
@@ -348,8 +350,6 @@ def _output_faults(inputs, output):
             yield f"{target}: expected a file to write, got a folder; give another --output"
         if target.resolve() in read:
             yield f"{target}: the prediction would overwrite an input; give another --output"
-    if files.suffix_of(output):
-        yield f"--output {output}: expected a folder, got the name of a file"
     existing = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         yield f"--output {output}: expected a folder that may be written; {existing} is none"

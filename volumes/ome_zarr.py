@@ -208,10 +208,10 @@ def open_volume(path, *, wanted=None, unit="", role="image"):
         return _open_volume(path, wanted, unit, role)
     except VolumeError:
         raise
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except Exception as error:  # of the metadata, the disk or the network
         raise VolumeError(
-            f"{path}: expected the metadata of OME-Zarr 0.4 or 0.5, got {_reason(error)}; correct "
-            "the metadata"
+            f"{path}: expected metadata of OME-Zarr 0.4 or 0.5, got {_reason(error)}; "
+            f"correct them, or {_advice(path)}"
         ) from error
 
 
@@ -243,11 +243,6 @@ def _open(root):
     except ImportError as error:
         raise VolumeError(
             f"{root}: expected a driver of fsspec for such a URL, got none ({error}); install it"
-        ) from error
-    except Exception as error:  # of the metadata, the disk or the network
-        raise VolumeError(
-            f"{root}: expected zarr metadata that can be read, got {_reason(error)}; "
-            f"{_advice(root)}"
         ) from error
 
 

@@ -139,11 +139,8 @@ class Store:
         return zarr_shards.levels_of(self.description["shard"], self.description["chunk"])
 
     def _file(self, array, level, index):
-        channel = ("0",) if self._channels(array) else ()
+        channel = ("0",) * (array != MASK and len(self.description["names"]) > 1)
         return self.path.joinpath(array, str(level), "c", *channel, *map(str, index))
-
-    def _channels(self, array):
-        return array != MASK and len(self.description["names"]) > 1
 
     def _put(self, array, level, index, voxels):
         shard, chunk = self._levels[level]
@@ -194,11 +191,8 @@ def create(
     return store
 
 
-def open_store(path, provenance=None):
-    """The `Store` that `create` has made; ValueError, one sentence, if it is another's.
-
-    provenance: what it must have been begun with.
-    """
+def open_store(path):
+    """The `Store` that `create` has made; ValueError, one sentence, if it is another's."""
     path = Path(path)
     try:
         description = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
@@ -208,9 +202,6 @@ def open_store(path, provenance=None):
         raise ValueError(
             f"{path}: expected a store that infer.py has begun, got {got}; give another path"
         ) from error
-    if provenance is not None:
-        given = json.loads(json.dumps({**description, "provenance": provenance}))
-        _check_same(path, description, given)
     return Store(path, description)
 
 

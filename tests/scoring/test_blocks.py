@@ -122,6 +122,20 @@ def test_a_block_of_more_pinholes_than_16_bits_count(tmp_path):
     assert expected.all()
 
 
+def test_a_ball_reaches_from_one_block_into_the_next_but_one(tmp_path):
+    """A voxel is closed by voxels up to 8 away: the ball, of radius 4, lies between."""
+    mask = np.random.default_rng(0).random((26, 27, 28)) < 0.03
+
+    def read(box):
+        return {"a": mask[box]}, {}
+
+    how = {"block": (4, 5, 6), "closing_radius": 4.0}
+    masks = block_postprocess.postprocessed(read, mask.shape, tmp_path, **how)
+    expected = postprocess.apply_to_regions({"a": mask}, closing_radius=4.0)["a"]
+    assert np.array_equal(masks(whole(mask.shape))["a"], expected)
+    assert mask.sum() < expected.sum() < mask.size
+
+
 ALL = {
     "hysteresis": 0.3, "min_component_voxels": 4, "max_hole_voxels": 9, "closing_radius": 1.5,
 }  # fmt: skip

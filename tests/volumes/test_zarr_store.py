@@ -450,9 +450,6 @@ def test_a_store_of_another_day_is_the_same_prediction(tmp_path, monkeypatch):
     first = create(tmp_path / "p.zarr")
     monkeypatch.setattr(zarr_store, "_now", lambda: "2030-01-01T00:00:00+00:00")
     assert create(tmp_path / "p.zarr") == first
-    assert zarr_store.open_store(tmp_path / "p.zarr", OF["provenance"]) == first
-    with pytest.raises(ValueError, match='got one with checkpoint "3f2a" instead of nothing'):
-        zarr_store.open_store(tmp_path / "p.zarr", {"config": OF["provenance"]["config"]})
 
 
 def test_what_is_no_store_is_refused_and_stays(tmp_path):
