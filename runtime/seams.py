@@ -20,6 +20,7 @@ import numpy as np
 
 from runtime import scrolls
 from runtime.log import SECONDS_BETWEEN_LINES
+from runtime.microbatch import nothing
 from runtime.sliding_window import network_ratio
 from runtime.window_axis import extent_of
 from volumes import ome_zarr, zarr_store
@@ -65,7 +66,7 @@ def window_borders(starts, lengths):
     ]
 
 
-def check_seams(probability, shard, borders, progress=lambda done, total: None):
+def check_seams(probability, shard, borders, progress=nothing):
     """[`Seams`] of each kind and axis that has borders and enough planes between them.
 
     probability (C, D, H, W) uint8, p = value / 255: anything that is sliced like an array. Each
