@@ -23,7 +23,7 @@ inference.save_probabilities=true also <output>/probabilities/<id>, or <class>/<
 inference.save_disagreement=true <output>/disagreement/<id> likewise: how much the flips and
 networks that are averaged differ, in each voxel.
 A .zarr is predicted box by box into <output>/<id>.zarr, or <output> itself if that ends in .zarr:
-probabilities and a mask as OME-Zarr, with all that made them (docs/scrolls.md).
+probabilities and a mask as OME-Zarr, with all that made them (docs/predicting-scrolls.md).
 Without --output these go to the run's predictions/. --submission writes the masks a second time,
 in the format of the Vesuvius Challenge, and reads them back. Every input is checked before the
 first is predicted. Parts keep slabs in <output>/.parts/ and go on from there when started again.

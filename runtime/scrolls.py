@@ -27,7 +27,7 @@ from runtime.sliding_window import network_ratio
 from runtime.window_axis import window_spans
 from runtime.window_transfer import is_asynchronous
 from scoring import block_postprocess
-from volumes import ome_zarr, zarr_store
+from volumes import ome_zarr, origins, zarr_store
 from volumes.files import few, read_label, split_dataset, suffix_of
 from volumes.volume import VolumeError, box_within
 
@@ -204,7 +204,8 @@ class Scroll:
         missing = {*self.store.missing()}
         own = [index for index in self.share(part) if index in missing]
         clause = self._predict(own, how, say) if own else "it was there"
-        return f"{clause}, {self.store.path}" if self._complete() else None
+        is_old = not own and zarr_store.open_store(self.store.path).description["complete"]
+        return f"{clause}, {self.store.path}" if is_old or self._complete() else None
 
     def waits_for(self, part):
         """A clause on the shards that are missing, and on the parts that predict them."""
@@ -327,7 +328,10 @@ class Scroll:
                 if not free:
                     return False
                 self._postprocess()
-        return self.store.finish()
+        if not self.store.finish():
+            return False
+        origins.write(self.store.path, [member.origin for member in self.predictor.members])
+        return True
 
     def _postprocess(self):
         import zarr

@@ -489,7 +489,7 @@ def test_inputs_that_are_no_volume_are_one_sentence_each(run, tmp_path, capsys):
     write_zarr(tmp_path / "c.zarr", [np.zeros(SHAPE, np.complex64)], spacing=(1.0, 1.0, 1.0))
     assert "c.zarr: expected voxels of real numbers" in refused(capsys, *about, tmp_path / "c.zarr")
     set_metadata(zarr.open_group(str(path)), {"multiscales": [{}]})
-    assert "a.zarr: expected the m" in refused(capsys, *about, path)
+    assert "a.zarr: expected metadata of OME-Zarr" in refused(capsys, *about, path)
 
 
 def test_a_damaged_chunk_is_named_and_shards_without_it_are_there(
