@@ -27,7 +27,7 @@ probabilities and a mask as OME-Zarr, with all that made them (docs/predicting-s
 Without --output these go to the run's predictions/. --submission writes the masks a second time,
 in the format of the Vesuvius Challenge, and reads them back. Every input is checked before the
 first is predicted. Parts keep slabs in <output>/.parts/ and go on from there when started again.
---check-seams and --shift-consistency print figures and write nothing (docs/scrolls.md).
+--check-seams and --shift-consistency print figures and write nothing (docs/predicting-scrolls.md).
 Exit status: 0 done, 1 a result could not be made or written (it is named, the others are there,
 but no submission) or there are seams, 2 the input is wrong (one sentence per fault, nothing
 written).
