@@ -8,7 +8,8 @@ on where its windows lie.
 Sheets and vessels make steps of their own, far larger than a seam, and most voxels are 0. So a step
 between two voxels is compared with the two beside it on its line: it sticks out if it is the
 largest. Inside, the share of such steps is that of the planes near by, whatever the prediction
-shows; a seam makes many more stick out, most of them in flat places.
+shows; a seam makes many more stick out, most of them in flat places. Steps to where all is 0 do
+not count: masks of the input have borders too.
 """
 
 import itertools
@@ -29,7 +30,7 @@ from volumes.volume import box_within
 # Planes that a plane is compared with. The strides of a network leave a pattern of 2 and 4 voxels.
 BESIDE = (-8, -4, 4, 8)
 BLOCK = 128  # voxels along each axis that are read at once
-LEAST_SHARE = 0.002  # of the steps across a plane: below it planes do not differ
+LEAST_SHARE = 0.002  # of the steps across a face: planes do not differ by so few
 FEWEST_PLANES, LEAST_SPREAD = 8, 0.02  # inside
 NOTICED, UNLIKELY = 1.25, 6.0  # ratio and standard deviations of a seam
 
@@ -81,12 +82,11 @@ def check_seams(probability, shard, borders, progress=nothing):
     of_shards = [range(step, size, step) for size, step in zip(shape, shard, strict=True)]
     counts, rows = _count(probability, shard, progress), []
     for axis, name in enumerate("zyx"):
-        faces = _voxels_of_faces(probability.shape, shard, axis)
         kinds = {"shard": of_shards, **borders}.items()
         kinds = {kind: {k for k in own[axis] if 0 < k < shape[axis]} for kind, own in kinds}
         every, before = set().union(*kinds.values()), set()
         for kind, own in kinds.items():
-            if seams := _judge(counts[axis], faces, sorted(own - before), every):
+            if seams := _judge(counts[axis], sorted(own - before), every):
                 rows.append(Seams(kind, name, *seams))
             before |= own
     return rows
@@ -139,13 +139,15 @@ def describe(rows):
 
 
 def _count(probability, shard, progress):
-    """How many steps stick out across each plane: of each axis (size, tiles, tiles).
+    """How many steps stick out across each plane, and of how many: of each axis (2, size, tiles,
+    tiles).
 
-    Plane k lies before voxel k. Tiles are those of the shards along the two other axes.
+    Plane k lies before voxel k. Tiles are those of the shards along the two other axes. A step is
+    left out where both voxels on one side are 0: there the input is masked, or there is nothing.
     """
     shape = probability.shape[1:]
     grid = [-(-size // step) for size, step in zip(shape, shard, strict=True)]
-    counts = [np.zeros((shape[axis], *np.delete(grid, axis)), np.int64) for axis in range(3)]
+    counts = [np.zeros((2, shape[axis], *np.delete(grid, axis)), np.int64) for axis in range(3)]
     blocks = [_blocks(size, step) for size, step in zip(shape, shard, strict=True)]
     ends, total = {}, math.prod(map(len, blocks))  # the last planes of blocks that others follow
     for number, box in enumerate(itertools.product(*blocks), start=1):
@@ -158,11 +160,13 @@ def _count(probability, shard, progress):
                 lines = np.concatenate([ends.pop(place), lines])
             if box[axis].stop < shape[axis]:
                 ends[place] = lines[-3:].copy()
-            steps = np.abs(np.diff(lines, axis=0))
-            out = steps[1:-1] > np.maximum(steps[:-2], steps[2:])
+            steps, filled = np.abs(np.diff(lines, axis=0)), (lines[:-1] | lines[1:]) > 0
+            counted = filled[:-2] & filled[2:]
+            out = counted & (steps[1:-1] > np.maximum(steps[:-2], steps[2:]))
             first = box[axis].stop - len(lines) + 2
-            planes = slice(first, first + len(out))
-            counts[axis][(planes, *np.delete(tile, axis))] += out.sum(axis=(1, 2, 3))
+            where = (slice(first, first + len(out)), *np.delete(tile, axis))
+            for number_of, what in zip(counts[axis], (out, counted), strict=True):
+                number_of[where] += what.sum(axis=(1, 2, 3))
         progress(number, total)
     return counts
 
@@ -174,47 +178,39 @@ def _blocks(size, step):
     return [slice(*pair) for pair in itertools.pairwise([*starts, size])]
 
 
-def _voxels_of_faces(shape, shard, axis):
-    """Steps across a plane in each tile: (tiles, tiles)."""
-    lengths = []
-    for size, step in zip(np.delete(shape[1:], axis), np.delete(shard, axis), strict=True):
-        starts = np.arange(0, size, step)
-        lengths.append(np.minimum(starts + step, size) - starts)
-    return np.outer(*lengths) * shape[0]
-
-
 # ---------------------------------------------------------------------------- judging
 
 
-def _judge(counts, voxels, places, every):
+def _judge(counts, places, every):
     """What `Seams` says after kind and axis, or None where no border can be judged.
 
-    counts (size, tiles, tiles) of all planes; places: the borders of this kind, every: of all.
+    counts (2, size, tiles, tiles) as of `_count`; places: the borders of this kind, every: of all.
     """
-    size, every = len(counts), np.array([*every], int)
+    size, every = counts.shape[1], np.array([*every], int)
     planes = np.arange(2, size - 1)  # with a step on both sides
     inside = np.zeros(size, bool)
     # A seam keeps the steps next to it from sticking out.
     inside[planes] = ~np.isin(planes, [every - 1, every, every + 1])
-    faces = counts.reshape(size, -1) / voxels.reshape(-1)
-    whole = counts.sum(axis=(1, 2))[:, None] / voxels.sum()
-    beside = _beside(whole, inside)
-    usable = np.isfinite(beside[:, 0])
+    faces = counts.reshape(2, size, -1)
+    whole = faces.sum(axis=2, keepdims=True)
+    usable, expected = _expected(whole, inside)
     inner = np.flatnonzero(inside & usable)
     places = [k for k in places if 2 <= k < size - 1 and usable[k]]
     if not places or len(inner) < FEWEST_PLANES:
         return None
-    logs = _logs(faces, _beside(faces, inside))
+    logs = _logs(faces, _expected(faces, inside)[1])
     spread = _spread(logs[inner])
     border, face = np.unravel_index(np.argmax(logs[places] / spread), (len(places), logs.shape[1]))
     worst = logs[places[border], face]
-    shares = whole[places].mean(), beside[places].mean()
-    together, spread_together = _logs(*shares), _spread(_logs(whole, beside)[inner])[0]
+    (out, counted), wanted = whole[:, places].mean(axis=1), expected[places].mean(axis=0)
+    floor = LEAST_SHARE * whole[1].max() + 1
+    together = float(np.log((out + floor) / (wanted + floor))[0])
+    spread_together = float(_spread(_logs(whole, expected)[inner])[0])
     return (
         len(places),
-        *map(float, shares),
+        *(float(steps[0] / max(counted[0], 1)) for steps in (out, wanted)),
         math.exp(together),
-        float(together / spread_together * math.sqrt(len(places))),
+        together / spread_together * math.sqrt(len(places)),
         places[border],
         math.exp(worst),
         float(worst / spread[face]),
@@ -222,19 +218,21 @@ def _judge(counts, voxels, places, every):
     )
 
 
-def _beside(shares, inside):
-    """The mean share (size, faces) of the planes inside that are BESIDE each; NaN of none."""
-    size, total, count = len(shares), np.zeros_like(shares), np.zeros((len(shares), 1))
+def _expected(counts, inside):
+    """(whether a plane has planes inside BESIDE it (size,), how many of its steps stick out if
+    their share is that of those (size, faces)) of counts (2, size, faces)."""
+    size, sums, has = len(inside), np.zeros(counts.shape), np.zeros(len(inside), bool)
     for step in BESIDE:
         to = np.arange(max(0, -step), size - max(0, step))
         to = to[inside[to + step]]
-        total[to] += shares[to + step]
-        count[to] += 1
-    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+        sums[:, to] += counts[:, to + step]
+        has[to] = True
+    return has, sums[0] / np.maximum(sums[1], 1) * counts[1]
 
 
-def _logs(shares, beside):
-    return np.log((shares + LEAST_SHARE) / (beside + LEAST_SHARE))
+def _logs(counts, expected):
+    floor = LEAST_SHARE * counts[1].max(axis=0) + 1
+    return np.log((counts[0] + floor) / (expected + floor))
 
 
 def _spread(logs):

@@ -74,11 +74,13 @@ def test_a_plane_that_is_a_border_of_both_counts_for_shards():
     assert seen(probability, window=[[], [], [30, 48, 70]]) == [("shard", "x")]
 
 
-def test_a_seam_in_air_is_found():
-    air = np.zeros((1, 64, 64, 64), np.uint8)
-    assert seen(air, (32, 32, 32)) == []
-    air[:, 32:] = 2
-    assert seen(air, (32, 32, 32)) == [("shard", "z")]
+@pytest.mark.parametrize("place", [48, 52])
+def test_the_border_of_what_is_masked_is_no_seam(place):
+    masked = clean() + 1
+    masked[:, :place, 20:] = 0
+    masked[:, 60:, :, 48:] = 0
+    assert seen(masked, window=[[52], [20], []]) == []
+    assert seen(np.zeros((1, 64, 64, 64), np.uint8), (32, 32, 32)) == []
 
 
 def test_steps_that_stick_out_are_those_larger_than_both_beside_them(monkeypatch):
@@ -86,10 +88,13 @@ def test_steps_that_stick_out_are_those_larger_than_both_beside_them(monkeypatch
     shard, values = (9, 4, 6), np.random.default_rng(0).integers(0, 6, (2, 20, 11, 7), np.uint8)
     for axis, counts in enumerate(seams._count(values, shard, lambda done, total: None)):
         lines, expected = np.moveaxis(values.astype(int), axis + 1, 0), np.zeros_like(counts)
+        tiles = np.delete(shard, axis)
         for k in range(2, len(lines) - 1):
             before, step, after = (abs(lines[j] - lines[j - 1]) for j in (k - 1, k, k + 1))
-            for place in zip(*np.nonzero((step > before) & (step > after)), strict=True):
-                expected[k, *np.floor_divide(place[1:], np.delete(shard, axis))] += 1
+            counted = lines[k - 2 : k].any(axis=0) & lines[k : k + 2].any(axis=0)
+            for number, what in enumerate((counted & (step > before) & (step > after), counted)):
+                for place in zip(*np.nonzero(what), strict=True):
+                    expected[number, k, *np.floor_divide(place[1:], tiles)] += 1
         np.testing.assert_array_equal(counts, expected)
 
 
