@@ -79,13 +79,13 @@ def _stretch(spans, shape, boxes, late):
     needed = rows_needed(spans[0], rows)
     reads = []
     for row in needed:
-        read = spans[0][row].read
+        read = spans[0][row].reach
         # Planes that come out late are looked at again, to see what is masked.
         due = max(needed.start, row - late)
         reads.append(slice(max(0, min(read.start, starts[due] - MARGIN)), read.stop))
     area = []
     for axis in (1, 2):
-        own = [span.read for span in touching(spans[axis], whole[axis])]
+        own = [span.reach for span in touching(spans[axis], whole[axis])]
         low = min(min(read.start for read in own), whole[axis].start - MARGIN)
         high = max(max(read.stop for read in own), whole[axis].stop + MARGIN)
         area.append(slice(max(0, low), min(high, shape[axis])))

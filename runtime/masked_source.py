@@ -41,7 +41,7 @@ class MaskedSource:
         self.image, self.mask, self.shape = image, mask, image.shape
         self.caches = [one for one in (image, mask) if isinstance(one, ChunkCache)]
         self.rows = {span.start: row for row, span in enumerate(spans)}
-        self.stretch, self._at, self._box, self._voxels = 0, None, None, None
+        self.stretch, self._at = 0, None
 
     def skip(self, spans):
         """Whether all voxels of a window are masked; see `predict_slabs`."""
@@ -53,15 +53,16 @@ class MaskedSource:
         whole = tuple(slice(span.start, span.stop) for span in spans)
         if self.mask is not None and not self.mask[slice(None), *whole].any():
             return True
-        self._box, self._voxels = (slice(None), *(span.read for span in spans)), None
-        if isinstance(self.image, ChunkCache) and self.image.is_empty(self._box[1:]):
+        sizes = zip((span.stop - span.start for span in spans), self.shape[1:], strict=True)
+        if any(MARGIN >= size < n for size, n in sizes):  # they may be in no cube of zeros
+            return False
+        reach = tuple(span.reach for span in spans)
+        if isinstance(self.image, ChunkCache) and self.image.is_empty(reach):
             return True
-        self._voxels = self.image[self._box]
-        return not self._voxels.any()
+        return not self.image[slice(None), *reach].any()
 
     def __getitem__(self, box):
-        """The box that `skip` has looked at."""
-        return self._voxels if box == self._box else self.image[box]
+        return self.image[box]
 
     def masked(self, box):
         """Which voxels of a box (z, y, x) are masked: (d, h, w) bool; None if none is."""

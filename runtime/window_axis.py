@@ -24,6 +24,11 @@ class Span:
     to_volume: tuple | None  # network voxels -> voxels start..stop
     weight: torch.Tensor  # (stop - start,) share of this window in the blend
 
+    @property
+    def reach(self):
+        """The voxels that it reads or predicts: of large network voxels it reads fewer."""
+        return slice(min(self.start, self.read.start), max(self.stop, self.read.stop))
+
 
 def window_starts(size, extent, overlap):
     """Starts of the windows on an axis of `size` voxels: evenly spread integers.

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from scoring import postprocess
-from scoring.blocks import Bits, Grid, Joined, size_of
+from scoring.blocks import Bits, Grid, Joined, size_of, written
 
 
 def postprocessed(
@@ -43,8 +43,8 @@ def postprocessed(
     arguments goes on after the last complete step. Delete it when you have all masks.
 
     Memory: that of a few blocks, about 13 bytes for each voxel of one, with closing_radius also of
-    as much around it as twice the radius; and 8 bytes for each voxel of a plane (D, H or H, W) that
-    the blocks in work meet in.
+    as much around it as twice the radius; and for each voxel of a plane (H, W), in which blocks
+    meet, 4 bytes and region, 12 with max_hole_voxels.
     """
     spacing = None if spacing is None else [float(step) for step in spacing]
     settings = [exclusive, spacing, hysteresis, min_component_voxels, max_hole_voxels]
@@ -100,11 +100,8 @@ def _settled(path, joins, add):
         for number, joined in enumerate(joins.values()):
             joined.settle()
             arrays |= {f"{key}{number}": value for key, value in joined.state().items()}
-        with open(f"{path}.partial", "wb") as file:
+        with written(path) as file:
             np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.partial", path)
     with np.load(path) as arrays:
         for number, joined in enumerate(joins.values()):
             joined.load({key: arrays[f"{key}{number}"] for key in ("starts", "judged")})

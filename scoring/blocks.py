@@ -10,8 +10,11 @@
 A volume is anything that is sliced by three slices and gives (d, h, w) bool.
 """
 
+import contextlib
+import errno
 import functools
 import itertools
+import math
 import os
 
 import cc3d
@@ -19,6 +22,7 @@ import numpy as np
 from scipy import sparse
 
 from scoring import partitions
+from volumes import atomic
 
 BLOCK = (256, 256, 256)  # some 13 bytes of memory for each of its voxels, 35 to score
 _COUNTED = 2**20  # labels that are counted at once: they become int64
@@ -31,7 +35,8 @@ class Grid:
     """
 
     def __init__(self, shape, block=None):
-        self.shape, self.block = tuple(map(int, shape)), tuple(map(int, block or BLOCK))
+        self.shape = tuple(map(int, shape))
+        self.block = tuple(min(int(b), n) for b, n in zip(block or BLOCK, self.shape, strict=True))
         self.counts = tuple(-(-n // b) for n, b in zip(self.shape, self.block, strict=True))
 
     def __iter__(self):
@@ -207,44 +212,54 @@ def _counts(labels, count):
     return counts
 
 
+@contextlib.contextmanager
+def written(path):
+    """A file to write to, which takes the name path when that ends well; OSError, one sentence, if
+    the disk is full."""
+    try:
+        with atomic.replacing(path) as partial, open(partial, "wb") as file:
+            yield file
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"{path}: expected a disk with room for what is kept between two steps, got "
+            f"{error.strerror}; make room and start again, which goes on after the last step"
+        ) from error
+
+
 class Bits:
     """Masks of several regions on disk, a bit for each voxel, written a block at a time.
 
-    A block lies in one piece, and takes no room where its masks are empty. The file is complete
-    once it has its name; before, `writing` yields write(index, {region: (d, h, w) bool}).
+    A block lies in one piece, and takes no room where its masks are empty.
     """
 
     def __init__(self, path, grid, regions):
         self.path, self.grid, self.regions = path, grid, tuple(regions)
         depth, height, width = grid.block
         self.slot = (len(self.regions), depth, height, -(-width // 8))
-        self.complete = os.path.exists(path)
 
     def fill(self, masks):
         """Write masks(box) of every block, unless the file is there."""
-        if self.complete:
+        if os.path.exists(self.path):
             return
-        partial, slot = f"{self.path}.partial", int(np.prod(self.slot))
-        with open(partial, "wb") as file:
-            file.truncate(slot * int(np.prod(self.grid.counts)))
+        size = math.prod(self.slot)
+        with written(self.path) as file:
+            file.truncate(size * math.prod(self.grid.counts))
             for index in self.grid:
-                box, packed = self.grid.box(index), np.zeros(self.slot, np.uint8)
-                for rows, mask in zip(packed, masks(box).values(), strict=True):
-                    bits = np.packbits(mask, axis=-1)
+                whole, packed = masks(self.grid.box(index)), np.zeros(self.slot, np.uint8)
+                for rows, region in zip(packed, self.regions, strict=True):
+                    bits = np.packbits(whole[region], axis=-1)
                     rows[tuple(map(slice, bits.shape))] = bits
                 if packed.any():
-                    file.seek(self.grid.flat(index) * slot)
+                    file.seek(self.grid.flat(index) * size)
                     file.write(packed)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
-        self.complete = True
 
     def read(self, box):
         """{region: mask (d, h, w) bool} of any box."""
         masks = {region: np.zeros(size_of(box), bool) for region in self.regions}
         for index, own, there in self.grid.touched(box):
-            at = self.grid.flat(index) * int(np.prod(self.slot))
+            at = self.grid.flat(index) * math.prod(self.slot)
             # Mapped anew each time, so that pages that were read do not stay in this process.
             packed = np.memmap(self.path, np.uint8, "r", at, self.slot)
             z, y, x = own

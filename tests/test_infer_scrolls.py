@@ -263,6 +263,31 @@ def test_a_mask_volume_bounds_what_is_predicted(run, windows, tmp_path, suffix):
     np.testing.assert_array_equal(own, (mask > 0) & (probs >= 0.5))
 
 
+def test_beside_a_gpu_planes_come_late_and_are_the_same(run, windows, tmp_path, monkeypatch):
+    for module in (sliding_window, scrolls):
+        monkeypatch.setattr(module, "is_asynchronous", lambda device: True)
+    image = image_in_air()
+    infer_ok("--ckpt", run(), "--input", scroll(tmp_path / "a.zarr", image), "--output",
+             tmp_path / "pred.zarr", "inference.shard=[16,32,32]")  # fmt: skip
+    (probability,), _ = stored(tmp_path / "pred.zarr")
+    air = image == 0
+    air[4, 5, 6] = False
+    np.testing.assert_array_equal(probability, np.where(air, 0, codes(expected_probs(image))))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_cuda_a_store_holds_the_prediction_of_the_whole(run, tmp_path):
+    image = image_in_air()
+    infer_ok("--ckpt", run(), "--input", scroll(tmp_path / "a.zarr", image), "--output",
+             tmp_path / "pred.zarr", SHARDS, "run.device=cuda")  # fmt: skip
+    (probability,), _ = stored(tmp_path / "pred.zarr")
+    (probs,) = expected_probs(image, network=network_of(1)[0].cuda(), device="cuda")
+    air = image == 0
+    air[4, 5, 6] = False
+    expected = np.where(air, 0, codes(probs)).astype(int)
+    assert np.abs(probability - expected).max() <= 1  # other windows go at once
+
+
 def test_a_volume_of_air_has_an_empty_prediction(run, windows, tmp_path):
     infer_ok("--ckpt", run(), "--input", scroll(tmp_path / "a.zarr", np.zeros(SHAPE, np.uint8)),
              "--output", tmp_path / "pred.zarr", SHARDS)  # fmt: skip

@@ -3,6 +3,8 @@ import pytest
 from scipy import ndimage
 
 from runtime.masked_source import MARGIN, MaskedSource, in_cubes
+from runtime.sliding_window import predict_volume
+from runtime.window_axis import window_spans
 
 
 def test_cubes_of_zeros_are_an_opening():
@@ -14,8 +16,8 @@ def test_cubes_of_zeros_are_an_opening():
     assert 0.05 < expected.mean() < 0.9 and (expected <= zero).all()
 
 
-def source_of(image, mask=None):
-    return MaskedSource(image, mask, [])
+def source_of(image, mask=None, spans=()):
+    return MaskedSource(image, mask, spans)
 
 
 def boxes(shape, step):
@@ -53,3 +55,27 @@ def test_beyond_the_border_all_is_air():
     image[0, :, :, :2] = 0  # 2 voxels, and what lies outside
     masked = source_of(image).masked((slice(0, 12),) * 3)
     np.testing.assert_array_equal(masked, image[0] == 0)
+
+
+@pytest.mark.parametrize("window, ratio", [((8, 8, 8), 1), ((8, 8, 8), 5), ((3, 8, 8), 1)])
+@pytest.mark.parametrize("edge", [23, 25, 26, 40])
+def test_windows_that_are_skipped_change_no_voxel_that_is_not_masked(window, ratio, edge):
+    image = np.random.default_rng(0).integers(1, 9, (1, 64, 16, 12)).astype(np.float32)
+    image[:, edge:] = image[:, edge - 9 : edge - 7] = 0  # a wall of 2 planes too
+    spans = window_spans(image.shape[1:], window, 0.5, (ratio, 1, 1), "cpu")
+    source, skipped = source_of(image, spans=spans[0]), []
+
+    def skip(spans):
+        skipped.append(source.skip(spans))
+        return skipped[-1]
+
+    def network(x):  # not 0 in air
+        return x.mean((2, 3, 4), keepdim=True) - 2 + 0.1 * x
+
+    how = {"window": window, "overlap": 0.5, "ratio": (ratio, 1, 1)}
+    probs = predict_volume(network, source, **how, skip=skip)[0]
+    masked = source.masked(tuple(map(slice, (0, 0, 0), image.shape[1:])))
+    assert masked[edge:].all() and not masked[:edge].any()
+    whole = predict_volume(network, image, **how)[0]
+    np.testing.assert_array_equal(probs[~masked], whole[~masked])
+    assert any(skipped) == (window[0] > 3 and (ratio == 1 or edge <= 24))

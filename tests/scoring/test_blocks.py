@@ -1,5 +1,6 @@
 """Steps by blocks against the same in memory: equal bit for bit, whatever the blocks."""
 
+import errno
 import functools
 import itertools
 
@@ -162,7 +163,7 @@ def test_a_second_start_goes_on_after_the_last_complete_step(tmp_path):
     assert len(reads) > 8  # another setting is another result
 
 
-def test_a_step_that_died_half_written_is_made_again(tmp_path, monkeypatch):
+def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(tmp_path, monkeypatch):
     values = np.random.default_rng(3).random((12, 13, 14))
 
     def read(box):
@@ -173,12 +174,13 @@ def test_a_step_that_died_half_written_is_made_again(tmp_path, monkeypatch):
         return block_postprocess.postprocessed(read, values.shape, tmp_path, **how)
 
     def die(*_):
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", die)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="got No space left on device; make room and start again"):
             start()
+    assert not any(tmp_path.iterdir())
     expected = postprocess.apply_to_regions(*read(whole(values.shape)), **ALL)["a"]
     assert np.array_equal(start()(whole(values.shape))["a"], expected)
 
