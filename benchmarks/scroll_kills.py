@@ -3,7 +3,8 @@
     python benchmarks/scroll_kills.py                       # 20 kills of 1 process, 20 of 3 parts
     python benchmarks/scroll_kills.py --size 192 --kills 4 --parts 3 --shard 64
 
-A process, or one of three parts, is killed with SIGKILL at random moments and started again. At the
+A process, or one of three parts, is killed with SIGKILL at random moments, each third time when
+a file is being written, and started again. At the
 end all files of the store must have the bytes of the undisturbed one, but for the date. Each file
 by which a shard is done is noted with its inode: a shard whose file was replaced was computed
 twice, and none may be. What was in work when its process was killed had no such file. Exit status 1
@@ -88,10 +89,12 @@ def disturbed(options, output, parts, seconds, chance):
     """Kill and start again; (kills that hit, of these how many with a file half written)."""
     hit = writes = 0
     running = {part: start(options, output, part, parts) for part in range(1, parts + 1)}
-    for _ in range(options.kills):
+    for number in range(options.kills):
         time.sleep(chance.uniform(0, options.start + 2 * seconds / options.kills))
         part = chance.choice(sorted(running))
         process = running[part]
+        while number % 3 == 2 and process.poll() is None and not any(output.rglob(".partial_*")):
+            time.sleep(0.001)
         alive = process.poll() is None
         process.send_signal(signal.SIGKILL)
         errors = process.communicate()[1]

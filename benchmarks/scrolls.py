@@ -192,7 +192,7 @@ def merge(arguments, folder):
         preprocessing=lambda patch: normalise(patch[0].float(), **how)[None],
         postprocessing=torch.sigmoid,
         store=arguments.paths[1],
-        chunks=(1, 1, TILE, TILE, TILE),
+        chunks=(1, 1, *inference.window),  # faster than its default, and than larger ones
     )
     with torch.inference_mode():
         inferer(torch.from_numpy(voxels)[None], network)
