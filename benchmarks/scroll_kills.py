@@ -3,12 +3,11 @@
     python benchmarks/scroll_kills.py                       # 20 kills of 1 process, 20 of 3 parts
     python benchmarks/scroll_kills.py --size 192 --kills 4 --parts 3 --shard 64
 
-A process, or one of three parts, is killed with SIGKILL at random moments, each third time when
-a file is being written, and started again. At the
-end all files of the store must have the bytes of the undisturbed one, but for the date. Each file
-by which a shard is done is noted with its inode: a shard whose file was replaced was computed
-twice, and none may be. What was in work when its process was killed had no such file. Exit status 1
-if anything differs, else 0. Leaves nothing.
+A process, or one of three parts, is killed with SIGKILL at random moments, each third time when a
+file is being written, and started again. At the end all files of the store must have the bytes of
+the undisturbed one, but for the date. Each file by which a shard is done is noted with its inode: a
+shard whose file was replaced was computed twice, and none may be. What was in work when its process
+was killed had no such file. Exit status 1 if anything differs, else 0. Leaves nothing.
 """
 
 import argparse
@@ -145,7 +144,7 @@ def main():
     add("--shard", type=int, default=128)
     add("--kills", type=int, default=20)
     add("--parts", type=int, nargs="+", default=[1, 3])
-    add("--start", type=float, default=8.0, help="seconds that starting takes")
+    add("--start", type=float, default=4.0, help="seconds that starting takes")
     add("--seed", type=int, default=0)
     add("--ckpt", type=Path)
     add("overrides", nargs="*", metavar="group.key=value")
