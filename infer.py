@@ -10,6 +10,8 @@
     python infer.py --ckpt runs/best.pt --input scroll.zarr --output pred.zarr   # beyond memory
     torchrun --nproc-per-node=4 infer.py --ckpt runs/best.pt                # a part for each rank
     python infer.py --ckpt runs/best.pt --part 2/8                          # anywhere, at any time
+    python infer.py --check-seams pred.zarr                                 # of shards and windows
+    python infer.py --ckpt runs/best.pt --input a.tif --shift-consistency --bbox 32:96 99:163 99:163
 
 Of several checkpoints the probabilities are averaged. Parts share out volumes and slabs of volumes;
 the part that finds the last slab of a volume writes it, with the bits that one process gives.
@@ -25,8 +27,10 @@ probabilities and a mask as OME-Zarr, with all that made them (docs/predicting-s
 Without --output these go to the run's predictions/. --submission writes the masks a second time,
 in the format of the Vesuvius Challenge, and reads them back. Every input is checked before the
 first is predicted. Parts keep slabs in <output>/.parts/ and go on from there when started again.
+--check-seams and --shift-consistency print figures and write nothing (docs/predicting-scrolls.md).
 Exit status: 0 done, 1 a result could not be made or written (it is named, the others are there,
-but no submission), 2 the input is wrong (one sentence per fault, nothing written).
+but no submission) or there are seams, 2 the input is wrong (one sentence per fault, nothing
+written).
 """
 
 import argparse
@@ -42,7 +46,8 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import data
-from runtime import config, cuda, ensemble, memory_guard, outputs, parts, scrolls
+from runtime import config, cuda, ensemble, memory_guard, outputs, parts, scrolls, seams
+from runtime.members import read_members
 from runtime.precision import resolve_precision
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import resolve_device
@@ -75,7 +80,7 @@ def prepare_to_predict(arguments, part):
     inputs: those that are predicted whole; lines say what will happen and why: the first of this
     process, the others of all parts.
     """
-    members, faults = ensemble.read(arguments.ckpt), []
+    members, faults = read_members(arguments.ckpt), []
     output, metadata = output_folder(arguments, members), ensemble.joint_metadata(members)
     roots = [t.partition("=")[2] for t in arguments.overrides if t.startswith("data.root=")]
     with collect_errors(faults):
@@ -97,9 +102,10 @@ def prepare_to_predict(arguments, part):
     if faults:
         raise InputErrors(*faults)
     predictor = ensemble.Predictor(members, settings, metadata, device, precision)
-    output, stored = folder_of(output), [volume for volume in inputs if volume.is_stored]
-    inputs = [volume for volume in inputs if not volume.is_stored]
-    opened = scrolls.open_all(predictor, inputs, stored, output, arguments)
+    shifted, output = arguments.shift_consistency, folder_of(output)
+    stored = [volume for volume in inputs if volume.is_stored and not shifted]
+    inputs = [volume for volume in inputs if shifted or not volume.is_stored]
+    opened = [] if shifted else scrolls.open_all(predictor, inputs, stored, output, arguments)
     lines = [
         f"device     {device} ({device_reason}), precision {precision} ({precision_reason})",
         *(f"checkpoint {m.path}, step {m.step} of run {m.run}, {m.weights}" for m in members),
@@ -317,7 +323,7 @@ def parse_arguments(argv):
     add = parser.add_argument
     several = {"nargs": "+", "action": "extend", "default": [], "metavar": "PATH"}
     what = "a checkpoint, or a run folder for its best; several, or a sweep folder: an ensemble"
-    add("--ckpt", required=True, help=what, **several)
+    add("--ckpt", help=what, **several)
     what = "case files, prepared folders, volumes, folders or patterns of volumes"
     add("--input", help=what, **several)
     what = "voxel size of volumes that state none, in the unit of the training data"
@@ -325,12 +331,18 @@ def parse_arguments(argv):
     add("--output", help="folder, or a .zarr; default: predictions/ of the checkpoint's run")
     what = "volume that is 0 where nothing is predicted; of predictions in .zarr"
     add("--mask", metavar="VOLUME", help=what)
-    what = "voxels that are predicted alone; of predictions in .zarr"
+    what = "voxels that are predicted alone; of predictions in .zarr, and --shift-consistency"
     add("--bbox", nargs=3, metavar=("Z0:Z1", "Y0:Y1", "X0:X1"), help=what)
     add("--submission", metavar="FILE.zip", help="write the masks into this too")
     add("--part", metavar="I/N", help="do part I of N, from 1; start the others where you like")
+    what = "figures of the borders of shards and windows in a prediction; needs no --ckpt"
+    add("--check-seams", metavar="PRED.zarr", help=what)
+    what = "Dice of the masks of a box, of two grids of windows half a step apart"
+    add("--shift-consistency", action="store_true", help=what)
     add("overrides", nargs="*", metavar="group.key=value")
     arguments = parser.parse_intermixed_args(argv)
+    if not arguments.ckpt and not arguments.check_seams:
+        parser.error("the following arguments are required: --ckpt")
     # argparse takes settings that follow --input or --ckpt for paths.
     keys = tuple(f"{key.split('.')[0]}." for key in config.valid_keys())
     for paths in (arguments.ckpt, arguments.input):
@@ -344,9 +356,14 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     part, errors = None, Voice(None, stderr=True)
     try:
+        if arguments.check_seams:
+            return seams.print_seams(arguments.check_seams, Voice(None).print)
         part = parts.find_part(arguments.part)
         errors = Voice(part, stderr=True)
         predictor, inputs, opened, output, lines = prepare_to_predict(arguments, part)
+        if arguments.shift_consistency:
+            use_threads(predictor.settings.run.threads, 1)
+            return seams.print_consistency(predictor, inputs, arguments.bbox, Voice(None).print)
     except ValueError as error:
         errors.print(error)
         return 2

@@ -4,7 +4,9 @@ A config file holds differences from these only. Lists of three are z, y, x. Spa
 are in the unit of the data (mm, micron, voxel).
 """
 
-from typing import Annotated, Literal
+import math
+import re
+from typing import Annotated, Literal, Union
 
 from pydantic import (
     BaseModel,
@@ -23,23 +25,35 @@ def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _one_or_each(number):
-    """The type of a number, or of {region: number}; a fault is that of one of them."""
-    one, each = Annotated[number, Tag("<one>")], Annotated[dict[str, number], Tag("<each>")]
-    which = Discriminator(lambda value: "<each>" if isinstance(value, dict) else "<one>")
-    return Annotated[one | each, which]
+def _one_or_each(number, *words):
+    """The type of a number, {region: number}, or one of words; a fault is that of one of them."""
+    kinds = {"<one>": number, "<each>": dict[str, number]} | {w: Literal[w] for w in words}
+
+    def which(value):
+        return "<each>" if isinstance(value, dict) else value if value in words else "<one>"
+
+    kinds = tuple(Annotated[kind, Tag(tag)] for tag, kind in kinds.items())
+    return Annotated[Union[kinds], Discriminator(which)]  # noqa: UP007
+
+
+def _voxel_size(value):
+    if (isinstance(value, str) and re.fullmatch(r"(\d+\.?\d*|\.\d+)\+", value)) or value is None:
+        return value
+    if type(value) in (int, float) and 0 <= value < math.inf:
+        return float(value)
+    raise ValueError("a size of 0 or more, null, or such as 1.6+")
 
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Probabilities = _one_or_each(Probability)
+Probabilities = _one_or_each(Probability, "auto")
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Wholes = _one_or_each(Whole)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Size = NonNegative | Annotated[str, Field(pattern=r"^\d+(\.\d+)?\+$")] | None  # of a voxel
+Size = Annotated[float | str | None, BeforeValidator(_voxel_size)]
 AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Range = tuple[Finite, Finite]  # low, high
 PositiveRange = tuple[Positive, Positive]
@@ -326,9 +340,9 @@ class Inference(Group):
     overlap: Decay = 0.5
     flips: bool = False  # average over the 8 flips
     batch: Count | None = None  # windows at once; null: 1 on a CPU, 2 on a GPU
-    # Of regions one for all, or {name: threshold}; null: what validation chose, 0.5 without.
-    # auto: of each volume by its own probabilities, see runtime/own_threshold.py.
-    threshold: Literal["auto"] | Probabilities | None = None
+    # Of regions one for all, or {name: threshold}; null: what validation chose, 0.5 without; auto:
+    # of each volume by its own probabilities, see runtime/own_threshold.py.
+    threshold: Probabilities | None = None
     save_probabilities: bool = False
     save_disagreement: bool = False  # of the flips or networks that are averaged
     # Of predictions in .zarr: voxels of a file, and how much of the image is kept decoded.
@@ -384,39 +398,7 @@ class Settings(Group):
         surface["tolerance"] = surface["tolerance"] or self.validation.tolerance
         return terms
 
-    def with_chosen(self, chosen, regions, exclusive=False):
-        """These settings, with what validation chose ({} if nothing) where they leave it open.
-
-        regions: names of what the network tells apart. Of several ones threshold and size are
-        {region: number} then; regions that exclude each other have no threshold. Of the steps of
-        `STEPS_OFF` there is one number for all; hysteresis is None where it is off.
-        """
-        copy = self.model_copy(deep=True)
-        if not exclusive:
-            asked = copy.inference.threshold, chosen.get("threshold"), 0.5
-            copy.inference.threshold = _of_each(regions, asked)
-        asked = copy.postprocess.min_component_voxels, chosen.get("min_component_voxels"), 0
-        copy.postprocess.min_component_voxels = _of_each(regions, asked)
-        for step, off in STEPS_OFF.items():
-            own = getattr(copy.postprocess, step)
-            setattr(copy.postprocess, step, chosen.get(step, off) if own is None else own)
-        if copy.postprocess.hysteresis == 1:
-            copy.postprocess.hysteresis = None
-        return copy
-
     def window_arguments(self):
         """Arguments of `runtime.sliding_window.predict_slabs`."""
         arguments = self.inference.model_dump(include={"window", "overlap", "batch", "flips"})
         return {**arguments, "window": self.inference.window or self.sampling.patch}
-
-
-def _of_each(regions, values):
-    """{region: number} by the first of the values that has one for it; of one region the number.
-
-    A value is one number for all, {region: number} or None.
-    """
-    numbers = {}
-    for name in regions:
-        own = [value.get(name) if isinstance(value, dict) else value for value in values]
-        numbers[name] = next(number for number in own if number is not None)
-    return numbers if len(numbers) > 1 else numbers.popitem()[1]

@@ -17,7 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 from patches import intensity
-from runtime import checkpoint, config, ensemble, sliding_window
+from runtime import checkpoint, config, sliding_window
+from runtime.members import build_network
 from scoring import metrics
 from volumes import casefile
 from volumes.processes import cores
@@ -42,7 +43,7 @@ def main():
     torch.set_num_threads(cores())
     state = checkpoint.load(arguments.ckpt)
     settings = config.build(state["config"])
-    network, _ = ensemble.build_network(state, arguments.ckpt)
+    network, _ = build_network(state, arguments.ckpt)
     case = casefile.read_dataset(arguments.root).cases[arguments.case]
     with h5py.File(case.path) as file:
         image = file["image"][:].astype(np.float64)

@@ -16,6 +16,7 @@ import numpy as np
 
 import data
 from runtime import ensemble, parts
+from runtime.members import read_members
 from runtime.precision import resolve_precision
 from runtime.sliding_window import resolve_device
 from volumes import inputs
@@ -29,7 +30,7 @@ def load_network(*paths, settings=()):
     settings: as on the command line of infer.py, such as ["inference.flips=true",
     "run.device=cpu"]. ValueError names every fault.
     """
-    members = ensemble.read(paths)
+    members = read_members(paths)
     joint, _ = ensemble.joint_settings(members, settings)
     joint.inference.save_probabilities = True
     device, _ = resolve_device(joint.run.device)

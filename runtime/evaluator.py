@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from runtime import composite_loss
-from runtime.outputs import Outputs, most_probable
+from runtime.outputs import Outputs, most_probable, with_chosen
 from runtime.own_threshold import AUTO, LEVELS, count_reached, histogram, own_threshold
 from scoring import classes, metrics, postprocess
 from volumes import casefile
@@ -349,7 +349,7 @@ def make_spec(plan):
     thresholds = _per_region(settings.inference.threshold, thresholds, regions)
     sizes = _per_region(post.min_component_voxels, sorted(asked.min_component_voxels), regions)
     metric, names = full_names(asked.score, asked.scores, outputs)
-    fixed = settings.with_chosen({}, regions, outputs.exclusive).postprocess
+    fixed = with_chosen(settings, {}, outputs).postprocess
     return EvaluationSpec(
         metric=metric,
         names=names,

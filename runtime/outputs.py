@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.own_threshold import AUTO
+from settings import STEPS_OFF
 from volumes import classes as label_classes
 
 
@@ -183,3 +184,36 @@ def check_settings(outputs, settings):
                 )
     if faults:
         raise ValueError("\n".join(faults))
+
+
+def with_chosen(settings, chosen, outputs):
+    """Settings with what validation chose ({} if nothing) where they leave it open.
+
+    Of several regions of the `Outputs` threshold and size are {region: number} then; those that
+    exclude each other have no threshold. Of the steps of
+    `STEPS_OFF` there is one number for all; hysteresis is None where it is off.
+    """
+    copy = settings.model_copy(deep=True)
+    if not outputs.exclusive:
+        asked = copy.inference.threshold, chosen.get("threshold"), 0.5
+        copy.inference.threshold = _of_each(outputs.regions, asked)
+    asked = copy.postprocess.min_component_voxels, chosen.get("min_component_voxels"), 0
+    copy.postprocess.min_component_voxels = _of_each(outputs.regions, asked)
+    for step, off in STEPS_OFF.items():
+        own = getattr(copy.postprocess, step)
+        setattr(copy.postprocess, step, chosen.get(step, off) if own is None else own)
+    if copy.postprocess.hysteresis == 1:
+        copy.postprocess.hysteresis = None
+    return copy
+
+
+def _of_each(regions, values):
+    """{region: number} by the first of the values that has one for it; of one region the number.
+
+    A value is one number for all, {region: number} or None.
+    """
+    numbers = {}
+    for name in regions:
+        own = [value.get(name) if isinstance(value, dict) else value for value in values]
+        numbers[name] = next(number for number in own if number is not None)
+    return numbers if len(numbers) > 1 else numbers.popitem()[1]

@@ -52,9 +52,14 @@ def open_all(predictor, inputs, stored, output, arguments):
             wanted = "masks in files" if name == "submission" else "one prediction, in a .zarr"
             got = few([str(volume.prediction_path(output)) for volume in (*stored, *inputs)])
             raise ValueError(f"--{name}: expected {wanted}, got {got}; leave it out")
-    box = arguments.bbox and [_slice(text) for text in arguments.bbox]
+    box = arguments.bbox and parse_box(arguments.bbox)
     how = {"mask": arguments.mask, "bbox": box}
     return [open_scroll(predictor, volume, output, **how) for volume in stored]
+
+
+def parse_box(texts):
+    """Three slices, as of `--bbox Z0:Z1 Y0:Y1 X0:X1`."""
+    return [_slice(text) for text in texts]
 
 
 def _slice(text):

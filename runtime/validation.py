@@ -56,7 +56,8 @@ class Validator:
 
         foreground: its share in training so far, see `own_threshold`.
         """
-        self.spec = dataclasses.replace(self.spec, foreground=foreground)
+        if foreground is not None:
+            self.spec = dataclasses.replace(self.spec, foreground=foreground)
         if self.background and self.pool is None and self.group.first:
             # A process group that is asked to stop: this process answers, and ends the evaluator.
             worker = parallel.worker_process(STOP_SIGNALS)

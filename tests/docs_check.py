@@ -47,6 +47,7 @@ SUBSTITUTIONS = [  # (pattern, what stands in for it)
     (r"train=0:80 test=90:116", "train=0:16 test=24:32"),
     (r"a=0:64,0:256,0:256 b=64:128,256:512,0:256", "a=0:12,:,: b=12:,:,:"),
     (r"c=512:576,256:512,256:512", "c=0:12,0:16,0:16"),
+    (r"512:576 1024:1152 1024:1152", "8:12 10:14 10:14"),
     (r"--pred pred\.zarr --truth", "--pred small.zarr/labels/ink --truth"),
     (r"grey=128 white=255", "artery=3 vein=7"),
     (r"(raw|new)/labels(.*--classes artery=3)", r"\1/classes\2"),

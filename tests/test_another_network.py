@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import prepare
-from runtime import checkpoint, ensemble
+from runtime import checkpoint
 from runtime.folder import ROOMS, ROOT
+from runtime.members import build_network, read_members
 from tests import processes
 from volumes import files
 
@@ -93,7 +94,7 @@ def test_a_network_of_ones_own_trains_stops_resumes_and_predicts(changed, tmp_pa
     for name, tensor in whole["model"].items():
         assert torch.equal(tensor, state["model"][name]), name
     with pytest.raises(ValueError, match="use the code in the run's source/ folder"):
-        ensemble.read([tmp_path / "runs" / "best.pt"])  # by our network
+        read_members([tmp_path / "runs" / "best.pt"])  # by our network
 
 
 @pytest.mark.skipif(importlib.util.find_spec("monai") is None, reason="MONAI is not installed")
@@ -120,7 +121,7 @@ def test_a_term_of_ones_own_trains_and_is_not_needed_to_predict(changed, tmp_pat
     settings = *TINY, "model.multipliers=[1,2]", "training.max_steps=1"
     out = script(copy, "train.py", "c.yaml", *settings, cwd=tmp_path)
     assert "focal 0." in out and "done: step 1" in out
-    (member,) = ensemble.read([tmp_path / "runs" / "c"])  # a run folder, by our code
+    (member,) = read_members([tmp_path / "runs" / "c"])  # a run folder, by our code
     assert member.path.endswith("runs/c/checkpoints/best.pt")
 
 
@@ -129,4 +130,4 @@ def test_settings_of_another_version_name_the_checkpoint_and_its_source():
     with pytest.raises(
         ValueError, match=r"a\.pt: expected settings .*model\.heads: no such .* source/"
     ):
-        ensemble.build_network(state, "a.pt")
+        build_network(state, "a.pt")

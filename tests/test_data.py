@@ -309,7 +309,7 @@ def test_a_size_with_a_plus_leaves_coarser_voxels_as_they_are():
     assert data.network_spacing((5.0, 2.485, 1.6), wanted) == (5.0, 2.485, 1.6)
     given = config.build(config.apply_overrides({}, ["data.spacing=[0,1.6+,1.6+]"]))
     assert given.data.spacing == wanted
-    for size in ("-1+", "+", "1.6 +", "fine+"):
+    for size in ("-1+", "+", "1.6 +", "fine+", "1.6", -1, True, float("nan")):
         with pytest.raises(config.ConfigError, match=r"^data\.spacing"):
             config.build({"data": {"spacing": [0, size, 1]}})
 

@@ -8,6 +8,7 @@ import pytest
 
 from runtime import checkpoint, config, ensemble
 from runtime import folder as runs
+from runtime.members import read_members
 from tests.test_infer import (
     expected_probs,
     faults_of,
@@ -79,7 +80,7 @@ def test_threshold_and_size_are_the_means_of_those_chosen_unless_given(other, sc
     said = capsys.readouterr().out
     assert "threshold 0.65 of 0.7, 0.6; min_component_voxels 10 of 20, 0" in said
     assert "threshold 0.65, min_component_voxels 10\n" in said
-    members = ensemble.read(map(str, paths))
+    members = read_members(map(str, paths))
     joint, _ = ensemble.joint_settings(members, ["inference.threshold=0.123456789"])
     assert joint.inference.threshold == 0.123456789
     assert joint.postprocess.min_component_voxels == 10
@@ -127,7 +128,7 @@ def test_parts_of_an_ensemble_leave_the_files_of_one_process(run, other, scan, t
 def test_default_inputs_are_those_that_no_run_was_trained_on(run, other, tmp_path):
     make_cases(tmp_path / "cases", **{name: image_of((8, 16, 16)) for name in "abc"})
     path = other(validation=["a", "c"], test=["b"])
-    members = ensemble.read([str(run(validation=["b", "c"], test=["a"])), str(path)])
+    members = read_members([str(run(validation=["b", "c"], test=["a"])), str(path)])
     metadata = ensemble.joint_metadata(members)
     assert (metadata["test"], metadata["validation"]) == ([], ["c"])
 

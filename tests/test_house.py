@@ -28,7 +28,7 @@ ROOMS = {
     "microbatch device_memory cuda nonfinite timer memory_guard sliding_window splits evaluator "
     "validation jobs comparison page distributed ending ensemble arrays parts tuning outputs "
     "step_batches optimizer window_axis window_transfer onednn precision threads own_threshold "
-    "columns chunk_cache masked_source scrolls scroll_figures voice",
+    "columns chunk_cache masked_source scrolls seams scroll_figures voice members",
 }
 TOP = "settings data model norm_mish losses"
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()
@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "runtime": LOWER,
     **dict.fromkeys(SCRIPTS, LOWER | {"runtime"}),
 }
-MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_LINES = 420, 60, 21_780
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_LINES = 420, 60, 25_230
 TRAINING_FUNCTIONS = {("train", "main"), ("train", "train")}  # the story is one function
 
 

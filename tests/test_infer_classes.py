@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from runtime import checkpoint, config, ensemble
+from runtime.members import read_members
 from scoring import postprocess
 from tests.test_ensembles import read
 from tests.test_infer import (
@@ -166,7 +167,7 @@ def test_a_slab_of_classes_takes_one_byte_a_voxel(made, scan, tmp_path):
 
 def test_no_float_volume_is_made_unless_it_is_asked_for(made, scan):
     for regions, exclusive in ((TREES, True), (NESTED, False)):
-        members = ensemble.read([str(made(regions, exclusive))])
+        members = read_members([str(made(regions, exclusive))])
         settings, _ = ensemble.joint_settings(members, [])
         predictor = ensemble.Predictor(
             members, settings, members[0].data, torch.device("cpu"), "fp32"

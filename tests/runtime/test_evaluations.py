@@ -30,7 +30,7 @@ def files(tmp_path):
 class Started:
     """A validator that notes what it is started with."""
 
-    def start(self, net, step):
+    def start(self, net, step, _):
         self.step = step
         self.weights = {value for p in net.parameters() for value in p.flatten().tolist()}
 
@@ -46,6 +46,7 @@ def again(tmp_path, step, pending, resumed_from):
         settings=config.build({}),
         folder=tmp_path,
         group=distributed.Group(),
+        means=SimpleNamespace(foreground=None),
         report_of_all=lambda kind, text: reports.append((kind, text)),
     )
     evaluations = Evaluations(run)

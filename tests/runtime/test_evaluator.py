@@ -399,8 +399,8 @@ def test_a_run_that_is_stopped_during_an_evaluation_starts_it_again(root, tmp_pa
 def test_an_evaluator_that_dies_costs_an_evaluation_and_no_more(root, tmp_path, monkeypatch):
     start, killed = validation.Validator.start, []
 
-    def start_and_kill(self, network, step):
-        start(self, network, step)
+    def start_and_kill(self, *about):
+        start(self, *about)
         if not killed:
             killed.append(self.process.pid)
             os.kill(self.process.pid, signal.SIGKILL)

@@ -1,10 +1,12 @@
 """What a network tells apart: chosen from the classes of the data, written as ids."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from runtime import config, outputs
-from runtime.outputs import Outputs
+from runtime.outputs import Outputs, with_chosen
 from settings import Settings
 
 CLASSES = {"background": 0, "artery": 3, "vein": 7, "nerve": 1}
@@ -96,7 +98,7 @@ def test_a_checkpoint_tells_them_and_an_old_one_has_one_foreground():
 
 # ---------------------------------------------------------------------------- settings
 
-SHEETS = Outputs({"recto": (1,), "verso": (2,)})
+SHEET, SHEETS = Outputs({"sheet": (1,)}), Outputs({"recto": (1,), "verso": (2,)})
 
 
 def settings_of(threshold=None, size=None, hysteresis=None):
@@ -115,21 +117,21 @@ def settings_of(threshold=None, size=None, hysteresis=None):
     ],
 )
 def test_each_region_has_its_own_threshold_else_the_chosen_one_else_a_half(own, chosen, expected):
-    settings = settings_of(own).with_chosen({"threshold": chosen} if chosen else {}, SHEETS.regions)
+    settings = with_chosen(settings_of(own), {"threshold": chosen} if chosen else {}, SHEETS)
     assert settings.inference.threshold == expected
     assert settings.postprocess.min_component_voxels == {"recto": 0, "verso": 0}
 
 
 def test_one_foreground_has_one_number_by_its_name_or_without():
     for own, expected in ((None, 20), (0, 0), ({"sheet": 5}, 5), ({}, 20)):
-        settings = settings_of(size=own).with_chosen({"min_component_voxels": 20}, ["sheet"])
+        settings = with_chosen(settings_of(size=own), {"min_component_voxels": 20}, SHEET)
         assert settings.postprocess.min_component_voxels == expected
         assert settings.inference.threshold == 0.5
 
 
 def test_a_step_that_is_given_wins_over_one_that_was_taken_and_is_off_without_either():
     def post(own, chosen):
-        found = config.build({"postprocess": own}).with_chosen(chosen, ["sheet"]).postprocess
+        found = with_chosen(config.build({"postprocess": own}), chosen, SHEET).postprocess
         return found.hysteresis, found.max_hole_voxels, found.closing_radius
 
     taken = {"hysteresis": 0.3, "max_hole_voxels": 20, "closing_radius": 1.5}
@@ -141,7 +143,7 @@ def test_a_step_that_is_given_wins_over_one_that_was_taken_and_is_off_without_ei
 
 def test_classes_that_exclude_each_other_have_no_threshold():
     chosen = {"min_component_voxels": {"recto": 3, "verso": 0}}
-    settings = settings_of().with_chosen(chosen, SHEETS.regions, exclusive=True)
+    settings = with_chosen(settings_of(), chosen, dataclasses.replace(SHEETS, exclusive=True))
     assert settings.inference.threshold is None
     assert settings.postprocess.min_component_voxels == {"recto": 3, "verso": 0}
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import train
-from runtime import checkpoint, config, ensemble, own_threshold
+from runtime import checkpoint, config, own_threshold
+from runtime.members import read_members
 from tests.runtime.test_evaluator import result_of, sheet, spec_of
 from tests.test_infer import expected_probs, faults_of, image_of, infer_ok, run, write_nifti
 from tests.test_train import events, root, settings
@@ -133,6 +134,6 @@ def test_a_run_knows_its_share_of_foreground_and_goes_on_with_it(root, tmp_path)
     shares = [e["patches"]["foreground"] for e in events(folder, "epoch")]
     assert 0 < state["loop"]["foreground"] < 1
     assert state["loop"]["foreground"] == pytest.approx(np.mean(shares), rel=1e-5)
-    (member,) = ensemble.read([str(folder / "checkpoints" / "last.pt")])
+    (member,) = read_members([str(folder / "checkpoints" / "last.pt")])
     assert member.foreground == state["loop"]["foreground"]
     assert json.dumps(state["loop"]["foreground"])  # a plain number
