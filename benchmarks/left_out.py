@@ -8,8 +8,8 @@ RECIPES.yaml holds {name: {group.key: value}}, changes of configs/<config>.yaml;
 it is. With --groups, each group in turn is the test and all other cases train, else the config's
 own split counts. No case validates: nothing of the group that is left out picks a checkpoint, a
 threshold or a size. Each recipe is trained on one thread by train.py, predicts the test cases by
-infer.py from its last checkpoint at 0.5, and adds a row to the CSV as soon as it is done: the mean
-over the cases of that group. Rows that are there are not made again: give the same command after an
+infer.py from its last checkpoint (at 0.5, unless the recipe says otherwise), and adds a row to the
+CSV as soon as it is done: the mean over the cases of that group. Rows that are there are not made again: give the same command after an
 interruption. Runs lie in the folder beside the CSV that is named after it. Exit status 1 if a run
 failed. At the end, per recipe: means over groups and seeds, with the deviation over seeds.
 
@@ -54,7 +54,6 @@ FIXED = {  # of all recipes, before their own changes
     "validation.untrained": False,
     "monitor.tensorboard": False,
     "monitor.picture": False,
-    "inference.threshold": 0.5,
     "postprocess.min_component_voxels": 0,
 }
 ROOT = Path(__file__).resolve().parents[1]

@@ -44,7 +44,7 @@ SUBSTITUTIONS = [  # (pattern, what stands in for it)
     (r"(--phantom (?:arteries_veins|spinal_cord)) --out", r"\1 --shape 24 32 32 --out"),
     (r"FILE\.h5", "scan.h5"),
     (r"vesselNN --labels vesselNN --spacing-csv \S+", "vesselNN_nifti --labels vesselNN_nifti"),
-    (r"train=0:80 test=90:116", "train=0:16 test=24:32"),
+    (r"train=0:66 val=70:86 test=90:116", "train=0:12 val=14:22 test=24:32"),
     (r"a=0:64,0:256,0:256 b=64:128,256:512,0:256", "a=0:12,:,: b=12:,:,:"),
     (r"c=512:576,256:512,256:512", "c=0:12,0:16,0:16"),
     (r"512:576 1024:1152 1024:1152", "8:12 10:14 10:14"),
@@ -123,7 +123,7 @@ def make_volumes(world):
         shutil.copytree(world / "raw/labels", world / "runs" / run / "predictions")
     for name in ("s1", "s2"):
         make_case(name, world / f"raw/{name}_img.tif", world / f"raw/{name}_lbl.tif")
-    for name in ("burgess2014_a", "burgess2014_b", "poon2015_c"):
+    for name in ("burgess2014_a", "burgess2014_b", "poon2015_c", "santos2015_d"):
         folder = world / "vesselNN_nifti"
         make_case(name, folder / f"{name}_img.nii.gz", folder / f"{name}_lbl.nii.gz")
     nnunet = world / "nnUNet_raw/Dataset001_X"

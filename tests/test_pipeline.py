@@ -82,7 +82,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
 def test_real_vessels_train_and_the_prediction_lies_on_the_image(tmp_path):
     folder = SHARED / "data" / "vesselNN_nifti"
     script("prepare.py", "--images", folder, "--labels", folder, "--out", "d", cwd=tmp_path)
-    few = ("data.root=d", "training.max_steps=2", "inference.overlap=0.0")
+    few = ("data.root=d", "data.validation=[]", "training.max_steps=2", "inference.overlap=0.0")
     window = ("sampling.patch=[8,32,32]", "inference.window=[8,128,128]")
     script("train.py", ROOT / "configs" / "vessels.yaml", *TINY, *few, *window, cwd=tmp_path)
     script("infer.py", "--ckpt", "runs/last.pt", cwd=tmp_path)
