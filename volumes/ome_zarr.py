@@ -27,7 +27,6 @@ from volumes.volume import (
 USUAL_AXES = {3: "zyx", 4: "czyx", 5: "tczyx"}  # of arrays that name none
 COARSER = math.sqrt(2)  # half a step of a pyramid, whose levels are 2 apart
 _PATH = re.compile(r"^(.*\.zarr)(?:[/\\]+(.*?))?[/\\]*$", re.IGNORECASE | re.DOTALL)
-_NOWHERE = 2**64 - 1  # in the index of a shard: this chunk is not stored
 
 
 def split(path):
@@ -52,6 +51,8 @@ class ZarrVolume:
 
     def __init__(self, array, axes, path, level):
         """array: a zarr.Array, with a letter of axes for each of its dimensions."""
+        from volumes import zarr_files  # imports zarr, which few need
+
         lengths = dict(zip(axes, array.shape, strict=True))
         if len(lengths) < array.ndim or not {*"zyx"} <= lengths.keys():
             raise VolumeError(
@@ -68,7 +69,7 @@ class ZarrVolume:
             raise VolumeError(
                 f"{path}: expected voxels of real numbers, got dtype {array.dtype}; convert it"
             )
-        self.path, self._array, self._axes = str(path), array, axes
+        self.path, self._array, self._axes = str(path), zarr_files.checked(array), axes
         self.level, self.spacing = level.name, level.spacing
         self.unit, self.offset = level.unit, level.offset
         self.shape = (lengths.get("c", 1), *(lengths[axis] for axis in "zyx"))
@@ -136,15 +137,22 @@ class ZarrVolume:
         return any(self._is_stored((c, z, y, x)) for c in channels)
 
     def _is_stored(self, index):
+        from volumes import zarr_files
+
         key, inside = self._place(index)
         if key not in self._files:
             try:
-                self._files[key] = self._chunks_in(key)
+                self._files[key] = zarr_files.stored_chunks(self._array, key, self._per_file)
             except OSError as error:
                 raise VolumeError(
                     f"{self.path}: expected to look up the file {key}, got {_reason(error)}; "
                     f"{_advice(self.path)}"
                 ) from error
+        if self._files[key] is None:
+            raise VolumeError(
+                f"{self.path}: expected chunks that can be read, got the file {key} that is cut "
+                f"or damaged; {_advice(self.path)}"
+            )
         return bool(self._files[key][inside])
 
     def _place(self, index):
@@ -154,32 +162,6 @@ class ZarrVolume:
         file = tuple(i // n for i, n in zip(place, self._per_file, strict=True))
         inside = tuple(i % n for i, n in zip(place, self._per_file, strict=True))
         return self._array.metadata.encode_chunk_key(file), inside
-
-    def _chunks_in(self, key):
-        """Which chunks a file holds, an array of bools in the shape of a shard."""
-        import google_crc32c
-        from zarr.abc.store import RangeByteRequest, SuffixByteRequest
-        from zarr.codecs import BytesCodec, Crc32cCodec
-        from zarr.core.buffer import default_buffer_prototype
-        from zarr.core.sync import sync
-
-        file = self._array.store_path / key
-        codec = self._array.metadata.codecs[0] if self._array.shards else None
-        if codec is None or codec.index_codecs != (BytesCodec(), Crc32cCodec()):
-            return np.full(self._per_file, sync(file.exists()))
-        size = 16 * math.prod(self._per_file)  # offset and length of each, then a checksum
-        at_start = codec.index_location.value == "start"
-        part = RangeByteRequest(0, size + 4) if at_start else SuffixByteRequest(size + 4)
-        found = sync(file.get(default_buffer_prototype(), part))
-        if found is None:
-            return np.zeros(self._per_file, bool)
-        index, checksum = found.to_bytes()[:size], found.to_bytes()[size:]
-        if google_crc32c.value(index).to_bytes(4, "little") != checksum:
-            raise VolumeError(
-                f"{self.path}: expected chunks that can be read, got the file {key} whose index is "
-                f"cut or damaged; {_advice(self.path)}"
-            )
-        return (np.frombuffer(index, "<u8").reshape(*self._per_file, 2) != _NOWHERE).any(-1)
 
 
 # ---------------------------------------------------------------------------- opening

@@ -175,7 +175,7 @@ def test_a_damaged_chunk_is_named_by_its_place_and_file(tmp_path, store, key, at
             volume[:, :8]
         got = f"the chunk at {at} (z, y, x; file {key}) that cannot ("
         if store == "sharded" and not content:
-            got = f"the file {key} whose index is cut or damaged; fetch it again"
+            got = f"the file {key} that is cut or damaged; fetch it again"
         assert str(error.value).startswith(f"{path}: expected chunks that can be read, got {got}")
         assert np.array_equal(volume[:, :8, :8, :8], array[None, :8, :8, :8])
 
@@ -187,7 +187,7 @@ def test_a_shard_whose_index_is_cut_or_damaged_is_not_read_as_fill(tmp_path):
     for content in (b"", whole[:-1], whole[:-20] + b"\xff" * 16 + whole[-4:]):
         file.write_bytes(content)
         for read in (lambda volume: volume[:], lambda volume: volume.stored(0, 0, 0)):
-            with pytest.raises(VolumeError, match="the file c/0/0/0 whose index is cut or damaged"):
+            with pytest.raises(VolumeError, match="the file c/0/0/0 that is cut or damaged"):
                 read(ome_zarr.open_volume(path))
 
 
