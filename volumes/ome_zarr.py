@@ -53,8 +53,8 @@ class ZarrVolume:
         """array: a zarr.Array, with a letter of axes for each of its dimensions."""
         from volumes import zarr_files  # imports zarr, which few need
 
-        lengths = dict(zip(axes, array.shape, strict=True))
-        if len(lengths) < array.ndim or not {*"zyx"} <= lengths.keys():
+        lengths = dict(zip(axes, array.shape, strict=False))
+        if not len(axes) == array.ndim == len(lengths) or not {*"zyx"} <= lengths.keys():
             raise VolumeError(
                 f"{path}: expected axes z, y and x, each once, and perhaps c, got "
                 f"{', '.join(axes)} of shape {array.shape}; store such an array"
@@ -218,7 +218,8 @@ def _open(root):
     import zarr
 
     try:
-        return zarr.open(str(root), mode="r")
+        # What consolidated metadata list may be older than a label that was added.
+        return zarr.open(str(root), mode="r", use_consolidated=False)
     except FileNotFoundError as error:
         got = "none there; check the path"
         raise VolumeError(f"{root}: expected a zarr group or array, got {got}") from error
@@ -271,9 +272,14 @@ def _as_a_level(path, top, inner):
 def _axes_of(path, array):
     """A letter for each axis of an array outside of any multiscales."""
     names = getattr(array.metadata, "dimension_names", None) or ()
-    axes = "".join(str(name or "?").lower() for name in names)
-    usual = USUAL_AXES.get(array.ndim, "?" * array.ndim)
-    return axes if len(axes) == array.ndim and "?" not in axes else usual
+    axes = [_letter(name or "?") for name in names]
+    return axes if {*"zyx"} & {*axes} else USUAL_AXES.get(array.ndim, "?" * array.ndim)
+
+
+def _letter(name, kind=""):
+    """The letter of an axis by its name and type; a name that is none of ours as it is."""
+    name = {"channel": "c", "time": "t"}.get(kind, name.lower())
+    return {"channel": "c", "time": "t"}.get(name, name)
 
 
 def _label_in(path, group):
@@ -292,7 +298,7 @@ def _label_in(path, group):
 
 
 def _multiscales(path, group):
-    """(a letter for each axis, [`Level`] from fine to coarse) of a group."""
+    """(a letter or name for each axis, [`Level`] from fine to coarse) of a group."""
     declared = _declared(group)
     if not declared:
         inside = []
@@ -300,15 +306,16 @@ def _multiscales(path, group):
             inside = [name for name, one in group.groups() if _declared(one)] or [
                 name for name, _ in group.arrays()
             ]
+        here = f"{split(path)[0]}/{group.path}".rstrip("/")
         advice = (
-            f"give {' or '.join(f'{path}/{name}' for name in inside)}" if inside else "check it"
+            f"give {' or '.join(f'{here}/{name}' for name in inside)}" if inside else "check it"
         )
         raise VolumeError(
             f"{path}: expected the multiscales of OME-Zarr, got a group without; {advice}"
         )
     axes = declared.get("axes", USUAL_AXES[5])
     axes = [{"name": axis} if isinstance(axis, str) else axis for axis in axes]
-    letters = "".join("c" if a.get("type") == "channel" else a["name"].lower() for a in axes)
+    letters = [_letter(axis["name"], axis.get("type")) for axis in axes]
     names = [axes[letters.index(axis)].get("unit", "") if axis in letters else "" for axis in "zyx"]
     common = declared.get("coordinateTransformations", ())
     levels = []
@@ -318,20 +325,24 @@ def _multiscales(path, group):
     first = levels[0]
     if not first.unit and first.spacing == (1.0, 1.0, 1.0):  # what is written where it is unknown
         levels = [replace(level, spacing=None) for level in levels]
-    return letters, levels
+    return letters, sorted(levels, key=lambda level: math.prod(level.spacing or ()))
 
 
 def _level(path, name, axes, transformations, unit_names):
     """The `Level` of scales and translations, which hold one after another."""
     scale, offset = np.ones(len(axes)), np.zeros(len(axes))
     for step in transformations:
-        if step["type"] == "scale":
-            factors = np.array(step["scale"], float)
-            scale, offset = scale * factors, offset * factors
-        elif step["type"] == "translation":
-            offset = offset + np.array(step["translation"], float)
-        elif step["type"] != "identity":
+        if step["type"] == "identity":
+            continue
+        if step["type"] not in ("scale", "translation"):
             raise ValueError(f"a transformation {step['type']}")
+        numbers = np.array(step[step["type"]], float)
+        if numbers.shape != scale.shape:
+            raise ValueError(f"a {step['type']} {numbers.tolist()} of axes {', '.join(axes)}")
+        if step["type"] == "scale":
+            scale, offset = scale * numbers, offset * numbers
+        else:
+            offset = offset + numbers
     order = [axes.index(axis) for axis in "zyx" if axis in axes]
     sizes, place = scale[order], offset[order]
     if len(order) < 3 or not any(step["type"] == "scale" for step in transformations):
