@@ -143,7 +143,7 @@ class ZarrVolume:
         if key not in self._files:
             try:
                 self._files[key] = zarr_files.stored_chunks(self._array, key, self._per_file)
-            except OSError as error:
+            except Exception as error:  # of the disk or the network
                 raise VolumeError(
                     f"{self.path}: expected to look up the file {key}, got {_reason(error)}; "
                     f"{_advice(self.path)}"

@@ -78,6 +78,30 @@ def test_a_chunk_of_blosc_that_was_cut_is_named_at_a_url_too(tmp_path):
         memory.rm("/bucket", recursive=True)
 
 
+@pytest.mark.parametrize(
+    ("get", "got"),
+    [
+        (lambda whole, length: whole, "all of it where 132 bytes were asked for"),
+        (lambda whole, length: 1 / 0, "ZeroDivisionError"),  # no OSError, as those of aiohttp
+    ],
+)
+def test_a_server_that_does_not_give_the_index_of_a_shard_is_a_fault(
+    tmp_path, monkeypatch, get, got
+):
+    options = {"data": voxels(), "chunks": (8,) * 3, "shards": (16,) * 3}
+    zarr.create_array(tmp_path / "a.zarr", **options)
+    volume = ome_zarr.open_volume(tmp_path / "a.zarr")
+    read = zarr.storage.LocalStore.get
+
+    async def answer(store, key, prototype, byte_range=None):
+        return get(await read(store, key, prototype), byte_range)
+
+    monkeypatch.setattr(zarr.storage.LocalStore, "get", answer)
+    for ask in (lambda: volume.stored(0, 0, 0), lambda: volume[:]):
+        with pytest.raises(VolumeError, match=f"to look up the file c/0/0/0, got .*{got}"):
+            ask()
+
+
 @pytest.mark.parametrize("codec", [None, codecs.ZstdCodec(), codecs.BloscCodec(cname="lz4")])
 @pytest.mark.parametrize("index_codecs", [1, 2], ids=["plain", "crc32c"])
 @pytest.mark.parametrize("place", ["start", "end"])
