@@ -271,7 +271,8 @@ def _as_a_level(path, top, inner):
 
 def _axes_of(path, array):
     """A letter for each axis of an array outside of any multiscales."""
-    names = getattr(array.metadata, "dimension_names", None) or ()
+    names = getattr(array.metadata, "dimension_names", None)
+    names = names or array.attrs.get("_ARRAY_DIMENSIONS", ())  # of xarray, in version 2
     axes = [_letter(name or "?") for name in names]
     return axes if {*"zyx"} & {*axes} else USUAL_AXES.get(array.ndim, "?" * array.ndim)
 

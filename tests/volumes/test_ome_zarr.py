@@ -80,13 +80,12 @@ def test_axes_go_by_their_types_where_names_are_words(tmp_path):
     content[0]["axes"][0]["name"], content[0]["axes"][1]["name"] = "stain", "time"
     group.attrs["multiscales"] = content
     assert np.array_equal(ome_zarr.open_volume(path)[:], array[:, 0])
-    plain = zarr.create_array(
-        str(tmp_path / "b.zarr"),
-        data=array[:, 0].transpose(3, 2, 1, 0),
-        dimension_names=["x", "y", "z", "channel"],
-    )
-    assert plain.shape == (7, 6, 5, 2)
-    assert np.array_equal(ome_zarr.open_volume(tmp_path / "b.zarr")[:], array[:, 0])
+    names, options = ["x", "y", "z", "channel"], {"data": array[:, 0].transpose(3, 2, 1, 0)}
+    zarr.create_array(str(tmp_path / "b.zarr"), dimension_names=names, **options)
+    options |= {"zarr_format": 2, "attributes": {"_ARRAY_DIMENSIONS": names}}  # as xarray does
+    zarr.create_array(str(tmp_path / "c.zarr"), **options)
+    for plain in ("b.zarr", "c.zarr"):
+        assert np.array_equal(ome_zarr.open_volume(tmp_path / plain)[:], array[:, 0])
 
 
 @pytest.mark.parametrize("dtype", [">u2", "<i4", ">f4", "bool", "f2"])
