@@ -314,6 +314,8 @@ def _multiscales(path, group):
         raise VolumeError(
             f"{path}: expected the multiscales of OME-Zarr, got a group without; {advice}"
         )
+    if "coordinateSystems" in declared:  # whose axes may be in another order than the usual one
+        raise ValueError("coordinateSystems of a later version")
     axes = declared.get("axes", USUAL_AXES[5])
     axes = [{"name": axis} if isinstance(axis, str) else axis for axis in axes]
     letters = [_letter(axis["name"], axis.get("type")) for axis in axes]

@@ -365,6 +365,7 @@ def test_what_is_no_single_volume_of_real_numbers_is_refused(tmp_path):
     ("key", "value"),
     [
         ("axes", [{"type": "space"}] * 3),
+        ("coordinateSystems", [{"name": "physical", "axes": [{"name": a} for a in "xyz"]}]),
         ("datasets", [{"name": "0"}]),
         ("datasets", []),
         ("coordinateTransformations", [{"type": "rotation"}]),
