@@ -25,6 +25,7 @@ from volumes.volume import (
 )
 
 USUAL_AXES = {3: "zyx", 4: "czyx", 5: "tczyx"}  # of arrays that name none
+_LETTERS = {"channel": "c", "time": "t"}
 COARSER = math.sqrt(2)  # half a step of a pyramid, whose levels are 2 apart
 _PATH = re.compile(r"^(.*\.zarr)(?:[/\\]+(.*?))?[/\\]*$", re.IGNORECASE | re.DOTALL)
 
@@ -279,8 +280,8 @@ def _axes_of(path, array):
 
 def _letter(name, kind=""):
     """The letter of an axis by its name and type; a name that is none of ours as it is."""
-    name = {"channel": "c", "time": "t"}.get(kind, name.lower())
-    return {"channel": "c", "time": "t"}.get(name, name)
+    word = kind if kind in _LETTERS else name.lower()
+    return _LETTERS.get(word, word)
 
 
 def _label_in(path, group):
@@ -328,7 +329,7 @@ def _multiscales(path, group):
     first = levels[0]
     if not first.unit and first.spacing == (1.0, 1.0, 1.0):  # what is written where it is unknown
         levels = [replace(level, spacing=None) for level in levels]
-    return letters, sorted(levels, key=lambda level: math.prod(level.spacing or ()))
+    return letters, levels
 
 
 def _level(path, name, axes, transformations, unit_names):

@@ -281,17 +281,6 @@ def test_an_axis_that_level_0_has_too_coarse_keeps_no_level_out(tmp_path):
     assert ome_zarr.open_volume(path, wanted=(16, 16, 16), unit="micron").level == "1"
 
 
-def test_the_finest_level_is_level_0_wherever_the_metadata_list_it(tmp_path):
-    array = voxels()
-    path = write_zarr(tmp_path / "a.zarr", pyramid(array))
-    group = zarr.open_group(str(path), mode="a")
-    content = group.attrs["multiscales"]
-    content[0]["datasets"].reverse()
-    group.attrs["multiscales"] = content
-    assert np.array_equal(ome_zarr.open_volume(path)[:][0], array)
-    assert ome_zarr.open_volume(path, wanted=(8, 4, 4), unit="micron").level == "1"
-
-
 def test_a_label_that_came_after_the_metadata_were_consolidated_is_read(tmp_path):
     path = write_zarr(tmp_path / "a.zarr", [voxels()])
     zarr.consolidate_metadata(str(path))
