@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "volumes": "files formats volume tiff nifti nrrd metaimage hdf5 layouts classes ingest "
     "phantoms skeletons statistics casefile inputs origins submission colors data_sheet atomic "
-    "processes ome_zarr pieces zarr_store zarr_shards",
+    "processes ome_zarr pieces zarr_store zarr_shards zarr_files",
     "topology": "distance soft_skeleton persistence neighbors",
     "monitoring": "machine records recorder health panels picture formatting",
     "scoring": "metrics masks classes surface dilation partitions homology gaps calibration "

@@ -25,9 +25,9 @@ from volumes.volume import (
 )
 
 USUAL_AXES = {3: "zyx", 4: "czyx", 5: "tczyx"}  # of arrays that name none
+_LETTERS = {"channel": "c", "time": "t"}
 COARSER = math.sqrt(2)  # half a step of a pyramid, whose levels are 2 apart
 _PATH = re.compile(r"^(.*\.zarr)(?:[/\\]+(.*?))?[/\\]*$", re.IGNORECASE | re.DOTALL)
-_NOWHERE = 2**64 - 1  # in the index of a shard: this chunk is not stored
 
 
 def split(path):
@@ -52,8 +52,10 @@ class ZarrVolume:
 
     def __init__(self, array, axes, path, level):
         """array: a zarr.Array, with a letter of axes for each of its dimensions."""
-        lengths = dict(zip(axes, array.shape, strict=True))
-        if len(lengths) < array.ndim or not {*"zyx"} <= lengths.keys():
+        from volumes import zarr_files  # imports zarr, which few need
+
+        lengths = dict(zip(axes, array.shape, strict=False))
+        if not len(axes) == array.ndim == len(lengths) or not {*"zyx"} <= lengths.keys():
             raise VolumeError(
                 f"{path}: expected axes z, y and x, each once, and perhaps c, got "
                 f"{', '.join(axes)} of shape {array.shape}; store such an array"
@@ -68,7 +70,7 @@ class ZarrVolume:
             raise VolumeError(
                 f"{path}: expected voxels of real numbers, got dtype {array.dtype}; convert it"
             )
-        self.path, self._array, self._axes = str(path), array, axes
+        self.path, self._array, self._axes = str(path), zarr_files.checked(array), axes
         self.level, self.spacing = level.name, level.spacing
         self.unit, self.offset = level.unit, level.offset
         self.shape = (lengths.get("c", 1), *(lengths[axis] for axis in "zyx"))
@@ -136,15 +138,22 @@ class ZarrVolume:
         return any(self._is_stored((c, z, y, x)) for c in channels)
 
     def _is_stored(self, index):
+        from volumes import zarr_files
+
         key, inside = self._place(index)
         if key not in self._files:
             try:
-                self._files[key] = self._chunks_in(key)
-            except OSError as error:
+                self._files[key] = zarr_files.stored_chunks(self._array, key, self._per_file)
+            except Exception as error:  # of the disk or the network
                 raise VolumeError(
                     f"{self.path}: expected to look up the file {key}, got {_reason(error)}; "
                     f"{_advice(self.path)}"
                 ) from error
+        if self._files[key] is None:
+            raise VolumeError(
+                f"{self.path}: expected chunks that can be read, got the file {key} that is cut "
+                f"or damaged; {_advice(self.path)}"
+            )
         return bool(self._files[key][inside])
 
     def _place(self, index):
@@ -154,32 +163,6 @@ class ZarrVolume:
         file = tuple(i // n for i, n in zip(place, self._per_file, strict=True))
         inside = tuple(i % n for i, n in zip(place, self._per_file, strict=True))
         return self._array.metadata.encode_chunk_key(file), inside
-
-    def _chunks_in(self, key):
-        """Which chunks a file holds, an array of bools in the shape of a shard."""
-        import google_crc32c
-        from zarr.abc.store import RangeByteRequest, SuffixByteRequest
-        from zarr.codecs import BytesCodec, Crc32cCodec
-        from zarr.core.buffer import default_buffer_prototype
-        from zarr.core.sync import sync
-
-        file = self._array.store_path / key
-        codec = self._array.metadata.codecs[0] if self._array.shards else None
-        if codec is None or codec.index_codecs != (BytesCodec(), Crc32cCodec()):
-            return np.full(self._per_file, sync(file.exists()))
-        size = 16 * math.prod(self._per_file)  # offset and length of each, then a checksum
-        at_start = codec.index_location.value == "start"
-        part = RangeByteRequest(0, size + 4) if at_start else SuffixByteRequest(size + 4)
-        found = sync(file.get(default_buffer_prototype(), part))
-        if found is None:
-            return np.zeros(self._per_file, bool)
-        index, checksum = found.to_bytes()[:size], found.to_bytes()[size:]
-        if google_crc32c.value(index).to_bytes(4, "little") != checksum:
-            raise VolumeError(
-                f"{self.path}: expected chunks that can be read, got the file {key} whose index is "
-                f"cut or damaged; {_advice(self.path)}"
-            )
-        return (np.frombuffer(index, "<u8").reshape(*self._per_file, 2) != _NOWHERE).any(-1)
 
 
 # ---------------------------------------------------------------------------- opening
@@ -236,7 +219,8 @@ def _open(root):
     import zarr
 
     try:
-        return zarr.open(str(root), mode="r")
+        # What consolidated metadata list may be older than a label that was added.
+        return zarr.open(str(root), mode="r", use_consolidated=False)
     except FileNotFoundError as error:
         got = "none there; check the path"
         raise VolumeError(f"{root}: expected a zarr group or array, got {got}") from error
@@ -288,10 +272,16 @@ def _as_a_level(path, top, inner):
 
 def _axes_of(path, array):
     """A letter for each axis of an array outside of any multiscales."""
-    names = getattr(array.metadata, "dimension_names", None) or ()
-    axes = "".join(str(name or "?").lower() for name in names)
-    usual = USUAL_AXES.get(array.ndim, "?" * array.ndim)
-    return axes if len(axes) == array.ndim and "?" not in axes else usual
+    names = getattr(array.metadata, "dimension_names", None)
+    names = names or array.attrs.get("_ARRAY_DIMENSIONS", ())  # of xarray, in version 2
+    axes = [_letter(name or "?") for name in names]
+    return axes if {*"zyx"} & {*axes} else USUAL_AXES.get(array.ndim, "?" * array.ndim)
+
+
+def _letter(name, kind=""):
+    """The letter of an axis by its name and type; a name that is none of ours as it is."""
+    word = kind if kind in _LETTERS else name.lower()
+    return _LETTERS.get(word, word)
 
 
 def _label_in(path, group):
@@ -310,7 +300,7 @@ def _label_in(path, group):
 
 
 def _multiscales(path, group):
-    """(a letter for each axis, [`Level`] from fine to coarse) of a group."""
+    """(a letter or name for each axis, [`Level`] from fine to coarse) of a group."""
     declared = _declared(group)
     if not declared:
         inside = []
@@ -318,15 +308,18 @@ def _multiscales(path, group):
             inside = [name for name, one in group.groups() if _declared(one)] or [
                 name for name, _ in group.arrays()
             ]
+        here = f"{split(path)[0]}/{group.path}".rstrip("/")
         advice = (
-            f"give {' or '.join(f'{path}/{name}' for name in inside)}" if inside else "check it"
+            f"give {' or '.join(f'{here}/{name}' for name in inside)}" if inside else "check it"
         )
         raise VolumeError(
             f"{path}: expected the multiscales of OME-Zarr, got a group without; {advice}"
         )
+    if "coordinateSystems" in declared:  # whose axes may be in another order than the usual one
+        raise ValueError("coordinateSystems of a later version")
     axes = declared.get("axes", USUAL_AXES[5])
     axes = [{"name": axis} if isinstance(axis, str) else axis for axis in axes]
-    letters = "".join("c" if a.get("type") == "channel" else a["name"].lower() for a in axes)
+    letters = [_letter(axis["name"], axis.get("type")) for axis in axes]
     names = [axes[letters.index(axis)].get("unit", "") if axis in letters else "" for axis in "zyx"]
     common = declared.get("coordinateTransformations", ())
     levels = []
@@ -343,13 +336,17 @@ def _level(path, name, axes, transformations, unit_names):
     """The `Level` of scales and translations, which hold one after another."""
     scale, offset = np.ones(len(axes)), np.zeros(len(axes))
     for step in transformations:
-        if step["type"] == "scale":
-            factors = np.array(step["scale"], float)
-            scale, offset = scale * factors, offset * factors
-        elif step["type"] == "translation":
-            offset = offset + np.array(step["translation"], float)
-        elif step["type"] != "identity":
+        if step["type"] == "identity":
+            continue
+        if step["type"] not in ("scale", "translation"):
             raise ValueError(f"a transformation {step['type']}")
+        numbers = np.array(step[step["type"]], float)
+        if numbers.shape != scale.shape:
+            raise ValueError(f"a {step['type']} {numbers.tolist()} of axes {', '.join(axes)}")
+        if step["type"] == "scale":
+            scale, offset = scale * numbers, offset * numbers
+        else:
+            offset = offset + numbers
     order = [axes.index(axis) for axis in "zyx" if axis in axes]
     sizes, place = scale[order], offset[order]
     if len(order) < 3 or not any(step["type"] == "scale" for step in transformations):

@@ -72,6 +72,22 @@ def test_axes_go_by_their_names(tmp_path, axes):
     assert np.array_equal(volume[:, 1:5, 2:4, 3:7], expected[:, 1:5, 2:4, 3:7])
 
 
+def test_axes_go_by_their_types_where_names_are_words(tmp_path):
+    array = voxels((2, 1, 5, 6, 7))
+    path = write_zarr(tmp_path / "a.zarr", [array], axes="ctzyx", chunk=4)
+    group = zarr.open_group(str(path), mode="a")
+    content = group.attrs["multiscales"]
+    content[0]["axes"][0]["name"], content[0]["axes"][1]["name"] = "stain", "time"
+    group.attrs["multiscales"] = content
+    assert np.array_equal(ome_zarr.open_volume(path)[:], array[:, 0])
+    names, options = ["x", "y", "z", "channel"], {"data": array[:, 0].transpose(3, 2, 1, 0)}
+    zarr.create_array(str(tmp_path / "b.zarr"), dimension_names=names, **options)
+    options |= {"zarr_format": 2, "attributes": {"_ARRAY_DIMENSIONS": names}}  # as xarray does
+    zarr.create_array(str(tmp_path / "c.zarr"), **options)
+    for plain in ("b.zarr", "c.zarr"):
+        assert np.array_equal(ome_zarr.open_volume(tmp_path / plain)[:], array[:, 0])
+
+
 @pytest.mark.parametrize("dtype", [">u2", "<i4", ">f4", "bool", "f2"])
 def test_voxels_come_in_native_byte_order(tmp_path, dtype):
     array = voxels().astype(dtype)
@@ -175,7 +191,7 @@ def test_a_damaged_chunk_is_named_by_its_place_and_file(tmp_path, store, key, at
             volume[:, :8]
         got = f"the chunk at {at} (z, y, x; file {key}) that cannot ("
         if store == "sharded" and not content:
-            got = f"the file {key} whose index is cut or damaged; fetch it again"
+            got = f"the file {key} that is cut or damaged; fetch it again"
         assert str(error.value).startswith(f"{path}: expected chunks that can be read, got {got}")
         assert np.array_equal(volume[:, :8, :8, :8], array[None, :8, :8, :8])
 
@@ -187,7 +203,7 @@ def test_a_shard_whose_index_is_cut_or_damaged_is_not_read_as_fill(tmp_path):
     for content in (b"", whole[:-1], whole[:-20] + b"\xff" * 16 + whole[-4:]):
         file.write_bytes(content)
         for read in (lambda volume: volume[:], lambda volume: volume.stored(0, 0, 0)):
-            with pytest.raises(VolumeError, match="the file c/0/0/0 whose index is cut or damaged"):
+            with pytest.raises(VolumeError, match="the file c/0/0/0 that is cut or damaged"):
                 read(ome_zarr.open_volume(path))
 
 
@@ -265,6 +281,14 @@ def test_an_axis_that_level_0_has_too_coarse_keeps_no_level_out(tmp_path):
     assert ome_zarr.open_volume(path, wanted=(16, 16, 16), unit="micron").level == "1"
 
 
+def test_a_label_that_came_after_the_metadata_were_consolidated_is_read(tmp_path):
+    path = write_zarr(tmp_path / "a.zarr", [voxels()])
+    zarr.consolidate_metadata(str(path))
+    label = (voxels() > 100).astype(np.uint8)
+    add_label(path, "ink", [label])
+    assert np.array_equal(files.read_label(path).array, label)
+
+
 def test_a_plain_array_has_no_spacing(tmp_path):
     array = voxels()
     zarr.save_array(str(tmp_path / "a.zarr"), array)
@@ -305,6 +329,9 @@ def test_a_group_without_multiscales_is_refused_with_what_is_in_it(tmp_path):
     assert "expected the multiscales of OME-Zarr, got a group without; check it" in refused(path)
     write_zarr(path / "0", [voxels()])
     assert refused(path).endswith(f"got a group without; give {path}/0")
+    add_label(path / "0", "ink", [voxels()])
+    (path / "0/labels/ink/.zattrs").unlink()
+    assert refused(path / "0", role="label").endswith(f"give {path}/0/labels/ink/0")
     assert ome_zarr.open_volume(path / "0").spacing == (4.0, 2.0, 2.0)
     assert ome_zarr.open_volume(path / "0/0").spacing == (4.0, 2.0, 2.0)
 
@@ -315,6 +342,10 @@ def test_what_is_no_single_volume_of_real_numbers_is_refused(tmp_path):
     assert "an axis t of length 1 at most, got t of 3" in refused(movie)
     flat = write_zarr(tmp_path / "flat.zarr", [array[0, 0]], axes="yx")
     assert "expected axes z, y and x, each once, and perhaps c, got y, x" in refused(flat)
+    volume = write_zarr(tmp_path / "volume.zarr", [array], axes="czyx")
+    group = zarr.open_group(str(volume), mode="a")
+    group.attrs["multiscales"] = [{"axes": list("zyx"), "datasets": [{"path": "0"}]}]
+    assert "got z, y, x of shape (3, 5, 6, 7)" in refused(volume)
     wave = write_zarr(tmp_path / "wave.zarr", [array[0].astype(np.complex64)])
     assert "expected voxels of real numbers, got dtype complex64" in refused(wave)
 
@@ -323,11 +354,15 @@ def test_what_is_no_single_volume_of_real_numbers_is_refused(tmp_path):
     ("key", "value"),
     [
         ("axes", [{"type": "space"}] * 3),
+        ("coordinateSystems", [{"name": "physical", "axes": [{"name": a} for a in "xyz"]}]),
         ("datasets", [{"name": "0"}]),
         ("datasets", []),
         ("coordinateTransformations", [{"type": "rotation"}]),
         ("coordinateTransformations", [{"type": "scale", "scale": [0, 1, 1]}]),
         ("coordinateTransformations", [{"type": "scale", "scale": [1, 1]}]),
+        ("coordinateTransformations", [{"type": "scale", "scale": [2]}]),
+        ("coordinateTransformations", [{"type": "scale", "scale": 2}]),
+        ("coordinateTransformations", [{"type": "translation", "translation": [2]}]),
     ],
 )
 def test_metadata_that_are_wrong_are_refused(tmp_path, key, value):
