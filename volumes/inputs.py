@@ -169,7 +169,9 @@ def _inspect_zarr(case_id, path, metadata):
     path = path.rstrip("/")
     if volume.level and not path.endswith(f"/{volume.level}"):
         path = f"{path}/{volume.level}"
-    intensity = casefile.intensity_statistics(sampled(volume))
+    sample = sampled(volume)
+    files.check_image(path, sample)
+    intensity = casefile.intensity_statistics(sample)
     channels, *shape = volume.shape
     grid = (tuple(shape), channels, volume.spacing, volume.unit, None, None)
     return Input(case_id, path, False, (path,), STORE, *grid, intensity, volume.offset)
