@@ -566,6 +566,7 @@ def test_an_unfinished_prediction_is_no_input_mask_or_label(run, windows, tmp_pa
     path = scroll(tmp_path / "a.zarr", image_without_zeros())
     about, half = ["--ckpt", run(), "--output", tmp_path / "p.zarr"], tmp_path / "half.zarr"
     infer_ok(*about[:2], "--input", path, "--output", half, SHARDS, "--part", "1/2")
+    capsys.readouterr()
     words = "expected a finished prediction, got one whose missing shards would be read as 0"
     assert words in refused(capsys, *about, "--input", half)
     assert words in refused(capsys, *about, "--input", path, "--mask", half / "labels/mask")
