@@ -574,21 +574,16 @@ def test_an_unfinished_prediction_is_no_input_mask_or_label(run, windows, tmp_pa
         files.read_label(half / "labels/mask", (slice(0, 8),) * 3)
 
 
-def test_a_folder_that_takes_no_store_is_one_sentence(run, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("call", ["rename", "fsync"])  # of the folder, of the first file
+def test_a_folder_that_takes_no_store_is_one_sentence(run, tmp_path, capsys, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     path = scroll(tmp_path / "a.zarr", image_without_zeros())
-    for name in ("mkdir", "fsync"):  # of the folder, of the first file
-        with monkeypatch.context() as patch:
-            real = getattr(os, name)
-
-            def full(target, *more, real=real):
-                if name == "fsync" or ".partial_" in str(target):  # noqa: B023
-                    raise OSError(errno.ENOSPC, "No space left on device")
-                return real(target, *more)
-
-            patch.setattr(os, name, full)
-            about = ["--ckpt", run(), "--input", path, "--output", tmp_path / "p" / "p.zarr"]
-            assert "got No space left on device; make room" in refused(capsys, *about)
-        assert not [*tmp_path.glob("p/*")]
+    about = ["--ckpt", run(), "--input", path, "--output", tmp_path / "p" / "p.zarr"]
+    monkeypatch.setattr(os, call, full)
+    assert "got No space left on device; make room" in refused(capsys, *about)
+    assert not [*tmp_path.glob("p/*")]
 
 
 @pytest.mark.parametrize("option", [["--mask", "m.tif"], ["--bbox", ":", ":", ":"]])
