@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from tests.test_infer import (
 )
 from tests.test_infer_classes import made
 from tests.volumes.zarrs import set_metadata, write_zarr
-from volumes import inputs, ome_zarr, statistics, zarr_shards, zarr_store
+from volumes import files, inputs, ome_zarr, statistics, zarr_shards, zarr_store
 from volumes.statistics import intensity_statistics
+from volumes.volume import VolumeError
 
 __all__ = ["made", "run"]  # fixtures
 
@@ -173,6 +175,21 @@ def test_a_run_takes_the_level_of_its_own_voxel_size(run, windows, tmp_path, cap
     assert stored(tmp_path / "out" / "a.zarr")[1].shape == SHAPE
     infer_ok("--ckpt", run(**metadata), "--input", f"{path}/0", "--output", tmp_path / "fine.zarr")
     assert stored(tmp_path / "fine.zarr")[1].shape == (48, 60, 56)
+
+
+def test_a_run_that_keeps_coarse_voxels_takes_no_level_that_it_would_not_resample(
+    run, windows, tmp_path
+):
+    fine = image_without_zeros((12, 60, 56))
+    path = write_zarr(
+        tmp_path / "a.zarr", [fine, fine[::2, ::2, ::2]], chunk=32, spacing=(1.0, 1.0, 1.0)
+    )
+    facts = {"spacing": [0, "1.6+", "1.6+"], "trained_spacing": [2.0, 1.6, 1.6]}
+    infer_ok("--ckpt", run(**facts), "--input", path, "--output", tmp_path / "out")
+    assert stored(tmp_path / "out" / "a.zarr")[1].shape == (12, 60, 56)
+    facts["spacing"] = [0, "2+", "2+"]
+    infer_ok("--ckpt", run(**facts), "--input", path, "--output", tmp_path / "coarse")
+    assert stored(tmp_path / "coarse" / "a.zarr")[1].shape == (6, 30, 28)
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
@@ -342,6 +359,36 @@ def test_a_second_start_does_only_what_is_missing(run, windows, tmp_path, capsys
     capsys.readouterr()
     infer_ok(*about)
     assert "pred: 24x30x28" in (out := capsys.readouterr().out) and "it was there" in out
+
+
+@pytest.mark.parametrize("step", ["", "postprocess.min_component_voxels=20"])
+def test_files_that_were_removed_by_hand_are_made_again(run, windows, tmp_path, step):
+    about = ["--ckpt", run(), "--input", scroll(tmp_path / "a.zarr", image_without_zeros())]
+    about += ["--output", tmp_path / "pred.zarr", SHARDS, *filter(None, [step])]
+    infer_ok(*about)
+    out = tmp_path / "pred.zarr"
+    whole, one = files_of(out), Path("c", "0", "1", "0")
+    for gone in (
+        ["labels/mask/0" / one],
+        ["1" / one],
+        ["0" / one, "labels/mask/1" / one],
+        ["labels", "0/zarr.json"],
+    ):
+        for name in gone:
+            (shutil.rmtree if (out / name).is_dir() else os.remove)(out / name)
+        infer_ok(*about)
+        assert files_of(out) == whole and not (out / ".lamina").exists()
+        stored(out)
+
+
+def test_a_half_done_store_that_lost_its_codes_makes_them_again(run, windows, tmp_path):
+    about = ["--ckpt", run(), "--input", scroll(tmp_path / "a.zarr", image_without_zeros())]
+    about += [SHARDS, "postprocess.min_component_voxels=20", "--output"]
+    infer_ok(*about, tmp_path / "one.zarr")
+    infer_ok(*about, tmp_path / "pred.zarr", "--part", "1/2")
+    shutil.rmtree(tmp_path / "pred.zarr" / ".lamina")
+    infer_ok(*about, tmp_path / "pred.zarr")
+    assert files_of(tmp_path / "pred.zarr") == files_of(tmp_path / "one.zarr")
 
 
 def test_a_killed_process_leaves_whole_shards_that_are_not_done_again(run, windows, tmp_path):
@@ -515,6 +562,30 @@ def test_what_a_store_cannot_have_is_one_sentence(run, tmp_path, capsys, monkeyp
     assert words in fault and not (tmp_path / "p.zarr").exists()
 
 
+def test_an_unfinished_prediction_is_no_input_mask_or_label(run, windows, tmp_path, capsys):
+    path = scroll(tmp_path / "a.zarr", image_without_zeros())
+    about, half = ["--ckpt", run(), "--output", tmp_path / "p.zarr"], tmp_path / "half.zarr"
+    infer_ok(*about[:2], "--input", path, "--output", half, SHARDS, "--part", "1/2")
+    capsys.readouterr()
+    words = "expected a finished prediction, got one whose missing shards would be read as 0"
+    assert words in refused(capsys, *about, "--input", half)
+    assert words in refused(capsys, *about, "--input", path, "--mask", half / "labels/mask")
+    with pytest.raises(VolumeError, match=words):
+        files.read_label(half / "labels/mask", (slice(0, 8),) * 3)
+
+
+@pytest.mark.parametrize("call", ["rename", "fsync"])  # of the folder, of the first file
+def test_a_folder_that_takes_no_store_is_one_sentence(run, tmp_path, capsys, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = scroll(tmp_path / "a.zarr", image_without_zeros())
+    about = ["--ckpt", run(), "--input", path, "--output", tmp_path / "p" / "p.zarr"]
+    monkeypatch.setattr(os, call, full)
+    assert "got No space left on device; make room" in refused(capsys, *about)
+    assert not [*tmp_path.glob("p/*")]
+
+
 @pytest.mark.parametrize("option", [["--mask", "m.tif"], ["--bbox", ":", ":", ":"]])
 def test_a_mask_or_a_box_of_what_is_predicted_whole_is_refused(run, tmp_path, capsys, option):
     tifffile.imwrite(tmp_path / "a.tif", image_of(SHAPE))
@@ -557,6 +628,19 @@ def test_a_damaged_chunk_is_named_and_shards_without_it_are_there(
     infer_ok(*about)
     (probability,), _ = stored(tmp_path / "pred.zarr")
     np.testing.assert_array_equal(probability, codes(expected_probs(image)))
+
+
+def test_voxels_that_are_no_finite_numbers_are_refused_before_the_start(run, tmp_path, capsys):
+    image = image_without_zeros().astype(np.float32)
+    image[9, 8, 7] = np.nan
+    about = ["--ckpt", run(), "--output", tmp_path / "pred.zarr", "--input"]
+    assert "got 1 voxels of NaN or Inf" in refused(
+        capsys, *about, scroll(tmp_path / "a.zarr", image)
+    )
+    assert "got dtype bool; convert it" in refused(
+        capsys, *about, scroll(tmp_path / "b.zarr", image > 9)
+    )
+    assert not (tmp_path / "pred.zarr").exists()
 
 
 def test_values_that_are_not_finite_are_named(run, windows, tmp_path, capsys, monkeypatch):

@@ -280,7 +280,12 @@ def read_image(path, box=None):
     VolumeError if the file cannot be read, or holds no volume, or one with NaN or infinite voxels.
     """
     volume = _read(path, "image", box)
-    array = volume.array
+    check_image(path, volume.array)
+    return volume
+
+
+def check_image(path, array):
+    """VolumeError if voxels are no numbers, or not finite."""
     if array.dtype.kind not in "uif":
         raise VolumeError(
             f"{path}: expected an image of real numbers, got dtype {array.dtype}; convert it"
@@ -290,7 +295,6 @@ def read_image(path, box=None):
             f"{path}: expected finite values, got {bad} voxels of NaN or Inf; "
             "replace them, by 0 for voxels without a measurement"
         )
-    return volume
 
 
 def read_channels(paths, *, by_hand=False, box=None):

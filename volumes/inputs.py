@@ -164,12 +164,19 @@ def _is_zarr(path):
 def _inspect_zarr(case_id, path, metadata):
     """The `Input` of a .zarr, of the level that is nearest to the voxels of training."""
     trained = metadata.get("stored_spacing", metadata.get("trained_spacing")) or (0, 0, 0)
-    wanted = [own or stored for own, stored in zip(metadata["spacing"], trained, strict=True)]
+    # Voxels that are coarser than 1.6+ are not resampled, so the level must not be coarser.
+    sizes = [
+        float(own[:-1]) / ome_zarr.COARSER if isinstance(own, str) else own
+        for own in metadata["spacing"]
+    ]
+    wanted = [own or stored for own, stored in zip(sizes, trained, strict=True)]
     volume = ome_zarr.open_volume(path, wanted=wanted, unit=metadata["unit"])
     path = path.rstrip("/")
     if volume.level and not path.endswith(f"/{volume.level}"):
         path = f"{path}/{volume.level}"
-    intensity = casefile.intensity_statistics(sampled(volume))
+    sample = sampled(volume)
+    files.check_image(path, sample)
+    intensity = casefile.intensity_statistics(sample)
     channels, *shape = volume.shape
     grid = (tuple(shape), channels, volume.spacing, volume.unit, None, None)
     return Input(case_id, path, False, (path,), STORE, *grid, intensity, volume.offset)

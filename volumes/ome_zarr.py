@@ -203,6 +203,11 @@ def _open_volume(path, wanted, unit, role):
 
     root, inner = split(path)
     top = _open(root)
+    if not dict(top.attrs).get("lamina", {}).get("complete", True):
+        raise VolumeError(
+            f"{path}: expected a finished prediction, got one whose missing shards would be read "
+            "as 0; run infer.py again"
+        )
     node = _find(path, top, inner) if inner else top
     if isinstance(node, zarr.Array):
         axes, level = _as_a_level(path, top, inner) or (_axes_of(path, node), Level(""))

@@ -57,7 +57,8 @@ def write_shard(file, voxels, shard, chunk):
     """
     counts = (len(voxels), *(s // c for s, c in zip(shard, chunk, strict=True)))
     index, offset, codec = np.full((*counts, 2), ABSENT, "<u8"), 0, Zstd(LEVEL, checksum=True)
-    for place in np.ndindex(counts):
+    held = (len(voxels), *(-(-n // c) for n, c in zip(voxels.shape[1:], chunk, strict=True)))
+    for place in np.ndindex(held):  # few of a shard that is larger than the volume
         corner = [i * c for i, c in zip(place[1:], chunk, strict=True)]
         where = tuple(slice(i, i + c) for i, c in zip(corner, chunk, strict=True))
         part = voxels[place[0]][where]

@@ -21,6 +21,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +54,15 @@ class Store:
 
     def missing(self, *, mask=False):
         """Indexes (z, y, x) of the shards that are not done, in this order; mask: of the mask."""
-        folder = self._file(MASK if mask else PROBABILITY, 0, (0, 0, 0)).parents[2]
-        done = {path.relative_to(folder).parts for path in folder.glob("*/*/*")}
-        return [i for i in np.ndindex(self.grid) if tuple(map(str, i)) not in done]
+        done = self._there(MASK if mask else PROBABILITY)
+        return [i for i in np.ndindex(self.grid) if i not in done]
+
+    def _there(self, array, levels=(0,)):
+        """Indexes of the shards whose files of these levels of an array are all there."""
+        folders = [self._file(array, level, (0, 0, 0)).parents[2] for level in levels]
+        files = ({path.relative_to(f).parts for path in f.glob("*/*/*")} for f in folders)
+        parts = set.intersection(*files)
+        return {i for i in np.ndindex(self.grid) if tuple(map(str, i)) in parts}
 
     @contextlib.contextmanager
     def lock(self, index, *, mask=False):
@@ -118,11 +125,42 @@ class Store:
             if free:
                 for path in self.path.rglob(".partial_*"):  # of processes that were killed
                     path.unlink(missing_ok=True)
-                root = json.loads((self.path / "zarr.json").read_text(encoding="utf-8"))
-                root["attributes"]["lamina"]["complete"] = True
-                _write_json(self.path, root)
+                self._say_complete(True)
                 shutil.rmtree(self.path / ".lamina", ignore_errors=True)
         return True
+
+    def repair(self):
+        """Make those shards missing some files of which are gone, as somebody may have removed
+        them, and write the metadata that are gone.
+
+        Others may write meanwhile: of files of which one follows another, that one is listed first.
+        """
+        levels, post = range(len(self._levels)), self.description["post"]
+        done = self._there(PROBABILITY)
+        whole = self._there(PROBABILITY, levels)
+        raw = self._there(RAW) if post else ()
+        masks = self._there(MASK)
+        for index in masks - self._there(MASK, levels):
+            self._file(MASK, 0, index).unlink(missing_ok=True)
+        masked = {*np.ndindex(self.grid)} - {*self.missing(mask=True)}
+        if not post:
+            whole &= masked
+        elif len(masked) < math.prod(self.grid):
+            whole &= raw
+        for index in done - whole:
+            self._file(PROBABILITY, 0, index).unlink(missing_ok=True)
+        is_complete = not self.missing() and not self.missing(mask=True)
+        for name, content in zarr_shards.metadata(self.description).items():
+            needed = not (is_complete and name.startswith(RAW))
+            if needed and not (self.path / name / "zarr.json").exists():
+                _write_json(self.path / name, content)
+        if self.description["complete"] and not is_complete:
+            self._say_complete(False)
+
+    def _say_complete(self, is_so):
+        root = json.loads((self.path / "zarr.json").read_text(encoding="utf-8"))
+        root["attributes"]["lamina"]["complete"] = is_so
+        _write_json(self.path, root)
 
     def _check(self, index, voxels, channels=()):
         """ValueError if voxels are not those of a shard."""
@@ -184,10 +222,14 @@ def create(
         "provenance": {**(provenance or {}), "date": _now()},
     }
     description = json.loads(json.dumps(description))
-    if not (path / "zarr.json").exists():
-        _make(path, description)
-    store = open_store(path)
-    _check_same(path, store.description, description)
+    try:
+        if not (path / "zarr.json").exists():
+            _make(path, description)
+        store = open_store(path)
+        _check_same(path, store.description, description)
+        store.repair()
+    except OSError as error:
+        raise ValueError(str(error)) from error
     return store
 
 
@@ -197,7 +239,9 @@ def open_store(path):
     try:
         description = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
         description = description["attributes"]["lamina"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        itemgetter("complete", "post")(description)  # of another version, or edited, it lacks some
+        zarr_shards.metadata(description)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         got = "none there" if not path.exists() else "something else"
         raise ValueError(
             f"{path}: expected a store that infer.py has begun, got {got}; give another path"
@@ -209,7 +253,7 @@ def unfinished(path):
     """A sentence if a path is of a store, some shards of which are missing, else ""."""
     with contextlib.suppress(ValueError):
         store = open_store(ome_zarr.split(path)[0])
-        if not store.description["complete"]:
+        if not store.description["complete"] or store.missing() or store.missing(mask=True):
             return (
                 f"{path}: expected a finished prediction, got a store of which "
                 f"{len(store.missing())} shards and {len(store.missing(mask=True))} masks of "
@@ -243,17 +287,18 @@ def _make(path, description):
             f"{path}: expected a new path, or a store that infer.py has begun, got something else; "
             "give another output"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial_", dir=path.parent) as folder:
-        new = Path(folder) / "store"
-        for name, content in zarr_shards.metadata(description).items():
-            _write_json(new / name, content)
-        try:
-            os.rename(new, path)
-        except OSError:
-            if not (path / "zarr.json").exists():  # another process was first
-                raise
-    atomic.sync_folder(path.parent)
+    with _in_one_sentence(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial_", dir=path.parent) as folder:
+            new = Path(folder) / "store"
+            for name, content in zarr_shards.metadata(description).items():
+                _write_json(new / name, content)
+            try:
+                os.rename(new, path)
+            except OSError:
+                if not (path / "zarr.json").exists():  # another process was first
+                    raise
+        atomic.sync_folder(path.parent)
 
 
 def _write_json(folder, content):
@@ -264,12 +309,20 @@ def _write_json(folder, content):
 @contextlib.contextmanager
 def _replacing(path):
     """As `atomic.replacing`; OSError is a sentence."""
+    with _in_one_sentence(path), atomic.replacing(path) as partial:
+        yield partial
+
+
+@contextlib.contextmanager
+def _in_one_sentence(path):
+    """An OSError in this context is a sentence about a path, if it is none yet."""
     try:
-        with atomic.replacing(path) as partial:
-            yield partial
+        yield
     except OSError as error:
+        if error.strerror is None:
+            raise
         raise OSError(
-            f"{path}: expected a disk that takes it, got {error.strerror or error}; make room and "
+            f"{path}: expected a disk that takes it, got {error.strerror}; make room and "
             "start again: only what is missing will be done"
         ) from error
 
