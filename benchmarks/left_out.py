@@ -9,9 +9,10 @@ it is. With --groups, each group in turn is the test and all other cases train, 
 own split counts. No case validates: nothing of the group that is left out picks a checkpoint, a
 threshold or a size. Each recipe is trained on one thread by train.py, predicts the test cases by
 infer.py from its last checkpoint (at 0.5, unless the recipe says otherwise), and adds a row to the
-CSV as soon as it is done: the mean over the cases of that group. Rows that are there are not made again: give the same command after an
-interruption. Runs lie in the folder beside the CSV that is named after it. Exit status 1 if a run
-failed. At the end, per recipe: means over groups and seeds, with the deviation over seeds.
+CSV as soon as it is done: the mean over the cases of that group. Rows that are there are not made
+again: give the same command after an interruption. Runs lie in the folder beside the CSV that is
+named after it. Exit status 1 if a run failed. At the end, per recipe: means over groups and seeds,
+with the deviation over seeds.
 
     dice                      as metrics.score
     surface_dice              the same, at 2 voxels of the finest axis

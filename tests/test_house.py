@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "runtime": LOWER,
     **dict.fromkeys(SCRIPTS, LOWER | {"runtime"}),
 }
-MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_LINES = 420, 60, 25_230
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_LINES = 420, 60, 25_500
 TRAINING_FUNCTIONS = {("train", "main"), ("train", "train")}  # the story is one function
 
 
