@@ -6,13 +6,16 @@ import json
 import nibabel
 import numpy as np
 import pytest
+import torch
 
 import train
 from runtime import checkpoint, config, own_threshold
 from runtime.members import read_members
+from scoring import metrics
 from tests.runtime.test_evaluator import result_of, sheet, spec_of
 from tests.test_infer import expected_probs, faults_of, image_of, infer_ok, run, write_nifti
 from tests.test_train import events, root, settings
+from volumes import casefile, files
 
 __all__ = ["root", "run"]  # fixtures
 
@@ -137,3 +140,40 @@ def test_a_run_knows_its_share_of_foreground_and_goes_on_with_it(root, tmp_path)
     (member,) = read_members([str(folder / "checkpoints" / "last.pt")])
     assert member.foreground == state["loop"]["foreground"]
     assert json.dumps(state["loop"]["foreground"])  # a plain number
+
+
+HOW = ["inference.threshold=auto", "data.spacing=[0,1.2+,1.2+]"]
+
+
+def test_validation_scores_the_mask_that_is_predicted(root, tmp_path):
+    assert train.main(settings(root, tmp_path, *HOW)) == 0
+    folder = tmp_path / "runs" / "r"
+    ckpt = folder / "checkpoints" / "last.pt"
+    name = checkpoint.load(ckpt)["data"]["validation"][0]
+    case = casefile.read_dataset(root).cases[name]
+    infer_ok("--ckpt", ckpt, "--input", case.path, "--output", tmp_path / "out")
+    (file,) = (tmp_path / "out").glob(f"{name}.*")
+    with casefile.opened(case) as stored:
+        truth = stored["label"][:]
+    mask = files.read_label(str(file)).array
+    expected = metrics.score(mask, truth, case.spacing, case.ignore_label, names=["dice"])
+    evaluation = events(folder, "evaluation")[-1]
+    assert evaluation["step"] == checkpoint.load(ckpt)["loop"]["step"]
+    assert evaluation["cases"][name]["dice"] == expected["dice"] > 0
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(root, tmp_path):
+    states = []
+    for name, stops in (("whole", []), ("stopped", [5, 8])):
+        for steps in (*stops, 12):
+            given = settings(
+                root, tmp_path, *HOW, f"run.name={name}", f"training.max_steps={steps}"
+            )
+            assert train.main(given, resume=steps != (*stops, 12)[0]) == 0
+        folder = tmp_path / "runs" / name
+        state = checkpoint.load(folder / "checkpoints" / "last.pt")
+        scores = {e["step"]: e["scores"] for e in events(folder, "evaluation")}
+        states.append((state["loop"]["foreground"], scores[12], state["ema"]))
+    (share, scores, weights), (other_share, other_scores, other_weights) = states
+    assert share == other_share and scores == other_scores
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
