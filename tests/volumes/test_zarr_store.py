@@ -405,7 +405,7 @@ def test_a_disk_that_is_full_at_the_start_leaves_no_store(tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(zarr_store.atomic.os, "fsync", full)
-    with pytest.raises(OSError, match=r"expected a disk that takes it, got No space left"):
+    with pytest.raises(ValueError, match=r"expected a disk that takes it, got No space left"):
         create(tmp_path / "p.zarr")
     assert list(tmp_path.iterdir()) == []
 
