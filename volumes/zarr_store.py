@@ -31,7 +31,7 @@ from volumes.volume import VolumeError
 from volumes.zarr_shards import MASK, PROBABILITY, RAW
 
 LOCKS = ".lamina/locks"
-NOT_COMPARED = ("complete", "provenance.date")
+NOT_COMPARED = ("complete", "provenance.date", "provenance.commit")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ class Store:
     def _there(self, array, levels=(0,)):
         """Indexes of the shards whose files of these levels of an array are all there."""
         folders = [self._file(array, level, (0, 0, 0)).parents[2] for level in levels]
-        files = ({path.relative_to(f).parts for path in f.glob("*/*/*")} for f in folders)
+        files = (
+            {path.relative_to(f).parts for path in f.glob("*/*/*") if _holds_bytes(path)}
+            for f in folders
+        )
         parts = set.intersection(*files)
         return {i for i in np.ndindex(self.grid) if tuple(map(str, i)) in parts}
 
@@ -71,11 +74,11 @@ class Store:
         It is not if another one holds it, or has done it. A killed process holds nothing.
         """
         done = self._file(MASK if mask else PROBABILITY, 0, index)
-        if done.exists():
+        if _holds_bytes(done):
             yield False
         else:
             with self.hold(".".join(map(str, index))) as free:
-                yield free and not done.exists()
+                yield free and not _holds_bytes(done)
 
     @contextlib.contextmanager
     def hold(self, name):
@@ -278,6 +281,13 @@ def probability(path, name=None, box=(slice(None),) * 3):
     channel = names.index(name) if name in names else 0
     array = volume.array[channel : channel + 1] / np.float32(255)
     return replace(volume, array=array)
+
+
+def _holds_bytes(path):
+    """Whether a file is there and not empty, as one is that a file system lost in a crash."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size > 0
+    return False
 
 
 def _make(path, description):

@@ -400,6 +400,27 @@ def test_a_full_disk_is_one_sentence_and_the_next_start_goes_on(tmp_path, monkey
     assert store.finish() and whole.finish() and files(store.path) == files(whole.path)
 
 
+def test_an_empty_file_is_no_shard(tmp_path):
+    store, (probability, mask) = create(tmp_path / "p.zarr"), voxels()
+    fill(store, probability, mask)
+    whole = files(store.path)
+    for name in ("0/c/0/0/1", "labels/mask/0/c/1/1/0"):
+        (store.path / name).write_bytes(b"")
+    assert store.missing() == [(0, 0, 1)] and store.missing(mask=True) == [(1, 1, 0)]
+    with store.lock((0, 0, 1)) as free:
+        assert free
+    store.repair()
+    fill(store, probability, mask)
+    assert files(store.path) == whole
+
+
+def test_a_store_goes_on_with_another_commit_of_the_code(tmp_path):
+    create(tmp_path / "p.zarr", provenance={"commit": "a", "checkpoint": "1"})
+    create(tmp_path / "p.zarr", provenance={"commit": "b", "checkpoint": "1"})
+    with pytest.raises(ValueError, match="checkpoint"):
+        create(tmp_path / "p.zarr", provenance={"commit": "b", "checkpoint": "2"})
+
+
 def test_a_disk_that_is_full_at_the_start_leaves_no_store(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -423,9 +444,9 @@ def test_a_disk_that_is_full_at_the_start_leaves_no_store(tmp_path, monkeypatch)
         ({"post": True}, "post false instead of true"),
         ({"names": {"vein": 1}}, 'names [["sheet", 1]] instead of [["vein", 1]]'),
         (
-            {"provenance": {"checkpoint": "77", "config": {"threshold": 0.4}, "commit": "a"}},
+            {"provenance": {"checkpoint": "77", "config": {"threshold": 0.4}, "torch": "a"}},
             'checkpoint "3f2a" instead of "77", config.threshold 0.5 instead of 0.4, config.flips '
-            '[1, 2] instead of nothing, commit nothing instead of "a"',
+            '[1, 2] instead of nothing, torch nothing instead of "a"',
         ),
     ],
 )
