@@ -174,6 +174,7 @@ def make_world(world):
         "train.py configs/mine.yaml data.root=data/pairs run.name=pairs".split(),
         [*"train.py configs/mine.yaml data.root=data/pairs run.name=regions".split(), regions],
         ["train.py", "configs/quickstart.yaml"],
+        "infer.py --ckpt runs/best.pt --input scroll.zarr --output pred.zarr".split(),
     ):
         done = run_script(words, world)
         assert done.returncode == 0, done.stdout + done.stderr
