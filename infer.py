@@ -47,12 +47,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import data
 from runtime import config, cuda, ensemble, memory_guard, outputs, parts, scrolls, seams
+from runtime.console import PartConsole, attempt, progress_of, say_done
 from runtime.members import read_members
 from runtime.precision import resolve_precision
 from runtime.signals import CannotGoOn
 from runtime.sliding_window import resolve_device
 from runtime.threads import use_threads
-from runtime.voice import Voice, attempt, progress_of, say_done
 from runtime.window_transfer import is_asynchronous
 from volumes import origins
 from volumes.files import read_label, write_volume
@@ -354,20 +354,20 @@ def parse_arguments(argv):
 
 def main(argv=None):
     arguments = parse_arguments(argv)
-    part, errors = None, Voice(None, stderr=True)
+    part, say, errors = None, PartConsole(None).print, PartConsole(None, stderr=True)
     try:
         if arguments.check_seams:
-            return seams.print_seams(arguments.check_seams, Voice(None).print)
+            return seams.print_seams(arguments.check_seams, say)
         part = parts.find_part(arguments.part)
-        errors = Voice(part, stderr=True)
+        errors = PartConsole(part, stderr=True)
         predictor, inputs, opened, output, lines = prepare_to_predict(arguments, part)
         if arguments.shift_consistency:
             use_threads(predictor.settings.run.threads, 1)
-            return seams.print_consistency(predictor, inputs, arguments.bbox, Voice(None).print)
+            return seams.print_consistency(predictor, inputs, arguments.bbox, say)
     except ValueError as error:
         errors.print(error)
         return 2
-    console, settings = Voice(part), predictor.settings
+    console, settings = PartConsole(part), predictor.settings
     is_rank = part is not None and part.local is not None
     ranks_here = part.local[1] if is_rank else 1
     # What concerns all ranks is said by the first.

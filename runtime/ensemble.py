@@ -188,12 +188,21 @@ class Predictor:
         return predict_case(self.networks, image, spacing, intensity, **self.how, **how)
 
     def thresholded(self, probs):
-        """({region: mask (d, h, w) bool}, {region: that of the threshold of hysteresis, if it is
-        on}) of probabilities (K, d, h, w). Where the threshold is auto, in place of the mask the
-        levels reached, uint8."""
+        """{region: mask (D, H, W) bool} of probabilities (K, D, H, W). A threshold that is auto is
+        that of these voxels."""
         layers = self._layers(probs)
-        reached = {name: layers["reached"] for name in self.outputs.regions if "reached" in layers}
-        return reached or self.regions_of(layers, "high"), self.regions_of(layers, "low")
+        self.settle_threshold(layers)
+        return self.regions_of(layers, "high")
+
+    def reached(self, probs):
+        """({region: how many thresholds (one, or LEVELS where it is auto) a voxel reaches, uint8 or
+        bool}, {region: whether that of hysteresis, if it is on}) of probabilities (K, d, h, w)."""
+        layers = self._layers(probs)
+        if "reached" in layers:
+            high = dict.fromkeys(self.outputs.regions, layers["reached"])
+        else:
+            high = self.regions_of(layers, "high")
+        return high, self.regions_of(layers, "low")
 
     def _layers(self, probs):
         """The layers of a slab (K, d, H, W) of `predict_slabs`. Of each region, see `_layer`:

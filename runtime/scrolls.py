@@ -303,14 +303,14 @@ class Scroll:
         regions = probs[int(predictor.outputs.exclusive) :]
         for own, target in zip(regions, probability, strict=True):
             np.rint(own * np.float32(255), out=target, casting="unsafe")
-        high, low = predictor.thresholded(probs)
         if self.is_later:
+            high, low = predictor.reached(probs)
             for name, target in zip(high, second, strict=True):
                 np.left_shift(high[name], LEVEL, out=target, casting="unsafe", dtype=np.uint8)
                 if name in low:
                     target |= low[name] * np.uint8(LOW)
         else:
-            second[:] = predictor.outputs.paint(high)
+            second[:] = predictor.outputs.paint(predictor.thresholded(probs))
         if masked is not None:
             probability[:, masked] = 0
             second[..., masked] = MASKED if self.is_later else 0

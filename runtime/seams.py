@@ -96,11 +96,7 @@ def print_seams(path, say):
     """Say what `check_seams` says of a prediction that infer.py has written; 1 if there are seams,
     else 0. ValueError, one sentence, if it is none, or not complete."""
     description = zarr_store.open_store(path).description
-    if not description["complete"]:
-        raise ValueError(
-            f"{path}: expected a complete prediction, got one that lacks shards; start infer.py "
-            "again, which does only those"
-        )
+    probability = ome_zarr.open_volume(path)
     grid, last = description["provenance"]["grid"], time.perf_counter()
 
     def progress(done, total):
@@ -110,7 +106,6 @@ def print_seams(path, say):
             last = time.perf_counter()
 
     borders = {"window": window_borders(grid["starts"], grid["window"])}
-    probability = ome_zarr.open_volume(path)
     rows = check_seams(probability, description["shard"], borders, progress)
     say("\n".join(describe(rows)))
     return int(any(row.visible for row in rows))
@@ -262,7 +257,8 @@ def shift_consistency(predictor, volume, box):
     """{region: Dice} of the masks of a box predicted with two grids of windows, half a step apart.
 
     predictor: `ensemble.Predictor`; volume: an `inputs.Input`; box: three slices with both ends.
-    Masks are those of the threshold, without post-processing. NaN where both are empty. ValueError
+    Masks are those of the threshold (where it is auto, of each grid's own in the box), without
+    post-processing. NaN where both are empty. ValueError
     for a box that the two grids cannot cover within the volume.
     """
     inference, spacing = predictor.settings.inference, volume.spacing
@@ -282,7 +278,7 @@ def shift_consistency(predictor, volume, box):
             )
             slabs = predictor.probabilities(image, spacing, volume.intensity, box=area)
             probs = np.concatenate([planes for _, planes in slabs], axis=1)[:, z]
-            masks.append(predictor.thresholded(probs)[0])
+            masks.append(predictor.thresholded(probs))
     return {name: _dice(own, masks[1][name]) for name, own in masks[0].items()}
 
 

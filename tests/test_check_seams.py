@@ -3,6 +3,7 @@
 import numpy as np
 
 import infer
+from runtime import checkpoint, own_threshold
 from tests.runtime.test_seams import SHARD, changed, clean
 from tests.test_infer import image_of, run
 from tests.volumes.zarrs import write_zarr
@@ -44,7 +45,7 @@ def test_a_store_with_a_seam_of_5_percent_ends_with_status_1(tmp_path, capsys):
 def test_what_is_no_complete_store_is_refused_in_one_sentence(tmp_path, capsys):
     lacks = store_of(tmp_path / "pred.zarr", clean(), lacking=1)
     other = str(write_zarr(tmp_path / "scan.zarr", [image_of((8, 8, 8))]))
-    for path, words in ((lacks, "a complete prediction"), (other, "a store that infer.py has")):
+    for path, words in ((lacks, "a finished prediction"), (other, "a store that infer.py has")):
         assert infer.main(["--check-seams", path]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(path) and words in line
@@ -59,6 +60,22 @@ def test_two_grids_of_windows_are_compared_and_nothing_is_written(run, tmp_path,
     assert 0.3 < float(dice.removeprefix("Dice of two grids: ")) < 1
     assert normal.startswith("normal")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_grids_are_compared_by_masks_where_the_threshold_is_that_of_their_probabilities(
+    run, tmp_path, capsys
+):
+    image, ckpt = str(write_zarr(tmp_path / "scan.zarr", [image_of((40, 50, 36))])), run()
+    state = checkpoint.load(ckpt)
+    state["loop"]["foreground"] = 0.6
+    checkpoint.save(state, ckpt)
+    command = ["--ckpt", str(ckpt), "--input", image, "--shift-consistency"]
+    command += ["--bbox", "8:24", "10:40", "8:28"]
+    dice = []
+    for threshold in ("auto", *(level for level in own_threshold.LEVELS if level >= 0.5)):
+        assert infer.main([*command, f"inference.threshold={threshold}"]) == 0
+        dice.append(capsys.readouterr().out.splitlines()[0])
+    assert dice[0] in dice[1:]
 
 
 def test_a_comparison_of_grids_without_a_box_that_they_cover_is_refused(run, tmp_path, capsys):

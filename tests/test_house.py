@@ -28,7 +28,7 @@ ROOMS = {
     "microbatch device_memory cuda nonfinite timer memory_guard sliding_window splits evaluator "
     "validation jobs comparison page distributed ending ensemble arrays parts tuning outputs "
     "step_batches optimizer window_axis window_transfer onednn precision threads own_threshold "
-    "columns chunk_cache masked_source scrolls seams scroll_figures voice members",
+    "columns chunk_cache masked_source scrolls seams scroll_figures console members",
 }
 TOP = "settings data model norm_mish losses"
 SCRIPTS = "prepare train infer evaluate monitor tune sweep".split()

@@ -569,7 +569,7 @@ def order_of_work(monkeypatch, is_asynchronous, fails=()):
     monkeypatch.setattr(infer, "write_prediction", write)
     monkeypatch.setattr(infer, "is_asynchronous", lambda device: is_asynchronous)
     predictor = types.SimpleNamespace(device="a device")
-    return events, infer.predict_all(predictor, inputs, None, infer.Voice(None))
+    return events, infer.predict_all(predictor, inputs, None, infer.PartConsole(None))
 
 
 def test_beside_a_gpu_a_volume_is_written_while_the_next_is_predicted(monkeypatch, capsys):

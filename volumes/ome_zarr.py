@@ -210,7 +210,7 @@ def _open_volume(path, wanted, unit, role):
         )
     node = _find(path, top, inner) if inner else top
     if isinstance(node, zarr.Array):
-        axes, level = _as_a_level(path, top, inner) or (_axes_of(path, node), Level(""))
+        axes, level = _as_a_level(path, top, inner) or (_axes_of(node), Level(""))
     else:
         group = _label_in(path, node) if role == "label" else node
         axes, levels = _multiscales(path, group)
@@ -275,7 +275,7 @@ def _as_a_level(path, top, inner):
     return None
 
 
-def _axes_of(path, array):
+def _axes_of(array):
     """A letter for each axis of an array outside of any multiscales."""
     names = getattr(array.metadata, "dimension_names", None)
     names = names or array.attrs.get("_ARRAY_DIMENSIONS", ())  # of xarray, in version 2

@@ -60,20 +60,20 @@ class Store:
     def _there(self, array, levels=(0,)):
         """Indexes of the shards whose files of these levels of an array are all there."""
         folders = [self._file(array, level, (0, 0, 0)).parents[2] for level in levels]
-        files = (
-            {path.relative_to(f).parts for path in f.glob("*/*/*") if _holds_bytes(path)}
-            for f in folders
-        )
-        parts = set.intersection(*files)
-        return {i for i in np.ndindex(self.grid) if tuple(map(str, i)) in parts}
+        places = [
+            {path.relative_to(one).parts for path in one.glob("*/*/*") if _holds_bytes(path)}
+            for one in folders
+        ]
+        there = set.intersection(*places)
+        return {i for i in np.ndindex(self.grid) if tuple(map(str, i)) in there}
 
     @contextlib.contextmanager
-    def lock(self, index, *, mask=False):
+    def lock(self, index):
         """A context in which no other process writes a shard: whether this one is to write it.
 
         It is not if another one holds it, or has done it. A killed process holds nothing.
         """
-        done = self._file(MASK if mask else PROBABILITY, 0, index)
+        done = self._file(PROBABILITY, 0, index)
         if _holds_bytes(done):
             yield False
         else:

@@ -145,7 +145,7 @@ def predictor(network, window=(8, 8, 8), overlap=0.5):
         settings=SimpleNamespace(inference=SimpleNamespace(window=window, overlap=overlap)),
         metadata={"spacing": (None, None, None)},
         probabilities=probabilities,
-        thresholded=lambda probs: ({"": probs[0] >= 0.5}, {}),
+        thresholded=lambda probs: {"": probs[0] >= 0.5},
     )
 
 

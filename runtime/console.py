@@ -33,7 +33,7 @@ def progress_of(volume, console):
         yield {"progress": advance, "report": lambda kind, text, **_: console.print(text)}
 
 
-class Voice(Console):
+class PartConsole(Console):
     """A console, each line of which begins with the part that says it."""
 
     def __init__(self, part, **how):
