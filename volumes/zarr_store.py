@@ -292,7 +292,8 @@ def _holds_bytes(path):
 
 def _make(path, description):
     """A new store, which is there with all its metadata or not at all."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    is_free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not is_free and not (path / "zarr.json").exists():  # by now, of another process
         raise ValueError(
             f"{path}: expected a new path, or a store that infer.py has begun, got something else; "
             "give another output"

@@ -356,6 +356,19 @@ def test_a_shard_that_is_done_just_before_its_lock_is_free_is_left_alone(tmp_pat
         assert not free
 
 
+def test_a_store_that_another_process_makes_meanwhile_is_gone_on_with(tmp_path, monkeypatch):
+    first, make = create(tmp_path / "p.zarr"), zarr_store._make
+    (tmp_path / "p.zarr").rename(tmp_path / "made")
+
+    def late(path, description):
+        (tmp_path / "made").rename(path)
+        make(path, description)
+
+    monkeypatch.setattr(zarr_store, "_make", late)
+    assert create(tmp_path / "p.zarr") == first
+    assert [path.name for path in tmp_path.iterdir()] == ["p.zarr"]
+
+
 def test_processes_that_create_one_store_at_once_all_get_it(tmp_path):
     stores, errors = [], []
 
