@@ -237,12 +237,17 @@ def test_post_processing_by_blocks_gives_the_mask_of_the_whole(run, windows, tmp
     assert (mask != high["foreground"]).any() and not (tmp_path / "pred.zarr" / ".lamina").exists()
 
 
+def trained_with(foreground, ckpt):
+    """The checkpoint, which now knows of such a share of foreground in training."""
+    state = checkpoint.load(ckpt)
+    state["loop"]["foreground"] = foreground
+    checkpoint.save(state, ckpt)
+    return ckpt
+
+
 @pytest.mark.parametrize("steps", [(), ("postprocess.min_component_voxels=40",)])
 def test_a_store_is_cut_at_the_threshold_of_its_own_probabilities(run, windows, tmp_path, steps):
-    image, ckpt = image_without_zeros(), run()
-    state = checkpoint.load(ckpt)
-    state["loop"]["foreground"] = 0.6
-    checkpoint.save(state, ckpt)
+    image, ckpt = image_without_zeros(), trained_with(0.6, run())
     path, pred = scroll(tmp_path / "a.zarr", image), tmp_path / "pred.zarr"
     infer_ok("--ckpt", ckpt, "--input", path, "--output", pred, SHARDS, AUTO, *steps)
     probs = expected_probs(image)
@@ -280,6 +285,21 @@ def test_air_is_not_predicted_and_all_else_is_as_without(run, windows, tmp_path,
     assert not mask[air].any() and mask[~air].any()
     if not steps:
         np.testing.assert_array_equal(mask, ~air & (probs >= 0.5))
+
+
+def test_air_does_not_count_for_the_threshold_of_its_own_probabilities(run, windows, tmp_path):
+    image, probs = image_in_air(), expected_probs(image_in_air())
+    ckpt, pred = trained_with(0.4, run()), tmp_path / "pred.zarr"
+    infer_ok("--ckpt", ckpt, "--input", scroll(tmp_path / "a.zarr", image), "--output", pred,
+             "inference.shard=[64,64,64]", AUTO)  # fmt: skip
+    air = image == 0
+    air[4, 5, 6] = False
+    masks = []
+    for voxels in (~air, np.ones_like(air)):
+        counts = own_threshold.histogram([own_threshold.count_reached(probs[voxels])])
+        masks.append(~air & (probs >= own_threshold.own_threshold(counts, 0.4)))
+    np.testing.assert_array_equal(stored(pred)[1], masks[0])
+    assert (masks[0] != masks[1]).any()  # what air would have changed
 
 
 @pytest.mark.parametrize("suffix", [".zarr", ".tif"])

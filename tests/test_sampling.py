@@ -157,7 +157,8 @@ def test_the_shares_that_a_batch_reached_are_counted():
     target = torch.zeros(4, 1, 2, 2, 2)
     target[1:, 0, 0, 1, 1] = 1
     valid = torch.ones_like(target, dtype=torch.bool)
-    valid[0, :, 0] = False  # unlabeled: 4 of 32 voxels
+    valid[0, :, 0] = False  # unlabeled: 4 of 32 voxels, and a class in one of them does not count
+    target[0, 0, 0, 0, 0] = 1
     found = data.shares(samples, target, valid, {1: "artery", 3: "vein"})
     assert found == {
         "around_foreground": 0.75,

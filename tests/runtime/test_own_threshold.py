@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import train
-from runtime import checkpoint, config, own_threshold
+from monitoring import picture
+from runtime import checkpoint, config, log, own_threshold
 from runtime.members import read_members
 from scoring import metrics
 from tests.runtime.test_evaluator import result_of, sheet, spec_of
@@ -145,12 +146,18 @@ def test_a_run_knows_its_share_of_foreground_and_goes_on_with_it(root, tmp_path)
 HOW = ["inference.threshold=auto", "data.spacing=[0,1.2+,1.2+]"]
 
 
-def test_validation_scores_the_mask_that_is_predicted(root, tmp_path):
-    assert train.main(settings(root, tmp_path, *HOW)) == 0
+def test_validation_scores_and_draws_the_mask_that_is_predicted(
+    root, tmp_path, monkeypatch, capsys
+):
+    drawn = []
+    monkeypatch.setattr(log.Means, "foreground", property(lambda means: 0.2))  # more than there is
+    monkeypatch.setattr(picture, "draw_progress", lambda *about: drawn.append(about[2:]))
+    assert train.main(settings(root, tmp_path, *HOW, "monitor.picture=true")) == 0
     folder = tmp_path / "runs" / "r"
     ckpt = folder / "checkpoints" / "last.pt"
     name = checkpoint.load(ckpt)["data"]["validation"][0]
     case = casefile.read_dataset(root).cases[name]
+    capsys.readouterr()
     infer_ok("--ckpt", ckpt, "--input", case.path, "--output", tmp_path / "out")
     (file,) = (tmp_path / "out").glob(f"{name}.*")
     with casefile.opened(case) as stored:
@@ -160,6 +167,10 @@ def test_validation_scores_the_mask_that_is_predicted(root, tmp_path):
     evaluation = events(folder, "evaluation")[-1]
     assert evaluation["step"] == checkpoint.load(ckpt)["loop"]["step"]
     assert evaluation["cases"][name]["dice"] == expected["dice"] > 0
+    slices, threshold = [one for one in drawn if one[0] is not None][-1]
+    assert threshold > 0.5 and f"threshold {threshold}, " in capsys.readouterr().out
+    (shown,) = slices["mask"].values()
+    np.testing.assert_array_equal(shown, slices["probs"][0] >= threshold)
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(root, tmp_path):
